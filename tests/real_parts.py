@@ -1,0 +1,57 @@
+"""pytest plugin for tests marked `@pytest.mark.real(name)`: they run last, and wait for their part's install.
+
+Names: "mcp1" and "mcp2" (an interpreter with that MCP SDK), "forgejo-mcp" (the binary).
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import run
+
+TEST_LIMIT = 60
+
+
+def part_names(item):
+    """The real parts a test names in its marks."""
+    return [name for mark in item.iter_markers("real") for name in mark.args]
+
+
+def pytest_collection_modifyitems(items):
+    """Put tests with real parts behind all others, and keep the wait for an install out of their time limit."""
+    items.sort(key=lambda item: bool(part_names(item)))
+    for item in items:
+        if part_names(item) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_LIMIT, func_only=True))
+
+
+def part_folders():
+    """{name: folder} of the real parts of this working copy and this Python."""
+    python = run.Python(tuple(sys.version_info[:3]), sys.executable)
+    cache = Path(os.environ.get("FJMCP_CACHE") or run.ROOT / ".cache")
+    return run.real_part_folders(cache, python)
+
+
+@pytest.fixture(scope="session")
+def real_part():
+    """A function from a real part's name to its program (a path). Waits for the install; skips, or fails in CI."""
+    folders = part_folders()
+
+    def program(name):
+        state, text = run.await_stamp(folders[name])
+        missing = run.on_missing_part(name, state, text, run.is_ci())
+        if missing is None:
+            return text
+        outcome, why = missing
+        return pytest.skip(why) if outcome == "skip" else pytest.fail(why, pytrace=False)
+
+    return program
+
+
+@pytest.fixture(autouse=True)
+def real_parts_are_there(request):
+    """A test marked `real` starts only when all its parts are there, whether or not it asks for their programs."""
+    for name in part_names(request.node):
+        request.getfixturevalue("real_part")(name)

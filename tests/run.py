@@ -1,0 +1,418 @@
+"""The one command for the tests: `python3 tests/run.py [pytest arguments]`.
+
+Tools and real parts (the MCP SDKs, forgejo-mcp) are installed, pinned, below `.cache/` in the working copy, in one
+folder per lock file and Python. The tests that need no real part start at once; the real parts are installed beside
+them and each leaves a stamp, which the tests marked `real` wait for (see real_parts.py).
+
+Without arguments the main Python runs everything and a second one, if found, everything not marked `real`. With
+arguments only the main Python runs, and they are handed to pytest. `CI` in the environment turns a real part that
+cannot be installed from a skip into a failure, but for forgejo-mcp, which not everybody can install by name: `FORGEJO_MCP`
+names a binary to use, or it is found on PATH.
+"""
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCKS = ROOT / "tests" / "locks"
+OLDEST = (3, 11)
+WANTED_PYTHONS = ((3, 13), (3, 11))
+# The module proxy does not serve every module to everyone: without a binary its tests are a skip that names it, in CI too.
+OPTIONAL_PARTS = ("forgejo-mcp",)
+FORGEJO_MCP_MODULE = "git.b4mad.industries/agentic-forges/forgejo-mcp/v2@v2.34.1"
+INSTALL_LIMIT = 540
+RUN_LIMIT = 18 * 60
+PROBE = "import json, sys, venv, ensurepip, sqlite3, ssl; print(json.dumps([*sys.version_info[:3], sys.executable]))"
+
+Python = namedtuple("Python", "version path")
+
+
+class InstallFailed(Exception):
+    """A part could not be installed; the text says why."""
+
+
+# Pythons
+
+
+def probe_python(path):
+    """The interpreter at `path` as Python(version, real path), or None if it cannot make the environments needed here.
+
+    It is run, not believed: a version manager's shim exists for versions that are not selected.
+    """
+    try:
+        done = subprocess.run([str(path), "-I", "-c", PROBE], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode:
+        return None
+    *version, executable = json.loads(done.stdout)
+    return Python(tuple(version), executable)
+
+
+def candidate_paths(version, environ):
+    """Where an interpreter of `version` (major, minor) may be: PATH first, then pyenv's own folder."""
+    name = "python%d.%d" % version
+    for folder in environ.get("PATH", "").split(os.pathsep):
+        path = os.path.join(folder, name)
+        if folder and os.access(path, os.X_OK):
+            yield path
+    pyenv = environ.get("PYENV_ROOT") or os.path.join(environ.get("HOME", ""), ".pyenv")
+    yield from sorted(glob.glob(os.path.join(glob.escape(pyenv), "versions", "%d.%d.*" % version, "bin", "python3")))
+
+
+def find_python(version, environ=os.environ, probe=probe_python):
+    """The first working interpreter of `version` (major, minor), or None."""
+    for path in candidate_paths(version, environ):
+        found = probe(path)
+        if found and found.version[:2] == version:
+            return found
+    return None
+
+
+def choose_pythons(running, find=find_python):
+    """(main, second): the running Python if it is new enough, and another of the wanted ones; either may be None."""
+    main = running if running and running.version[:2] >= OLDEST else None
+    second = None
+    for version in WANTED_PYTHONS:
+        taken = main.version[:2] if main else None
+        if version == taken or (main and second):
+            continue
+        found = find(version)
+        if main is None:
+            main = found
+        else:
+            second = found
+    return main, second
+
+
+# Parts, their folders and their stamps
+
+
+def key_of(*texts):
+    """A short name for what these texts say together."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+
+def venv_folder(cache, lock, python):
+    """The folder of the environment that `lock` (a name in tests/locks) describes, for `python`."""
+    text = (LOCKS / (lock + ".txt")).read_text()
+    version = "%d.%d.%d" % tuple(python.version[:3])
+    return Path(cache) / ("%s-py%s-%s" % (lock, version, key_of(text)))
+
+
+def forgejo_mcp_folder(cache, environ=os.environ):
+    """The folder for forgejo-mcp, another for each pinned version or given binary."""
+    return Path(cache) / ("forgejo-mcp-" + key_of(FORGEJO_MCP_MODULE, environ.get("FORGEJO_MCP", "")))
+
+
+def write_stamp(folder, state, text):
+    """Leave the outcome of an install in `folder`: state "ok" with the program's path, or "failed" with the reason."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = folder / "stamp.new"
+    fresh.write_text(json.dumps({"state": state, "text": str(text)}))
+    os.replace(fresh, folder / "stamp.json")
+
+
+def read_stamp(folder):
+    """(state, text) as written by write_stamp; ("missing", reason) if no install ended in `folder`."""
+    try:
+        stamp = json.loads((folder / "stamp.json").read_text())
+    except FileNotFoundError:
+        return "missing", "not installed (python3 tests/run.py installs it)"
+    if stamp["state"] == "ok" and not os.access(stamp["text"], os.X_OK):
+        return "missing", "its program %s is gone" % stamp["text"]
+    return stamp["state"], stamp["text"]
+
+
+@contextlib.contextmanager
+def folder_lock(folder, mode):
+    """Hold `folder`'s lock: LOCK_EX to install, LOCK_SH to wait for an install under way. Dies with its process."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(str(folder) + ".lock", "w") as handle:
+        fcntl.flock(handle, mode)
+        yield
+
+
+def await_stamp(folder):
+    """Wait until nobody installs into `folder`, then give its (state, text)."""
+    with folder_lock(folder, fcntl.LOCK_SH):
+        return read_stamp(folder)
+
+
+def on_missing_part(name, state, text, ci):
+    """What a test does about its real part: None (there it is), or ("skip" | "fail", why)."""
+    if state == "ok":
+        return None
+    return "fail" if ci and name not in OPTIONAL_PARTS else "skip", "real part %s: %s" % (name, text)
+
+
+def is_ci(environ=os.environ):
+    """Whether this is a continuous integration run, by the usual variable."""
+    return environ.get("CI", "").lower() not in ("", "0", "false")
+
+
+# Installing
+
+
+class Commands:
+    """Runs install commands, and can end the one under way when the tests are done first."""
+
+    def __init__(self):
+        self._guard = threading.Lock()
+        self._running = set()
+        self._stopped = False
+
+    def run(self, argv, **extra):
+        """Run `argv` to its end; InstallFailed with the end of its output if it fails."""
+        with self._guard:
+            if self._stopped:
+                raise InstallFailed("stopped")
+            process = start_group(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **extra)
+            self._running.add(process)
+        try:
+            output, _ = process.communicate(timeout=INSTALL_LIMIT)
+        except subprocess.TimeoutExpired:
+            end_group(process)
+            raise InstallFailed("%s took longer than %d s" % (argv[0], INSTALL_LIMIT)) from None
+        finally:
+            with self._guard:
+                self._running.discard(process)
+        if process.returncode:
+            tail = " | ".join(output.strip().splitlines()[-4:])
+            raise InstallFailed("%s failed with status %d: %s" % (argv[0], process.returncode, tail))
+
+    def stop(self):
+        """End what is under way and let nothing new start."""
+        with self._guard:
+            self._stopped = True
+            for process in self._running:
+                end_group(process)
+
+
+def start_group(argv, **extra):
+    """Start `argv` in a process group of its own, so that end_group reaches the processes it starts too."""
+    return subprocess.Popen([str(part) for part in argv], stdin=subprocess.DEVNULL, start_new_session=True, **extra)
+
+
+def end_group(process):
+    """Kill a process started by start_group and all of its group that is left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def install_venv(folder, lock, python, commands):
+    """Make the environment `lock` describes; the path of its interpreter."""
+    commands.run([python.path, "-m", "venv", folder / "venv"])
+    program = folder / "venv" / "bin" / "python"
+    pip = [program, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet", "--require-hashes"]
+    commands.run([*pip, "-r", LOCKS / (lock + ".txt")])
+    return program
+
+
+def install_forgejo_mcp(folder, commands, environ=os.environ):
+    """Build the pinned forgejo-mcp, or take the given one; the path of the binary."""
+    given = environ.get("FORGEJO_MCP") or shutil.which("forgejo-mcp")
+    if given:
+        program = shutil.which(given)
+        if program is None:
+            raise InstallFailed("FORGEJO_MCP is %s, which is no program" % given)
+        return os.path.abspath(program)
+    go = shutil.which("go")
+    if go is None:
+        raise InstallFailed("go is not installed")
+    target = folder / "bin"
+    commands.run([go, "install", FORGEJO_MCP_MODULE], env={**environ, "GOBIN": str(target)})
+    return target / "forgejo-mcp"
+
+
+def install(folder, installer):
+    """Run `installer(folder)` unless `folder` is already good; leaves a stamp and gives (state, text)."""
+    with folder_lock(folder, fcntl.LOCK_EX):
+        return install_locked(folder, installer)
+
+
+def install_locked(folder, installer):
+    """As install, for the holder of the folder's lock."""
+    state, text = read_stamp(folder)
+    if state == "ok":
+        return state, text
+    # Half an environment is no base to build on: what an interrupted install left is unknown.
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        state, text = "ok", installer(folder)
+    except (InstallFailed, OSError) as error:
+        state, text = "failed", error
+    write_stamp(folder, state, text)
+    return state, str(text)
+
+
+def real_part_folders(cache, python, environ=os.environ):
+    """{name: folder} of the real parts, as seen by tests that run on `python`."""
+    return {
+        "mcp1": venv_folder(cache, "mcp1", python),
+        "mcp2": venv_folder(cache, "mcp2", python),
+        "forgejo-mcp": forgejo_mcp_folder(cache, environ),
+    }
+
+
+class BackgroundInstalls:
+    """Installs the real parts in threads. The locks are taken before `start` returns, so no test can look too early."""
+
+    def __init__(self, cache, python, commands):
+        self.outcomes = {}
+        self._folders = real_part_folders(cache, python)
+        self._installers = {
+            "mcp1": lambda folder: install_venv(folder, "mcp1", python, commands),
+            "mcp2": lambda folder: install_venv(folder, "mcp2", python, commands),
+            "forgejo-mcp": lambda folder: install_forgejo_mcp(folder, commands),
+        }
+        self._threads = []
+
+    def start(self):
+        """Take each part's lock and start its thread."""
+        for name, folder in self._folders.items():
+            locked = threading.Event()
+            thread = threading.Thread(target=self._install, args=(name, folder, locked), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+            locked.wait()
+
+    def _install(self, name, folder, locked):
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(folder_lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            except BlockingIOError:
+                # Another run in this working copy is installing it: its lock does for our tests as well.
+                locked.set()
+                held.enter_context(folder_lock(folder, fcntl.LOCK_EX))
+            locked.set()
+            self.outcomes[name] = install_locked(folder, self._installers[name])
+
+    def join(self):
+        """Wait for every install to end."""
+        for thread in self._threads:
+            thread.join()
+
+
+# Running pytest
+
+
+def pytest_argv(program, arguments):
+    """The pytest command line for the interpreter `program`."""
+    options = ["-n", "4", "--dist", "loadgroup", "--timeout", "60", "--durations", "20"]
+    return [str(program), "-m", "pytest", *options, *arguments]
+
+
+def run_pytest(argv, environ, limit):
+    """Run pytest, its output copied to ours; (exit status, output lines). It is ended after `limit` seconds: status 124."""
+    process = start_group(argv, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    late = threading.Event()
+
+    def end():
+        late.set()
+        end_group(process)
+
+    timer = threading.Timer(max(limit, 1), end)
+    timer.start()
+    lines = []
+    try:
+        for line in process.stdout:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            lines.append(line)
+        status = process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            end_group(process)
+    if late.is_set():
+        say("pytest was ended: the whole run may take %d s" % RUN_LIMIT)
+        status = 124
+    return status, lines
+
+
+def closing_lines(lines):
+    """The end of pytest's output worth repeating: failed and broken tests, and the summary line."""
+    named = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return named + lines[-1:]
+
+
+def say(text):
+    """Print a line of our own, at once, so that it keeps its place between pytest's."""
+    print("run.py: " + text, flush=True)
+
+
+def install_tools(cache, python, commands):
+    """The interpreter of the environment with pytest for `python`; SystemExit if it cannot be made."""
+    folder = venv_folder(cache, "ring1", python)
+    state, text = install(folder, lambda place: install_venv(place, "ring1", python, commands))
+    if state != "ok":
+        raise SystemExit("run.py: cannot install the test tools: " + text)
+    return text
+
+
+def main(arguments):
+    """Install, run, report; the exit status."""
+    started = time.monotonic()
+    ci = is_ci()
+    cache = Path(os.environ.get("FJMCP_CACHE") or ROOT / ".cache")
+    python, second = choose_pythons(probe_python(sys.executable))
+    if python is None:
+        raise SystemExit("run.py: needs Python %d.%d or newer with venv, sqlite3 and ssl" % OLDEST)
+    say("Python %s, second Python %s" % tuple("%d.%d.%d" % p.version if p else "not found" for p in (python, second)))
+
+    commands = Commands()
+    chosen = [(second, ["-m", "not real"])] if second and not arguments else []
+    chosen.append((python, arguments))
+    runs = [(which, install_tools(cache, which, commands), extra) for which, extra in chosen]
+    installs = BackgroundInstalls(cache, python, commands)
+    installs.start()
+    try:
+        environ = {**os.environ, "FJMCP_CACHE": str(cache), "PYTHONDONTWRITEBYTECODE": "1"}
+        ended = []
+        for which, program, extra in runs:
+            say("pytest on Python %d.%d.%d" % which.version)
+            limit = RUN_LIMIT - (time.monotonic() - started)
+            ended.append((which, *run_pytest(pytest_argv(program, extra), environ, limit)))
+        if not arguments:
+            installs.join()
+    finally:
+        commands.stop()
+        installs.join()
+    return report(ended, installs.outcomes if not arguments else {}, ci)
+
+
+def report(ended, outcomes, ci):
+    """Say what went wrong besides what the last pytest run printed; the exit status.
+
+    The last line is always a summary of pytest's own, that of a failed run if there is one.
+    """
+    status = next((status for _, status, _ in ended if status), 0)
+    bad_parts = {name: text for name, (state, text) in sorted(outcomes.items()) if state != "ok"}
+    repeat = [run for run in ended[:-1] if run[1]]
+    if (repeat and ended[-1][1]) or (bad_parts and not repeat):
+        repeat.append(ended[-1])
+    for name, text in bad_parts.items():
+        say("real part %s could not be installed: %s" % (name, text))
+    for python, code, lines in repeat:
+        say("Python %d.%d.%d: pytest ended with status %d" % (*python.version, code))
+        sys.stdout.writelines(closing_lines(lines))
+    sys.stdout.flush()
+    return status or (1 if ci and set(bad_parts) - set(OPTIONAL_PARTS) else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
