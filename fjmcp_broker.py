@@ -1,0 +1,4803 @@
+#!/usr/bin/env python3
+"""fjmcp-broker: lets people use their own Forgejo from MCP clients, as themselves.
+
+It is three things at once: an OAuth 2.1 authorization server for MCP clients, an OAuth client of Forgejo (which says who the user
+is), and a supervisor that gives each MCP session its own `forgejo-mcp --transport stdio` child holding only that user's token.
+
+    MCP client --HTTPS--> Caddy/nginx --HTTP--> fjmcp_broker.py --stdio--> forgejo-mcp --> Forgejo
+
+Four ideas carry the design:
+  1. A session is a durable row; a child is a cache. Children stop and come back, the client never notices.
+  2. One Forgejo credential per Forgejo user, because Forgejo keeps one refresh token per (user, application).
+  3. Every era of MCP on one URL; what an era means is decided at the edge, per request.
+  4. Nothing is lost and no one gets in: consent in the same browser, hashed tokens, sealed credentials, commit before answer.
+
+Contents, in dependency order; a section names only what stands above it:
+  Terms · Settings · Log · Seal · Store · Forgejo · Messages · HTTP values · Pages · Clients · Authorization · Child · Session ·
+  Registry and reaper · Gate and /mcp · HTTP server · Broker · Commands
+"""
+
+import base64
+import binascii
+import collections
+import contextlib
+import difflib
+import errno
+import fcntl
+import fnmatch
+import hashlib
+import hmac
+import html
+import http.client
+import http.server
+import io
+import ipaddress
+import itertools
+import json
+import os
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import socketserver
+import sqlite3
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+import unicodedata
+from dataclasses import dataclass, field, replace
+from urllib.parse import parse_qsl, quote, unquote_plus, urlencode, urlsplit
+
+__version__ = "0.1.0"
+
+
+# ======================================================================================================================
+# Terms
+# Owns the words and numbers of the protocols, the three kinds of refusal, the clock and randomness.
+# Must not know configuration, storage, or HTTP.
+# ======================================================================================================================
+
+READ, WRITE = "forgejo:read", "forgejo:write"
+SCOPES = (READ, WRITE)
+
+LEGACY_VERSIONS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
+FIRST_MODERN_VERSION = "2026-07-28"
+BATCH_VERSION = "2025-03-26"  # the only revision with JSON-RPC batches
+META_VERSION = "io.modelcontextprotocol/protocolVersion"
+
+PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32601, -32602, -32603
+SERVER_ERROR, SESSION_NOT_FOUND, UNSUPPORTED_VERSION = -32000, -32001, -32022
+
+REFRESH_GRACE = 120  # seconds in which a rotated refresh token still answers with the newest pair of its chain
+CODE_ATTEMPTS = 3  # wrong verifiers after which an authorization code is burned
+QUESTION_GRACE = 10  # seconds a child's question waits for a stream it can be put on
+PLACE_WAIT = 20  # seconds a request waits for a place among `max_sessions`
+
+
+class Refusal(Exception):
+    """A request that is answered with an HTTP status and a sentence: `status`, `code` (a word for programs), `sentence`, headers."""
+
+    def __init__(self, status, code, sentence, headers=()):
+        super().__init__(f"{status} {code}: {sentence}")
+        self.status, self.code, self.sentence, self.headers = status, code, sentence, tuple(headers)
+
+
+class OAuthError(Refusal):
+    """A refusal of an OAuth endpoint; `code` is the `error` of RFC 6749 5.2, RFC 7591 3.2.2 or RFC 8707 2."""
+
+    def __init__(self, code, sentence, status=400, headers=()):
+        super().__init__(status, code, sentence, headers)
+
+
+class RpcError(Exception):
+    """A JSON-RPC error on its way to a client: `code`, `message`, `data` (dict or None), and the HTTP `status` it travels with."""
+
+    def __init__(self, code, message, data=None, status=200, headers=()):
+        super().__init__(message)
+        self.code, self.message, self.data, self.status, self.headers = code, message, data, status, tuple(headers)
+
+
+class Clock:
+    """Wall time in seconds. Tests inject another; waits on sockets and locks use real time and never ask it."""
+
+    def now(self):
+        return time.time()
+
+
+def new_secret(prefix=""):
+    """A 256-bit random token, URL-safe, with a typed prefix (`fja_` access, `fjr_` refresh, `fjc_` code)."""
+    return prefix + secrets.token_urlsafe(32)
+
+
+def digest(secret):
+    """What the store keeps of a token: its SHA-256. No stretching: the input has 256 bits of entropy."""
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+def b64url(data):
+    """Base64url without padding (RFC 7636 appendix A)."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def unb64url(text):
+    """The inverse of b64url; ValueError for anything that is not base64url."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]*", text):
+        raise ValueError("not base64url")
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def is_loopback_name(host):
+    """Whether a host as spelled in a URL can only mean this machine (RFC 8252 8.3)."""
+    return host in ("localhost", "127.0.0.1", "::1", "[::1]")
+
+
+# ======================================================================================================================
+# Settings
+# Owns the one table from which the TOML keys, flags, environment variables, `--help` and the documentation come.
+# Must not know what the settings are used for; it reads files, and opens nothing else.
+# ======================================================================================================================
+
+REQUIRED = object()
+ENVIRONMENT_PREFIX = "FJMCP_BROKER_"
+FORGEJO_SCOPE = re.compile(
+    r"openid|profile|email|groups|all|public-only"
+    r"|(read|write):(activitypub|admin|misc|notification|organization|package|issue|repository|user)"
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: its `name`, `kind` (a key of KINDS), `default` as it would be written, and `help`.
+
+    `reload`: SIGHUP takes a new value over. `secret`: may stand in `secrets_file` and is never shown.
+    """
+
+    name: str
+    kind: str
+    default: object
+    help: str
+    reload: bool = False
+    secret: bool = False
+
+
+SETTINGS = (
+    Setting("public_url", "origin", REQUIRED, "origin that clients see, no path; https, or http on loopback"),
+    Setting("listen", "address", "127.0.0.1:8080", "address to listen on, HOST:PORT"),
+    Setting("forgejo_url", "base_url", REQUIRED, "Forgejo as users and forgejo-mcp see it; https, or http on loopback"),
+    Setting("forgejo_internal_url", "any_url", "", "Forgejo as this server reaches it, where that differs"),
+    Setting("forgejo_authorize_url", "any_url", "", "override of <forgejo_url>/login/oauth/authorize"),
+    Setting("forgejo_token_url", "any_url", "", "override of <forgejo_url>/login/oauth/access_token"),
+    Setting("forgejo_userinfo_url", "any_url", "", "override of <forgejo_url>/login/oauth/userinfo"),
+    Setting("forgejo_introspection_url", "any_url", "", "override of <forgejo_url>/login/oauth/introspect"),
+    Setting("forgejo_ca_file", "path", "", "certificate authority to trust for Forgejo, PEM"),
+    Setting("forgejo_oauth_client_id", "text", REQUIRED, "client id of the OAuth2 application in Forgejo"),
+    Setting("forgejo_oauth_client_secret", "text", REQUIRED, "client secret of the OAuth2 application in Forgejo", secret=True),
+    Setting("forgejo_oauth_scopes", "forgejo_scopes",
+            "openid profile read:user read:misc write:repository write:issue write:notification write:organization",
+            "what is asked of Forgejo; frozen by Forgejo at each user's first login"),
+    Setting("forgejo_mcp_binary", "command", "forgejo-mcp",
+            "path, run with `--transport stdio --url <forgejo_url>`; or a list, run as it is"),
+    Setting("store_path", "path", "broker.db", "SQLite database"),
+    Setting("key_file", "path", "", "sealing keys, one base64 key a line, newest first; empty: beside the store"),
+    Setting("key", "text", "", "sealing keys themselves, instead of key_file", secret=True),
+    Setting("secrets_file", "path", "", "TOML file with any of the secret settings; /dev/stdin is read once"),
+    Setting("max_sessions", "count", 50, "children awake at once", reload=True),
+    Setting("max_sessions_per_user", "count", 10, "children awake at once of one user", reload=True),
+    Setting("max_session_rows_per_user", "count", 1000, "sessions kept of one user; above it the longest unused goes", reload=True),
+    Setting("session_idle_timeout", "duration", "15m", "a child idle this long is stopped; its session stays", reload=True),
+    Setting("session_lifetime", "duration", "90d", "a session unused this long ends", reload=True),
+    Setting("access_token_lifetime", "duration", "1h", "life of an access token", reload=True),
+    Setting("refresh_token_lifetime", "duration", "90d", "life of a refresh token, renewed at each use", reload=True),
+    Setting("request_timeout", "duration", "300s", "a request without an answer gets an error", reload=True),
+    Setting("input_timeout", "duration", "600s", "how long a client may take to answer a question of the child", reload=True),
+    Setting("allowed_users", "list", "", "Forgejo logins that may use the broker; empty: everyone", reload=True),
+    Setting("allowed_groups", "list", "", "`org` or `org:team` that may use the broker; empty: everyone", reload=True),
+    Setting("allowed_origins", "list", "https://claude.ai,https://claude.com,https://chatgpt.com",
+            "web origins that may call /mcp, besides our own and loopback ones", reload=True),
+    Setting("allowed_redirect_schemes", "list", "cursor,vscode,vscode-insiders,jetbrains",
+            "private-use schemes that a redirect URI may have", reload=True),
+    Setting("read_only_tools", "list", "get_*,list_*,search_*,check_*,download_*", "names of tools that only read", reload=True),
+    Setting("trusted_proxies", "networks", "127.0.0.0/8,::1/128", "peers whose X-Forwarded-For is believed", reload=True),
+    Setting("max_connections", "count", 4096, "open HTTP connections", reload=True),
+    Setting("max_connections_per_address", "count", 256, "open HTTP connections of one address", reload=True),
+    Setting("max_body", "size", "4MiB", "body of a request to /mcp", reload=True),
+    Setting("max_form", "size", "64KiB", "body of any other request", reload=True),
+    Setting("max_line", "size", "16MiB", "line of a child's output", reload=True),
+    Setting("max_inflight", "count", 32, "requests of one session at once", reload=True),
+    Setting("stream_events", "count", 256, "events that a stream keeps for a client to resume", reload=True),
+    Setting("stream_bytes", "size", "1MiB", "bytes that a stream keeps for a client to resume", reload=True),
+    Setting("header_timeout", "duration", "10s", "time for a request's header", reload=True),
+    Setting("body_timeout", "duration", "30s", "time for a request's body", reload=True),
+    Setting("write_timeout", "duration", "30s", "time in which a client must take what is sent to it", reload=True),
+    Setting("idle_timeout", "duration", "150s", "time an unused connection is kept", reload=True),
+    Setting("start_timeout", "duration", "20s", "time for a child to start and to answer `initialize`", reload=True),
+    Setting("stop_timeout", "duration", "5s", "time for a child to end after SIGTERM", reload=True),
+    Setting("code_lifetime", "duration", "60s", "life of an authorization code", reload=True),
+    Setting("login_lifetime", "duration", "10m", "life of a login, from the consent page to the callback", reload=True),
+    Setting("rate_register", "rate", 120, "registrations a minute from one address", reload=True),
+    Setting("rate_authorize", "rate", 240, "requests a minute from one address to authorize, consent and callback", reload=True),
+    Setting("rate_token", "rate", 600, "requests a minute from one address to token and revoke", reload=True),
+    Setting("child_keeps_state", "switch", False, "the child keeps state between calls: never put it to sleep or replace it"),
+    Setting("strict_scopes", "switch", False, "refuse a login to which Forgejo granted other scopes than asked", reload=True),
+    Setting("metrics_listen", "address", "", "address for GET /metrics; empty: none"),
+    Setting("log_format", "log_format", "json", "`json`, or `text` for people"),
+    Setting("debug", "switch", False, "log what children write to stderr, and each request", reload=True),
+    Setting("clients", "clients", (), "[[clients]]: client_id, name, redirect_uris, client_secret (file only)"),
+)
+SETTING = {setting.name: setting for setting in SETTINGS}
+
+
+def _text(value):
+    if not isinstance(value, str):
+        raise ValueError("must be text")
+    if any(ord(character) < 32 or ord(character) == 127 for character in value.replace("\n", "").replace("\t", "")):
+        raise ValueError("must not contain control characters")
+    return value.strip()
+
+
+def _url(value):
+    text = _text(value).rstrip("/")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise ValueError("is not a URL") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be a URL that starts with https:// (or http:// on loopback)")
+    if "@" in parts.netloc or parts.query or parts.fragment or not re.fullmatch(r"[\x21-\x7e]+", text):
+        raise ValueError("must be a plain URL: no user name, query or fragment")
+    host = parts.hostname.lower()
+    host = f"[{host}]" if ":" in host else host
+    if port and port != {"http": 80, "https": 443}[parts.scheme]:
+        host += f":{port}"
+    return f"{parts.scheme}://{host}{parts.path}"
+
+
+def _base_url(value):
+    url = _url(value)
+    if url.startswith("http:") and not is_loopback_name(urlsplit(url).hostname):
+        raise ValueError("must be https; http is for loopback only")
+    return url
+
+
+def _origin(value):
+    url = _base_url(value)
+    if urlsplit(url).path:
+        raise ValueError("must be an origin without a path, such as https://mcp.example.org")
+    return url
+
+
+def _address(value):
+    text = _text(value)
+    if not text:
+        return None
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError("must be HOST:PORT, such as 127.0.0.1:8080")
+    return host.strip("[]"), int(port)
+
+
+def _integer(value, unit=""):
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,12}", value.strip()):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"must be a whole number of at least 1{unit}")
+    return value
+
+
+def _rate(value):
+    if _integer(value) < 60:
+        raise ValueError("must be at least 60 a minute: many users of one client share addresses")
+    return _integer(value)
+
+
+def _scaled(value, units, example):
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    text = _text(value).lower().replace(" ", "")
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([a-z]*)", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text or any(unit not in units for _, unit in parts):
+        raise ValueError(f"must be such as {example}")
+    total = sum(float(number) * units[unit] for number, unit in parts)
+    if not 0 < total < 2**53:
+        raise ValueError(f"must be more than nothing, such as {example}")
+    return int(total) if total == int(total) else total
+
+
+def _duration(value):
+    return _scaled(value, {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}, "30s, 15m, 1h or 90d")
+
+
+def _size(value):
+    units = {"": 1, "b": 1, "k": 1024, "kb": 1024, "kib": 1024, "m": 1 << 20, "mb": 1 << 20, "mib": 1 << 20}
+    return int(_scaled(value, units, "64KiB or 4MiB"))
+
+
+def _switch(value):
+    if isinstance(value, bool):
+        return value
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if not isinstance(value, str) or value.strip().lower() not in words:
+        raise ValueError("must be true or false")
+    return words[value.strip().lower()]
+
+
+def _list(value):
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)):
+        raise ValueError("must be a list of text")
+    return tuple(item for item in map(_text, items) if item)
+
+
+def _networks(value):
+    try:
+        return tuple(ipaddress.ip_network(item, strict=False) for item in _list(value))
+    except ValueError as error:
+        raise ValueError(f"must be a list of addresses or networks: {error}") from None
+
+
+def _command(value):
+    if isinstance(value, str) and "," not in value:
+        if not _text(value):
+            raise ValueError("must name a program")
+        return _text(value)
+    if not _list(value):
+        raise ValueError("must name a program")
+    return _list(value)
+
+
+def _log_format(value):
+    if value not in ("json", "text"):
+        raise ValueError("must be json or text")
+    return value
+
+
+def _forgejo_scopes(value):
+    names = _text(value).split()
+    wrong = [name for name in names if not FORGEJO_SCOPE.fullmatch(name)]
+    if wrong:
+        raise ValueError(f"contains no scope of Forgejo: {', '.join(wrong)}. Names are separated by spaces, such as `read:user`")
+    # Without one valid API scope Forgejo grants everything, the administration API included.
+    if not any(":" in name or name == "all" for name in names):
+        raise ValueError("names no API scope (such as read:user): Forgejo would then grant everything")
+    return " ".join(names)
+
+
+def _clients(value):
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
+        raise ValueError("must be written as [[clients]] tables")
+    known, seen = {"client_id", "name", "redirect_uris", "client_secret"}, set()
+    for item in value:
+        for key in set(item) - known:
+            raise ValueError(f"has the unknown key {key!r}; known are {', '.join(sorted(known))}")
+        if not isinstance(item.get("client_id"), str) or not re.fullmatch(r"[\x21-\x7e]{1,200}", item["client_id"]):
+            raise ValueError("needs a client_id of visible characters in each table")
+        if item["client_id"] in seen:
+            raise ValueError(f"has the client_id {item['client_id']!r} twice")
+        seen.add(item["client_id"])
+        if not _list(item.get("redirect_uris") or ()):
+            raise ValueError(f"needs redirect_uris for {item['client_id']!r}")
+    return tuple({**item, "redirect_uris": _list(item["redirect_uris"])} for item in value)
+
+
+def _optional(parse):
+    return lambda value: parse(value) if value else ""
+
+
+KINDS = {
+    "text": _text, "path": _text, "origin": _origin, "base_url": _base_url, "any_url": _optional(_url), "address": _address,
+    "count": _integer, "rate": _rate, "size": _size, "duration": _duration, "switch": _switch, "list": _list,
+    "networks": _networks, "command": _command, "log_format": _log_format, "forgejo_scopes": _forgejo_scopes, "clients": _clients,
+}
+
+
+class Settings:
+    """The settings in force, one attribute each as its kind's value; `sources` says where each came from."""
+
+    def __init__(self, values, sources):
+        self.__dict__.update(values)
+        self.sources = sources
+
+    def reload(self, newer):
+        """Take over what may change while running; return the names of settings that changed but may not."""
+        refused = []
+        for setting in SETTINGS:
+            if getattr(newer, setting.name) != getattr(self, setting.name):
+                if setting.reload:
+                    setattr(self, setting.name, getattr(newer, setting.name))
+                else:
+                    refused.append(setting.name)
+        return refused
+
+    @property
+    def resource(self):
+        """The canonical resource identifier of the MCP endpoint (RFC 8707)."""
+        return self.public_url + "/mcp"
+
+
+class ConfigurationError(Exception):
+    """Everything that is wrong with a configuration, a sentence each, in `problems`."""
+
+    def __init__(self, problems):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def has_file_form(setting):
+    """Whether `<name>_file` may stand for the setting: for every setting that is one piece of text."""
+    return setting.kind in ("text", "forgejo_scopes") and setting.name + "_file" not in SETTING
+
+
+def _suggest(name, problem, problems):
+    near = difflib.get_close_matches(name, [*SETTING, *(s.name + "_file" for s in SETTINGS if has_file_form(s))], 1, 0.6)
+    problems.append(f"{problem}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def _lookup(name):
+    """The setting that a key names and whether it names its file form; (None, False) for an unknown key."""
+    if name in SETTING:
+        return SETTING[name], False
+    base = SETTING.get(name.removesuffix("_file")) if name.endswith("_file") else None
+    return (base, True) if base and has_file_form(base) else (None, False)
+
+
+def _read_toml(path, problems):
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        problems.append(f"cannot read {path}: {error.strerror}")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        problems.append(f"{path} is not TOML: {error}")
+    return {}
+
+
+def load_settings(flags, environ, config_path=None):
+    """Settings from flags (name -> text), the environment and a TOML file, in that order of precedence, else defaults.
+
+    Raises ConfigurationError with every problem at once, each naming its key and where the value came from.
+    """
+    problems, raw = [], {}
+
+    def offer(table, source, only=None):
+        for name, value in table.items():
+            setting, in_file = _lookup(name)
+            if setting is None or (only and not only(setting)):
+                _suggest(name, f"{source}: unknown setting {name!r}" if setting is None
+                         else f"{source}: {name!r} is not a secret setting and does not belong here", problems)
+            elif setting.kind == "clients" and not source.startswith("file"):
+                problems.append(f"{source}: {name!r} can be given in the configuration file only")
+            elif in_file:
+                try:
+                    with open(value, encoding="utf-8") as file:
+                        raw[setting.name] = (file.read().strip(), f"{source}, {value}")
+                except (OSError, TypeError, UnicodeDecodeError) as error:
+                    problems.append(f"{source}: {name}: cannot read {value!r}: {getattr(error, 'strerror', None) or error}")
+            else:
+                raw[setting.name] = (value, source)
+
+    if config_path:
+        offer(_read_toml(config_path, problems), f"file {config_path}")
+    variables = {key[len(ENVIRONMENT_PREFIX):].lower(): value for key, value in environ.items()
+                 if key.startswith(ENVIRONMENT_PREFIX) and key != ENVIRONMENT_PREFIX + "CONFIG"}
+    for table, source in ((variables, "environment"), (flags, "flag")):
+        if "secrets_file" in table:
+            raw["secrets_file"] = (table["secrets_file"], source)
+    if raw.get("secrets_file", ("",))[0]:
+        path = raw["secrets_file"][0]
+        offer(_read_toml(path, problems), f"file {path}", only=lambda setting: setting.secret)
+    offer(variables, "environment")
+    offer(flags, "flag")
+
+    values, sources = {}, {}
+    for setting in SETTINGS:
+        value, source = raw.get(setting.name, (setting.default, "default"))
+        if value is REQUIRED or (value == "" and setting.default is REQUIRED):
+            problems.append(f"{setting.name} is missing: {setting.help}. Set it in the file, as --{setting.name.replace('_', '-')}"
+                            f" or as {ENVIRONMENT_PREFIX}{setting.name.upper()}")
+            continue
+        try:
+            values[setting.name] = KINDS[setting.kind](value)
+        except (ValueError, TypeError) as error:
+            shown = "" if setting.secret else f" = {value!r}"
+            problems.append(f"{source}: {setting.name}{shown}: {error}")
+        sources[setting.name] = source
+    if problems:
+        raise ConfigurationError(problems)
+    return Settings(values, sources)
+
+
+# ======================================================================================================================
+# Log
+# Owns what leaves the program for operators: one line per event on stderr, and the counters of /metrics.
+# Must not be handed a token, code, secret, cookie or tool argument; it escapes what it is given and judges nothing.
+# ======================================================================================================================
+
+class Log:
+    """Writes events as JSON objects (or text for people), one a line. Safe from any thread."""
+
+    def __init__(self, settings, stream=None, clock=None):
+        self._settings, self._stream, self._clock = settings, stream or sys.stderr, clock or Clock()
+        self._lock = threading.Lock()  # guards the stream; a leaf: nothing is taken while it is held
+        self._request = threading.local()
+        self.counters = collections.Counter()
+
+    @contextlib.contextmanager
+    def request(self, request_id):
+        """Everything this thread logs within carries the request's id."""
+        self._request.id = request_id
+        try:
+            yield
+        finally:
+            self._request.id = None
+
+    def event(self, level, event, **fields):
+        """Log one event: `level` is debug, info, warning or error; fields are plain values."""
+        if level == "debug" and not self._settings.debug:
+            return
+        record = {"time": round(self._clock.now(), 3), "level": level, "event": event}
+        if getattr(self._request, "id", None):
+            record["request"] = self._request.id
+        record.update((key, value) for key, value in fields.items() if value is not None)
+        if self._settings.log_format == "text":
+            moment = time.strftime("%H:%M:%S", time.localtime(record.pop("time")))
+            rest = " ".join(f"{key}={json.dumps(value)}" for key, value in record.items() if key not in ("level", "event"))
+            line = f"{moment} {level:7} {event} {rest}\n"
+        else:
+            line = json.dumps(record) + "\n"
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            self._stream.write(line)
+            self._stream.flush()
+
+    def audit(self, event, **fields):
+        """Log a fact that someone may later have to prove: who did what through which client."""
+        self.counters[event] += 1
+        self.event("info", event, audit=True, **fields)
+
+
+# ======================================================================================================================
+# Seal
+# Owns the sealing keys and the one construction by which a secret may lie in the database (encrypt-then-MAC, HMAC-SHA256).
+# Must not know what it seals, nor where that is stored.
+# ======================================================================================================================
+
+MAGIC = b"FJ1"
+
+
+def hkdf(key, salt, info, length=64):
+    """HKDF-SHA256 (RFC 5869)."""
+    pseudo_random_key = hmac.digest(salt, key, "sha256")
+    blocks, block = b"", b""
+    for counter in range(1, -(-length // 32) + 1):
+        block = hmac.digest(pseudo_random_key, block + info + bytes([counter]), "sha256")
+        blocks += block
+    return blocks[:length]
+
+
+def _xor_stream(key, data):
+    stream = b"".join(hmac.digest(key, counter.to_bytes(8, "big"), "sha256") for counter in range(-(-len(data) // 32)))
+    return (int.from_bytes(data, "big") ^ int.from_bytes(stream[:len(data)], "big")).to_bytes(len(data), "big")
+
+
+def _key_id(key):
+    return hmac.digest(key, b"fjmcp/v1/kid", "sha256")[:4]
+
+
+def _tag(mac_key, *parts):
+    framed = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    return hmac.digest(mac_key, framed, "sha256")
+
+
+def seal_with(key, purpose, owner, plain, salt=None):
+    """A box holding `plain` (bytes, at most 64 KiB) that opens only with the same key, purpose and owner (text)."""
+    if len(plain) > 65536:
+        raise ValueError("too long to seal")
+    # A fresh salt gives each box keys of its own, so the counter may start at 0 every time.
+    salt = salt or os.urandom(32)
+    keys = hkdf(key, salt, b"fjmcp/v1/box/" + purpose.encode())
+    header = MAGIC + _key_id(key) + salt
+    sealed = _xor_stream(keys[:32], plain)
+    return header + sealed + _tag(keys[32:], header, purpose.encode(), owner.encode(), sealed)
+
+
+def unseal_with(key, purpose, owner, box):
+    """The inverse of seal_with; ValueError for every kind of failure, before anything is decrypted."""
+    header, sealed, tag = box[:39], box[39:-32], box[-32:]
+    if len(box) < 71 or header[:7] != MAGIC + _key_id(key):
+        raise ValueError("not a box of this key")
+    keys = hkdf(key, header[7:], b"fjmcp/v1/box/" + purpose.encode())
+    if not hmac.compare_digest(tag, _tag(keys[32:], header, purpose.encode(), owner.encode(), sealed)):
+        raise ValueError("box does not open")
+    return _xor_stream(keys[:32], sealed)
+
+
+class Keyring:
+    """The sealing keys, newest first: the first seals, every one opens what names it."""
+
+    def __init__(self, keys):
+        self.keys = tuple(keys)
+
+    @classmethod
+    def parse(cls, text):
+        """A keyring from lines (or comma-separated) of base64 keys of 32 bytes; ValueError says what is wrong."""
+        keys = []
+        for line in filter(None, map(str.strip, re.split(r"[\n,]", text))):
+            try:
+                keys.append(base64.b64decode(line, validate=True))
+            except binascii.Error:
+                raise ValueError("a sealing key is not base64") from None
+            if len(keys[-1]) != 32:
+                raise ValueError("a sealing key must be 32 bytes, written as base64 (44 characters)")
+        if not keys:
+            raise ValueError("there is no sealing key")
+        return cls(keys)
+
+    def seal(self, purpose, owner, value):
+        """A box holding a JSON value, padded so that its length says little."""
+        plain = json.dumps(value, separators=(",", ":")).encode()
+        return seal_with(self.keys[0], purpose, owner, plain + b" " * (-len(plain) % 256))
+
+    def unseal(self, purpose, owner, box):
+        """The JSON value of a box; ValueError when no key opens it for this purpose and owner."""
+        for key in self.keys:
+            if bytes(box[3:7]) == _key_id(key):
+                return json.loads(unseal_with(key, purpose, owner, bytes(box)))
+        raise ValueError("box of an unknown key")
+
+    def chained(self, token):
+        """For each key, the keyring that only the holder of `token` can use: for a rotated token's successor."""
+        return Keyring(hkdf(token.encode(), key, b"fjmcp/v1/grace", 32) for key in self.keys)
+
+
+def load_keyring(settings):
+    """The keyring from `key`, `key_file` or the file beside the store, which is made when neither it nor the store exists.
+
+    A key is never made for an existing store: it could open nothing in it. Raises ConfigurationError.
+    """
+    path = settings.key_file or settings.store_path + ".key"
+    try:
+        if settings.key:
+            return Keyring.parse(settings.key)
+        if not os.path.exists(path):
+            if os.path.exists(settings.store_path):
+                raise ConfigurationError([f"key_file: {path} is missing, and {settings.store_path} was sealed with it. Put the key back"])
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(base64.b64encode(os.urandom(32)).decode() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        with open(path, encoding="ascii") as file:
+            return Keyring.parse(file.read())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError([f"key_file: cannot use {path}: {getattr(error, 'strerror', None) or error}"]) from None
+    except ValueError as error:
+        raise ConfigurationError([f"{'key' if settings.key else 'key_file: ' + path}: {error}"]) from None
+# ======================================================================================================================
+# Store
+# Owns all SQL: what survives a crash. One method is one atomic batch that takes and returns plain values (docs/storage.md).
+# Must not know what a box holds, nor decide anything outside of a statement.
+# ======================================================================================================================
+
+SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE clients (
+  client_id TEXT PRIMARY KEY, kind TEXT NOT NULL, name TEXT NOT NULL, redirect_uris TEXT NOT NULL, secret_hash BLOB,
+  auth_method TEXT NOT NULL, metadata TEXT NOT NULL, keys TEXT, fetched_at REAL, fresh_until REAL,
+  created_at REAL NOT NULL, used_at REAL NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX clients_by_use ON clients (kind, used_at);
+CREATE TABLE assertions (hash BLOB PRIMARY KEY, expires_at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE users (
+  sub TEXT PRIMARY KEY, login TEXT NOT NULL, name TEXT NOT NULL, groups TEXT NOT NULL, state TEXT NOT NULL,
+  credential BLOB, credential_grant INTEGER NOT NULL DEFAULT 0, credential_count INTEGER NOT NULL DEFAULT 0,
+  credential_seq INTEGER NOT NULL DEFAULT 0, access_expires_at REAL NOT NULL DEFAULT 0, obtained_at REAL NOT NULL DEFAULT 0,
+  refreshing_since REAL, upstream_scope TEXT, checked_at REAL NOT NULL, created_at REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE logins (
+  state_hash BLOB PRIMARY KEY, form_hash BLOB NOT NULL UNIQUE, browser_hash BLOB NOT NULL, kind TEXT NOT NULL,
+  sealed BLOB, expires_at REAL NOT NULL, taken_at REAL
+) WITHOUT ROWID;
+CREATE INDEX logins_by_expiry ON logins (expires_at);
+CREATE TABLE grants (
+  grant_id INTEGER PRIMARY KEY AUTOINCREMENT, sub TEXT NOT NULL REFERENCES users, client_id TEXT NOT NULL, scope TEXT NOT NULL,
+  asked TEXT NOT NULL, resource TEXT NOT NULL, created_at REAL NOT NULL, used_at REAL NOT NULL, expires_at REAL NOT NULL,
+  ended_at REAL, end_reason TEXT
+);
+CREATE INDEX grants_by_owner ON grants (sub, client_id, ended_at);
+CREATE INDEX grants_by_end ON grants (ended_at);
+CREATE TABLE codes (
+  hash BLOB PRIMARY KEY, grant_id INTEGER NOT NULL REFERENCES grants ON DELETE CASCADE, client_id TEXT NOT NULL,
+  redirect_uri TEXT NOT NULL, challenge TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0, expires_at REAL NOT NULL, used_at REAL
+) WITHOUT ROWID;
+CREATE TABLE access_tokens (
+  hash BLOB PRIMARY KEY, grant_id INTEGER NOT NULL REFERENCES grants ON DELETE CASCADE, scope TEXT NOT NULL,
+  issued_at REAL NOT NULL, expires_at REAL NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX access_tokens_by_grant ON access_tokens (grant_id);
+CREATE INDEX access_tokens_by_expiry ON access_tokens (expires_at);
+CREATE TABLE refresh_tokens (
+  hash BLOB PRIMARY KEY, grant_id INTEGER NOT NULL REFERENCES grants ON DELETE CASCADE, issued_at REAL NOT NULL,
+  expires_at REAL NOT NULL, rotated_at REAL, successor BLOB
+) WITHOUT ROWID;
+CREATE INDEX refresh_tokens_by_grant ON refresh_tokens (grant_id);
+CREATE INDEX refresh_tokens_by_rotation ON refresh_tokens (rotated_at) WHERE successor IS NOT NULL;
+CREATE TABLE sessions (
+  hash BLOB PRIMARY KEY, sub TEXT NOT NULL, client_id TEXT NOT NULL, protocol_version TEXT NOT NULL, initialize TEXT NOT NULL,
+  server TEXT NOT NULL, log_level TEXT, subscriptions TEXT NOT NULL DEFAULT '[]', tools_hash BLOB,
+  created_at REAL NOT NULL, used_at REAL NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX sessions_by_owner ON sessions (sub, client_id, used_at);
+CREATE INDEX sessions_by_use ON sessions (used_at);
+CREATE TABLE binaries (fingerprint TEXT PRIMARY KEY, era TEXT NOT NULL, asks INTEGER NOT NULL, seen_at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE account_logins (
+  browser_hash BLOB PRIMARY KEY, sub TEXT NOT NULL, expires_at REAL NOT NULL
+) WITHOUT ROWID;
+"""
+MIGRATIONS = (SCHEMA,)  # MIGRATIONS[n] takes a store from version n to n + 1
+
+LIVE_GRANT = "ended_at IS NULL AND expires_at > :now"
+
+
+class StoreUnavailable(Refusal):
+    """The database cannot be written or read just now (full, locked, broken); nothing was changed."""
+
+    def __init__(self, reason):
+        super().__init__(503, "temporarily_unavailable", "The server cannot save anything just now; try again in a moment.",
+                         (("Retry-After", "5"),))
+        self.reason = reason
+
+
+def _row_factory(cursor, values):
+    return Row(column[0] for column in cursor.description)._make(values)
+
+
+class Row:
+    """Makes (and remembers) one named tuple class per list of columns."""
+
+    known = {}
+
+    def __new__(cls, names):
+        names = tuple(names)
+        if names not in cls.known:
+            cls.known[names] = collections.namedtuple("Row", names, rename=True)
+        return cls.known[names]
+
+
+class Store:
+    """The SQLite database: one writer and one reader connection, WAL, every commit on disk before the call returns."""
+
+    def __init__(self, path, keyring):
+        self.path = path
+        self._write_lock, self._read_lock = threading.Lock(), threading.Lock()  # guard a connection each; leaves
+        self._claim(path)
+        try:
+            self._writer, self._reader = self._connect(path), self._connect(path)
+            self._migrate()
+            self._check_key(keyring)
+        except sqlite3.DatabaseError as error:
+            raise ConfigurationError([f"store_path: {path} cannot be used: {error}. Restore a backup; it is never made anew"]) from None
+
+    def _claim(self, path):
+        """Take the store for this process; files are made 0600 before SQLite could make them otherwise."""
+        try:
+            self._lock_file = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            for name in (path, path + "-wal", path + "-shm"):
+                if os.path.exists(name):
+                    os.chmod(name, 0o600)
+        except BlockingIOError:
+            raise ConfigurationError([f"store_path: another broker is using {path}"]) from None
+        except OSError as error:
+            raise ConfigurationError([f"store_path: cannot use {path}: {error.strerror}"]) from None
+
+    @staticmethod
+    def _connect(path):
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5, cached_statements=256)
+        connection.row_factory = _row_factory
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON", "trusted_schema=OFF"):
+            connection.execute(f"PRAGMA {pragma}")
+        return connection
+
+    def _migrate(self):
+        version = self._writer.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise ConfigurationError([f"store_path: {self.path} was written by a newer version of this program (schema {version})"])
+        for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            with self._batch() as db:
+                for statement in filter(str.strip, script.split(";\n")):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {number}")
+
+    def _check_key(self, keyring):
+        """Refuse a wrong key at the start rather than at each user's next call."""
+        probe = self._one("SELECT value FROM meta WHERE name = 'key_probe'")
+        if probe is None:
+            with self._batch() as db:
+                db.execute("INSERT OR IGNORE INTO meta VALUES ('key_probe', ?)", (keyring.seal("probe", "store", "ok"),))
+            return
+        try:
+            keyring.unseal("probe", "store", probe.value)
+        except ValueError:
+            raise ConfigurationError([f"key_file: the key does not belong to {self.path}"]) from None
+
+    @contextlib.contextmanager
+    def _batch(self):
+        """One transaction: everything within is committed to disk together, or nothing is."""
+        with self._write_lock:
+            try:
+                self._writer.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._writer
+                    self._writer.execute("COMMIT")
+                except BaseException:
+                    with contextlib.suppress(sqlite3.Error):
+                        self._writer.execute("ROLLBACK")
+                    raise
+            except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:
+                raise StoreUnavailable(str(error)) from error
+
+    def _one(self, sql, *parameters):
+        with self._read_lock:
+            try:
+                return self._reader.execute(sql, *parameters).fetchone()
+            except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:
+                raise StoreUnavailable(str(error)) from error
+
+    def _all(self, sql, *parameters):
+        with self._read_lock:
+            try:
+                return self._reader.execute(sql, *parameters).fetchall()
+            except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:
+                raise StoreUnavailable(str(error)) from error
+
+    def healthy(self):
+        """Whether the store answers."""
+        try:
+            return self._one("SELECT 1 FROM meta") is not None
+        except StoreUnavailable:
+            return False
+
+    def close(self):
+        """Checkpoint and close; the lock goes with the process or here."""
+        with self._write_lock, self._read_lock:
+            with contextlib.suppress(sqlite3.Error):
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._reader.close()
+            self._writer.close()
+            os.close(self._lock_file)
+
+    # -- clients
+
+    def add_client(self, client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, now):
+        """Keep a client; one with the same id (a pre-registered one at the next start) is replaced."""
+        with self._batch() as db:
+            db.execute(
+                "INSERT INTO clients (client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, created_at, used_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (client_id) DO UPDATE SET kind = excluded.kind, name = excluded.name,"
+                " redirect_uris = excluded.redirect_uris, secret_hash = excluded.secret_hash, auth_method = excluded.auth_method",
+                (client_id, kind, name, json.dumps(redirect_uris), secret_hash, auth_method, json.dumps(metadata), now, now))
+
+    def client(self, client_id):
+        """A client's row, or None."""
+        return self._one("SELECT * FROM clients WHERE client_id = ?", (client_id,))
+
+    def drop_configured_clients(self, still_configured):
+        """Forget pre-registered clients that the configuration no longer names."""
+        with self._batch() as db:
+            db.execute("DELETE FROM clients WHERE kind = 'configured' AND client_id NOT IN (SELECT value FROM json_each(?))",
+                       (json.dumps(list(still_configured)),))
+
+    # -- logins
+
+    def approve_login(self, state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at=None):
+        """Keep an approved (or, with taken_at, a refused) login; False when this form was answered before."""
+        with self._batch() as db:
+            return db.execute("INSERT OR IGNORE INTO logins VALUES (?, ?, ?, ?, ?, ?, ?)",
+                              (state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at)).rowcount == 1
+
+    def take_login(self, state_hash, now):
+        """The login of a state, once: (browser_hash, kind, sealed), or None when unknown, expired or taken."""
+        with self._batch() as db:
+            row = db.execute("SELECT browser_hash, kind, sealed FROM logins WHERE state_hash = ?", (state_hash,)).fetchone()
+            taken = db.execute("UPDATE logins SET taken_at = ?, sealed = NULL WHERE state_hash = ? AND taken_at IS NULL"
+                               " AND expires_at > ?", (now, state_hash, now)).rowcount
+            return row if taken else None
+
+    def finish_login(self, sub, client_id, scope, asked, resource, code_hash, redirect_uri, challenge, now, expires_at, code_expires_at):
+        """Make the grant of an approved login and its authorization code; the grant's id."""
+        with self._batch() as db:
+            grant_id = db.execute(
+                "INSERT INTO grants (sub, client_id, scope, asked, resource, created_at, used_at, expires_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING grant_id",
+                (sub, client_id, scope, asked, resource, now, now, expires_at)).fetchone()[0]
+            db.execute("INSERT INTO codes (hash, grant_id, client_id, redirect_uri, challenge, expires_at) VALUES (?, ?, ?, ?, ?, ?)",
+                       (code_hash, grant_id, client_id, redirect_uri, challenge, code_expires_at))
+            db.execute("UPDATE clients SET used_at = ? WHERE client_id = ?", (now, client_id))
+            return grant_id
+
+    # -- tokens
+
+    def code(self, code_hash):
+        """An authorization code with its grant: everything the token endpoint compares; None when unknown."""
+        return self._one("SELECT codes.*, grants.sub, grants.scope, grants.ended_at, users.state FROM codes JOIN grants USING (grant_id)"
+                         " JOIN users USING (sub) WHERE hash = ?", (code_hash,))
+
+    def redeem_code(self, code_hash, client_id, redirect_uri, challenge, now, access, refresh, attempts):
+        """Turn a code into a token pair, once: the grant's id and scope, or None and nothing is changed but a counted attempt.
+
+        `access`, `refresh`: (hash, expires_at). RFC 6749 4.1.3, RFC 7636 4.6.
+        """
+        with self._batch() as db:
+            row = db.execute(
+                "UPDATE codes SET used_at = :now WHERE hash = :hash AND client_id = :client AND redirect_uri = :uri AND challenge = :challenge"
+                " AND used_at IS NULL AND expires_at > :now AND attempts < :attempts"
+                f" AND EXISTS (SELECT 1 FROM grants WHERE grant_id = codes.grant_id AND {LIVE_GRANT}) RETURNING grant_id",
+                {"now": now, "hash": code_hash, "client": client_id, "uri": redirect_uri, "challenge": challenge,
+                 "attempts": attempts}).fetchone()
+            if row is None:
+                db.execute("UPDATE codes SET attempts = attempts + 1 WHERE hash = ? AND client_id = ? AND redirect_uri = ?"
+                           " AND challenge != ?", (code_hash, client_id, redirect_uri, challenge))
+                return None
+            return self._issue(db, row.grant_id, None, now, access, refresh)
+
+    @staticmethod
+    def _issue(db, grant_id, scope, now, access, refresh):
+        grant = db.execute("UPDATE grants SET used_at = ?, expires_at = ? WHERE grant_id = ? RETURNING grant_id, sub, client_id, scope",
+                           (now, refresh[1], grant_id)).fetchone()
+        db.execute("INSERT INTO access_tokens VALUES (?, ?, ?, ?, ?)", (access[0], grant_id, scope or grant.scope, now, access[1]))
+        db.execute("INSERT INTO refresh_tokens (hash, grant_id, issued_at, expires_at) VALUES (?, ?, ?, ?)",
+                   (refresh[0], grant_id, now, refresh[1]))
+        return grant
+
+    def refresh_token(self, token_hash):
+        """A refresh token with its grant and the user's state; None when unknown."""
+        return self._one("SELECT refresh_tokens.*, grants.sub, grants.client_id, grants.scope, grants.resource, grants.ended_at, users.state"
+                         " FROM refresh_tokens JOIN grants USING (grant_id) JOIN users USING (sub) WHERE hash = ?", (token_hash,))
+
+    def rotate(self, token_hash, scope, now, access, refresh, successor):
+        """Replace a refresh token by a pair, once: the grant, or None when it was rotated, has expired or its grant has ended."""
+        with self._batch() as db:
+            row = db.execute(
+                "UPDATE refresh_tokens SET rotated_at = :now, successor = :box WHERE hash = :hash AND rotated_at IS NULL"
+                f" AND expires_at > :now AND EXISTS (SELECT 1 FROM grants WHERE grant_id = refresh_tokens.grant_id AND {LIVE_GRANT})"
+                " RETURNING grant_id", {"now": now, "box": successor, "hash": token_hash}).fetchone()
+            return row and self._issue(db, row.grant_id, scope, now, access, refresh)
+
+    def bearer(self, token_hash, now):
+        """Who an access token speaks for: one row of token, grant and user, or None when it is not good (any more)."""
+        return self._one(
+            "SELECT t.grant_id, t.scope, t.expires_at, g.sub, g.client_id, g.asked, g.scope AS grant_scope, g.resource, u.login, u.state"
+            " FROM access_tokens t JOIN grants g USING (grant_id) JOIN users u USING (sub)"
+            " WHERE t.hash = ? AND t.expires_at > ? AND g.ended_at IS NULL AND g.expires_at > ?", (token_hash, now, now))
+
+    def access_token(self, token_hash):
+        """An access token's (expires_at, client_id), or None: for the grace of a refresh, and for revocation."""
+        return self._one("SELECT t.expires_at, g.client_id FROM access_tokens t JOIN grants g USING (grant_id) WHERE hash = ?", (token_hash,))
+
+    def drop_access_token(self, token_hash):
+        """Revoke one access token (RFC 7009)."""
+        with self._batch() as db:
+            db.execute("DELETE FROM access_tokens WHERE hash = ?", (token_hash,))
+
+    def end_grant(self, grant_id, reason, now):
+        """End a grant with all its tokens; its (sub, client_id), or None when it had ended before."""
+        with self._batch() as db:
+            row = db.execute("UPDATE grants SET ended_at = ?, end_reason = ? WHERE grant_id = ? AND ended_at IS NULL"
+                             " RETURNING sub, client_id", (now, reason, grant_id)).fetchone()
+            db.execute("DELETE FROM access_tokens WHERE grant_id = ?", (grant_id,))
+            db.execute("UPDATE refresh_tokens SET successor = NULL WHERE grant_id = ?", (grant_id,))
+            return row
+
+    def live_grants(self, now):
+        """The ids of all grants that live, and the (sub, client_id) pairs that have one."""
+        rows = self._all(f"SELECT grant_id, sub, client_id FROM grants WHERE {LIVE_GRANT}", {"now": now})
+        return {row.grant_id for row in rows}, {(row.sub, row.client_id) for row in rows}
+
+    def change_marker(self):
+        """A value that changes when any process has committed: PRAGMA data_version sees others, total_changes sees us."""
+        return self._one("PRAGMA data_version")[0], self._writer.total_changes
+
+    # -- users and their credential at Forgejo
+
+    def user(self, sub):
+        """A user's row (groups as a list), or None."""
+        row = self._one("SELECT * FROM users WHERE sub = ?", (sub,))
+        return row and row._replace(groups=json.loads(row.groups))
+
+    def update_user(self, sub, login, name, groups, now):
+        """Make or refresh what userinfo says of a user; the state and the credential stay."""
+        with self._batch() as db:
+            db.execute("INSERT INTO users (sub, login, name, groups, state, checked_at, created_at) VALUES (?, ?, ?, ?, 'logged_out', ?, ?)"
+                       " ON CONFLICT (sub) DO UPDATE SET login = excluded.login, name = excluded.name, groups = excluded.groups,"
+                       " checked_at = excluded.checked_at", (sub, login, name, json.dumps(list(groups)), now, now))
+
+    def set_upstream_scope(self, sub, scope):
+        """What Forgejo really granted, as introspection tells; None when unknown."""
+        with self._batch() as db:
+            db.execute("UPDATE users SET upstream_scope = ? WHERE sub = ?", (scope, sub))
+
+    def refresh_started(self, sub, now):
+        """Note that the stored refresh token is about to be spent: after a crash its refusal is known to be ours."""
+        with self._batch() as db:
+            db.execute("UPDATE users SET refreshing_since = ? WHERE sub = ?", (now, sub))
+
+    def save_credential(self, sub, box, grant, count, expires_at, obtained_at):
+        """Replace a known user's credential and log them in; the new sequence number, None when a newer one is stored.
+
+        Newer is what Forgejo counted later: its grant's number, then the grant's counter. Equal or unreadable: the last one saved.
+        """
+        with self._batch() as db:
+            row = db.execute(
+                "UPDATE users SET credential = :box, credential_grant = :grant, credential_count = :count, access_expires_at = :expires,"
+                " obtained_at = :obtained, credential_seq = credential_seq + 1, refreshing_since = NULL, state = 'active'"
+                " WHERE sub = :sub AND (:grant = 0 OR credential_grant < :grant"
+                " OR (credential_grant = :grant AND credential_count <= :count)) RETURNING credential_seq",
+                {"box": box, "grant": grant, "count": count, "expires": expires_at, "obtained": obtained_at, "sub": sub}).fetchone()
+            return row and row.credential_seq
+
+    def set_user_state(self, sub, state, if_seq=None):
+        """Set a user's state, if wanted only while a credential is still the stored one; whether it was set."""
+        with self._batch() as db:
+            return db.execute("UPDATE users SET state = ?, refreshing_since = NULL WHERE sub = ? AND (? IS NULL OR credential_seq = ?)"
+                              " AND state != ?", (state, sub, if_seq, if_seq, state)).rowcount == 1
+
+    def users_to_refresh(self, obtained_before, now):
+        """The users with a live grant whose credential is older than that: Forgejo's refresh token dies after 730 h unused."""
+        return [row.sub for row in self._all(
+            "SELECT sub FROM users WHERE state = 'active' AND obtained_at < :before AND EXISTS"
+            f" (SELECT 1 FROM grants WHERE grants.sub = users.sub AND {LIVE_GRANT})", {"before": obtained_before, "now": now})]
+
+    # -- sessions
+
+    def add_session(self, session_hash, sub, client_id, protocol_version, initialize, server, now, keep):
+        """Keep a session; of this user's, the longest unused above `keep` go: their hashes."""
+        with self._batch() as db:
+            db.execute("INSERT INTO sessions (hash, sub, client_id, protocol_version, initialize, server, created_at, used_at)"
+                       " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                       (session_hash, sub, client_id, protocol_version, json.dumps(initialize), json.dumps(server), now, now))
+            return [row.hash for row in db.execute(
+                "DELETE FROM sessions WHERE hash IN (SELECT hash FROM sessions WHERE sub = ? ORDER BY used_at DESC, created_at DESC"
+                " LIMIT -1 OFFSET ?) RETURNING hash", (sub, keep)).fetchall()]
+
+    def session(self, session_hash, sub, client_id):
+        """A session's row if it is theirs, else None."""
+        return self._one("SELECT * FROM sessions WHERE hash = ? AND sub = ? AND client_id = ?", (session_hash, sub, client_id))
+
+    def update_session(self, session_hash, log_level, subscriptions, tools_hash):
+        """What has to be replayed to a new child."""
+        with self._batch() as db:
+            db.execute("UPDATE sessions SET log_level = ?, subscriptions = ?, tools_hash = ? WHERE hash = ?",
+                       (log_level, json.dumps(sorted(subscriptions)), tools_hash, session_hash))
+
+    def touch_sessions(self, uses):
+        """Write down when sessions were last used: {hash: time}."""
+        with self._batch() as db:
+            db.executemany("UPDATE sessions SET used_at = max(used_at, ?) WHERE hash = ?", [(at, name) for name, at in uses.items()])
+
+    def end_session(self, session_hash):
+        """Forget a session; whether it was there."""
+        with self._batch() as db:
+            return db.execute("DELETE FROM sessions WHERE hash = ?", (session_hash,)).rowcount == 1
+
+    def end_orphaned_sessions(self, now):
+        """Forget the sessions of every (user, client) without a live grant: their hashes."""
+        with self._batch() as db:
+            return [row.hash for row in db.execute(
+                "DELETE FROM sessions WHERE NOT EXISTS (SELECT 1 FROM grants g WHERE g.sub = sessions.sub AND g.client_id ="
+                " sessions.client_id AND g.ended_at IS NULL AND g.expires_at > ?) RETURNING hash", (now,)).fetchall()]
+
+    def count_sessions(self):
+        """How many sessions are on file."""
+        return self._one("SELECT count(*) AS n FROM sessions").n
+
+    def sweep(self, now, session_lifetime, client_lifetime=30 * 86400):
+        """Drop what has had its time; tombstones that reuse detection needs stay as long as their grant. Returns ended sessions."""
+        with self._batch() as db:
+            db.execute("DELETE FROM logins WHERE expires_at < ?", (now - 3600,))
+            db.execute("DELETE FROM account_logins WHERE expires_at < ?", (now,))
+            db.execute("DELETE FROM assertions WHERE expires_at < ?", (now,))
+            db.execute("DELETE FROM access_tokens WHERE expires_at < ?", (now - 60,))
+            db.execute("UPDATE refresh_tokens SET successor = NULL WHERE successor IS NOT NULL AND rotated_at < ?", (now - REFRESH_GRACE,))
+            db.execute("DELETE FROM grants WHERE grant_id IN (SELECT grant_id FROM grants WHERE expires_at < ?1 OR ended_at < ?1 LIMIT 500)",
+                       (now - 86400,))
+            db.execute("DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind = 'dynamic' AND used_at < ?"
+                       " AND NOT EXISTS (SELECT 1 FROM grants g WHERE g.client_id = clients.client_id AND g.ended_at IS NULL) LIMIT 500)",
+                       (now - client_lifetime,))
+            return [row.hash for row in db.execute("DELETE FROM sessions WHERE used_at < ? RETURNING hash",
+                                                   (now - session_lifetime,)).fetchall()]
+# ======================================================================================================================
+# Forgejo
+# Owns every outgoing HTTP request, what Forgejo's answers mean, and the one upstream credential of each user.
+# Must not know MCP clients' tokens, sessions or children.
+# ======================================================================================================================
+
+class FetchFailed(Exception):
+    """An outgoing request that brought no whole answer: unreachable, too slow, too large, not HTTP."""
+
+
+class UpstreamDown(Exception):
+    """Forgejo cannot be asked just now, or answered with something that means nothing: keep what there is, try later."""
+
+
+class UpstreamRefused(Exception):
+    """Forgejo refused the code, refresh token or access token: the user has to log in again."""
+
+
+class UpstreamMisconfigured(Exception):
+    """Forgejo refused this broker's client id or secret: the operator's fault, not the user's."""
+
+
+class NotAUser(Exception):
+    """userinfo answered with a page: Forgejo does so for suspended users, and so do proxies. Needs a second witness."""
+
+
+class LoggedOut(Exception):
+    """The user has no usable credential at Forgejo."""
+
+
+class NotAllowed(Exception):
+    """The user is not among those that may use this broker."""
+
+    def __init__(self, sub, login, reason):
+        super().__init__(reason)
+        self.sub, self.login, self.reason = sub, login, reason
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """An answer: status, headers by lower-case name, and the body."""
+
+    status: int
+    headers: dict
+    body: bytes
+
+    def json(self):
+        """The JSON object in the body of a 200 application/json, else None."""
+        if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            return None
+        try:
+            value = read_json(self.body)
+        except (ValueError, RecursionError):
+            return None
+        return value if isinstance(value, dict) else None
+
+
+class _Deadline(io.RawIOBase):
+    """Reads from a socket until a moment, however slowly the bytes drip: a time-out per read would start anew at each byte."""
+
+    def __init__(self, sock, deadline):
+        self._sock, self._deadline = sock, deadline
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        return self._sock.recv_into(buffer)
+
+
+class _Socket:
+    """What http.client asks of a socket, with one deadline over all of an answer."""
+
+    def __init__(self, sock, deadline):
+        self._sock, self._deadline = sock, deadline
+
+    def makefile(self, mode):
+        return io.BufferedReader(_Deadline(self._sock, self._deadline))
+
+    def sendall(self, data):
+        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        self._sock.sendall(data)
+
+    def close(self):
+        self._sock.close()
+
+
+def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_file="", address=None):
+    """One HTTP request without proxies or redirects, all of it within `deadline` seconds and `cap` bytes; FetchFailed otherwise.
+
+    `address`: connect there instead of resolving the name; TLS and Host stay the name's.
+    """
+    parts, end = urlsplit(url), time.monotonic() + deadline
+    port = parts.port or {"https": 443, "http": 80}[parts.scheme]
+    connection = http.client.HTTPConnection(parts.hostname, port)
+    try:
+        sock = socket.create_connection((address or parts.hostname, port), timeout=deadline)
+        if parts.scheme == "https":
+            sock.settimeout(max(0.001, end - time.monotonic()))
+            sock = ssl.create_default_context(cafile=ca_file or None).wrap_socket(sock, server_hostname=parts.hostname)
+        connection.sock = _Socket(sock, end)
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.request(method, target, body or None, {"User-Agent": f"fjmcp-broker/{__version__}", "Accept": "application/json",
+                                                          "Accept-Encoding": "identity", "Connection": "close", **dict(headers)})
+        response = connection.getresponse()
+        data = response.read(cap + 1)
+        if len(data) > cap:
+            raise FetchFailed("the answer is too large")
+        return Fetched(response.status, {name.lower(): value for name, value in response.getheaders()}, data)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise FetchFailed(f"{type(error).__name__}: {error}") from None
+    finally:
+        connection.close()
+
+
+def jwt_claims(token):
+    """The claims of a JWT, unverified: it came straight from Forgejo over TLS. {} when it is none."""
+    try:
+        claims = json.loads(unb64url(token.split(".")[1]))
+        return claims if isinstance(claims, dict) else {}
+    except (ValueError, IndexError, AttributeError):
+        return {}
+
+
+def _claim(claims, name):
+    value = claims.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62 else 0
+
+
+@dataclass(frozen=True)
+class Credential:
+    """What Forgejo gave for a user. `grant` and `count` are its own numbers, by which newer is told from older; 0: unreadable."""
+
+    access: str
+    refresh: str
+    expires_at: float
+    obtained_at: float
+    grant: int
+    count: int
+    subject: object
+
+    @classmethod
+    def from_answer(cls, answer, now, old_refresh=""):
+        """From a token answer; UpstreamDown when it is not one."""
+        access, refresh = answer.get("access_token"), answer.get("refresh_token") or old_refresh
+        if not isinstance(access, str) or not access or not isinstance(refresh, str) or str(answer.get("token_type")).lower() != "bearer":
+            raise UpstreamDown("Forgejo's token answer is incomplete")
+        life = answer.get("expires_in")
+        life = float(life) if isinstance(life, (int, float)) and not isinstance(life, bool) or isinstance(life, str) and life.isdigit() else 3600.0
+        life = life if 0 < life < 366 * 86400 else 3600.0
+        expires, issued = _claim(jwt_claims(access), "exp"), _claim(jwt_claims(access), "iat")
+        if expires and issued and 0 < expires - issued < life:  # by the token's own clock, so that a skew does not matter
+            life = expires - issued
+        claims = jwt_claims(refresh)
+        subject = jwt_claims(answer["id_token"]).get("sub") if isinstance(answer.get("id_token"), str) else None
+        return cls(access, refresh, now + life, now, _claim(claims, "gnt"), _claim(claims, "cnt"), subject)
+
+
+@dataclass(frozen=True)
+class UserInfo:
+    """Who a token belongs to: the numeric id as text (stable over renames), login, display name, groups."""
+
+    sub: str
+    login: str
+    name: str
+    groups: tuple
+
+
+class Forgejo:
+    """What this broker asks of Forgejo (reference: Forgejo's OAuth2 provider)."""
+
+    def __init__(self, settings, clock):
+        self._settings, self._clock = settings, clock
+        base = settings.forgejo_internal_url or settings.forgejo_url
+        self._authorize = settings.forgejo_authorize_url or settings.forgejo_url + "/login/oauth/authorize"
+        self._token = settings.forgejo_token_url or base + "/login/oauth/access_token"
+        self._userinfo = settings.forgejo_userinfo_url or base + "/login/oauth/userinfo"
+        self._introspection = settings.forgejo_introspection_url or base + "/login/oauth/introspect"
+        self._api = base + "/api/v1"
+
+    def _fetch(self, method, url, **arguments):
+        try:
+            return fetch(method, url, ca_file=self._settings.forgejo_ca_file, **arguments)
+        except FetchFailed as error:
+            raise UpstreamDown(str(error)) from None
+
+    def authorize_url(self, state, challenge):
+        """Where the browser goes to log in. PKCE is sent but not relied on: older Forgejo drops the challenge."""
+        query = {"response_type": "code", "client_id": self._settings.forgejo_oauth_client_id, "state": state,
+                 "redirect_uri": self._settings.public_url + "/oauth/callback", "scope": self._settings.forgejo_oauth_scopes,
+                 "code_challenge": challenge, "code_challenge_method": "S256"}
+        return self._authorize + ("&" if "?" in self._authorize else "?") + urlencode(query, quote_via=quote)
+
+    def _grant(self, form, old_refresh=""):
+        form = {**form, "client_id": self._settings.forgejo_oauth_client_id, "client_secret": self._settings.forgejo_oauth_client_secret}
+        answer = self._fetch("POST", self._token, body=urlencode(form).encode(),
+                             headers=(("Content-Type", "application/x-www-form-urlencoded"),))
+        value = answer.json()
+        if answer.status == 200 and value is not None:
+            return Credential.from_answer(value, self._clock.now(), old_refresh)
+        error = value.get("error") if value and 400 <= answer.status < 500 and answer.status != 429 else None
+        description = str(value.get("error_description"))[:200] if value else ""
+        if error == "invalid_client" or error == "unauthorized_client" and "client secret" in description:
+            raise UpstreamMisconfigured(f"{error}: {description}")
+        if error in ("invalid_grant", "unauthorized_client", "access_denied"):
+            raise UpstreamRefused(f"{error}: {description}")
+        raise UpstreamDown(f"status {answer.status} {error or ''}".strip())
+
+    def exchange(self, code, verifier):
+        """A Credential for an authorization code."""
+        return self._grant({"grant_type": "authorization_code", "code": code, "code_verifier": verifier,
+                            "redirect_uri": self._settings.public_url + "/oauth/callback"})
+
+    def refresh(self, refresh_token):
+        """A Credential for a refresh token, which is spent by this."""
+        return self._grant({"grant_type": "refresh_token", "refresh_token": refresh_token}, refresh_token)
+
+    def userinfo(self, access):
+        """The UserInfo of an access token; UpstreamRefused, NotAUser or UpstreamDown."""
+        answer = self._fetch("GET", self._userinfo, headers=(("Authorization", f"Bearer {access}"),))
+        if answer.status == 401:
+            raise UpstreamRefused("userinfo: 401")
+        if answer.status in (200, 303) and answer.json() is None:
+            raise NotAUser(f"userinfo: {answer.status} without JSON")
+        value = answer.json() if answer.status == 200 else None
+        if value is None:
+            raise UpstreamDown(f"userinfo: status {answer.status}")
+        sub, login, groups = value.get("sub"), value.get("preferred_username"), value.get("groups") or []
+        if not isinstance(sub, str) or not re.fullmatch(r"[1-9][0-9]{0,18}", sub) or not isinstance(login, str) or not login:
+            raise UpstreamDown("userinfo names nobody")
+        groups = tuple(group for group in groups if isinstance(group, str)) if isinstance(groups, list) else ()
+        return UserInfo(sub, login, value["name"] if isinstance(value.get("name"), str) else "", groups)
+
+    def refuses(self, access):
+        """The second witness: whether the API itself refuses the token, in JSON."""
+        try:
+            answer = self._fetch("GET", self._api + "/user", headers=(("Authorization", f"token {access}"),))
+        except UpstreamDown:
+            return False
+        value = answer.json()
+        return answer.status == 401 and value is not None or \
+            answer.status == 403 and value is not None and "scope" not in str(value.get("message"))
+
+    def introspect(self, token):
+        """The scopes that Forgejo really granted, or None when it does not say."""
+        credentials = f"{self._settings.forgejo_oauth_client_id}:{self._settings.forgejo_oauth_client_secret}"
+        try:
+            value = self._fetch("POST", self._introspection, body=urlencode({"token": token}).encode(), headers=(
+                ("Content-Type", "application/x-www-form-urlencoded"),
+                ("Authorization", "Basic " + base64.b64encode(credentials.encode()).decode()))).json()
+        except UpstreamDown:
+            return None
+        return value["scope"] if value and value.get("active") is True and isinstance(value.get("scope"), str) else None
+
+
+def allowed(settings, info):
+    """Whether a user may use this broker, by login or by group."""
+    if not settings.allowed_users and not settings.allowed_groups:
+        return True
+    return info.login.lower() in {user.lower() for user in settings.allowed_users} or bool(set(info.groups) & set(settings.allowed_groups))
+
+
+class Upstream:
+    """The one credential of each user at Forgejo: refreshed by one thread at a time, saved before it is used, shared by all clients.
+
+    Forgejo keeps one refresh token per user and application, and every exchange or refresh kills the older one.
+    """
+
+    def __init__(self, settings, store, keyring, forgejo, log, clock):
+        self._settings, self._store, self._keyring, self._forgejo = settings, store, keyring, forgejo
+        self._log, self._clock = log, clock
+        self._lock = threading.Lock()  # guards the dicts and the counter below; a leaf
+        # A user's lock allows one refresh at a time; the only lock held across the network, taken before any other.
+        self._user_locks, self._retry, self._asked, self._callbacks = {}, {}, {}, 0
+
+    def _user_lock(self, sub):
+        with self._lock:
+            return self._user_locks.setdefault(sub, threading.Lock())
+
+    @contextlib.contextmanager
+    def callback(self):
+        """While a login is being exchanged: a refusal seen meanwhile may be of the token which that login replaced."""
+        with self._lock:
+            self._callbacks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._callbacks -= 1
+
+    def login(self, code, verifier):
+        """Exchange a callback's code and say who logged in: UserInfo; NotAllowed, UpstreamRefused, UpstreamDown otherwise.
+
+        The exchange has killed the user's older refresh token, so what it gave is saved before anything else can fail.
+        """
+        credential = self._forgejo.exchange(code, verifier)
+        if isinstance(credential.subject, str) and self._store.user(credential.subject):
+            self._save(credential.subject, credential)
+        try:
+            info = self._forgejo.userinfo(credential.access)
+        except NotAUser:
+            raise UpstreamRefused("userinfo answers with a page: the account may be suspended") from None
+        if credential.subject is not None and credential.subject != info.sub:
+            raise UpstreamDown("userinfo and id_token name different users")
+        if not allowed(self._settings, info):
+            raise NotAllowed(info.sub, info.login, "This account may not use this server")
+        scope = self._forgejo.introspect(credential.access)
+        asked = set(self._settings.forgejo_oauth_scopes.split())
+        if self._settings.strict_scopes and scope is not None and set(scope.split()) != asked:
+            raise NotAllowed(info.sub, info.login, "Forgejo granted other scopes than were asked")
+        self._store.update_user(info.sub, info.login, info.name, info.groups, self._clock.now())
+        self._save(info.sub, credential)
+        self._store.set_upstream_scope(info.sub, scope)
+        return info
+
+    def _save(self, sub, credential):
+        box = self._keyring.seal("upstream", f"user:{sub}", {"access": credential.access, "refresh": credential.refresh})
+        with self._lock:
+            self._retry.pop(sub, None)
+        return self._store.save_credential(sub, box, credential.grant, credential.count, credential.expires_at, credential.obtained_at)
+
+    def _opened(self, sub):
+        user = self._store.user(sub)
+        if user is None or user.state != "active" or user.credential is None:
+            raise LoggedOut(sub)
+        try:
+            return user, self._keyring.unseal("upstream", f"user:{sub}", user.credential)
+        except ValueError:
+            raise LoggedOut(sub) from None
+
+    def _left(self, user):
+        return user.access_expires_at - self._clock.now(), user.access_expires_at - user.obtained_at
+
+    def needs_refresh(self, sub, seconds, part):
+        """Whether less than min(seconds, a part of its life) is left of the user's access token."""
+        user = self._store.user(sub)
+        if user is None or user.state != "active":
+            return False
+        left, life = self._left(user)
+        return left < min(seconds, life / part)
+
+    def credential(self, sub):
+        """(access token, sequence number) good for a request; LoggedOut, UpstreamDown or UpstreamMisconfigured."""
+        user, box = self._opened(sub)
+        left, life = self._left(user)
+        if left < min(60, life / 8):
+            try:
+                self.refresh(sub, user.credential_seq)
+            except (UpstreamDown, UpstreamMisconfigured):
+                if left <= 0:
+                    raise
+            user, box = self._opened(sub)
+        return box["access"], user.credential_seq
+
+    def refresh(self, sub, seen=None):
+        """Refresh a user's credential, one thread at a time; False when another thread or login already did since `seen`."""
+        if seen is None:
+            seen = getattr(self._store.user(sub), "credential_seq", None)
+        with self._user_lock(sub):
+            user, box = self._opened(sub)
+            if user.credential_seq != seen:
+                return False
+            now = self._clock.now()
+            with self._lock:
+                not_before, wait = self._retry.get(sub, (0.0, 0.0))
+            if now < not_before:
+                raise UpstreamDown("waiting to try again")
+            self._store.refresh_started(sub, now)
+            try:
+                credential = self._forgejo.refresh(box["refresh"])
+            except UpstreamDown:
+                self._back_off(sub, now, wait)
+                raise
+            except UpstreamMisconfigured as error:
+                self._log.event("error", "forgejo refuses this broker's client id or secret", reason=str(error))
+                self._back_off(sub, now, wait)
+                raise
+            except UpstreamRefused as error:
+                self._refused(sub, user, now, wait, error)
+                raise LoggedOut(sub) from None
+            self._save(sub, credential)
+            self._log.event("info", "upstream refreshed", user=sub)
+        self._check_again(sub, credential.access)
+        return True
+
+    def _back_off(self, sub, now, wait):
+        wait = min(60.0, wait * 2 or 1.0)
+        with self._lock:
+            self._retry[sub] = (now + wait, wait)
+
+    def _refused(self, sub, user, now, wait, error):
+        with self._lock:
+            login_under_way = self._callbacks > 0
+        if login_under_way:
+            self._back_off(sub, now, wait)
+            raise UpstreamDown("a login is replacing this credential")
+        if self._store.set_user_state(sub, "logged_out", user.credential_seq):
+            self._log.audit("logged out upstream", user=sub, reason=str(error), interrupted=user.refreshing_since is not None)
+
+    def _check_again(self, sub, access):
+        """After each refresh: is this still a user who may be here?"""
+        try:
+            info = self._forgejo.userinfo(access)
+        except (UpstreamDown, UpstreamRefused):
+            return
+        except NotAUser:
+            if self._forgejo.refuses(access):
+                self._shut_out(sub, "suspended", "Forgejo has suspended the account")
+            return
+        if info.sub != sub:
+            self._shut_out(sub, "logged_out", "Forgejo names another user")
+        elif not allowed(self._settings, info):
+            self._shut_out(sub, "refused", "no longer among the allowed users and groups")
+        else:
+            self._store.update_user(sub, info.login, info.name, info.groups, self._clock.now())
+
+    def _shut_out(self, sub, state, reason):
+        if self._store.set_user_state(sub, state):
+            self._log.audit("access refused", user=sub, reason=reason)
+
+    def note_tool_refusal(self, sub):
+        """A tool answered with an error that may be Forgejo refusing the token: ask the API itself, at most once a minute."""
+        now = self._clock.now()
+        with self._lock:
+            if now - self._asked.get(sub, -60.0) < 60:
+                return
+            self._asked[sub] = now
+        with contextlib.suppress(LoggedOut, StoreUnavailable):
+            user, box = self._opened(sub)
+            if self._forgejo.refuses(box["access"]) and self._store.set_user_state(sub, "logged_out", user.credential_seq):
+                self._log.audit("logged out upstream", user=sub, reason="the API refuses the token")
+# ======================================================================================================================
+# Messages
+# Owns what a JSON-RPC message is, in one function, and how one is written; and strict reading of JSON from outside.
+# Must not know methods, sessions or HTTP.
+# ======================================================================================================================
+
+MAX_DEPTH = 64
+ENVELOPE = re.compile(rb'\{"jsonrpc":"2\.0","id":([0-9]{1,15}),"(?:result|error)":')
+
+
+def _unique(pairs):
+    value = dict(pairs)
+    if len(value) != len(pairs):  # Python keeps the last, others the first: a difference to attack with
+        raise ValueError("an object has the same key twice")
+    return value
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text):
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError("a number is too large")
+    return value
+
+
+def _check_depth(text):
+    """Refuse deep nesting before a recursive parser sees it."""
+    depth, bare = 0, re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
+    for character in re.findall(r"[\[\]{}]", bare):
+        depth += 1 if character in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
+
+
+def read_json(body):
+    """The value of a JSON text from outside: strict UTF-8, no duplicate keys, NaN or endless numbers; ValueError otherwise."""
+    text = body.decode("utf-8")
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(text)
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+
+
+def parse_json_object(body, error):
+    """A JSON object from outside; OAuthError `error` when it is none."""
+    try:
+        value = read_json(body)
+    except (ValueError, RecursionError) as problem:
+        raise OAuthError(error, f"The body is not a JSON object: {problem}.") from None
+    if not isinstance(value, dict):
+        raise OAuthError(error, "The body is not a JSON object.")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A JSON-RPC message: `kind` is request, notification or response; `body` is the whole object."""
+
+    kind: str
+    id: object
+    method: str
+    params: object
+    body: dict
+
+
+def is_request_id(value):
+    """A string of up to 256 characters or an integer of up to 64 digits."""
+    if isinstance(value, bool):
+        return False
+    return (isinstance(value, str) and len(value) <= 256) or (isinstance(value, int) and abs(value) < 10**64)
+
+
+def classify(value):
+    """The one decision what a JSON value is as a JSON-RPC message (JSON-RPC 2.0 4 and 5); ValueError says why it is none."""
+    if not isinstance(value, dict):
+        raise ValueError("a message must be an object")
+    if value.get("jsonrpc") != "2.0":
+        raise ValueError('"jsonrpc" must be "2.0"')
+    if "method" in value:
+        if not isinstance(value["method"], str) or "result" in value or "error" in value:
+            raise ValueError("a request has a method of text, and neither result nor error")
+        if not isinstance(value.get("params", {}), dict):
+            raise ValueError("params must be an object")
+        if "id" not in value:
+            return Message("notification", None, value["method"], value.get("params"), value)
+        if not is_request_id(value["id"]):
+            raise ValueError("an id must be a string or an integer")
+        return Message("request", value["id"], value["method"], value.get("params"), value)
+    if ("result" in value) == ("error" in value) or not is_request_id(value.get("id")):
+        raise ValueError("a response has an id, and either result or error")
+    if "error" in value and not (isinstance(value["error"], dict) and isinstance(value["error"].get("code"), int)):
+        raise ValueError("an error must be an object with a code")
+    return Message("response", value["id"], "", None, value)
+
+
+def dump(value):
+    """A message as one line of bytes: ASCII, so that no character in it can end a line or a frame."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def result_message(request_id, result):
+    """A JSON-RPC result as bytes."""
+    return dump({"jsonrpc": "2.0", "id": request_id, "result": result})
+
+
+def error_message(request_id, code, message, data=None):
+    """A JSON-RPC error as bytes."""
+    error = {"code": code, "message": message} | ({"data": data} if data is not None else {})
+    return dump({"jsonrpc": "2.0", "id": request_id, "error": error})
+
+
+def with_id(line, message, request_id):
+    """A child's answer with its id replaced: large ones keep their bytes, when the envelope leaves no doubt."""
+    match = ENVELOPE.match(line)
+    if match and int(match[1]) == message.id and message.body.keys() <= {"jsonrpc", "id", "result", "error"} and b"\r" not in line:
+        return line[:match.start(1)] + dump(request_id) + line[match.end(1):]
+    return dump({**message.body, "id": request_id})
+# ======================================================================================================================
+# HTTP values
+# Owns what a handler is given and what it gives back: Request, Response, and Stream, the value of everything that waits.
+# Must not know sockets, routes, or what the bytes mean.
+# ======================================================================================================================
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One HTTP request: `headers` maps a lower-case name to the list of its values; `target` is the raw path, `query` the raw query.
+
+    `read_body(limit)` returns the body's bytes, reading them only then; Refusal 413 or 400. `address` is the client's, as far as
+    trusted proxies tell. `direct` is true when no proxy spoke for the client.
+    """
+
+    method: str
+    path: str
+    query: str
+    headers: dict
+    address: str
+    direct: bool
+    id: str
+    read_body: object
+
+    def header(self, name, default=None):
+        """The value of a header that may stand once; Refusal 400 when it stands twice."""
+        values = self.headers.get(name)
+        if not values:
+            return default
+        if len(values) > 1:
+            raise Refusal(400, "invalid_request", f"The header {name} may be sent only once.")
+        return values[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """An answer that is still to come: the connection's thread pumps `reader` (of a Stream) until its last item.
+
+    `json_wait`: seconds in which a last item that comes first is sent as plain JSON, None for however long it takes (no stream).
+    `head`: extra headers. `prime`: open an event stream with an empty event that carries an id (MCP 2025-11-25).
+    `batch`: the answers form one JSON array.
+    """
+
+    reader: object
+    json_wait: object = 2.0
+    head: tuple = ()
+    prime: bool = False
+    batch: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One HTTP response: a status, headers as (name, value) pairs and a body of bytes, or a `later` that is pumped. """
+
+    status: int
+    body: bytes = b""
+    content_type: str = ""
+    headers: tuple = ()
+    later: object = None
+    close: bool = False
+
+
+def json_response(status, value, headers=()):
+    """A JSON response."""
+    return Response(status, json.dumps(value).encode(), "application/json", tuple(headers))
+
+
+def redirect(location):
+    """A 303: what follows a form must be a GET (RFC 9700 4.12), and a URL with a code in it must not be cached."""
+    return Response(303, headers=(("Location", location), ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer")))
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing on a stream: a number, the bytes of a JSON-RPC message, whether it is an answer, and whether it is the last."""
+
+    number: int
+    data: bytes
+    answer: bool = False
+    last: bool = False
+
+
+class Stream:
+    """What the broker has to say on one POST or GET: numbered, bounded, resumable, with one reader at a time.
+
+    Producers call put(); a reader takes items in order. Items stay for a client that resumes, within `max_items` and `max_bytes`.
+    A producer waits while an attached reader lags by more than that; without a reader the oldest items fall out.
+    """
+
+    def __init__(self, max_items=256, max_bytes=1 << 20, stall=35.0, answers=0):
+        self.key = b64url(os.urandom(9))  # new at every start of the broker, so stale event ids never match
+        self._max_items, self._max_bytes, self._stall = max_items, max_bytes, stall
+        self._changed = threading.Condition()  # guards everything below; a leaf: nothing is taken while it is held
+        self._items = collections.deque()
+        self._bytes = self._number = self._taken = 0
+        self._reader = None
+        self._answers_left = answers
+        self.finished = False
+
+    def put(self, data, answer=False):
+        """Add a message; the last of the expected answers ends the stream. False when it has ended already."""
+        with self._changed:
+            if self._reader and not answer and len(self._items) >= self._max_items:
+                self._changed.wait_for(lambda: not self._reader or self._backlog() < self._max_items or self.finished, self._stall)
+            if self.finished:
+                return False
+            self._number += 1
+            self._answers_left -= answer
+            last = answer and self._answers_left <= 0
+            self._items.append(Item(self._number, data, answer, last))
+            self._bytes += len(data)
+            while len(self._items) > self._max_items or (self._bytes > self._max_bytes and len(self._items) > 1):
+                if self._reader and self._items[0].number > self._reader.cursor:
+                    break
+                self._bytes -= len(self._items.popleft().data)
+            self.finished = last
+            self._changed.notify_all()
+            return True
+
+    def _backlog(self):
+        return sum(1 for item in self._items if item.number > self._reader.cursor) if self._reader else 0
+
+    def end(self):
+        """No more will come: an attached reader ends."""
+        with self._changed:
+            self.finished = True
+            self._changed.notify_all()
+
+    def open(self, after=None):
+        """A Reader from the item after number `after` (default: what was not yet taken); it takes over from an older one."""
+        with self._changed:
+            if self._reader:
+                self._reader.ended = True
+            self._reader = Reader(self, self._taken if after is None else after)
+            self._changed.notify_all()
+            return self._reader
+
+    @property
+    def is_spent(self):
+        """Whether it has ended and its reader took all of it."""
+        return self.finished and self._taken >= self._number
+
+    @property
+    def is_open(self):
+        """Whether a reader is attached."""
+        return self._reader is not None
+
+
+class Reader:
+    """One client's reading of a Stream. take(timeout) -> Item, None on time-out; `ended` once there will be no more."""
+
+    def __init__(self, stream, cursor):
+        self.stream, self.cursor, self.ended = stream, cursor, False
+
+    def take(self, timeout):
+        """The next item, waiting at most `timeout` seconds; None then, or when the reader has `ended`."""
+        stream = self.stream
+        with stream._changed:
+            while not self.ended:
+                for item in stream._items:
+                    if item.number > self.cursor:
+                        return item
+                if stream.finished:
+                    self.ended = True
+                elif not stream._changed.wait(timeout):
+                    return None
+            return None
+
+    def taken(self, item):
+        """The item has been handed to the client's socket."""
+        with self.stream._changed:
+            self.cursor = item.number
+            self.stream._taken = max(self.stream._taken, item.number)
+            self.stream._changed.notify_all()
+
+    def close(self):
+        """The client is gone, or has all it needs: the stream has no reader any more (unless a newer one took over)."""
+        with self.stream._changed:
+            self.ended = True
+            if self.stream._reader is self:
+                self.stream._reader = None
+            self.stream._changed.notify_all()
+
+
+class Limiter:
+    """Token buckets by key: a burst of `rate` and `rate` a minute after that. Refusal 429 with Retry-After when empty."""
+
+    def __init__(self, clock):
+        self._clock, self._lock, self._buckets = clock, threading.Lock(), {}  # the lock guards the dict; a leaf
+
+    def spend(self, kind, key, rate):
+        """Take one token of `key`'s bucket for `kind`."""
+        now = self._clock.now()
+        with self._lock:
+            if len(self._buckets) > 10000:  # full buckets are as good as none
+                self._buckets = {k: v for k, v in self._buckets.items() if now - v[1] < 60}
+            left, since = self._buckets.get((kind, key), (rate, now))
+            left = min(rate, left + max(0, now - since) * rate / 60)
+            self._buckets[kind, key] = (left - 1 if left >= 1 else left, now)
+        if left < 1:
+            raise Refusal(429, "too_many_requests", "Too many requests from this address; try again in a moment.",
+                          (("Retry-After", str(max(1, round((1 - left) * 60 / rate)))),))
+# ======================================================================================================================
+# Pages
+# Owns all HTML: what people see. Plain functions from values to Response; every value is escaped.
+# Must not know what a decision leads to.
+# ======================================================================================================================
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1d2125;--quiet:#59636e;--paper:#fff;--back:#f3f4f6;--line:#d5d9de;--accent:#9a3b12;--on:#fff;--warn:#fff4e0}
+@media(prefers-color-scheme:dark){:root{--ink:#eceef0;--quiet:#a9b1ba;--paper:#1c2024;--back:#121417;--line:#3a4047;--accent:#f29a66;--on:#201006;--warn:#33270f}}
+*{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);font:1rem/1.55 system-ui,sans-serif}
+main{max-width:36rem;margin:0 auto;padding:1.25rem}@media(min-width:40rem){main{margin:2.5rem auto;padding:2rem;background:var(--paper);border:1px solid var(--line);border-radius:.75rem}}
+h1{font-size:1.4rem;line-height:1.25;margin:0 0 1rem}h2{font-size:1.05rem;margin:1.5rem 0 .5rem}p{margin:.6rem 0}
+code{font:.9em ui-monospace,monospace;overflow-wrap:anywhere}.box{border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem;margin:1rem 0;overflow-wrap:anywhere}
+.warn{background:var(--warn)}.quiet{color:var(--quiet);font-size:.92rem}.big{font-size:1.1rem;font-weight:600}ul{padding-left:1.2rem}li{margin:.3rem 0}
+fieldset{border:1px solid var(--line);border-radius:.5rem;margin:1rem 0;padding:.5rem 1rem}legend{font-weight:600;padding:0 .3rem}
+label{display:block;padding:.5rem 0 .5rem 1.8rem;text-indent:-1.8rem;cursor:pointer}input{width:1.1rem;height:1.1rem;margin:0 .6rem 0 0;vertical-align:-.15rem;accent-color:var(--accent)}
+.row{display:flex;gap:.75rem;flex-wrap:wrap;margin-top:1.25rem}button{flex:1 1 9rem;min-height:2.9rem;font:inherit;font-weight:600;border-radius:.5rem;border:1px solid var(--line);background:transparent;color:inherit;cursor:pointer}
+button.main{background:var(--accent);border-color:var(--accent);color:var(--on)}:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
+"""
+STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+# No form-action: Chromium applies it to the whole redirect chain behind a form, down to the client's callback.
+CONTENT_POLICY = f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; base-uri 'none'; frame-ancestors 'none'"
+
+SCOPE_MEANINGS = {
+    "repository": "your repositories and their contents", "issue": "issues and pull requests", "notification": "your notifications",
+    "organization": "your organizations and teams", "user": "your profile and account settings", "package": "packages",
+    "misc": "general information about the server", "activitypub": "federation", "admin": "administration of the whole server",
+}
+
+
+def scope_meaning(scope):
+    """What a scope of Forgejo allows, in plain words; None for those that only say who somebody is."""
+    level, colon, area = scope.partition(":")
+    if scope == "all":
+        return "everything you can do yourself"
+    return f"{'see and change' if level == 'write' else 'see'} {SCOPE_MEANINGS.get(area, area)}" if colon else None
+
+
+def page(status, title, body, *, form=False, headers=()):
+    """A whole page. `body` is HTML whose values are escaped already; `form`: it has one (its Referrer-Policy lets Origin be sent)."""
+    text = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+            f'<meta name="robots" content="noindex"><title>{html.escape(title)}</title><style>{STYLE}</style></head>'
+            f"<body><main><h1>{html.escape(title)}</h1>{body}</main></body></html>")
+    return Response(status, text.encode(), "text/html; charset=utf-8", (
+        ("Content-Security-Policy", CONTENT_POLICY), ("X-Frame-Options", "DENY"), ("Cache-Control", "no-store"),
+        ("Referrer-Policy", "same-origin" if form else "no-referrer"), *headers))
+
+
+def error_page(status, title, sentence, *, advice=(), headers=()):
+    """A page that says what went wrong and what to do."""
+    items = "".join(f"<li>{html.escape(item)}</li>" for item in advice)
+    return page(status, title, f"<p>{html.escape(sentence)}</p>" + (f"<ul>{items}</ul>" if items else ""), headers=headers)
+
+
+def unknown_client_page():
+    """For an application whose registration is not here (any more)."""
+    return error_page(400, "This application is not registered here", "Its registration was removed, or belongs to another server. "
+                      "Let the application register again:", advice=(
+                          "Claude.ai, Claude Desktop: remove the connector and add it again.",
+                          "Claude Code: /mcp, choose this server, clear its authentication, then authenticate.",
+                          "ChatGPT: delete the connector and create it again.",
+                          "VS Code: run the command “Authentication: Remove Dynamic Authentication Providers”.",
+                          "Cursor: remove the server in the settings and add it again.",
+                          "mcp-remote: delete the folder ~/.mcp-auth.",
+                          "Others: remove the server and add it again."))
+
+
+def expired_page():
+    """For a login that took too long, or is not known."""
+    return error_page(400, "This login has expired", "It took too long, or was finished already. Start again from your application.")
+
+
+def already_answered_page():
+    """For a consent form that is sent twice."""
+    return error_page(400, "This was answered already", "If your application is still waiting, start again from it.")
+
+
+def wrong_browser_page():
+    """For a login that goes on in another browser than it began in: somebody may have sent the link."""
+    return error_page(403, "This login began in another browser", "For your safety it cannot go on here. If you started it yourself, start again "
+                      "from your application, allow cookies for this site, and stay in one browser. If somebody sent you this link, close it.")
+
+
+def consent_page(*, client_name, client_id, redirect_uri, redirect_host, loopback, may_write, forgejo_scopes, forgejo_host, login_box, csrf,
+                 headers=()):
+    """The broker's own consent: who asks, where the answer goes, what is allowed; the person chooses or refuses."""
+    name, where = html.escape(client_name), "an application on this computer" if loopback else html.escape(redirect_host)
+    meanings = "".join(f"<li>{html.escape(meaning)}</li>" for meaning in filter(None, map(scope_meaning, forgejo_scopes.split())))
+    full = ('<label><input type="radio" name="access" value="full" checked><strong>Full access</strong>: use every tool, '
+            "also those that change things</label>") if may_write else ""
+    read = (f'<label><input type="radio" name="access" value="read"{"" if may_write else " checked"}><strong>Read only</strong>: '
+            "use only tools that look things up</label>")
+    body = f"""
+<div class="box"><p><span class="big">{name}</span> wants to use <span class="big">{html.escape(forgejo_host)}</span> as you.</p>
+<p class="quiet">The application calls itself that; the name is not verified.</p>
+<p>The answer goes to <strong>{where}</strong><br><code class="quiet">{html.escape(redirect_uri)}</code></p></div>
+<p class="box warn">Go on only if you started this yourself, just now, in an application you trust.</p>
+<h2>What it will be able to do</h2><ul>{meanings}</ul>
+<form method="post" action="/oauth/consent">
+<input type="hidden" name="login" value="{html.escape(login_box)}"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
+<fieldset><legend>How much of it?</legend>{full}{read}</fieldset>
+<p class="quiet">Read only is enforced by this server, which decides tool by tool; the key it holds for you at {html.escape(forgejo_host)}
+allows all of the above.</p>
+<div class="row"><button name="decision" value="deny">Refuse</button><button class="main" name="decision" value="approve">Allow</button></div>
+</form><p class="quiet">Next you log in at {html.escape(forgejo_host)}. Application id: <code>{html.escape(client_id)}</code></p>"""
+    return page(200, "Connect an application?", body, form=True, headers=headers)
+
+
+def home_page(public_url, forgejo_url):
+    """For people who open the server's address."""
+    url, host = html.escape(public_url + "/mcp"), html.escape(urlsplit(forgejo_url).netloc)
+    body = f"""
+<p>With this server, AI assistants work on <a href="{html.escape(forgejo_url)}">{host}</a> as you, with your own rights, after you log in.</p>
+<div class="box"><p class="quiet">The address to give your assistant:</p><p class="big"><code>{url}</code></p></div>
+<h2>How to connect</h2><ul>
+<li><strong>Claude.ai, Claude Desktop</strong>: Settings, Connectors, Add custom connector; paste the address.</li>
+<li><strong>Claude Code</strong>: <code>claude mcp add --transport http forgejo {url}</code>, then <code>/mcp</code>.</li>
+<li><strong>ChatGPT</strong>: Settings, Connectors, Create; paste the address, authentication OAuth.</li>
+<li><strong>VS Code</strong>: command “MCP: Add Server”, HTTP; paste the address.</li>
+<li><strong>Cursor</strong>: Settings, MCP, Add: <code>{{"url": "{url}"}}</code>.</li>
+<li><strong>Others</strong>: a remote MCP server (Streamable HTTP) with OAuth; or <code>npx mcp-remote {url}</code>.</li></ul>"""
+    return page(200, "Forgejo for AI assistants", body)
+
+
+def clean_name(text, limit=100):
+    """A client's name for the page: no control or formatting characters, one line, cut to size."""
+    kept = "".join(" " if unicodedata.category(c) in ("Zl", "Zp", "Zs") or c in "\t\r\n" else c for c in text
+                   if c in "\t\r\n" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs", "Cn"))
+    return " ".join(kept.split())[:limit].strip() or "An application without a name"
+# ======================================================================================================================
+# Clients
+# Owns who may ask for a login: registration (RFC 7591), pre-registered clients, redirect URIs, client authentication.
+# Must not know users, tokens or Forgejo.
+# ======================================================================================================================
+
+AUTH_METHODS = ("none", "client_secret_post", "client_secret_basic")
+URI_CHARACTERS = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]{1,2000}")
+HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[::1\]")
+RESERVED_PARAMETERS = {"code", "state", "iss", "error", "error_description"}
+
+
+class UnusableScheme(ValueError):
+    """A redirect URI with a private-use scheme that is not allowed here; harmless, so it may be left out of a set."""
+
+
+def check_redirect_uri(uri, schemes):
+    """ValueError, with the reason, unless the URI may be registered: https, http on loopback, or an allowed private-use scheme."""
+    if not isinstance(uri, str) or not URI_CHARACTERS.fullmatch(uri):
+        raise ValueError("is not a URI of at most 2,000 plain characters")
+    if "#" in uri:
+        raise ValueError("has a fragment")
+    scheme, colon, rest = uri.partition(":")
+    scheme = scheme.lower()
+    if not colon or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+        raise ValueError("has no scheme")
+    if RESERVED_PARAMETERS & {name for name, _ in parse_qsl(urlsplit(uri).query, keep_blank_values=True)}:
+        raise ValueError("has a query parameter of our answer's names (code, state, iss, error)")
+    if scheme not in ("http", "https"):
+        if scheme in ("javascript", "data", "file", "vbscript", "blob", "about", "view-source", "ws", "wss", "ftp"):
+            raise ValueError(f"has the scheme {scheme}, which is never allowed")
+        if scheme not in schemes:
+            raise UnusableScheme(f"has the scheme {scheme}, which is not among allowed_redirect_schemes")
+        return
+    # What a browser and Python disagree on (user names, odd ports and hosts) is refused, not interpreted.
+    authority = re.match(r"//([^/?]*)", rest)
+    if not authority or "@" in authority[1] or "%" in authority[1] or "*" in authority[1]:
+        raise ValueError("has no plain host")
+    host, _, port = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:(.*))?", authority[1]).group(1, 2, 3)
+    if not HOST.fullmatch(host) or (port is not None and not (re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65536)):
+        raise ValueError("has no plain host and port")
+    if scheme == "http" and not is_loopback_name(host.lower()):
+        raise ValueError("is http, which is for loopback only; use https")
+
+
+LOOPBACK_URI = re.compile(r"http://(?:localhost|127\.0\.0\.1|\[::1\])(?::([0-9]{1,5}))?(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
+
+
+def redirect_matches(registered, asked):
+    """Exact, but for loopback: any port, its three names alike, and an empty path is `/` (RFC 8252 7.3)."""
+    if registered == asked:
+        return True
+    ours, theirs = LOOPBACK_URI.fullmatch(registered), LOOPBACK_URI.fullmatch(asked)
+    if not ours or not theirs or (theirs[1] and not 0 < int(theirs[1]) < 65536):
+        return False
+    return (ours[2] or "/", ours[3]) == (theirs[2] or "/", theirs[3])
+
+
+@dataclass(frozen=True)
+class Client:
+    """A registered client; `secret_hash` is None for a public one."""
+
+    client_id: str
+    name: str
+    redirect_uris: tuple
+    secret_hash: object
+
+
+class Clients:
+    """Finds, registers and authenticates clients."""
+
+    def __init__(self, settings, store, log, clock, limiter):
+        self._settings, self._store, self._log, self._clock, self._limiter = settings, store, log, clock, limiter
+        store.drop_configured_clients(item["client_id"] for item in settings.clients)
+        for item in settings.clients:
+            secret = item.get("client_secret")
+            store.add_client(item["client_id"], "configured", clean_name(item.get("name") or item["client_id"]), item["redirect_uris"],
+                             digest(secret) if secret else None, "client_secret_basic" if secret else "none", {}, clock.now())
+
+    def find(self, client_id):
+        """The client of an id, or None."""
+        row = self._store.client(client_id)
+        return row and Client(row.client_id, row.name, tuple(json.loads(row.redirect_uris)), row.secret_hash)
+
+    def register(self, request):
+        """POST /oauth/register: dynamic registration (RFC 7591 3). Open to all, so nothing in it is believed."""
+        self._limit(request)
+        document = parse_json_object(request.read_body(self._settings.max_form), "invalid_client_metadata")
+        uris = self._redirect_uris(document.get("redirect_uris"))
+        method = document.get("token_endpoint_auth_method", "client_secret_basic")
+        if method not in AUTH_METHODS:
+            raise OAuthError("invalid_client_metadata", f"token_endpoint_auth_method must be one of {', '.join(AUTH_METHODS)}.")
+        self._choose(document, "grant_types", {"authorization_code", "refresh_token"}, "authorization_code")
+        self._choose(document, "response_types", {"code"}, "code")
+        # Whatever scope was asked, a later login decides; what is echoed is all that clients read (clients.md 10, 11).
+        scope = document["scope"] if isinstance(document.get("scope"), str) and document["scope"] else " ".join(SCOPES)
+        client_id, secret, now = new_secret("fjd_")[:36], None if method == "none" else new_secret("fjs_"), self._clock.now()
+        name = clean_name(document.get("client_name") if isinstance(document.get("client_name"), str) else "")
+        metadata = {"redirect_uris": uris, "client_name": name, "token_endpoint_auth_method": method, "scope": scope[:1000],
+                    "grant_types": ["authorization_code", "refresh_token"], "response_types": ["code"]}
+        for key in ("application_type", "software_id", "software_version"):
+            if isinstance(document.get(key), str) and 0 < len(document[key]) <= 200:
+                metadata[key] = document[key]
+        self._store.add_client(client_id, "dynamic", name, uris, secret and digest(secret), method, metadata, now)
+        self._log.audit("client registered", client=client_id, name=name, address=request.address)
+        answer = {"client_id": client_id, "client_id_issued_at": int(now), **metadata}
+        if secret:
+            answer.update(client_secret=secret, client_secret_expires_at=0)
+        return json_response(201, answer, NO_STORE)
+
+    def _limit(self, request):
+        if not (request.direct and is_loopback_name(request.address)):
+            self._limiter.spend("register", request.address, self._settings.rate_register)
+
+    def _redirect_uris(self, uris):
+        if not isinstance(uris, list) or not 1 <= len(uris) <= 10:
+            raise OAuthError("invalid_redirect_uri", "redirect_uris must be a list of 1 to 10 URIs.")
+        usable, unusable = [], None
+        for uri in uris:
+            try:
+                check_redirect_uri(uri, self._settings.allowed_redirect_schemes)
+                usable.append(uri)
+            except UnusableScheme as error:  # one such must not cost Cursor the other two of its set
+                unusable = error
+            except ValueError as error:
+                raise OAuthError("invalid_redirect_uri", f"A redirect URI {error}.") from None
+        if not usable:
+            raise OAuthError("invalid_redirect_uri", f"A redirect URI {unusable}.")
+        return usable
+
+    @staticmethod
+    def _choose(document, key, supported, needed):
+        values = document.get(key, [needed])
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values) or needed not in values:
+            raise OAuthError("invalid_client_metadata", f"{key} must be a list that contains {needed}.")
+
+    def authenticate(self, request, form):
+        """The client that speaks on /token or /revoke (RFC 6749 2.3.1): Basic or post for one with a secret, none for a public one."""
+        client_id, secret, basic = form.get("client_id"), form.get("client_secret"), False
+        authorization = request.header("authorization")
+        if authorization is not None:
+            basic = True
+            basic_id, basic_secret = self._basic(authorization)
+            if secret is not None or client_id not in (None, basic_id):
+                raise OAuthError("invalid_request", "Send the client's credentials in one place: the Authorization header or the body.")
+            client_id, secret = basic_id, basic_secret
+        if not client_id:
+            raise OAuthError("invalid_request", "client_id is missing.")
+        client = self.find(client_id)
+        if client is None:
+            raise self._refused(basic, "This client is not registered here (any more); register it again.")
+        # A public client that sends a stray secret is let pass: it proves nothing and hurts nothing.
+        if client.secret_hash and not (secret and hmac.compare_digest(client.secret_hash, digest(secret))):
+            raise self._refused(basic, "The client's secret is missing or wrong.")
+        return client
+
+    @staticmethod
+    def _refused(basic, sentence):
+        headers = (("WWW-Authenticate", 'Basic realm="fjmcp-broker"'),) if basic else ()
+        return OAuthError("invalid_client", sentence, 401, headers)
+
+    def _basic(self, authorization):
+        scheme, _, value = authorization.partition(" ")
+        try:
+            if scheme.lower() != "basic":
+                raise ValueError
+            name, colon, secret = base64.b64decode(value.strip(), validate=True).decode().partition(":")
+            if not colon:
+                raise ValueError
+            return unquote_plus(name, errors="strict"), unquote_plus(secret, errors="strict")
+        except ValueError:
+            raise self._refused(True, "The Authorization header is not Basic with a client_id and a secret.") from None
+
+
+# ======================================================================================================================
+# Authorization
+# Owns the OAuth 2.1 endpoints: metadata, authorize, consent, callback, token, revoke; and the rules of grants and tokens.
+# Must not know sessions or children; that a grant ended is learnt by others from the store.
+# ======================================================================================================================
+
+NO_STORE = (("Cache-Control", "no-store"), ("Pragma", "no-cache"))
+
+
+class PageRefusal(Exception):
+    """A refusal that is shown to a person: `response` is the page. Nothing is redirected to a URI that was not validated."""
+
+    def __init__(self, response):
+        super().__init__(response.status)
+        self.response = response
+
+
+class ClientRedirect(Exception):
+    """An error that goes back to the client's validated redirect_uri (RFC 6749 4.1.2.1)."""
+
+    def __init__(self, error, description):
+        super().__init__(error)
+        self.error, self.description = error, description
+
+
+def parse_form(raw):
+    """A form or query as {name: [values]}; ValueError when it is not clean UTF-8, or has too many fields."""
+    pairs = parse_qsl(raw, keep_blank_values=True, max_num_fields=100, encoding="utf-8", errors="strict")
+    values = {}
+    for name, value in pairs:
+        if "\0" in value:
+            raise ValueError("NUL in a field")
+        values.setdefault(name, []).append(value)
+    return values
+
+
+def granted_scopes(asked):
+    """Of the scopes asked for, those that exist; none or only unknown ones asked means both."""
+    known = [scope for scope in SCOPES if scope in asked.split()]
+    return known or list(SCOPES)
+
+
+def canonical_resource(values, settings):
+    """Whether every `resource` means our MCP endpoint, as real clients spell it; none given means it too (RFC 8707 2)."""
+    accepted = {settings.resource, settings.resource + "/", settings.public_url, settings.public_url + "/"}
+    for value in values:
+        scheme, separator, rest = value.partition("://")
+        authority, slash, path = rest.partition("/")
+        authority = authority.lower().removesuffix({"https": ":443", "http": ":80"}.get(scheme.lower(), "\0"))
+        if f"{scheme.lower()}{separator}{authority}{slash}{path}" not in accepted:
+            return False
+    return True
+
+
+class Authorization:
+    """The authorization server. Its handlers take a Request and give a Response."""
+
+    def __init__(self, settings, store, keyring, clients, upstream, forgejo, log, clock, limiter):
+        self._settings, self._store, self._keyring, self._clients = settings, store, keyring, clients
+        self._upstream, self._forgejo, self._log, self._clock, self._limiter = upstream, forgejo, log, clock, limiter
+        secure = settings.public_url.startswith("https:")
+        self._cookie_name = "__Host-fjmcp" if secure else "fjmcp"
+        self._cookie_flags = f"; Path=/; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}"
+
+    # -- metadata
+
+    def metadata(self, request):
+        """RFC 8414: what this authorization server offers."""
+        url = self._settings.public_url
+        return json_response(200, {
+            "issuer": url, "authorization_endpoint": url + "/oauth/authorize", "token_endpoint": url + "/oauth/token",
+            "registration_endpoint": url + "/oauth/register", "revocation_endpoint": url + "/oauth/revoke",
+            "scopes_supported": [*SCOPES, "offline_access"], "response_types_supported": ["code"], "response_modes_supported": ["query"],
+            "grant_types_supported": ["authorization_code", "refresh_token"], "code_challenge_methods_supported": ["S256"],
+            "token_endpoint_auth_methods_supported": list(AUTH_METHODS), "revocation_endpoint_auth_methods_supported": list(AUTH_METHODS),
+            "authorization_response_iss_parameter_supported": True,
+        }, (("Cache-Control", "public, max-age=300"),))
+
+    def resource_metadata(self, request):
+        """RFC 9728: which authorization server guards the MCP endpoint."""
+        return json_response(200, {
+            "resource": self._settings.resource, "authorization_servers": [self._settings.public_url],
+            "scopes_supported": list(SCOPES), "bearer_methods_supported": ["header"], "resource_name": "Forgejo",
+        }, (("Cache-Control", "public, max-age=300"),))
+
+    # -- authorize and consent
+
+    def authorize(self, request):
+        """GET /oauth/authorize: validate, then show our own consent page. Nothing is stored and nothing goes to Forgejo yet."""
+        self._spend(request, "authorize")
+        try:
+            form = parse_form(request.query)
+        except ValueError:
+            raise self._page(400, "This request cannot be read", "Its parameters are malformed. Start again from your application.") from None
+        client, redirect_uri = self._authorized_target(form)
+        try:
+            login = self._authorization_request(form, client, redirect_uri)
+        except ClientRedirect as error:
+            return self._to_client(redirect_uri, form.get("state", [None])[0], error=error.error, error_description=error.description)
+        cookie = self._browser(request) or new_secret()
+        box = b64url(self._keyring.seal("login", digest(cookie).hex(), {**login, "expires": self._clock.now() + self._settings.login_lifetime}))
+        set_cookie = f"{self._cookie_name}={cookie}; Max-Age={int(self._settings.login_lifetime)}{self._cookie_flags}"
+        return consent_page(
+            client_name=client.name, client_id=client.client_id, redirect_uri=redirect_uri, redirect_host=urlsplit(redirect_uri).hostname
+            or redirect_uri.partition(":")[0], loopback=is_loopback_name(urlsplit(redirect_uri).hostname), may_write=WRITE in login["scope"],
+            forgejo_scopes=self._settings.forgejo_oauth_scopes, forgejo_host=urlsplit(self._settings.forgejo_url).netloc,
+            login_box=box, csrf=self._csrf(cookie, box), headers=(("Set-Cookie", set_cookie),))
+
+    def _authorized_target(self, form):
+        """The client and its validated redirect URI; before these are known, errors are shown and never redirected."""
+        for name in ("client_id", "redirect_uri"):
+            if len(form.get(name, ())) > 1:
+                raise self._page(400, "This request cannot be trusted", f"It names {name} more than once. Start again from your application.")
+        client = self._clients.find(form.get("client_id", [""])[0])
+        if client is None:
+            raise PageRefusal(unknown_client_page())
+        redirect_uri = form.get("redirect_uri", [""])[0]
+        if not any(redirect_matches(registered, redirect_uri) for registered in client.redirect_uris):
+            raise self._page(400, "This request cannot be trusted", "It wants the answer sent to an address (redirect_uri) that the application "
+                             "has not registered. Remove the connection in your application and add it again.")
+        return client, redirect_uri
+
+    def _authorization_request(self, form, client, redirect_uri):
+        """Everything else about an authorization request, checked in one place; ClientRedirect says what is wrong."""
+        repeated = sorted(name for name, values in form.items() if len(values) > 1 and name != "resource")
+        if repeated:
+            raise ClientRedirect("invalid_request", f"{repeated[0]} is given more than once")
+        one = {name: values[0] for name, values in form.items()}
+        if "request" in one or "request_uri" in one:
+            name = "request" if "request" in one else "request_uri"
+            raise ClientRedirect(f"{name}_not_supported", "Request objects are not supported")
+        if one.get("response_type") != "code":
+            error = "unsupported_response_type" if one.get("response_type") else "invalid_request"
+            raise ClientRedirect(error, "response_type must be code")
+        if one.get("response_mode", "query") != "query":
+            raise ClientRedirect("invalid_request", "response_mode must be query")
+        if one.get("code_challenge_method") != "S256" or not re.fullmatch(r"[A-Za-z0-9_-]{43}", one.get("code_challenge", "")):
+            raise ClientRedirect("invalid_request", "PKCE is required: code_challenge with code_challenge_method=S256")
+        if not canonical_resource(form.get("resource", ()), self._settings):
+            raise ClientRedirect("invalid_target", f"resource must be {self._settings.resource}")
+        if len(one.get("state", "")) > 2048 or len(one.get("scope", "")) > 4096:
+            raise ClientRedirect("invalid_request", "state or scope is too long")
+        if "none" in one.get("prompt", "").split():
+            raise ClientRedirect("interaction_required", "A person has to consent")
+        return {"client": client.client_id, "redirect_uri": redirect_uri, "state": one.get("state"), "challenge": one["code_challenge"],
+                "scope": granted_scopes(one.get("scope", ""))}
+
+    def consent(self, request):
+        """POST /oauth/consent: the person's decision, believed only from the browser that was shown the page (C02 to C05)."""
+        self._spend(request, "authorize")
+        form = self._posted_form(request)
+        cookie, box = self._browser(request), form.get("login", "")
+        if not cookie or not hmac.compare_digest(self._csrf(cookie, box).encode(), form.get("csrf", "").encode()):
+            raise PageRefusal(wrong_browser_page())
+        try:
+            login = self._keyring.unseal("login", digest(cookie).hex(), unb64url(box))
+        except ValueError:
+            raise PageRefusal(wrong_browser_page()) from None
+        now = self._clock.now()
+        if login["expires"] <= now:
+            raise PageRefusal(expired_page())
+        decision, access = form.get("decision"), form.get("access")
+        if decision not in ("approve", "deny") or (decision == "approve" and access not in ("full", "read")):
+            raise self._page(400, "Nothing was decided", "The form came without a choice. Go back and choose again.")
+        # Reading is less than writing, so read only is a narrower grant even where only forgejo:write was asked.
+        granted = login["scope"] if access == "full" and WRITE in login["scope"] else [READ]
+        return self._decided(login, decision, granted, cookie, box, now)
+
+    def _decided(self, login, decision, granted, cookie, box, now):
+        state, verifier = new_secret(), new_secret()
+        kept = {**login, "granted": granted, "verifier": verifier}
+        denied = decision == "deny"
+        sealed = None if denied else self._keyring.seal("login", digest(state).hex(), kept)
+        if not self._store.approve_login(digest(state), digest(box), digest(cookie), "client", sealed,
+                                         now + self._settings.login_lifetime, now if denied else None):
+            raise PageRefusal(already_answered_page())
+        self._log.audit("consent refused" if denied else "consent given", client=login["client"], scope=" ".join(granted))
+        if denied:
+            return self._to_client(login["redirect_uri"], login["state"], error="access_denied", error_description="The person refused")
+        return redirect(self._forgejo.authorize_url(state, b64url(hashlib.sha256(verifier.encode()).digest())))
+
+    # -- callback
+
+    def callback(self, request):
+        """GET /oauth/callback: Forgejo's answer, taken once and only in the browser that consented."""
+        self._spend(request, "authorize")
+        try:
+            form = parse_form(request.query)
+        except ValueError:
+            form = {}
+        if any(len(values) > 1 for values in form.values()) or not form.get("state") or ("code" in form) == ("error" in form):
+            raise self._page(400, "This answer cannot be used", "Forgejo's answer is malformed. Start again from your application.")
+        state, now = form["state"][0], self._clock.now()
+        row = self._store.take_login(digest(state), now)
+        if row is None:
+            raise PageRefusal(expired_page())
+        cookie = self._browser(request)
+        if not cookie or not hmac.compare_digest(digest(cookie), row.browser_hash):
+            raise PageRefusal(wrong_browser_page())
+        try:
+            login = self._keyring.unseal("login", digest(state).hex(), row.sealed)
+        except ValueError:
+            raise PageRefusal(expired_page()) from None
+        if "error" in form:
+            denied = form["error"][0] == "access_denied"
+            return self._to_client(login["redirect_uri"], login["state"], error="access_denied" if denied else "server_error",
+                                   error_description="The login at Forgejo was refused" if denied else "Forgejo could not log the person in")
+        return self._logged_in(login, form["code"][0], now)
+
+    def _logged_in(self, login, code, now):
+        failure = None
+        try:
+            with self._upstream.callback():
+                info = self._upstream.login(code, login["verifier"])
+        except UpstreamDown:
+            failure = ("temporarily_unavailable", "Forgejo cannot be reached just now")
+        except (UpstreamRefused, UpstreamMisconfigured) as error:
+            self._log.event("error", "login failed at forgejo", reason=str(error))
+            failure = ("server_error", "Forgejo refused the login; the operator's log says why")
+        except NotAllowed as error:
+            self._log.audit("access refused", user=error.sub, login=error.login, reason=error.reason)
+            failure = ("access_denied", error.reason)
+        if failure:
+            return self._to_client(login["redirect_uri"], login["state"], error=failure[0], error_description=failure[1])
+        code, code_expires = new_secret("fjc_"), now + self._settings.code_lifetime
+        grant_id = self._store.finish_login(info.sub, login["client"], " ".join(login["granted"]), " ".join(login["scope"]),
+                                            self._settings.resource, digest(code), login["redirect_uri"], login["challenge"], now,
+                                            code_expires, code_expires)
+        self._log.audit("login", user=info.sub, login=info.login, client=login["client"], grant=grant_id, scope=" ".join(login["granted"]))
+        return self._to_client(login["redirect_uri"], login["state"], code=code)
+
+    # -- token
+
+    def token(self, request):
+        """POST /oauth/token (RFC 6749 4.1.3 and 6)."""
+        self._spend(request, "token")
+        values = self._token_form(request)
+        form = {name: items[0] for name, items in values.items()}
+        client = self._clients.authenticate(request, form)
+        grant_types = {"authorization_code": self._redeem, "refresh_token": self._refresh}
+        if not form.get("grant_type"):
+            raise OAuthError("invalid_request", "grant_type is missing.")
+        if form["grant_type"] not in grant_types:
+            raise OAuthError("unsupported_grant_type", "grant_type must be authorization_code or refresh_token.")
+        if not canonical_resource(values.get("resource", ()), self._settings):
+            raise OAuthError("invalid_target", f"resource must be {self._settings.resource}.")
+        return json_response(200, grant_types[form["grant_type"]](client, form), NO_STORE)
+
+    def _token_form(self, request):
+        kind, _, parameters = (request.header("content-type") or "").partition(";")
+        if kind.strip().lower() != "application/x-www-form-urlencoded" or "charset" in parameters.lower() and "utf-8" not in parameters.lower():
+            raise OAuthError("invalid_request", "Send the parameters as application/x-www-form-urlencoded.")
+        try:
+            values = parse_form(request.read_body(self._settings.max_form).decode("ascii"))
+        except ValueError:
+            raise OAuthError("invalid_request", "The body is malformed.") from None
+        if request.query:
+            raise OAuthError("invalid_request", "Send the parameters in the body; secrets do not belong in a URL.")
+        repeated = [name for name, items in values.items() if len(items) > 1 and name != "resource"]
+        if repeated:
+            raise OAuthError("invalid_request", f"{repeated[0][:40]} is given more than once.")
+        return values
+
+    def _redeem(self, client, form):
+        verifier, code = form.get("code_verifier", ""), form.get("code", "")
+        if not code:
+            raise OAuthError("invalid_request", "code is missing.")
+        if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
+            raise OAuthError("invalid_request", "code_verifier is missing or malformed (RFC 7636 4.1).")
+        now, pair = self._clock.now(), self._new_pair()
+        challenge = b64url(hashlib.sha256(verifier.encode()).digest())
+        row = self._store.code(digest(code))
+        if row and row.state != "active":
+            raise self._logged_out()
+        grant = self._store.redeem_code(digest(code), client.client_id, form.get("redirect_uri", ""), challenge, now,
+                                        *self._hashed(pair, now), CODE_ATTEMPTS)
+        if grant is None:
+            # A code that comes twice was stolen from one of the two: what the first made ends (RFC 6749 4.1.2).
+            if row and row.used_at is not None and row.client_id == client.client_id:
+                self._end(row.grant_id, "code replayed", row.sub, client.client_id, "reuse detected")
+            raise OAuthError("invalid_grant", "The code is unknown, expired or used, or belongs to another request. Start again.")
+        self._log.audit("token issued", user=grant.sub, client=client.client_id, grant=grant.grant_id, scope=grant.scope)
+        return self._pair_answer(pair, grant.scope, self._settings.access_token_lifetime)
+
+    def _refresh(self, client, form):
+        token, now = form.get("refresh_token", ""), self._clock.now()
+        row = self._store.refresh_token(digest(token)) if token.startswith("fjr_") else None
+        if row is None or row.client_id != client.client_id:  # another client's mistake must not end our client's grant
+            raise OAuthError("invalid_grant", "The refresh token is unknown. Log in again.")
+        scope = self._narrowed(form.get("scope", ""), row.scope)
+        if row.ended_at is not None or row.expires_at <= now:
+            raise OAuthError("invalid_grant", "The login has ended. Log in again.")
+        if row.state != "active":
+            raise self._logged_out()
+        for _ in range(100):
+            if row.rotated_at is None:
+                pair = self._new_pair()
+                box = self._keyring.chained(token).seal("successor", str(row.grant_id), pair)
+                grant = self._store.rotate(digest(token), scope, now, *self._hashed(pair, now), box)
+                if grant:
+                    self._log.audit("token refreshed", user=row.sub, client=client.client_id, grant=row.grant_id)
+                    return self._pair_answer(pair, scope or row.scope, self._settings.access_token_lifetime)
+            row, token, answer = self._newest(token, now, scope)
+            if answer:
+                return answer
+        raise OAuthError("invalid_grant", "The refresh token is too old. Log in again.")
+
+    def _newest(self, token, now, scope):
+        """One step along a chain: the row and token that follow a rotated one, or the newest pair as an answer.
+
+        A client that lost an answer, or two of its processes, re-send a token shortly after its rotation: within 120 s
+        that is answered with the newest pair. Later it is theft, and the grant ends (RFC 9700 4.14.2).
+        """
+        row = self._store.refresh_token(digest(token))
+        if row is None or row.ended_at is not None:
+            raise OAuthError("invalid_grant", "The login has ended. Log in again.")
+        if row.rotated_at is None:
+            return row, token, None
+        if now - row.rotated_at > REFRESH_GRACE:
+            self._end(row.grant_id, "refresh token re-used", row.sub, row.client_id, "reuse detected")
+            raise OAuthError("invalid_grant", "The refresh token was used before. Log in again.")
+        try:
+            pair = self._keyring.chained(token).unseal("successor", str(row.grant_id), row.successor or b"")
+        except ValueError:
+            raise OAuthError("invalid_grant", "The refresh token was used before. Log in again.") from None
+        newer, access = self._store.refresh_token(digest(pair["refresh"])), self._store.access_token(digest(pair["access"]))
+        if newer and newer.rotated_at is None and access and access.expires_at > now and scope is None:
+            return row, token, self._pair_answer(pair, row.scope, access.expires_at - now)
+        return newer or row, pair["refresh"], None
+
+    @staticmethod
+    def _narrowed(asked, granted):
+        """The narrower scope asked for at a refresh, None for the grant's own; wider is refused (RFC 6749 6)."""
+        known = [scope for scope in SCOPES if scope in asked.split()]
+        if not set(known) <= set(granted.split()):
+            raise OAuthError("invalid_scope", f"The login granted {granted}; log in again for more.")
+        return " ".join(known) if known and known != granted.split() else None
+
+    @staticmethod
+    def _new_pair():
+        return {"access": new_secret("fja_"), "refresh": new_secret("fjr_")}
+
+    def _hashed(self, pair, now):
+        return ((digest(pair["access"]), now + self._settings.access_token_lifetime),
+                (digest(pair["refresh"]), now + self._settings.refresh_token_lifetime))
+
+    @staticmethod
+    def _pair_answer(pair, scope, expires_in):
+        return {"access_token": pair["access"], "token_type": "Bearer", "expires_in": max(1, int(expires_in)),
+                "refresh_token": pair["refresh"], "scope": scope}
+
+    def _end(self, grant_id, reason, sub, client_id, event):
+        if self._store.end_grant(grant_id, reason, self._clock.now()):
+            self._log.audit(event, user=sub, client=client_id, grant=grant_id, reason=reason)
+
+    @staticmethod
+    def _logged_out():
+        return OAuthError("invalid_grant", "Forgejo ended this login. Log in again.")
+
+    def revoke(self, request):
+        """POST /oauth/revoke (RFC 7009): a refresh token ends its grant, an access token only itself; always 200."""
+        self._spend(request, "token")
+        form = {name: items[0] for name, items in self._token_form(request).items()}
+        client, token = self._clients.authenticate(request, form), form.get("token", "")
+        if not token:
+            raise OAuthError("invalid_request", "token is missing.")
+        refresh, access = self._store.refresh_token(digest(token)), self._store.access_token(digest(token))
+        if refresh and refresh.client_id == client.client_id:
+            self._end(refresh.grant_id, "revoked by client", refresh.sub, client.client_id, "token revoked")
+        elif access and access.client_id == client.client_id:
+            self._store.drop_access_token(digest(token))
+            self._log.audit("token revoked", client=client.client_id)
+        return json_response(200, {}, NO_STORE)
+
+    # -- shared
+
+    def _spend(self, request, kind):
+        if not (request.direct and is_loopback_name(request.address)):
+            self._limiter.spend(kind, request.address, getattr(self._settings, f"rate_{kind}"))
+
+    @staticmethod
+    def _page(status, title, sentence):
+        return PageRefusal(error_page(status, title, sentence))
+
+    def _posted_form(self, request):
+        site = request.header("sec-fetch-site")
+        if site not in (None, "same-origin") or (site is None and request.header("origin") not in (None, self._settings.public_url)):
+            raise self._page(403, "This form came from elsewhere", "Another website sent it. Start again from your application.")
+        try:
+            values = parse_form(request.read_body(self._settings.max_form).decode("ascii"))
+        except ValueError:
+            raise self._page(400, "This form cannot be read", "Start again from your application.") from None
+        return {name: items[0] for name, items in values.items() if len(items) == 1}
+
+    @staticmethod
+    def _csrf(cookie, box):
+        return b64url(hmac.digest(cookie.encode(), b"consent:" + box.encode(), "sha256"))
+
+    def _browser(self, request):
+        """The value of our cookie, None when it is absent or not one we made; two of the name are an attack (C16)."""
+        values = [value for line in request.headers.get("cookie", ()) for name, _, value in
+                  (pair.strip().partition("=") for pair in line.split(";")) if name == self._cookie_name]
+        if len(values) > 1:
+            raise self._page(400, "This browser's cookies cannot be trusted", "Clear the cookies of this site and start again.")
+        return values[0] if values and re.fullmatch(r"[A-Za-z0-9_-]{43}", values[0]) else None
+
+    def _to_client(self, redirect_uri, state, **answer):
+        """The authorization response: to the validated URI, with `iss` always (RFC 9207 2) and `state` byte for byte."""
+        if state is not None:
+            answer["state"] = state
+        query = urlencode({**answer, "iss": self._settings.public_url}, quote_via=quote)
+        return redirect(redirect_uri + ("&" if urlsplit(redirect_uri).query else "?") + query)
+# ======================================================================================================================
+# Child
+# Owns processes: how a child is started, spoken to, stopped and reaped, and that none outlives the broker.
+# Must not know JSON-RPC, sessions or users.
+# ======================================================================================================================
+
+GUARDIAN_SCRIPT = r"""
+trap '' TERM INT HUP
+groups= announced=
+while read -r what which; do
+  case $what in
+    '?') announced="$announced $which" ;;
+    '!') left=; for each in $announced; do [ "$each" = "$which" ] || left="$left $each"; done; announced=$left ;;
+    '+') groups="$groups $which" ;;
+    '-') left=; for each in $groups; do [ "$each" = "$which" ] || left="$left $each"; done; groups=$left ;;
+    '.') exit 0 ;;
+  esac
+done
+sleep 1
+for inode in $announced; do
+  for process in /proc/[0-9]*; do
+    [ "$(readlink "$process/fd/0" 2>/dev/null)" = "pipe:[$inode]" ] && groups="$groups ${process#/proc/}"
+  done
+done
+for group in $groups; do kill -KILL "-$group" 2>/dev/null; done
+"""
+
+
+class ChildMissing(Exception):
+    """The program is not there, or is not one."""
+
+
+class ChildFailed(Exception):
+    """The program could not be started just now."""
+
+
+class Guardian:
+    """A small shell that outlives the broker by a moment and kills what children it left, also after `kill -9`."""
+
+    def __init__(self):
+        self._lock = threading.Lock()  # guards the pipe and the two sets; a leaf
+        self._groups, self._announced, self._process = set(), set(), None
+
+    def _tell(self, line):
+        """Send a line; a guardian that has died is started anew and told everything. Under the lock."""
+        with contextlib.suppress(OSError):
+            if self._process and self._process.poll() is None:
+                self._process.stdin.write(line)
+                return
+        self._process = subprocess.Popen(["/bin/sh", "-c", GUARDIAN_SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                         stderr=subprocess.DEVNULL, start_new_session=True, close_fds=True, bufsize=0, env={"PATH": os.defpath})
+        lines = [f"? {inode}\n" for inode in self._announced] + [f"+ {group}\n" for group in self._groups]
+        self._process.stdin.write("".join(lines).encode())
+
+    def announce(self, inode):
+        """A child whose stdin is this pipe is about to be started."""
+        with self._lock:
+            self._announced.add(inode)
+            self._tell(f"? {inode}\n".encode())
+
+    def started(self, inode, group):
+        """The announced child runs as this process group; None: it does not run."""
+        with self._lock:
+            self._announced.discard(inode)
+            if group:
+                self._groups.add(group)
+            self._tell((f"+ {group}\n" if group else "").encode() + f"! {inode}\n".encode())
+
+    def remove(self, group):
+        """The group is gone; told before its leader is reaped, so that a re-used number is never killed."""
+        with self._lock:
+            self._groups.discard(group)
+            self._tell(f"- {group}\n".encode())
+
+    def close(self):
+        """The broker ends in order and has stopped its children."""
+        with self._lock:
+            if self._process:
+                with contextlib.suppress(OSError):
+                    self._process.stdin.write(b".\n" if not self._groups else b"")
+                self._process.stdin.close()
+                self._process.wait()
+                self._process = None
+
+
+ENVIRONMENT_PASSED = ("PATH", "HOME", "LANG", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+                      "http_proxy", "https_proxy", "no_proxy")
+
+
+def child_environment(settings, access_token):
+    """A child's whole environment: an allow-list and the user's own token. Nothing else of ours is inherited (P01, P02)."""
+    passed = {name: os.environ[name] for name in ENVIRONMENT_PASSED if name in os.environ}
+    return {**passed, "FORGEJO_ACCESS_TOKEN": access_token, "FORGEJO_URL": settings.forgejo_url,
+            "FORGEJO_USER_AGENT": f"fjmcp-broker/{__version__}"}
+
+
+def child_command(settings):
+    """A child's arguments, from the configuration alone (P08); ChildMissing when the program cannot be found."""
+    command = settings.forgejo_mcp_binary
+    name = command if isinstance(command, str) else command[0]
+    path = shutil.which(name)
+    if path is None:
+        raise ChildMissing(f"{name} is not an executable program")
+    return [path, "--transport", "stdio", "--url", settings.forgejo_url] if isinstance(command, str) else [path, *command[1:]]
+
+
+class Child:
+    """A running child: lines in, lines out, and a certain end.
+
+    `on_line(bytes)` is called for each line of output and `on_end(child)` once, both in the stdout reader's thread.
+    """
+
+    def __init__(self, command, environment, label, guardian, settings, log, on_line, on_end):
+        self._guardian, self._settings, self._log, self._label = guardian, settings, log, label
+        self._on_line, self._on_end = on_line, on_end
+        self._write_lock = threading.Lock()  # one whole line at a time
+        self._stop_lock = threading.Lock()  # guards reason and the ladder; a leaf
+        self._reason, self._kill_at, self._killed, self._drop_pipes_at = None, None, False, None
+        self.reason, self.ended = None, threading.Event()
+        self._spawn(command, environment)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        os.set_blocking(self._stdin, False)
+        self._stderr_thread = threading.Thread(target=self._read_stderr, daemon=True, name=f"stderr-{self.pid}")
+        self._stderr_thread.start()
+        threading.Thread(target=self._read_stdout, daemon=True, name=f"stdout-{self.pid}").start()
+
+    def _spawn(self, command, environment):
+        read_end, write_end = os.pipe()
+        inode = os.fstat(read_end).st_ino
+        self._guardian.announce(inode)
+        group = None
+        try:
+            self._process = subprocess.Popen(command, env=environment, stdin=read_end, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                             start_new_session=True, close_fds=True, bufsize=0)
+            group = self.pid = self._process.pid
+        except (FileNotFoundError, PermissionError) as error:
+            os.close(write_end)
+            raise ChildMissing(f"{command[0]}: {error.strerror}") from None
+        except OSError as error:
+            os.close(write_end)
+            raise ChildFailed(f"{command[0]}: {error.strerror}") from None
+        finally:
+            os.close(read_end)
+            self._guardian.started(inode, group)
+        self._stdin = write_end
+
+    @property
+    def alive(self):
+        """Whether it runs and has not been told to stop."""
+        return self._reason is None and not self.ended.is_set()
+
+    def send(self, line, deadline=10.0):
+        """Write a line; False when the child is gone or does not read. Half a line cannot be taken back, so that ends the child."""
+        data, end = memoryview(line + b"\n"), time.monotonic() + deadline
+        with self._write_lock:
+            while data:
+                if self._stdin is None:
+                    return False
+                try:
+                    data = data[os.write(self._stdin, data):]
+                except BlockingIOError:
+                    poll = select.poll()
+                    poll.register(self._stdin, select.POLLOUT)
+                    if not self.alive or not poll.poll(max(0, min(1.0, end - time.monotonic())) * 1000) and time.monotonic() >= end:
+                        self.kill("stuck")
+                        return False
+                except OSError:
+                    return False
+        return True
+
+    def stop(self, reason):
+        """Begin the end: close stdin, SIGTERM; tick() goes on to SIGKILL. The first reason stays."""
+        with self._stop_lock:
+            if self._reason is not None or self.ended.is_set():
+                return
+            self._reason, self._kill_at = reason, time.monotonic() + self._settings.stop_timeout
+        with self._write_lock:
+            self._close_stdin()
+        self._signal(signal.SIGTERM)
+
+    def kill(self, reason):
+        """End it now."""
+        with self._stop_lock:
+            if self.ended.is_set():
+                return
+            self._reason = self._reason or reason
+            self._kill_at, self._killed = time.monotonic(), True
+        self._signal(signal.SIGKILL)
+
+    def tick(self):
+        """Advance the end: SIGKILL when SIGTERM was not enough; free the readers when a grandchild holds the pipes of a dead child."""
+        now = time.monotonic()
+        with self._stop_lock:
+            if self.ended.is_set():
+                return
+            kill = self._kill_at is not None and now >= self._kill_at and not self._killed
+            self._killed = self._killed or kill
+        if kill:
+            self._signal(signal.SIGKILL)
+        if self._dead():
+            self._signal(signal.SIGKILL)
+            if self._drop_pipes_at is None:
+                self._drop_pipes_at = now + 1
+            elif now >= self._drop_pipes_at:
+                os.eventfd_write(self._wake, 1)
+
+    def _dead(self):
+        with contextlib.suppress(ChildProcessError):
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return True
+
+    def _signal(self, number):
+        """Signal the whole group; its number cannot be another's, since the leader is reaped last."""
+        with self._stop_lock:
+            if not self.ended.is_set():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self.pid, number)
+
+    def _close_stdin(self):
+        if self._stdin is not None:
+            os.close(self._stdin)
+            self._stdin = None
+
+    def _chunks(self, pipe):
+        """What comes out of a pipe, until its end or until tick() gives it up."""
+        descriptor, poll = pipe.fileno(), select.poll()
+        poll.register(descriptor, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if descriptor not in ready and self._wake in ready:
+                return
+            chunk = os.read(descriptor, 65536)
+            if not chunk:
+                return
+            yield chunk
+            if self._wake in ready:
+                return
+
+    def _read_stdout(self):
+        try:
+            self._read_lines()
+        except Exception as error:
+            self._log.event("error", "reader failed", user=self._label, error=f"{type(error).__name__}: {error}")
+        self._finish()
+
+    def _read_lines(self):
+        parts, size = [], 0
+        for chunk in self._chunks(self._process.stdout):
+            *lines, rest = chunk.split(b"\n")
+            for line in lines:
+                parts.append(line)
+                whole, parts, size = b"".join(parts), [], 0
+                if len(whole) > self._settings.max_line:
+                    self.kill("line_too_long")
+                    return
+                if whole.strip():
+                    self._on_line(whole)
+            parts.append(rest)
+            size += len(rest)
+            if size > self._settings.max_line:
+                self.kill("line_too_long")
+                return
+
+    def _read_stderr(self):
+        window, lines = time.monotonic(), 0
+        for chunk in self._chunks(self._process.stderr):
+            if time.monotonic() - window > 1:
+                window, lines = time.monotonic(), 0
+            for line in chunk.splitlines():
+                lines += 1
+                if lines <= 50:
+                    self._log.event("debug", "child stderr", user=self._label, line=line[:2000].decode("utf-8", "replace"))
+
+    def _finish(self):
+        """The output has ended: so does the process. Only then is it reaped and reported, once."""
+        self.stop("exited")
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        self._signal(signal.SIGKILL)  # stragglers of its group
+        self._guardian.remove(self.pid)
+        os.eventfd_write(self._wake, 1)
+        self._stderr_thread.join()
+        with self._stop_lock:
+            self.ended.set()
+        status = self._process.wait()
+        if self._reason == "exited":
+            self._reason = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        self.reason = self._reason
+        with self._write_lock:
+            self._close_stdin()
+        for pipe in (self._process.stdout, self._process.stderr):
+            pipe.close()
+        os.close(self._wake)
+        self._on_end(self)
+# ======================================================================================================================
+# Session
+# Owns the life of a session: its calls, its streams, and the child that serves it now: wake, replay, replace, sleep, end.
+# Must not know HTTP, tokens or other sessions; places and credentials it asks of the registry it was given.
+# ======================================================================================================================
+
+class Call:
+    """One request on its way through a child: where its answer goes, and what must be restored in it."""
+
+    __slots__ = ("id", "method", "params", "stream", "reader", "streamable", "transform", "after", "deadline", "token", "internal",
+                 "answered")
+
+    def __init__(self, request_id, method, params, stream, *, deadline, streamable=True, transform=None, after=None, internal=False):
+        self.id, self.method, self.params, self.stream = request_id, method, params, stream
+        self.streamable, self.transform, self.after, self.internal = streamable, transform, after, internal
+        self.deadline, self.token, self.answered = deadline, None, False
+        self.reader = stream.open() if internal else None
+
+    def answer(self, line, message):
+        """Pass the child's answer on, under the client's own id."""
+        self.answered = True
+        if self.transform and "result" in message.body:
+            data = result_message(self.id, self.transform(message.body["result"]))
+        else:
+            data = with_id(line, message, self.id)
+        if self.after and "result" in message.body:
+            self.after(message.body["result"])
+        self.stream.put(data, answer=True)
+
+    def fail(self, reason, sentence, *, retryable, outcome_unknown=True, code=SERVER_ERROR):
+        """Answer with an error of the broker's own (design 5: the table of cases)."""
+        self.answered = True
+        data = {"reason": reason, "outcome_unknown": outcome_unknown, "retryable": retryable}
+        self.stream.put(error_message(self.id, code, sentence, data), answer=True)
+
+    def wait(self, seconds):
+        """For the broker's own calls: the answer's body, or None."""
+        deadline = time.monotonic() + seconds
+        while (item := self.reader.take(max(0.0, deadline - time.monotonic()))) is not None:
+            self.reader.taken(item)
+            if item.answer:
+                return json.loads(item.data)
+        return None
+
+
+@dataclass
+class Question:
+    """A request of the child that its client has to answer."""
+
+    link: object
+    id: object
+    call: object
+    deadline: float
+    asked_at: float
+
+
+class Link:
+    """A child together with what is under way on it. Its maps are guarded by the session's lock."""
+
+    def __init__(self, session, seq):
+        self.session, self.seq = session, seq
+        self.pending = {}  # our id towards the child -> Call
+        self.numbers = itertools.count(1)
+        self.child, self.bad_lines, self.initialized, self.used_at = None, 0, False, time.monotonic()
+        self.stray = 0
+
+    @property
+    def alive(self):
+        """Whether the child can still be spoken to."""
+        return self.child is not None and self.child.alive
+
+    def register(self, call):
+        """Give a call its number; under the session's lock. The line to send is the answer."""
+        number = next(self.numbers)
+        self.pending[number] = call
+        self.used_at = time.monotonic()
+        body = {"jsonrpc": "2.0", "id": number, "method": call.method}
+        params = call.params
+        if params is not None:
+            meta = params.get("_meta")
+            if isinstance(meta, dict) and "progressToken" in meta:
+                call.token = meta["progressToken"]
+                params = {**params, "_meta": {**meta, "progressToken": number}}
+            body["params"] = params
+        return dump(body)
+
+    def call(self, method, params, seconds):
+        """A call of the broker's own; the answer's body, or None when there was none in time."""
+        call = Call(0, method, params, Stream(answers=1), deadline=time.monotonic() + seconds, internal=True)
+        with self.session.lock:
+            line = self.register(call)
+        if not self.child.send(line):
+            return None
+        return call.wait(seconds)
+
+    def notify(self, method, params=None):
+        """Send a notification to the child."""
+        return self.child.send(dump({"jsonrpc": "2.0", "method": method} | ({"params": params} if params is not None else {})))
+
+    def on_line(self, line):
+        """A line of the child's output; in the child's reader thread."""
+        try:
+            message = classify(json.loads(line.decode("utf-8"), parse_constant=_no_constant))
+        except (ValueError, RecursionError):
+            self.bad_lines += 1
+            self.session.log.event("warning", "bad line from child", user=self.session.sub, count=self.bad_lines)
+            if self.bad_lines >= 100:
+                self.child.kill("bad_lines")
+            return
+        self.bad_lines = 0
+        if message.kind == "response":
+            self._answered(line, message)
+        else:
+            self.session.from_child(self, message)
+
+    def _answered(self, line, message):
+        with self.session.lock:
+            call = self.pending.pop(message.id, None) if isinstance(message.id, int) else None
+        if call is None:
+            self.stray += 1
+            self.session.log.event("debug", "stray answer from child", user=self.session.sub)
+            return
+        self.used_at = time.monotonic()
+        call.answer(line, message)
+        self.session.call_ended(self, call, message)
+
+    def on_end(self, child):
+        """The child has ended; in its reader thread, once."""
+        self.session.link_ended(self)
+
+
+class Wake:
+    """One start of a child that several requests wait for."""
+
+    def __init__(self):
+        self.done, self.link, self.error = threading.Event(), None, None
+
+
+class Session:
+    """A client's session, or (durable=False) the pool that serves a client's requests without a session id.
+
+    `lock` guards link, draining, waking, questions, streams and the links' maps; it is never held across a spawn, a send or a wait.
+    """
+
+    def __init__(self, registry, name, sub, client_id, initialize, *, version=None, log_level=None, subscriptions=(), tools_hash=None,
+                 durable=True):
+        self.registry, self.settings, self.log = registry, registry.settings, registry.log
+        self.name, self.sub, self.client_id, self.durable = name, sub, client_id, durable
+        self.initialize, self.version, self.log_level = initialize, version, log_level
+        self.subscriptions, self.tools_hash = set(subscriptions), tools_hash
+        self.lock = threading.Lock()
+        self.link, self.draining, self.waking, self.ended = None, set(), None, False
+        self.questions, self.streams, self.question_numbers = {}, collections.OrderedDict(), itertools.count(1)
+        self.get_stream = self._new_stream(0)
+        self.failures, self.retry_at, self.failure, self.server = 0, 0.0, None, None
+        self.used_at = registry.clock.now()
+        self.hints = None
+
+    def _new_stream(self, answers):
+        return Stream(self.settings.stream_events, self.settings.stream_bytes, self.settings.write_timeout + 5, answers)
+
+    # -- requests, notifications and answers of the client
+
+    def submit(self, messages, *, streamable=True, transform=None):
+        """Send requests to the child, waking it if need be; a Stream that will carry their answers, already with its reader.
+
+        Raises RpcError when the child cannot be had or too much is in flight.
+        """
+        stream = self._new_stream(len(messages))
+        reader = stream.open()
+        deadline = time.monotonic() + self.settings.request_timeout
+        calls = [Call(m.id, m.method, m.params, stream, deadline=deadline, streamable=streamable, transform=transform and transform(m),
+                      after=self._after(m)) for m in messages]
+        self.used_at = self.registry.clock.now()
+        for _ in range(3):
+            link = self._awake()
+            with self.lock:
+                if self.ended or link is not self.link or not link.alive:
+                    continue
+                in_flight = sum(not call.internal for each in (link, *self.draining) for call in each.pending.values())
+                if in_flight + len(calls) > self.settings.max_inflight:
+                    raise RpcError(SERVER_ERROR, "Too many requests of this session are in flight; wait for answers.",
+                                   {"reason": "busy", "outcome_unknown": False, "retryable": True}, 429, (("Retry-After", "1"),))
+                lines = [link.register(call) for call in calls]
+                if self.durable:
+                    self.streams[stream.key] = stream
+            for line in lines:
+                link.child.send(line)  # a child that died meanwhile answers through link_ended
+            return reader
+        raise self._unavailable("child_died", "The tool process ended again and again.")
+
+    def _after(self, message):
+        """What a successful answer changes that has to be replayed to a new child."""
+        params = message.params or {}
+        if message.method == "logging/setLevel" and self.durable:
+            return lambda result: self._remember(log_level=params.get("level"))
+        if message.method == "resources/subscribe" and isinstance(params.get("uri"), str):
+            return lambda result: self._remember(subscribe=params["uri"])
+        if message.method == "resources/unsubscribe" and isinstance(params.get("uri"), str):
+            return lambda result: self._remember(unsubscribe=params["uri"])
+        if message.method == "tools/list" and not params.get("cursor") and self.durable:
+            return lambda result: self._remember(tools_hash=tools_digest(result))
+        return None
+
+    def _remember(self, log_level=None, subscribe=None, unsubscribe=None, tools_hash=None):
+        before = (self.log_level, frozenset(self.subscriptions), self.tools_hash)
+        with self.lock:
+            self.log_level = log_level or self.log_level
+            self.subscriptions |= {subscribe} - {None}
+            self.subscriptions -= {unsubscribe}
+            self.tools_hash = tools_hash or self.tools_hash
+            after = (self.log_level, frozenset(self.subscriptions), self.tools_hash)
+        if self.durable and before != after:
+            with contextlib.suppress(StoreUnavailable):  # what is lost is a replay's detail, not the answer
+                self.registry.store.update_session(self.name, self.log_level, self.subscriptions, self.tools_hash)
+
+    def notify(self, message):
+        """A notification of the client: cancellation is translated, others go to a child that is awake."""
+        with self.lock:
+            link = self.link
+        self.used_at = self.registry.clock.now()
+        if message.method == "notifications/cancelled":
+            self._cancel((message.params or {}).get("requestId"), message.params)
+        elif link and message.method == "notifications/initialized":
+            if not link.initialized:
+                link.initialized = True
+                link.notify(message.method, message.params)
+        elif link:
+            link.notify(message.method, message.params)
+
+    def _cancel(self, request_id, params):
+        with self.lock:
+            found = [(link, number, call) for link in (self.link, *self.draining) if link for number, call in link.pending.items()
+                     if not call.internal and call.id == request_id and type(call.id) is type(request_id)]
+            if not found:
+                return
+            link, number, call = found[-1]
+            del link.pending[number]
+        link.notify("notifications/cancelled", {**params, "requestId": number})
+        call.fail("cancelled", "The request was cancelled.", retryable=False)
+        self.call_ended(link, call, None)
+
+    def reply(self, message):
+        """The client's answer to a question of the child; one that nobody asked is dropped (J07)."""
+        with self.lock:
+            question = self.questions.pop(message.id, None) if isinstance(message.id, str) else None
+            if question and question.call:  # the clock stood while the client owed the answer
+                question.call.deadline += time.monotonic() - question.asked_at
+        if question:
+            question.link.child.send(dump({**message.body, "id": question.id}))
+
+    # -- what the child says of itself
+
+    def from_child(self, link, message):
+        """Route a notification or question of the child: to the request it belongs to, else where the client listens."""
+        params = message.params or {}
+        if message.method == "notifications/progress":
+            with self.lock:
+                call = link.pending.get(params.get("progressToken")) if isinstance(params.get("progressToken"), int) else None
+            if call and call.token is not None and call.streamable:
+                call.stream.put(dump({**message.body, "params": {**params, "progressToken": call.token}}))
+        elif message.kind == "request":
+            self._ask(link, message)
+        elif message.method == "notifications/cancelled":
+            self._withdraw(link, message)
+        else:
+            stream, _ = self._target(link)
+            if stream:
+                stream.put(dump(message.body))
+
+    def _target(self, link):
+        """The stream for what belongs to no request by itself, and the call it is taken to belong to."""
+        with self.lock:
+            calls = [call for each in {link, self.link, *self.draining} - {None} for call in each.pending.values() if not call.internal]
+            here = [call for call in link.pending.values() if not call.internal]
+            if len(calls) == 1 and calls[0].streamable and calls[0].stream.is_open:
+                return calls[0].stream, calls[0] if here else None
+            if not self.durable:  # a shared child: nothing is attributed by guess
+                return None, None
+            if self.get_stream.is_open:
+                return self.get_stream, here[0] if len(here) == 1 else None
+            still_open = [call for call in calls if call.streamable and call.stream.is_open]
+            return (still_open[-1].stream if still_open else self.get_stream), here[0] if len(here) == 1 else None
+
+    def _ask(self, link, message):
+        if not self.durable:
+            self._refuse_question(link, message.id, METHOD_NOT_FOUND, "This client was not said to answer questions")
+            return
+        stream, call = self._target(link)
+        now = time.monotonic()
+        limit = self.settings.input_timeout if stream.is_open else QUESTION_GRACE
+        with self.lock:
+            number = f"{stream.key}.{next(self.question_numbers)}"
+            self.questions[number] = Question(link, message.id, call, now + limit, now)
+        stream.put(dump({**message.body, "id": number}))
+
+    @staticmethod
+    def _refuse_question(link, question_id, code, sentence):
+        link.child.send(error_message(question_id, code, sentence))
+
+    def _withdraw(self, link, message):
+        asked = (message.params or {}).get("requestId")
+        with self.lock:
+            numbers = [number for number, question in self.questions.items() if question.link is link and question.id == asked]
+            for number in numbers:
+                del self.questions[number]
+        stream, _ = self._target(link)
+        for number in numbers:
+            stream.put(dump({**message.body, "params": {**message.params, "requestId": number}}))
+
+    # -- the child: wake, replay, replace, sleep, end
+
+    def _awake(self):
+        """The link to an initialized child; one request starts it, the others wait for that start."""
+        with self.lock:
+            if self.ended:
+                raise session_not_found()
+            if self.link and self.link.alive:
+                return self.link
+            if self.failures >= 3 and time.monotonic() < self.retry_at:
+                raise self.failure
+            wake, leader = self.waking or Wake(), self.waking is None
+            self.waking = wake
+        if leader:
+            self._wake(wake, replay=True)
+        elif not wake.done.wait(PLACE_WAIT + self.settings.start_timeout + 30):
+            raise self._unavailable("starting_failed", "The tool process did not start in time.")
+        if wake.error:
+            raise wake.error
+        return wake.link
+
+    def open(self):
+        """Start the first child of a new session with the client's own `initialize`; the child's result."""
+        wake = self.waking = Wake()
+        self._wake(wake, replay=False)
+        if wake.error:
+            raise wake.error
+        return self.server
+
+    def _wake(self, wake, replay):
+        """Start a child and put it in place. Whatever happens, who waits for `wake` is told, and the next may try again."""
+        error, link = None, None
+        try:
+            link = self._start(replay)
+        except (RpcError, Refusal) as problem:
+            error = problem
+        except BaseException as problem:
+            self.log.event("error", "start failed", user=self.sub, error=type(problem).__name__)
+            error = self._unavailable("starting_failed", "The tool process could not be started.")
+            if not isinstance(problem, Exception):
+                raise
+        finally:
+            with self.lock:
+                if link and self.ended:
+                    error, link = session_not_found(), self._retire(link)
+                old, self.waking = self.link, None
+                if link:
+                    self.link, self.failures = link, 0
+                    if old:
+                        self.draining.add(old)
+                elif error and isinstance(error, RpcError):
+                    self.failures, self.failure = self.failures + 1, error
+                    self.retry_at = time.monotonic() + min(60, 2 ** max(0, self.failures - 3))
+                wake.link, wake.error = link, error
+            wake.done.set()
+            if link and old:
+                self._stop_if_drained(old)
+
+    @staticmethod
+    def _retire(link):
+        link.child.stop("session ended")
+
+    def _start(self, replay):
+        access, seq = self.registry.credential(self.sub)
+        self.registry.take_place(self)
+        link = Link(self, seq)
+        try:
+            link.child = self.registry.spawn(access, self.sub, link)
+        except BaseException:
+            self.registry.release_place(self)
+            raise
+        self.log.audit("child started", user=self.sub, client=self.client_id, pid=link.child.pid, replay=replay)
+        params = self.initialize if not replay or not self.version else {**self.initialize, "protocolVersion": self.version}
+        answer = link.call("initialize", params, self.settings.start_timeout)
+        if answer is None or "error" in answer and link.child.ended.is_set():
+            link.child.stop("no answer to initialize")
+            raise self.registry.why_not_started(self.sub, access)
+        if "error" in answer:
+            link.child.stop("initialize refused")
+            error = answer["error"]
+            raise RpcError(error["code"], str(error.get("message", "")), error.get("data"))
+        result = answer["result"]
+        if not isinstance(result, dict) or not isinstance(result.get("protocolVersion"), str):
+            link.child.stop("initialize answered wrongly")
+            raise self._unavailable("starting_failed", "The tool process does not speak MCP.")
+        self._initialized(link, result, replay)
+        return link
+
+    def _initialized(self, link, result, replay):
+        if not replay:
+            self.server, self.version = result, result["protocolVersion"]
+            return
+        if self.version and result["protocolVersion"] != self.version:
+            self.log.event("warning", "child speaks another version", user=self.sub, was=self.version, now=result["protocolVersion"])
+        self.version = self.version or result["protocolVersion"]
+        link.initialized = True
+        link.notify("notifications/initialized")
+        for method, params in self._to_replay():
+            link.call(method, params, QUESTION_GRACE)
+        if self.tools_hash:
+            self._compare_tools(link)
+
+    def _to_replay(self):
+        if self.log_level:
+            yield "logging/setLevel", {"level": self.log_level}
+        for uri in sorted(self.subscriptions):
+            yield "resources/subscribe", {"uri": uri}
+
+    def _compare_tools(self, link):
+        """Tell the client when the new child has other tools than the one it knew; the comparison holds up nobody."""
+        def compare(result):
+            digest_now = tools_digest(result)
+            if digest_now != self.tools_hash:
+                self._remember(tools_hash=digest_now)
+                self.hints = None
+                self.get_stream.put(dump({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"}))
+
+        call = Call(0, "tools/list", {}, Stream(answers=1), deadline=time.monotonic() + 60, internal=True, after=compare)
+        with self.lock:
+            line = link.register(call)
+        link.child.send(line)
+
+    def replace(self):
+        """Serve the session with a child that holds the user's newest token: an idle child is put to sleep, a busy one relieved."""
+        if self.settings.child_keeps_state or self.sleep("token rotated"):
+            return
+        with self.lock:
+            if self.ended or self.waking or not self.link:
+                return
+            self.waking = wake = Wake()
+        threading.Thread(target=self._wake, args=(wake, True), daemon=True).start()
+
+    def sleep(self, reason):
+        """Stop an idle child, keep the session; False when it is busy or there is none."""
+        with self.lock:
+            link = self.link
+            if not link or self.waking or self._busy(link):
+                return False
+            self.link = None
+        link.child.stop(reason)
+        return True
+
+    def _busy(self, link):
+        return bool(link.pending) or any(question.link is link for question in self.questions.values())
+
+    def idle_since(self):
+        """Since when (monotonic) the child has had nothing to do; None while it is busy or asleep."""
+        with self.lock:
+            return self.link.used_at if self.link and not self.waking and not self._busy(self.link) else None
+
+    def call_ended(self, link, call, message):
+        """A call has its answer: drained children go, waiting requests may get the place, a refusal by Forgejo is looked into."""
+        if link is not self.link:
+            self._stop_if_drained(link)
+        self.registry.place_may_be_free()
+        if message and call.method == "tools/call" and message.body.get("error", {}).get("code") == INTERNAL_ERROR:
+            self.registry.tool_refused(self.sub)
+
+    def _stop_if_drained(self, link):
+        with self.lock:
+            stop = link in self.draining and not self._busy(link)
+        if stop:
+            link.child.stop("replaced")
+
+    def link_ended(self, link):
+        """A child has ended: what was in flight on it is answered, its questions are moot, its place is free."""
+        reason = link.child.reason
+        with self.lock:
+            if self.link is link:
+                self.link = None
+            self.draining.discard(link)
+            calls, link.pending = list(link.pending.values()), {}
+            for number in [n for n, question in self.questions.items() if question.link is link]:
+                del self.questions[number]
+        for call in calls:
+            call.fail("child_died", f"The tool process ended ({reason}) before it answered; whether it did anything is not known.",
+                      retryable=True)
+        self.registry.release_place(self)
+        self.log.audit("child stopped", user=self.sub, client=self.client_id, pid=link.child.pid, reason=reason)
+
+    def tick(self, now):
+        """Answer what has waited too long (monotonic time `now`); called by the reaper."""
+        with self.lock:
+            links = [link for link in (self.link, *self.draining) if link]
+            asked = {id(question.call) for question in self.questions.values() if question.call}
+            late = [(link, number) for link in links for number, call in link.pending.items()
+                    if call.deadline <= now and id(call) not in asked]
+            late = [(link, number, link.pending.pop(number)) for link, number in late]
+            stale = [self.questions.pop(n) for n in [n for n, question in self.questions.items() if question.deadline <= now]]
+            for question in stale:
+                if question.call:
+                    question.call.deadline += now - question.asked_at
+            for key in [key for key, stream in self.streams.items() if stream.is_spent][:-8]:
+                del self.streams[key]
+            while len(self.streams) > 64:
+                self.streams.popitem(last=False)
+        for question in stale:
+            self._refuse_question(question.link, question.id, SERVER_ERROR, "The client did not answer in time")
+        for link, number, call in late:
+            link.notify("notifications/cancelled", {"requestId": number, "reason": "timed out"})
+            call.fail("timed_out", "The tool did not answer in time; whether it did anything is not known.", retryable=False)
+            self.call_ended(link, call, None)
+        for link in links:
+            link.child.tick()
+            if link is not self.link:
+                self._stop_if_drained(link)
+
+    def end(self, reason):
+        """The session is over: its child stops, its streams end, what is in flight is answered."""
+        with self.lock:
+            if self.ended:
+                return
+            self.ended = True
+            links, self.link = [link for link in (self.link, *self.draining) if link], None
+            calls = [call for link in links for call in link.pending.values()]
+            for link in links:
+                link.pending = {}
+            streams = [self.get_stream, *self.streams.values()]
+        for call in calls:
+            call.fail("session_ended", f"The session ended ({reason}); whether the call did anything is not known.", retryable=False)
+        for link in links:
+            link.child.stop(reason)
+        for stream in streams:
+            stream.end()
+        if self.durable:
+            self.log.audit("session ended", user=self.sub, client=self.client_id, reason=reason)
+
+    # -- streams and tools
+
+    def stream_after(self, event_id):
+        """The stream and number that a Last-Event-ID names; the session's own stream when it names none of ours."""
+        key, _, number = (event_id or "").rpartition("-")
+        with self.lock:
+            stream = self.get_stream if key == self.get_stream.key else self.streams.get(key)
+        if stream is None or not re.fullmatch(r"[0-9]{1,15}", number):
+            return self.get_stream, None
+        return stream, int(number)
+
+    def tool_reads(self, name):
+        """Whether a tool only reads: by its name, else by a readOnlyHint of true; a hint of false decides nothing."""
+        if name_reads(name, self.settings):
+            return True
+        if self.hints is None:
+            self.hints = self._read_hints()
+        return name in self.hints
+
+    def _read_hints(self):
+        link, cursor, names = self._awake(), None, set()
+        for _ in range(100):
+            answer = link.call("tools/list", {"cursor": cursor} if cursor else {}, QUESTION_GRACE)
+            result = (answer or {}).get("result")
+            if not isinstance(result, dict):
+                break
+            names |= {tool.get("name") for tool in result.get("tools", ()) if isinstance(tool, dict) and hint_reads(tool)}
+            cursor = result.get("nextCursor")
+            if not isinstance(cursor, str):
+                break
+        return names
+
+    @staticmethod
+    def _unavailable(reason, sentence):
+        return RpcError(SERVER_ERROR, sentence, {"reason": reason, "outcome_unknown": False, "retryable": True}, 503, (("Retry-After", "2"),))
+
+
+def session_not_found():
+    """The answer for a session that has ended, expired, is somebody else's or never was: always the same."""
+    return RpcError(SESSION_NOT_FOUND, "Session not found. Start a new one with initialize.", None, 404)
+
+
+def name_reads(name, settings):
+    """Whether a tool's name is one of `read_only_tools`."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.read_only_tools)
+
+
+def hint_reads(tool):
+    """Whether a tool says of itself that it only reads."""
+    annotations = tool.get("annotations")
+    return isinstance(annotations, dict) and annotations.get("readOnlyHint") is True
+
+
+def tools_digest(result):
+    """A fingerprint of a tools/list result."""
+    return hashlib.sha256(json.dumps(result.get("tools") if isinstance(result, dict) else None, sort_keys=True).encode()).digest()
+# ======================================================================================================================
+# Registry and reaper
+# Owns which sessions are in memory and who has a place among the children; and everything that happens by the clock.
+# Must not know HTTP or what a message says.
+# ======================================================================================================================
+
+class Registry:
+    """Sessions and pools by name, places for children, and the way to credentials.
+
+    `lock` (a condition) guards the maps and counts; dict work only, taken after a session's lock if both.
+    """
+
+    def __init__(self, settings, store, upstream, forgejo, guardian, log, clock):
+        self.settings, self.store, self.upstream, self.forgejo = settings, store, upstream, forgejo
+        self.guardian, self.log, self.clock = guardian, log, clock
+        self.lock = threading.Condition()
+        self.sessions, self.pools, self.places, self.waiting = {}, {}, collections.Counter(), 0
+        self.closing = False
+
+    # -- sessions
+
+    def open(self, sub, client_id, initialize):
+        """A new session with its first child: (session id, the child's initialize result)."""
+        session_id, now = new_secret(), self.clock.now()
+        name = digest(session_id)
+        session = Session(self, name, sub, client_id, initialize)
+        server = session.open()
+        with self.lock:
+            self.sessions[name] = session
+        try:
+            too_many = self.store.add_session(name, sub, client_id, session.version, initialize, server, now,
+                                              self.settings.max_session_rows_per_user)
+        except BaseException:
+            self.forget([name], "could not be saved")
+            raise
+        self.log.audit("session opened", user=sub, client=client_id, version=session.version)
+        self.forget(too_many, "too many sessions of this user")
+        return session_id, server
+
+    def find(self, session_id, sub, client_id):
+        """The session of an id if it is this user's and client's; RpcError 404 for every other case, always the same."""
+        name = digest(session_id)
+        with self.lock:
+            session = self.sessions.get(name)
+        if session is None:
+            row = self.store.session(name, sub, client_id)
+            if row is None:
+                raise session_not_found()
+            found = Session(self, name, sub, client_id, json.loads(row.initialize), version=row.protocol_version, log_level=row.log_level,
+                            subscriptions=json.loads(row.subscriptions), tools_hash=row.tools_hash)
+            with self.lock:
+                session = self.sessions.setdefault(name, found)
+        if session.ended or (session.sub, session.client_id) != (sub, client_id):
+            raise session_not_found()
+        return session
+
+    def pool(self, sub, client_id):
+        """The pool that serves a client's requests without a session id: a child that was told no capabilities."""
+        with self.lock:
+            if (sub, client_id) not in self.pools:
+                initialize = {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": {},
+                              "clientInfo": {"name": "fjmcp-broker", "version": __version__}}
+                self.pools[sub, client_id] = Session(self, (sub, client_id), sub, client_id, initialize, durable=False)
+            return self.pools[sub, client_id]
+
+    def delete(self, session):
+        """The client ends its session."""
+        self.store.end_session(session.name)
+        self.forget([session.name], "deleted by client")
+
+    def forget(self, names, reason):
+        """End sessions that the store has dropped."""
+        for name in names:
+            with self.lock:
+                session = self.sessions.pop(name, None)
+            if session:
+                session.end(reason)
+
+    def all(self):
+        """Every session and pool in memory."""
+        with self.lock:
+            return [*self.sessions.values(), *self.pools.values()]
+
+    def counts(self):
+        """(sessions on file, children)."""
+        return self.store.count_sessions(), sum(self.places.values())
+
+    # -- places among max_sessions
+
+    def take_place(self, session):
+        """Wait for a place for a child, putting the longest idle one to sleep; RpcError 503 after 20 s."""
+        deadline = time.monotonic() + PLACE_WAIT
+        while True:
+            with self.lock:
+                own = self.places[session.sub] >= self.settings.max_sessions_per_user
+                if not own and sum(self.places.values()) < self.settings.max_sessions:
+                    self.places[session.sub] += 1
+                    return
+                others = [each for each in (*self.sessions.values(), *self.pools.values())
+                          if each is not session and (not own or each.sub == session.sub)]
+                self.waiting += 1
+            try:
+                idle = [(since, index, each) for index, each in enumerate(others) if (since := each.idle_since()) is not None]
+                if idle and not self.settings.child_keeps_state:
+                    min(idle)[2].sleep("place needed")
+                with self.lock:
+                    if time.monotonic() >= deadline or self.closing:
+                        raise RpcError(SERVER_ERROR, "All places for tool processes are busy; try again in a moment.",
+                                       {"reason": "busy", "outcome_unknown": False, "retryable": True}, 503, (("Retry-After", "5"),))
+                    self.lock.wait(min(1.0, max(0.0, deadline - time.monotonic())))
+            finally:
+                with self.lock:
+                    self.waiting -= 1
+
+    def release_place(self, session):
+        """A child is gone."""
+        with self.lock:
+            self.places[session.sub] -= 1
+            if not self.places[session.sub]:
+                del self.places[session.sub]
+            self.lock.notify_all()
+
+    def place_may_be_free(self):
+        """A child may have become idle: whoever waits for a place looks again."""
+        if self.waiting:
+            with self.lock:
+                self.lock.notify_all()
+
+    # -- what a session needs of the world
+
+    def credential(self, sub):
+        """The user's access token at Forgejo and its sequence number; RpcError or Refusal when there is none to be had."""
+        try:
+            return self.upstream.credential(sub)
+        except LoggedOut:
+            raise invalid_token(self.settings, "Forgejo ended this login; log in again.") from None
+        except UpstreamDown:
+            raise self.upstream_down() from None
+        except UpstreamMisconfigured as error:
+            self.log.event("error", "forgejo refuses this broker's client id or secret", reason=str(error))
+            raise self.upstream_down() from None
+
+    @staticmethod
+    def upstream_down():
+        """Forgejo cannot be reached."""
+        return RpcError(SERVER_ERROR, "Forgejo cannot be reached just now; try again in a moment.",
+                        {"reason": "upstream_down", "outcome_unknown": False, "retryable": True}, 503, (("Retry-After", "5"),))
+
+    def spawn(self, access, sub, link):
+        """Start a child for a link; RpcError when the binary is missing or cannot be run."""
+        try:
+            return Child(child_command(self.settings), child_environment(self.settings, access), sub, self.guardian, self.settings, self.log,
+                         link.on_line, link.on_end)
+        except ChildMissing as error:
+            self.log.event("error", "forgejo-mcp is missing", reason=str(error))
+            raise RpcError(INTERNAL_ERROR, "The tool program is missing on the server; tell its operator.",
+                           {"reason": "child_missing", "outcome_unknown": False, "retryable": False}, 500) from None
+        except ChildFailed as error:
+            self.log.event("error", "forgejo-mcp cannot be started", reason=str(error))
+            raise self._starting_failed() from None
+
+    @staticmethod
+    def _starting_failed():
+        return RpcError(SERVER_ERROR, "The tool process could not be started; the operator's log says why.",
+                        {"reason": "starting_failed", "outcome_unknown": False, "retryable": True}, 503, (("Retry-After", "5"),))
+
+    def why_not_started(self, sub, access):
+        """Why a child ended at its start: it exits alike when Forgejo is down and when it refuses the token, so we ask Forgejo."""
+        try:
+            self.forgejo.userinfo(access)
+        except UpstreamDown:
+            return self.upstream_down()
+        except (UpstreamRefused, NotAUser):
+            self.tool_refused(sub)
+            return invalid_token(self.settings, "Forgejo refuses this login; log in again.")
+        return self._starting_failed()
+
+    def tool_refused(self, sub):
+        """A tool's error may be Forgejo refusing the token: look into it, but not in the thread that has an answer to deliver."""
+        threading.Thread(target=self.upstream.note_tool_refusal, args=(sub,), daemon=True).start()
+
+    def rotate(self, sub):
+        """The user has a newer access token: their children are replaced."""
+        for session in self.all():
+            if session.sub == sub:
+                session.replace()
+
+    def close(self, reason):
+        """End every child; sessions stay on file."""
+        self.closing = True
+        for session in self.all():
+            session.end(reason)
+
+
+def invalid_token(settings, sentence):
+    """401 for a presented token that is not good (RFC 6750 3.1)."""
+    return Refusal(401, "invalid_token", sentence, (("WWW-Authenticate", challenge_header(settings, "invalid_token")),))
+
+
+def challenge_header(settings, error=None, scope=" ".join(SCOPES)):
+    """The WWW-Authenticate value that leads a client to our metadata (RFC 9728 5.1)."""
+    url = f"{settings.public_url}/.well-known/oauth-protected-resource/mcp"
+    shown = f', error="{error}"' if error else ""
+    return f'Bearer resource_metadata="{url}", scope="{scope}"{shown}'
+
+
+class Reaper:
+    """What happens by the clock. tick() is a plain function; run() calls it at least once a second from a daemon thread."""
+
+    def __init__(self, settings, store, registry, upstream, log, clock):
+        self._settings, self._store, self._registry, self._upstream = settings, store, registry, upstream
+        self._log, self._clock, self._stop = log, clock, threading.Event()
+        self._marker, self._next_sweep, self._next_refresh, self._refreshing = None, 0.0, 0.0, set()
+        self._streams, self._lock = {}, threading.Lock()  # the lock guards _streams and _refreshing; a leaf
+
+    def watch(self, reader, caller, is_call):
+        """End an open stream within 1 s of its grant's end and 60 s of its token's expiry (a running call only at revocation)."""
+        with self._lock:
+            self._streams[reader] = (caller, is_call)
+
+    def run(self):
+        """Tick until stopped."""
+        while not self._stop.wait(0.5):
+            try:
+                self.tick()
+            except StoreUnavailable as error:
+                self._log.event("error", "store unavailable", reason=error.reason)
+            except Exception as error:  # the reaper must outlive every surprise
+                self._log.event("error", "reaper failed", error=f"{type(error).__name__}: {error}")
+
+    def stop(self):
+        """End run()."""
+        self._stop.set()
+
+    def tick(self):
+        """One round: late calls, idle children, ended grants and sessions, tokens to refresh, rows to sweep."""
+        now = self._clock.now()
+        for session in self._registry.all():
+            session.tick(time.monotonic())
+            if not self._settings.child_keeps_state and session.idle_since() is not None \
+                    and now - session.used_at >= self._settings.session_idle_timeout \
+                    and time.monotonic() - session.idle_since() >= min(1.0, self._settings.session_idle_timeout):
+                session.sleep("idle")
+        self._end_what_was_revoked(now)
+        self._refresh(now)
+        if now >= self._next_sweep:
+            self._next_sweep = now + 60
+            self._store.touch_sessions({s.name: s.used_at for s in self._registry.all() if s.durable})
+            self._registry.forget(self._store.sweep(now, self._settings.session_lifetime), "expired")
+
+    def _end_what_was_revoked(self, now):
+        marker = self._store.change_marker()
+        with self._lock:
+            for reader in [reader for reader in self._streams if reader.ended]:
+                del self._streams[reader]
+            streams = list(self._streams.items())
+        for reader, (caller, is_call) in streams:
+            if not is_call and caller.expires_at <= now:
+                reader.close()
+        if marker == self._marker:
+            return
+        self._marker = marker
+        live, pairs = self._store.live_grants(now)
+        for reader, (caller, _) in streams:
+            if caller.grant_id not in live:
+                reader.close()
+        orphaned = [session for session in self._registry.all() if (session.sub, session.client_id) not in pairs]
+        if orphaned:
+            self._store.end_orphaned_sessions(now)
+            for session in orphaned:
+                if session.durable:
+                    self._registry.forget([session.name], "grant ended")
+                else:
+                    session.sleep("grant ended")
+
+    def _refresh(self, now):
+        """Credentials of users with a child awake before they run out; every live one at least every ten days."""
+        awake = {session.sub for session in self._registry.all() if session.link}
+        for sub in awake:
+            self._in_background(sub, self._upstream.needs_refresh, 300, 4)
+        if now >= self._next_refresh:
+            self._next_refresh = now + 600
+            for sub in self._store.users_to_refresh(now - 10 * 86400, now):
+                self._in_background(sub, lambda *_: True)
+
+    def _in_background(self, sub, wanted, *arguments):
+        with self._lock:
+            if sub in self._refreshing or not wanted(sub, *arguments):
+                return
+            self._refreshing.add(sub)
+
+        def refresh():
+            try:
+                if self._upstream.refresh(sub):
+                    self._registry.rotate(sub)
+            except Exception as error:  # logged where it is known what it means; the next tick tries again
+                self._log.event("debug", "refresh failed", user=sub, error=type(error).__name__)
+            finally:
+                with self._lock:
+                    self._refreshing.discard(sub)
+
+        threading.Thread(target=refresh, daemon=True).start()
+# ======================================================================================================================
+# Gate and /mcp
+# Owns the MCP endpoint: who is calling, what they may do, and which HTTP answer a JSON-RPC message gets.
+# Must not know sockets or children.
+# ======================================================================================================================
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose token came: the user, client and grant, and what it may do. `asked` is what the login had asked for."""
+
+    sub: str
+    login: str
+    client_id: str
+    grant_id: int
+    scope: str
+    asked: str
+    expires_at: float
+
+    @property
+    def may_write(self):
+        """Whether all tools may be called."""
+        return WRITE in self.scope.split()
+
+
+class Endpoint:
+    """POST, GET and DELETE of /mcp."""
+
+    def __init__(self, settings, store, registry, reaper, log, clock):
+        self._settings, self._store, self._registry, self._reaper = settings, store, registry, reaper
+        self._log, self._clock = log, clock
+
+    def gate(self, request):
+        """The Caller of a request by its bearer token; Refusal 401 (RFC 6750 3). Each request reads its row: revocation is immediate."""
+        authorization = request.header("authorization")
+        if authorization is None:
+            raise Refusal(401, "unauthorized", "Log in first: see WWW-Authenticate.",
+                          (("WWW-Authenticate", challenge_header(self._settings)),))
+        scheme, _, token = authorization.partition(" ")
+        token = token.strip()
+        row = None
+        if scheme.lower() == "bearer" and re.fullmatch(r"fja_[A-Za-z0-9_-]{43}", token):
+            row = self._store.bearer(digest(token), self._clock.now())
+        if row is None or row.state != "active" or row.resource != self._settings.resource:
+            raise invalid_token(self._settings, "The access token is unknown, expired or revoked.")
+        return Caller(row.sub, row.login, row.client_id, row.grant_id, row.scope, row.asked, row.expires_at)
+
+    # -- POST
+
+    def post(self, request):
+        """A JSON-RPC message, or a batch where its session allows one."""
+        caller = self.gate(request)
+        request_id = None
+        try:
+            value = self._read(request)
+            request_id = value.get("id") if isinstance(value, dict) and is_request_id(value.get("id")) else None
+            if isinstance(value, list):
+                return self._batch(request, caller, value)
+            try:
+                message = classify(value)
+            except ValueError as error:
+                raise RpcError(INVALID_REQUEST, f"Not a JSON-RPC message: {error}.", None, 400) from None
+            self._check_era(request, message)
+            return self._legacy(request, caller, message)
+        except RpcError as error:
+            return rpc_error_response(request_id, error)
+
+    def _read(self, request):
+        body = request.read_body(self._settings.max_body)
+        try:
+            return read_json(body)
+        except (ValueError, RecursionError) as error:
+            duplicate = "twice" in str(error)
+            raise RpcError(INVALID_REQUEST if duplicate else PARSE_ERROR, f"The body is not JSON: {str(error)[:200]}.", None, 400) from None
+
+    def _check_era(self, request, message):
+        """Modern requests (MCP 2026-07-28) are told which versions are served; `initialize` is legacy, always."""
+        header = request.header("mcp-protocol-version")
+        meta = (message.params or {}).get("_meta")
+        asked = meta.get(META_VERSION) if isinstance(meta, dict) else None
+        if message.method == "initialize":
+            return
+        if asked is not None or (header or "") >= FIRST_MODERN_VERSION:
+            if message.method == "server/discover":
+                raise RpcError(METHOD_NOT_FOUND, "This server speaks the initialize handshake; server/discover is not served.", None, 404)
+            raise RpcError(UNSUPPORTED_VERSION, "Unsupported protocol version",
+                           {"supported": list(LEGACY_VERSIONS), "requested": asked if isinstance(asked, str) else header}, 400)
+        if header is not None and header not in LEGACY_VERSIONS:
+            raise RpcError(INVALID_REQUEST, f"Unsupported MCP-Protocol-Version; supported: {', '.join(LEGACY_VERSIONS)}.",
+                           {"supported": list(LEGACY_VERSIONS)}, 400)
+
+    def _legacy(self, request, caller, message):
+        if message.kind == "request" and message.method == "initialize":
+            return self._initialize(caller, message)
+        session = self._session(request, caller)
+        if message.kind == "notification":
+            if session.durable:
+                session.notify(message)
+            return Response(202)
+        if message.kind == "response":
+            session.reply(message)
+            return Response(202)
+        if not session.durable and message.method in ("logging/setLevel", "resources/subscribe", "resources/unsubscribe"):
+            raise RpcError(METHOD_NOT_FOUND, f"{message.method} needs a session: send initialize, then the Mcp-Session-Id it returns.")
+        refused = self._refused(caller, session, message)
+        if refused is not None:
+            return refused
+        return self._submitted(request, caller, session, [message], batch=False)
+
+    def _initialize(self, caller, message):
+        params = message.params
+        if not isinstance(params, dict) or not isinstance(params.get("protocolVersion"), str):
+            raise RpcError(INVALID_PARAMS, "initialize needs params.protocolVersion.", None, 400)
+        session_id, server = self._registry.open(caller.sub, caller.client_id, params)
+        return Response(200, result_message(message.id, server), "application/json", (("Mcp-Session-Id", session_id),))
+
+    def _session(self, request, caller):
+        session_id = request.header("mcp-session-id")
+        if session_id is None:
+            return self._registry.pool(caller.sub, caller.client_id)
+        if not re.fullmatch(r"[\x21-\x7e]{1,256}", session_id):
+            raise RpcError(INVALID_REQUEST, "Mcp-Session-Id is malformed.", None, 400)
+        return self._registry.find(session_id, caller.sub, caller.client_id)
+
+    def _batch(self, request, caller, values):
+        """Only a session negotiated at 2025-03-26 may send one, never with initialize in it."""
+        session = self._session(request, caller)
+        if not values or not session.durable or session.version != BATCH_VERSION:
+            raise RpcError(INVALID_REQUEST, "Batches are not served here; send each message by itself.", None, 400)
+        try:
+            messages = [classify(value) for value in values]
+        except ValueError as error:
+            raise RpcError(INVALID_REQUEST, f"Not a JSON-RPC message: {error}.", None, 400) from None
+        if any(message.method == "initialize" for message in messages):
+            raise RpcError(INVALID_REQUEST, "initialize must not be in a batch.", None, 400)
+        requests = [message for message in messages if message.kind == "request"]
+        for message in requests:
+            refused = self._refused(caller, session, message)
+            if refused is not None:
+                return refused
+        for message in messages:
+            if message.kind == "notification":
+                session.notify(message)
+            elif message.kind == "response":
+                session.reply(message)
+        return self._submitted(request, caller, session, requests, batch=True) if requests else Response(202)
+
+    def _refused(self, caller, session, message):
+        """The answer to a call that the token's scope does not allow, None for every other request."""
+        if caller.may_write or message.method != "tools/call":
+            return None
+        name = (message.params or {}).get("name")
+        if isinstance(name, str) and session.tool_reads(name):
+            return None
+        if WRITE not in caller.asked.split():
+            raise Refusal(403, "insufficient_scope", "This tool writes; the login was for reading only.",
+                          (("WWW-Authenticate", challenge_header(self._settings, "insufficient_scope")),))
+        # The person was asked and chose read only: asking again would be a loop, so the model is told instead.
+        text = "This connection is read only: that was chosen at its login. To use this tool, connect again and choose full access."
+        return Response(200, result_message(message.id, {"content": [{"type": "text", "text": text}], "isError": True}), "application/json")
+
+    def _submitted(self, request, caller, session, messages, batch):
+        accept = request.headers.get("accept")
+        streamable = bool(accept) and any("text/event-stream" in value for value in accept)
+        transform = None if caller.may_write else lambda message: self._only_reading if message.method == "tools/list" else None
+        reader = session.submit(messages, streamable=streamable, transform=transform)
+        self._reaper.watch(reader, caller, True)
+        prime = session.durable and session.version == LEGACY_VERSIONS[0]
+        return Response(200, later=Later(reader, 2.0 if streamable else None, prime=prime, batch=batch))
+
+    def _only_reading(self, result):
+        if not isinstance(result, dict) or not isinstance(result.get("tools"), list):
+            return result
+        return {**result, "tools": [tool for tool in result["tools"] if isinstance(tool, dict) and
+                                    (name_reads(str(tool.get("name")), self._settings) or hint_reads(tool))]}
+
+    # -- GET and DELETE
+
+    def get(self, request):
+        """The session's stream for what belongs to no request; resumes what Last-Event-ID names."""
+        caller = self.gate(request)
+        try:
+            self._check_version_header(request)
+            session = self._session(request, caller)
+        except RpcError as error:
+            return rpc_error_response(None, error)
+        if not session.durable:
+            raise Refusal(405, "method_not_allowed", "Without an Mcp-Session-Id only POST is served.", (("Allow", "POST"),))
+        stream, after = session.stream_after(request.header("last-event-id"))
+        reader = stream.open(after)
+        self._reaper.watch(reader, caller, False)
+        return Response(200, later=Later(reader, 0))
+
+    def _check_version_header(self, request):
+        header = request.header("mcp-protocol-version") or ""
+        if header >= FIRST_MODERN_VERSION:
+            raise Refusal(405, "method_not_allowed", "This revision of MCP has only POST.", (("Allow", "POST"),))
+
+    def delete(self, request):
+        """The client ends its session."""
+        caller = self.gate(request)
+        self._check_version_header(request)
+        try:
+            session = self._session(request, caller)
+        except RpcError as error:
+            return rpc_error_response(None, error)
+        if not session.durable:
+            raise Refusal(405, "method_not_allowed", "Name the session to end with Mcp-Session-Id.", (("Allow", "POST"),))
+        self._registry.delete(session)
+        return Response(204)
+
+    def head(self, request):
+        """HEAD is how some clients look for the login: 401 without a token, 405 with one."""
+        self.gate(request)
+        raise Refusal(405, "method_not_allowed", "Use POST.", (("Allow", "POST, GET, DELETE"),))
+
+
+def rpc_error_response(request_id, error):
+    """An RpcError as an HTTP answer."""
+    return Response(error.status, error_message(request_id, error.code, error.message, error.data), "application/json", error.headers)
+# ======================================================================================================================
+# HTTP server
+# Owns sockets: accepting, strict framing and parsing, the one header writer, and the pump of everything that waits.
+# Must not know routes or what is served; it is given one function from Request to Response.
+# ======================================================================================================================
+
+REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]{1,8192}) HTTP/([0-9])\.([0-9])")
+HEADER_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*((?:[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*")
+MAX_LINE, MAX_HEAD, MAX_HEADERS = 8192, 32768, 100
+REASONS = {status.value: status.phrase for status in http.HTTPStatus} | {421: "Misdirected Request"}
+
+
+class Gone(Exception):
+    """The connection has ended, or must."""
+
+
+class Watcher:
+    """One thread that notices that clients hung up while their answers are still to come."""
+
+    def __init__(self):
+        self._epoll, self._readers, self._lock = select.epoll(), {}, threading.Lock()  # the lock guards the dict; a leaf
+        threading.Thread(target=self._run, daemon=True, name="watcher").start()
+
+    def watch(self, sock, reader):
+        """Close the reader when the socket's peer hangs up. A half-closed connection counts as gone."""
+        with self._lock:
+            self._readers[sock.fileno()] = reader
+            self._epoll.register(sock.fileno(), select.EPOLLRDHUP | select.EPOLLONESHOT)
+
+    def forget(self, sock):
+        """The answer is done."""
+        with self._lock:
+            if self._readers.pop(sock.fileno(), None):
+                self._epoll.unregister(sock.fileno())
+
+    def _run(self):
+        while True:
+            for descriptor, _ in self._epoll.poll():
+                with self._lock:
+                    reader = self._readers.get(descriptor)
+                if reader:
+                    reader.close()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Accepts connections and gives each a thread, within the limits."""
+
+    request_queue_size, daemon_threads, block_on_close, allow_reuse_address = 1024, True, False, True
+
+    def __init__(self, settings, handle, log, listener=None):
+        self.settings, self.handle, self.log, self.watcher = settings, handle, log, Watcher()
+        self._changed = threading.Condition()  # guards connections and draining; a leaf
+        self._connections, self._addresses, self.draining = set(), collections.Counter(), False
+        self.address_family = socket.AF_INET6 if ":" in settings.listen[0] else socket.AF_INET
+        socketserver.TCPServer.__init__(self, settings.listen, None, bind_and_activate=False)
+        if listener:
+            self.socket.close()
+            self.socket = listener
+            self.server_address = listener.getsockname()
+        else:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                self.socket.bind(settings.listen)
+                self.socket.listen(self.request_queue_size)
+            except OSError as error:
+                self.socket.close()
+                raise ConfigurationError([f"listen: cannot listen on {settings.listen[0]}:{settings.listen[1]}: {error.strerror}"]) from None
+            self.server_address = self.socket.getsockname()
+        self.port = self.server_address[1]
+
+    def get_request(self):
+        """Accept; without file descriptors left, wait a moment instead of spinning (H16)."""
+        try:
+            return self.socket.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                time.sleep(0.05)
+            raise
+
+    def process_request(self, sock, address):
+        """Start a thread for a connection, or drop it at once when there are too many."""
+        peer = address[0]
+        with self._changed:
+            full = self.draining or len(self._connections) >= self.settings.max_connections or (
+                self._addresses[peer] >= self.settings.max_connections_per_address and not self.trusts(peer)
+                and not is_loopback_name(peer))
+            if not full:
+                connection = Connection(self, sock, peer)
+                self._connections.add(connection)
+                self._addresses[peer] += 1
+        if full:
+            self.shutdown_request(sock)
+            return
+        try:
+            threading.Thread(target=self._serve, args=(connection,), daemon=True, name="connection").start()
+        except RuntimeError:  # no thread to be had (H17)
+            self._ended(connection)
+            self.shutdown_request(sock)
+
+    def _serve(self, connection):
+        try:
+            connection.run()
+        except (Gone, OSError):
+            pass
+        finally:
+            self._ended(connection)
+            self.shutdown_request(connection.sock)
+
+    def _ended(self, connection):
+        with self._changed:
+            self._connections.discard(connection)
+            self._addresses[connection.peer] -= 1
+            if not self._addresses[connection.peer]:
+                del self._addresses[connection.peer]
+            self._changed.notify_all()
+
+    def handle_error(self, request, client_address):
+        """Never a traceback on stderr for what a peer did."""
+        self.log.event("error", "connection failed", error=sys.exc_info()[0].__name__ if sys.exc_info()[0] else None)
+
+    def trusts(self, address):
+        """Whether a peer's X-Forwarded-For is believed."""
+        try:
+            return any(ipaddress.ip_address(address.partition("%")[0]) in network for network in self.settings.trusted_proxies)
+        except ValueError:
+            return False
+
+    def drain(self, seconds):
+        """Stop accepting; idle connections and idle streams end at once, the rest gets `seconds`."""
+        self.shutdown()
+        with self._changed:
+            self.draining = True
+            connections = list(self._connections)
+        for connection in connections:
+            connection.hurry()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._connections, seconds)
+            left = list(self._connections)
+        for connection in left:
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+
+_dates = (0, "")
+
+
+def http_date():
+    """The Date header of this second."""
+    global _dates
+    now = int(time.time())
+    if _dates[0] != now:
+        _dates = (now, time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now)))
+    return _dates[1]
+
+
+def write_head(status, headers):
+    """The one place where headers are written. CR, LF and NUL are refused: nothing reflected can split a response (H12)."""
+    lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}", f"Date: {http_date()}", "Server: fjmcp-broker",
+             "X-Content-Type-Options: nosniff"]
+    for name, value in headers:
+        if not re.fullmatch(r"[A-Za-z0-9-]+", name) or re.search(r"[\r\n\0]", value):
+            raise ValueError("a header that would break the response")
+        lines.append(f"{name}: {value}")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+class Connection:
+    """One connection: reads requests strictly, one at a time, and writes their responses."""
+
+    def __init__(self, server, sock, peer):
+        self.server, self.sock, self.peer, self.settings = server, sock, peer, server.settings
+        self.buffer, self.busy, self.idle_reader, self.body_state, self.close_after = bytearray(), False, None, None, False
+        self.http11 = True
+
+    def run(self):
+        """Serve requests until the connection ends."""
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while not self.close_after and not self.server.draining:
+            try:
+                request = self._read_request()
+            except Refusal as error:
+                self._send(json_response(error.status, {"error": error.code, "error_description": error.sentence}, error.headers), True)
+                self._linger()
+                return
+            if request is None:
+                return
+            self.busy = True
+            self._respond(request)
+            self.busy = False
+
+    def hurry(self):
+        """The server drains: an idle connection ends now, an idle stream too, anything else after its answer."""
+        self.close_after = True
+        reader = self.idle_reader
+        if reader:
+            reader.close()
+        if not self.busy:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RD)
+
+    # -- reading
+
+    def _receive(self, deadline):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.sock.settimeout(left)
+        data = self.sock.recv(65536)
+        if not data:
+            raise Gone
+        self.buffer += data
+
+    def _read_request(self):
+        """The next request, None when the connection ends between two; Refusal for anything that is not strictly HTTP."""
+        try:
+            if not self.buffer:
+                self._receive(time.monotonic() + self.settings.idle_timeout)
+        except (TimeoutError, Gone):
+            return None
+        deadline, searched = time.monotonic() + self.settings.header_timeout, 0
+        while (end := self.buffer.find(b"\r\n\r\n", max(0, searched - 3))) < 0:
+            searched = len(self.buffer)
+            first = self.buffer.find(b"\n")
+            if first < 0 and searched > MAX_LINE + 40:
+                raise Refusal(414, "uri_too_long", "The request line is too long.")
+            if first >= 0 and (first == 0 or self.buffer[first - 1] != 13):
+                raise Refusal(400, "bad_request", "Lines must end with CR LF.")
+            if searched > MAX_HEAD:
+                raise Refusal(431, "header_too_large", "The request's header is too large.")
+            try:
+                self._receive(deadline)
+            except TimeoutError:
+                raise Refusal(408, "request_timeout", "The request's header did not arrive in time.") from None
+        if end > MAX_HEAD:
+            raise Refusal(431, "header_too_large", "The request's header is too large.")
+        head = bytes(self.buffer[:end])
+        del self.buffer[:end + 4]
+        return self._parse(head)
+
+    def _parse(self, head):
+        first, *lines = head.split(b"\r\n")
+        match = REQUEST_LINE.fullmatch(first)
+        if not match:
+            if len(first) > MAX_LINE:
+                raise Refusal(414, "uri_too_long", "The request line is too long.")
+            if re.fullmatch(rb"[A-Z]{1,16} [!-~]+ HTTP/[0-9.]+", first):
+                raise Refusal(505, "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are served.")
+            raise Refusal(400, "bad_request", "The request line is malformed.")
+        if match[3] != b"1" or match[4] not in (b"0", b"1"):
+            raise Refusal(505, "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are served.")
+        if len(lines) > MAX_HEADERS:
+            raise Refusal(431, "header_too_large", "There are too many headers.")
+        headers = {}
+        for line in lines:
+            field = HEADER_LINE.fullmatch(line)
+            if not field:
+                raise Refusal(400, "bad_request", "A header line is malformed.")
+            headers.setdefault(field[1].decode().lower(), []).append(field[2].decode("latin-1"))
+        self.http11 = match[4] == b"1"
+        return self._request(match[1].decode(), match[2].decode(), headers)
+
+    def _request(self, method, target, headers):
+        if self.http11 and len(headers.get("host", ())) != 1 or len(headers.get("host", ())) > 1:
+            raise Refusal(400, "bad_request", "Exactly one Host header is needed.")
+        absolute = re.fullmatch(r"https?://([^/?#]+)([/?].*)?", target, re.IGNORECASE)
+        if absolute:
+            headers["host"] = [absolute[1]]
+            target = absolute[2] or "/"
+        if not target.startswith("/") and not (target == "*" and method == "OPTIONS") and not target.startswith("?"):
+            raise Refusal(400, "bad_request", "The request's target is malformed.")
+        self.body_state = self._framing(headers)
+        tokens = {token.strip().lower() for value in headers.get("connection", ()) for token in value.split(",")}
+        self.close_after |= "close" in tokens or not self.http11 and "keep-alive" not in tokens
+        expect = headers.get("expect")
+        if expect and [value.lower() for value in expect] != ["100-continue"]:
+            raise Refusal(417, "expectation_failed", "Only Expect: 100-continue is understood.")
+        path, _, query = target.partition("?")
+        address, direct = self._client_address(headers)
+        self.wants_continue = bool(expect) and self.http11
+        return Request(method, path, query, headers, address, direct, os.urandom(6).hex(), self._read_body)
+
+    def _framing(self, headers):
+        """How the body is framed: None, a length, or "chunked"; whatever could be read in two ways is refused (RFC 9112 6.3)."""
+        lengths, codings = headers.get("content-length"), headers.get("transfer-encoding")
+        if codings:
+            if lengths or not self.http11:
+                raise Refusal(400, "bad_request", "Transfer-Encoding cannot stand with Content-Length or in HTTP/1.0.")
+            if len(codings) != 1 or codings[0].lower() != "chunked":
+                raise Refusal(501, "not_implemented", "The only transfer coding understood is chunked.")
+            return "chunked"
+        if lengths is None:
+            return None
+        if len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,15}", lengths[0]):
+            raise Refusal(400, "bad_request", "Content-Length must be one plain number.")
+        return int(lengths[0]) or None
+
+    def _client_address(self, headers):
+        """The client's address, and whether no proxy spoke for it: X-Forwarded-For is read from the right, past trusted proxies."""
+        values = headers.get("x-forwarded-for")
+        if not values or not self.server.trusts(self.peer):
+            return self.peer, True
+        address = self.peer
+        for item in reversed([item.strip() for value in values for item in value.split(",")]):
+            try:
+                address = str(ipaddress.ip_address(item))
+            except ValueError:
+                break
+            if not self.server.trusts(address):
+                break
+        return address, False
+
+    def _read_body(self, limit):
+        """The request's body, read only now; 413 above `limit`, 408 when it is too slow, 400 when it is malformed."""
+        framing, self.body_state = self.body_state, None
+        if framing is None:
+            return b""
+        self.body_state = "unread"
+        if framing != "chunked" and framing > limit:
+            raise Refusal(413, "content_too_large", f"The body may have at most {limit} bytes.")
+        if self.wants_continue and not self.buffer:
+            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        deadline = time.monotonic() + self.settings.body_timeout
+        try:
+            body = self._read_chunks(limit, deadline) if framing == "chunked" else self._exactly(framing, deadline)
+        except TimeoutError:
+            raise Refusal(408, "request_timeout", "The body did not arrive in time.") from None
+        self.body_state = None
+        return body
+
+    def _exactly(self, size, deadline):
+        while len(self.buffer) < size:
+            self._receive(deadline)
+        data = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        return data
+
+    def _line(self, deadline):
+        while (end := self.buffer.find(b"\r\n")) < 0:
+            if len(self.buffer) > MAX_LINE:
+                raise Refusal(400, "bad_request", "A chunk's line is too long.")
+            self._receive(deadline)
+        return self._exactly(end + 2, deadline)[:-2]
+
+    def _read_chunks(self, limit, deadline):
+        parts, size = [], 0
+        while True:
+            match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t !-~]*)?", self._line(deadline))
+            if not match:
+                raise Refusal(400, "bad_request", "A chunk's size is malformed.")
+            length = int(match[1], 16)
+            if length == 0:
+                break
+            size += length
+            if size > limit:
+                raise Refusal(413, "content_too_large", f"The body may have at most {limit} bytes.")
+            parts.append(self._exactly(length, deadline))
+            if self._exactly(2, deadline) != b"\r\n":
+                raise Refusal(400, "bad_request", "A chunk does not end where it says.")
+        for _ in range(MAX_HEADERS):
+            line = self._line(deadline)
+            if not line:
+                return b"".join(parts)
+            if not HEADER_LINE.fullmatch(line):
+                break
+        raise Refusal(400, "bad_request", "A trailer is malformed.")
+
+    # -- writing
+
+    def _respond(self, request):
+        started = time.monotonic()
+        with self.server.log.request(request.id):
+            try:
+                response = self.server.handle(request)
+            except (Gone, OSError):
+                raise
+            except Exception as error:  # a bug: the operator learns where, the client only that
+                where = error.__traceback__
+                while where.tb_next:
+                    where = where.tb_next
+                self.server.log.event("error", "internal error", error=type(error).__name__, line=where.tb_lineno)
+                response = json_response(500, {"error": "server_error", "error_description": f"Internal error {request.id}."})
+            close = self.close_after or response.close or self.body_state is not None or self.server.draining
+            if response.later is not None:
+                self._pump(response, close)
+            else:
+                self._send(response, close, request.method == "HEAD")
+            self.server.log.event("debug", "request", method=request.method, path=request.path[:200], status=response.status,
+                                  ms=round((time.monotonic() - started) * 1000, 1), address=request.address)
+        if close:
+            self.close_after = True
+            if self.body_state is not None:
+                self._linger()
+
+    def _write(self, data):
+        self.sock.settimeout(self.settings.write_timeout)
+        self.sock.sendall(data)
+
+    def _send(self, response, close, head_only=False):
+        headers = list(response.headers)
+        if response.content_type:
+            headers.append(("Content-Type", response.content_type))
+        if response.status not in (204, 304):
+            headers.append(("Content-Length", str(len(response.body))))
+        if close:
+            headers.append(("Connection", "close"))
+        elif not self.http11:
+            headers.append(("Connection", "keep-alive"))
+        head = write_head(response.status, headers)
+        self._write(head if head_only or response.status in (204, 304) else head + response.body)
+
+    def _linger(self):
+        """What the client still sends is read for a moment, else the reset would take our answer with it."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+            deadline = time.monotonic() + 1
+            for _ in range(16):
+                self.sock.settimeout(max(0.01, deadline - time.monotonic()))
+                if not self.sock.recv(65536) or time.monotonic() > deadline:
+                    return
+
+    def _take(self, reader, timeout, watch=True):
+        """The next item. The hang-up watch begins only once the wait is worth it, so that fast calls pay nothing."""
+        item = reader.take(min(0.05, timeout))
+        if item is None and not reader.ended and timeout > 0.05:
+            self.server.watcher.watch(self.sock, reader)
+            try:
+                item = reader.take(timeout - 0.05)
+            finally:
+                self.server.watcher.forget(self.sock)
+        return item
+
+    def _pump(self, response, close):
+        """Send what is still to come: as JSON when the answers are there in time, else as a stream of events."""
+        later, reader, items = response.later, response.later.reader, []
+        if later.json_wait == 0:
+            self.idle_reader = reader
+        try:
+            if later.json_wait != 0:
+                items = self._collect(later, reader)
+                if items and items[-1].last:
+                    body = b"[" + b",".join(i.data for i in items if i.answer) + b"]" if later.batch else items[-1].data
+                    self._send(replace(response, body=body, content_type="application/json"), close)
+                    for item in items:
+                        reader.taken(item)
+                    return
+                if reader.ended:
+                    self._send(json_response(503, {"error": "unavailable", "error_description": "The answer is not to be had here."}), True)
+                    self.close_after = True
+                    return
+            self._stream(response, reader, items, close)
+        finally:
+            self.idle_reader = None
+            reader.close()
+
+    def _collect(self, later, reader):
+        """Items until the last; for a client that can take a stream, only those that make plain JSON possible."""
+        answers, deadline = [], None if later.json_wait is None else time.monotonic() + later.json_wait
+        cursor = reader.cursor
+        while True:
+            item = self._take(reader, 3600.0 if deadline is None else max(0.0, deadline - time.monotonic()))
+            if item is None:
+                if reader.ended or deadline is not None:
+                    break
+                continue
+            if deadline is not None and not item.answer:
+                break
+            reader.cursor = item.number
+            if item.answer:
+                answers.append(item)
+            if item.last:
+                return answers
+        reader.cursor = cursor
+        return []
+
+    def _stream(self, response, reader, items, close):
+        key, later = reader.stream.key, response.later
+        headers = [*response.headers, *later.head, ("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"),
+                   ("X-Accel-Buffering", "no")]
+        headers.append(("Transfer-Encoding", "chunked") if self.http11 else ("Connection", "close"))
+        if close and self.http11:
+            headers.append(("Connection", "close"))
+        opening = f"id: {key}-{reader.cursor}\nretry: 1000\ndata: \n\n".encode() if later.prime else b": open\n\n"
+        self._write(write_head(response.status, headers) + self._framed(opening))
+        while True:
+            item = self._take(reader, 15.0)
+            if item is not None:
+                frame = f"id: {key}-{item.number}\ndata: ".encode() + item.data.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n\n"
+                end = b"0\r\n\r\n" if item.last and self.http11 else b""
+                self._write(self._framed(frame) + end)
+                reader.taken(item)
+                if item.last:
+                    break
+            elif reader.ended:
+                if self.http11:
+                    self._write(b"0\r\n\r\n")
+                break
+            else:
+                self._write(self._framed(b": keep-alive\n\n"))
+        if not self.http11:
+            self.close_after = True
+
+    def _framed(self, data):
+        return b"%x\r\n%s\r\n" % (len(data), data) if self.http11 else data
+# ======================================================================================================================
+# Broker
+# Owns the wiring and the route table: which path is whose, and the order of checks before a handler is asked.
+# ======================================================================================================================
+
+@dataclass(frozen=True)
+class Route:
+    """What a path serves: `methods` maps a method to its handler; `kind` is public, form, page, mcp or health."""
+
+    kind: str
+    methods: dict
+
+
+CORS_HEADERS = "Authorization, Content-Type, Accept, MCP-Protocol-Version, Mcp-Session-Id, Last-Event-ID, Mcp-Method, Mcp-Name"
+EXPOSED = "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version"
+
+
+class Broker:
+    """The whole program but its command line: everything built from settings, ready to serve."""
+
+    def __init__(self, settings, *, clock=None, log=None, listener=None):
+        self.settings, self.clock = settings, clock or Clock()
+        self.log = log or Log(settings, clock=self.clock)
+        keyring = load_keyring(settings)
+        self.store = Store(settings.store_path, keyring)
+        forgejo = Forgejo(settings, self.clock)
+        self.upstream = Upstream(settings, self.store, keyring, forgejo, self.log, self.clock)
+        self.guardian, limiter = Guardian(), Limiter(self.clock)
+        self.registry = Registry(settings, self.store, self.upstream, forgejo, self.guardian, self.log, self.clock)
+        self.reaper = Reaper(settings, self.store, self.registry, self.upstream, self.log, self.clock)
+        clients = Clients(settings, self.store, self.log, self.clock, limiter)
+        authorization = Authorization(settings, self.store, keyring, clients, self.upstream, forgejo, self.log, self.clock, limiter)
+        endpoint = Endpoint(settings, self.store, self.registry, self.reaper, self.log, self.clock)
+        self.routes = self._routes(clients, authorization, endpoint)
+        self.server = Server(settings, self.handle, self.log, listener)
+        self._blob = git_blob_id(__file__)
+
+    def _routes(self, clients, authorization, endpoint):
+        mcp = Route("mcp", {"POST": endpoint.post, "GET": endpoint.get, "DELETE": endpoint.delete, "HEAD": endpoint.head})
+        server_metadata = Route("public", {"GET": authorization.metadata})
+        resource_metadata = Route("public", {"GET": authorization.resource_metadata})
+        routes = {"/": Route("page", {"GET": lambda request: home_page(self.settings.public_url, self.settings.forgejo_url)}),
+                  "/healthz": Route("health", {"GET": self.health}), "/mcp": mcp, "/mcp/": mcp,
+                  "/mcp/.well-known/oauth-authorization-server": server_metadata,
+                  "/oauth/consent": Route("form", {"POST": authorization.consent}),
+                  "/oauth/callback": Route("page", {"GET": authorization.callback})}
+        for suffix in ("", "/mcp"):
+            routes["/.well-known/oauth-authorization-server" + suffix] = server_metadata
+        for suffix in ("", "/mcp", "/mcp/"):
+            routes["/.well-known/oauth-protected-resource" + suffix] = resource_metadata
+        for prefix in ("/oauth", ""):  # the root ones are for clients that ignore metadata
+            routes[prefix + "/authorize"] = Route("page", {"GET": authorization.authorize})
+            routes[prefix + "/register"] = Route("public", {"POST": clients.register})
+            routes[prefix + "/token"] = Route("public", {"POST": authorization.token})
+            routes[prefix + "/revoke"] = Route("public", {"POST": authorization.revoke})
+        return routes
+
+    def handle(self, request):
+        """Request -> Response, in the order of checks of design 3: Host, route, Origin, OPTIONS, bearer, method, body."""
+        route = self.routes.get(request.path)
+        extra = self._cors(request, route)
+        try:
+            if not (route and route.kind == "health"):
+                self._check_host(request)
+            if route is None:
+                raise Refusal(404, "not_found", "There is nothing at this address.")
+            self._check_origin(request, route)
+            if request.method == "OPTIONS" and route.kind in ("public", "mcp"):
+                return Response(204, headers=(*extra, *self._preflight(request, route)))
+            response = self._method(request, route)(request)
+        except PageRefusal as error:
+            response = error.response
+        except Refusal as error:
+            response = self._refused(error, request, route)
+        return replace(response, headers=(*response.headers, *extra)) if extra else response
+
+    def _refused(self, error, request, route):
+        if error.status == 421 or (error.status == 403 and error.code == "forbidden_origin"):
+            return json_response(error.status, {"error": error.code, "error_description": error.sentence}, error.headers)
+        if route and route.kind in ("page", "form"):
+            return error_page(error.status, "This did not work", error.sentence, headers=error.headers)
+        return json_response(error.status, {"error": error.code, "error_description": error.sentence}, (*error.headers, *NO_STORE[:1]))
+
+    def _method(self, request, route):
+        handler = route.methods.get(request.method) or (route.methods.get("GET") if request.method == "HEAD" else None)
+        if handler is None and route.kind == "mcp":
+            handler = route.methods["HEAD"]  # bearer before method
+        if handler is None:
+            raise Refusal(405, "method_not_allowed", f"Use {' or '.join(route.methods)}.", (("Allow", ", ".join(route.methods)),))
+        return handler
+
+    def _check_host(self, request):
+        host = (request.headers.get("host") or [""])[0].lower()
+        public = urlsplit(self.settings.public_url)
+        name = f"[{public.hostname}]" if ":" in public.hostname else public.hostname
+        accepted = {public.netloc, f"{name}:{public.port or {'https': 443, 'http': 80}[public.scheme]}"}
+        accepted |= {f"{local}:{self.server.port}" for local in ("localhost", "127.0.0.1", "[::1]")}
+        if host not in accepted:
+            raise Refusal(421, "misdirected_request", "This server does not answer for that host name.")
+
+    def _own_origin(self, origin):
+        return origin == self.settings.public_url
+
+    def _listed_origin(self, origin):
+        match = re.fullmatch(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", origin)
+        return bool(match) or self._own_origin(origin) or origin in self.settings.allowed_origins
+
+    def _check_origin(self, request, route):
+        origins = request.headers.get("origin", [])
+        if route.kind == "mcp" and origins and not (len(origins) == 1 and self._listed_origin(origins[0])):
+            raise Refusal(403, "forbidden_origin", "This web origin may not call this server; the operator can add it to allowed_origins.")
+        if route.kind == "form" and request.method == "POST" and origins and not self._own_origin(origins[0]):
+            raise Refusal(403, "forbidden_origin", "This form was sent by another website.")
+
+    def _cors(self, request, route):
+        if route is None:
+            return ()
+        if route.kind == "public":
+            return (("Access-Control-Allow-Origin", "*"), ("Access-Control-Expose-Headers", EXPOSED))
+        origin = request.headers.get("origin", [""])[0]
+        if route.kind == "mcp" and origin and self._listed_origin(origin):
+            return (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), ("Access-Control-Expose-Headers", EXPOSED))
+        return ()
+
+    @staticmethod
+    def _preflight(request, route):
+        asked = (request.headers.get("access-control-request-headers") or [""])[0]
+        names = asked if re.fullmatch(r"[A-Za-z0-9_, -]{1,1000}", asked) else CORS_HEADERS
+        return (("Access-Control-Allow-Methods", ", ".join([*route.methods, "OPTIONS"])), ("Access-Control-Allow-Headers", names),
+                ("Access-Control-Max-Age", "7200"))
+
+    def health(self, request):
+        """GET /healthz: 200, or 503 when the store fails."""
+        ok = self.store.healthy()
+        sessions, children = self.registry.counts() if ok else (None, None)
+        return json_response(200 if ok else 503, {"status": "ok" if ok else "failing", "version": __version__, "git": self._blob,
+                                                  "store": "ok" if ok else "failing", "sessions": sessions, "children": children},
+                             (("Cache-Control", "no-store"),))
+
+    def start(self):
+        """Serve and reap in daemon threads."""
+        threading.Thread(target=self.reaper.run, daemon=True, name="reaper").start()
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True, name="accept").start()
+
+    def stop(self, seconds=10.0):
+        """Answer what was read, stop the children, close the store."""
+        deadline = time.monotonic() + seconds
+        self.server.drain(seconds)
+        self.registry.close("broker stopping")
+        while any(self.registry.places.values()) and time.monotonic() < deadline + self.settings.stop_timeout + 2:
+            for session in self.registry.all():
+                for link in filter(None, (session.link, *session.draining)):
+                    link.child.tick()
+            with self.registry.lock:
+                self.registry.lock.wait(0.1)
+        self.reaper.stop()
+        self.guardian.close()
+        with contextlib.suppress(StoreUnavailable):
+            self.store.touch_sessions({s.name: s.used_at for s in self.registry.all() if s.durable})
+        self.store.close()
+
+
+def git_blob_id(path):
+    """The id git gives the running file, so that an operator can tell which revision answers."""
+    with open(path, "rb") as file:
+        data = file.read()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+# ======================================================================================================================
+# Commands
+# Owns the command line: flags from the table of settings, `serve`, signals and exit status.
+# ======================================================================================================================
+
+def usage():
+    """The text of --help, from the table of settings."""
+    lines = ["usage: fjmcp_broker.py --config broker.toml [serve] [--SETTING VALUE]...", "",
+             "Lets people use their own Forgejo from MCP clients, as themselves.", "",
+             "  --config FILE   TOML file with the settings (or FJMCP_BROKER_CONFIG)", "  --version       print the version", "  --help          print this", "",
+             "Settings, each also as a key of the file and as FJMCP_BROKER_<NAME> (flag > environment > file > default).",
+             "A setting that is one piece of text can be read from a file with --<name>-file.", ""]
+    for setting in SETTINGS:
+        if setting.kind != "clients":
+            default = "required" if setting.default is REQUIRED else f"default {setting.default}" if setting.default not in ("", False) else ""
+            lines.append(f"  --{setting.name.replace('_', '-')}\n        {setting.help}{f' ({default})' if default else ''}")
+    return "\n".join(lines)
+
+
+def parse_arguments(arguments):
+    """(config path, command, {setting: text}) from the command line; ConfigurationError for wrong usage."""
+    flags, words, config, problems = {}, [], None, []
+    arguments = list(arguments)
+    while arguments:
+        argument = arguments.pop(0)
+        if not argument.startswith("--"):
+            words.append(argument)
+            continue
+        name, given, value = argument[2:].partition("=")
+        key = name.replace("-", "_")
+        if key == "config":
+            setting = None
+        else:
+            setting, _ = _lookup(key)
+            if setting is None:
+                _suggest(key, f"unknown flag --{name}", problems)
+                continue
+        if not given:
+            if setting and setting.kind == "switch" and (not arguments or arguments[0].startswith("--")):
+                value = "true"
+            elif arguments:
+                value = arguments.pop(0)
+            else:
+                problems.append(f"--{name} needs a value")
+                continue
+        if key == "config":
+            config = value
+        else:
+            flags[key] = value
+    command = words[0] if words else "serve"
+    if len(words) > 1 or command not in COMMANDS:
+        problems.append(f"unknown command {' '.join(words)!r}; known: {', '.join(COMMANDS)}")
+    if problems:
+        raise ConfigurationError(problems)
+    return config, command, flags
+
+
+def inherited_listener():
+    """The listening socket that systemd (or who started us) handed over, or None (sd_listen_fds(3))."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not os.environ.get("LISTEN_FDS", "").isdigit():
+        return None
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    os.set_inheritable(3, False)
+    return socket.socket(fileno=3)
+
+
+def notify_service_manager(state):
+    """Tell the service manager, where there is one (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+
+
+def serve(settings, read_settings):
+    """Serve until SIGTERM or SIGINT; SIGHUP re-reads the settings. The exit status."""
+    broker = Broker(settings, listener=inherited_listener())
+    wanted = collections.deque()
+    woken = threading.Event()
+
+    def note(number, frame):
+        wanted.append(number)
+        woken.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, note)
+    broker.start()
+    broker.log.event("info", "serving", url=settings.public_url, port=broker.server.port, version=__version__)
+    notify_service_manager("READY=1")
+    while True:
+        woken.wait()
+        woken.clear()
+        while wanted:
+            if wanted.popleft() == signal.SIGHUP:
+                reload(broker, read_settings)
+                continue
+            notify_service_manager("STOPPING=1")
+            broker.log.event("info", "stopping")
+            broker.stop()
+            return 0
+
+
+def reload(broker, read_settings):
+    """SIGHUP: take over what may change, name what may not, keep everything when the new settings are wrong."""
+    try:
+        refused = broker.settings.reload(read_settings())
+        broker.log.event("info", "settings re-read", needs_restart=refused or None)
+    except ConfigurationError as error:
+        broker.log.event("error", "settings not re-read", problems=error.problems)
+
+
+COMMANDS = {"serve": serve}
+
+
+def main(arguments=None):
+    """The command line; the exit status: 0, 1 for a failure while running, 2 for wrong usage or configuration."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--help" in arguments or "-h" in arguments:
+        print(usage())
+        return 0
+    if "--version" in arguments:
+        print(f"fjmcp-broker {__version__}")
+        return 0
+    try:
+        config, command, flags = parse_arguments(arguments)
+        config = config or os.environ.get(ENVIRONMENT_PREFIX + "CONFIG")
+        read_settings = lambda: load_settings(flags, os.environ, config)
+        return COMMANDS[command](read_settings(), read_settings)
+    except ConfigurationError as error:
+        for problem in error.problems:
+            print(f"fjmcp-broker: {problem}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"fjmcp-broker: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

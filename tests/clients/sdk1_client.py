@@ -1,0 +1,73 @@
+"""The MCP Python SDK 1.x as a client of the broker; for the interpreter of the real part mcp1. Prints JSON lines.
+
+    sdk1_client.py URL LOGIN PASSWORD [options]
+"""
+
+import sys
+
+from mcp import ClientSession, types
+from mcp.client.auth import OAuthClientProvider
+from mcp.client.streamable_http import streamable_http_client
+from mcp.shared._httpx_utils import create_mcp_http_client
+from mcp.shared.auth import OAuthClientMetadata
+
+import common
+
+
+class Adapter:
+    """A connected ClientSession, as common.Conversation needs it."""
+
+    def __init__(self, session, initialized):
+        self._session = session
+        self.protocol_version = initialized.protocolVersion
+        self.server = initialized.serverInfo.name
+
+    async def list_tools(self):
+        names, cursor = [], None
+        while True:
+            page = await self._session.list_tools(params=types.PaginatedRequestParams(cursor=cursor))
+            names += [tool.name for tool in page.tools]
+            cursor = page.nextCursor
+            if cursor is None:
+                return names
+
+    async def call(self, name, arguments, on_progress):
+        result = await self._session.call_tool(name, arguments, progress_callback=on_progress)
+        text = "".join(part.text for part in result.content if part.type == "text")
+        return {"text": text, "is_error": result.isError, "structured": result.structuredContent}
+
+
+def make_provider(arguments, login, storage):
+    """The SDK's own OAuth provider, with the scripted browser and the loopback listener."""
+
+    async def callback():
+        query = await login.callback()
+        return query["code"], query.get("state")
+
+    metadata = OAuthClientMetadata(
+        client_name="sdk1", redirect_uris=[login.listener.redirect_uri], scope=arguments.scope
+    )
+    return OAuthClientProvider(arguments.url, metadata, storage, login.open, callback)
+
+
+async def connect(arguments, login, storage, converse):
+    """Connect as the SDK does by default and hand the session on."""
+    questions = []
+
+    async def on_elicit(context, params):
+        questions.append(params.message)
+        content = arguments.answer or common.answer_for(getattr(params, "requestedSchema", {}))
+        return types.ElicitResult(action="accept", content=content)
+
+    provider = make_provider(arguments, login, storage)
+    async with (
+        create_mcp_http_client(auth=provider) as http_client,
+        streamable_http_client(arguments.url, http_client=http_client) as (read, write, _),
+        ClientSession(read, write, elicitation_callback=on_elicit) as session,
+    ):
+        initialized = await session.initialize()
+        await converse(Adapter(session, initialized), provider, questions)
+
+
+if __name__ == "__main__":
+    sys.exit(common.run_program("MCP Python SDK 1.x client", connect))
