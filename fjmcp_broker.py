@@ -25,9 +25,11 @@ import difflib
 import errno
 import fcntl
 import fnmatch
+import functools
 import hashlib
 import hmac
 import html
+import http
 import http.client
 import http.server
 import io
@@ -678,6 +680,8 @@ def load_keyring(settings):
         raise ConfigurationError([f"key_file: cannot use {path}: {getattr(error, 'strerror', None) or error}"]) from None
     except ValueError as error:
         raise ConfigurationError([f"{'key' if settings.key else 'key_file: ' + path}: {error}"]) from None
+
+
 # ======================================================================================================================
 # Store
 # Owns all SQL: what survives a crash. One method is one atomic batch that takes and returns plain values (docs/storage.md).
@@ -753,20 +757,13 @@ class StoreUnavailable(Refusal):
         self.reason = reason
 
 
+@functools.cache
+def _row_class(names):
+    return collections.namedtuple("Row", names, rename=True)
+
+
 def _row_factory(cursor, values):
-    return Row(column[0] for column in cursor.description)._make(values)
-
-
-class Row:
-    """Makes (and remembers) one named tuple class per list of columns."""
-
-    known = {}
-
-    def __new__(cls, names):
-        names = tuple(names)
-        if names not in cls.known:
-            cls.known[names] = collections.namedtuple("Row", names, rename=True)
-        return cls.known[names]
+    return _row_class(tuple(column[0] for column in cursor.description))._make(values)
 
 
 class Store:
@@ -840,22 +837,18 @@ class Store:
                     with contextlib.suppress(sqlite3.Error):
                         self._writer.execute("ROLLBACK")
                     raise
-            except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:
-                raise StoreUnavailable(str(error)) from error
-
-    def _one(self, sql, *parameters):
-        with self._read_lock:
-            try:
-                return self._reader.execute(sql, *parameters).fetchone()
-            except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:
+            except sqlite3.Error as error:
                 raise StoreUnavailable(str(error)) from error
 
     def _all(self, sql, *parameters):
         with self._read_lock:
             try:
                 return self._reader.execute(sql, *parameters).fetchall()
-            except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:
+            except sqlite3.Error as error:
                 raise StoreUnavailable(str(error)) from error
+
+    def _one(self, sql, *parameters):
+        return next(iter(self._all(sql, *parameters)), None)
 
     def healthy(self):
         """Whether the store answers."""
@@ -987,12 +980,16 @@ class Store:
             db.execute("DELETE FROM access_tokens WHERE hash = ?", (token_hash,))
 
     def end_grant(self, grant_id, reason, now):
-        """End a grant with all its tokens; its (sub, client_id), or None when it had ended before."""
+        """End a grant with all its tokens, and its owner's sessions if it was their last; None when it had ended before."""
         with self._batch() as db:
             row = db.execute("UPDATE grants SET ended_at = ?, end_reason = ? WHERE grant_id = ? AND ended_at IS NULL"
                              " RETURNING sub, client_id", (now, reason, grant_id)).fetchone()
             db.execute("DELETE FROM access_tokens WHERE grant_id = ?", (grant_id,))
             db.execute("UPDATE refresh_tokens SET successor = NULL WHERE grant_id = ?", (grant_id,))
+            if row:
+                db.execute("DELETE FROM sessions WHERE sub = :sub AND client_id = :client AND NOT EXISTS"
+                           f" (SELECT 1 FROM grants WHERE sub = :sub AND client_id = :client AND {LIVE_GRANT})",
+                           {"sub": row.sub, "client": row.client_id, "now": now})
             return row
 
     def live_grants(self, now):
@@ -1001,8 +998,8 @@ class Store:
         return {row.grant_id for row in rows}, {(row.sub, row.client_id) for row in rows}
 
     def change_marker(self):
-        """A value that changes when any process has committed: PRAGMA data_version sees others, total_changes sees us."""
-        return self._one("PRAGMA data_version")[0], self._writer.total_changes
+        """A value that changes when anyone has committed: the reader's data_version sees our writer as it sees other processes."""
+        return self._one("PRAGMA data_version")[0]
 
     # -- users and their credential at Forgejo
 
@@ -1029,14 +1026,14 @@ class Store:
             db.execute("UPDATE users SET refreshing_since = ? WHERE sub = ?", (now, sub))
 
     def save_credential(self, sub, box, grant, count, expires_at, obtained_at):
-        """Replace a known user's credential and log them in; the new sequence number, None when a newer one is stored.
+        """Replace a known user's credential, whatever their state; the new sequence number, None when a newer one is stored.
 
         Newer is what Forgejo counted later: its grant's number, then the grant's counter. Equal or unreadable: the last one saved.
         """
         with self._batch() as db:
             row = db.execute(
                 "UPDATE users SET credential = :box, credential_grant = :grant, credential_count = :count, access_expires_at = :expires,"
-                " obtained_at = :obtained, credential_seq = credential_seq + 1, refreshing_since = NULL, state = 'active'"
+                " obtained_at = :obtained, credential_seq = credential_seq + 1, refreshing_since = NULL"
                 " WHERE sub = :sub AND (:grant = 0 OR credential_grant < :grant"
                 " OR (credential_grant = :grant AND credential_count <= :count)) RETURNING credential_seq",
                 {"box": box, "grant": grant, "count": count, "expires": expires_at, "obtained": obtained_at, "sub": sub}).fetchone()
@@ -1112,6 +1109,8 @@ class Store:
                        (now - client_lifetime,))
             return [row.hash for row in db.execute("DELETE FROM sessions WHERE used_at < ? RETURNING hash",
                                                    (now - session_lifetime,)).fetchall()]
+
+
 # ======================================================================================================================
 # Forgejo
 # Owns every outgoing HTTP request, what Forgejo's answers mean, and the one upstream credential of each user.
@@ -1418,6 +1417,7 @@ class Upstream:
         if credential.subject is not None and credential.subject != info.sub:
             raise UpstreamDown("userinfo and id_token name different users")
         if not allowed(self._settings, info):
+            self._store.set_user_state(info.sub, "refused")
             raise NotAllowed(info.sub, info.login, "This account may not use this server")
         scope = self._forgejo.introspect(credential.access)
         asked = set(self._settings.forgejo_oauth_scopes.split())
@@ -1426,6 +1426,7 @@ class Upstream:
         self._store.update_user(info.sub, info.login, info.name, info.groups, self._clock.now())
         self._save(info.sub, credential)
         self._store.set_upstream_scope(info.sub, scope)
+        self._store.set_user_state(info.sub, "active")
         return info
 
     def _save(self, sub, credential):
@@ -1446,16 +1447,16 @@ class Upstream:
     def _left(self, user):
         return user.access_expires_at - self._clock.now(), user.access_expires_at - user.obtained_at
 
-    def needs_refresh(self, sub, seconds, part):
-        """Whether less than min(seconds, a part of its life) is left of the user's access token."""
+    def outlook(self, sub):
+        """(sequence number, whether it should be refreshed ahead of need) of a user's credential; (None, False) when logged out."""
         user = self._store.user(sub)
         if user is None or user.state != "active":
-            return False
+            return None, False
         left, life = self._left(user)
-        return left < min(seconds, life / part)
+        return user.credential_seq, left < min(300, life / 4)
 
     def credential(self, sub):
-        """(access token, sequence number) good for a request; LoggedOut, UpstreamDown or UpstreamMisconfigured."""
+        """(access token, sequence number, time to ask again) for a request; LoggedOut, UpstreamDown or UpstreamMisconfigured."""
         user, box = self._opened(sub)
         left, life = self._left(user)
         if left < min(60, life / 8):
@@ -1465,7 +1466,8 @@ class Upstream:
                 if left <= 0:
                     raise
             user, box = self._opened(sub)
-        return box["access"], user.credential_seq
+            _, life = self._left(user)
+        return box["access"], user.credential_seq, user.access_expires_at - min(60, life / 8)
 
     def refresh(self, sub, seen=None):
         """Refresh a user's credential, one thread at a time; False when another thread or login already did since `seen`."""
@@ -1533,17 +1535,22 @@ class Upstream:
         if self._store.set_user_state(sub, state):
             self._log.audit("access refused", user=sub, reason=reason)
 
-    def note_tool_refusal(self, sub):
-        """A tool answered with an error that may be Forgejo refusing the token: ask the API itself, at most once a minute."""
+    def may_ask(self, sub):
+        """Whether the API may be asked (again) about a user's token: at most once a minute. It counts as asked."""
         now = self._clock.now()
         with self._lock:
-            if now - self._asked.get(sub, -60.0) < 60:
-                return
-            self._asked[sub] = now
+            due = now - self._asked.get(sub, -60.0) >= 60
+            self._asked[sub] = now if due else self._asked[sub]
+        return due
+
+    def note_tool_refusal(self, sub):
+        """A tool answered with an error that may be Forgejo refusing the token: ask the API itself."""
         with contextlib.suppress(LoggedOut, StoreUnavailable):
             user, box = self._opened(sub)
             if self._forgejo.refuses(box["access"]) and self._store.set_user_state(sub, "logged_out", user.credential_seq):
                 self._log.audit("logged out upstream", user=sub, reason="the API refuses the token")
+
+
 # ======================================================================================================================
 # Messages
 # Owns what a JSON-RPC message is, in one function, and how one is written; and strict reading of JSON from outside.
@@ -1663,6 +1670,8 @@ def with_id(line, message, request_id):
     if match and int(match[1]) == message.id and message.body.keys() <= {"jsonrpc", "id", "result", "error"} and b"\r" not in line:
         return line[:match.start(1)] + dump(request_id) + line[match.end(1):]
     return dump({**message.body, "id": request_id})
+
+
 # ======================================================================================================================
 # HTTP values
 # Owns what a handler is given and what it gives back: Request, Response, and Stream, the value of everything that waits.
@@ -1729,6 +1738,14 @@ def json_response(status, value, headers=()):
     return Response(status, json.dumps(value).encode(), "application/json", tuple(headers))
 
 
+NO_STORE = (("Cache-Control", "no-store"), ("Pragma", "no-cache"))
+
+
+def refusal_response(error, headers=()):
+    """A Refusal as JSON, for programs."""
+    return json_response(error.status, {"error": error.code, "error_description": error.sentence}, (*error.headers, *headers))
+
+
 def redirect(location):
     """A 303: what follows a form must be a GET (RFC 9700 4.12), and a URL with a code in it must not be cached."""
     return Response(303, headers=(("Location", location), ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer")))
@@ -1764,8 +1781,8 @@ class Stream:
     def put(self, data, answer=False):
         """Add a message; the last of the expected answers ends the stream. False when it has ended already."""
         with self._changed:
-            if self._reader and not answer and len(self._items) >= self._max_items:
-                self._changed.wait_for(lambda: not self._reader or self._backlog() < self._max_items or self.finished, self._stall)
+            if self._reader and not answer and (len(self._items) >= self._max_items or self._bytes >= self._max_bytes):
+                self._changed.wait_for(lambda: self.finished or not self._reader_lags(), self._stall)
             if self.finished:
                 return False
             self._number += 1
@@ -1781,8 +1798,9 @@ class Stream:
             self._changed.notify_all()
             return True
 
-    def _backlog(self):
-        return sum(1 for item in self._items if item.number > self._reader.cursor) if self._reader else 0
+    def _reader_lags(self):
+        untaken = [len(item.data) for item in self._items if item.number > self._reader.cursor] if self._reader else []
+        return len(untaken) >= self._max_items or sum(untaken) >= self._max_bytes
 
     def end(self):
         """No more will come: an attached reader ends."""
@@ -1800,9 +1818,9 @@ class Stream:
             return self._reader
 
     @property
-    def is_spent(self):
-        """Whether it has ended and its reader took all of it."""
-        return self.finished and self._taken >= self._number
+    def is_taken(self):
+        """Whether a client took all that was put on it."""
+        return self._taken >= self._number
 
     @property
     def is_open(self):
@@ -1864,6 +1882,8 @@ class Limiter:
         if left < 1:
             raise Refusal(429, "too_many_requests", "Too many requests from this address; try again in a moment.",
                           (("Retry-After", str(max(1, round((1 - left) * 60 / rate)))),))
+
+
 # ======================================================================================================================
 # Pages
 # Owns all HTML: what people see. Plain functions from values to Response; every value is escaped.
@@ -1993,6 +2013,8 @@ def clean_name(text, limit=100):
     kept = "".join(" " if unicodedata.category(c) in ("Zl", "Zp", "Zs") or c in "\t\r\n" else c for c in text
                    if c in "\t\r\n" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs", "Cn"))
     return " ".join(kept.split())[:limit].strip() or "An application without a name"
+
+
 # ======================================================================================================================
 # Clients
 # Owns who may ask for a login: registration (RFC 7591), pre-registered clients, redirect URIs, client authentication.
@@ -2172,9 +2194,6 @@ class Clients:
 # Owns the OAuth 2.1 endpoints: metadata, authorize, consent, callback, token, revoke; and the rules of grants and tokens.
 # Must not know sessions or children; that a grant ended is learnt by others from the store.
 # ======================================================================================================================
-
-NO_STORE = (("Cache-Control", "no-store"), ("Pragma", "no-cache"))
-
 
 class PageRefusal(Exception):
     """A refusal that is shown to a person: `response` is the page. Nothing is redirected to a URI that was not validated."""
@@ -2579,6 +2598,8 @@ class Authorization:
             answer["state"] = state
         query = urlencode({**answer, "iss": self._settings.public_url}, quote_via=quote)
         return redirect(redirect_uri + ("&" if urlsplit(redirect_uri).query else "?") + query)
+
+
 # ======================================================================================================================
 # Child
 # Owns processes: how a child is started, spoken to, stopped and reaped, and that none outlives the broker.
@@ -2698,12 +2719,22 @@ class Child:
         self._stop_lock = threading.Lock()  # guards reason and the ladder; a leaf
         self._reason, self._kill_at, self._killed, self._drop_pipes_at = None, None, False, None
         self.reason, self.ended = None, threading.Event()
-        self._spawn(command, environment)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self._spawn(command, environment)
+        except BaseException:
+            os.close(self._wake)
+            raise
         os.set_blocking(self._stdin, False)
         self._stderr_thread = threading.Thread(target=self._read_stderr, daemon=True, name=f"stderr-{self.pid}")
-        self._stderr_thread.start()
-        threading.Thread(target=self._read_stdout, daemon=True, name=f"stdout-{self.pid}").start()
+        try:
+            self._stderr_thread.start()
+            threading.Thread(target=self._read_stdout, daemon=True, name=f"stdout-{self.pid}").start()
+        except RuntimeError:  # no thread to be had: what was started must not stay behind
+            self._on_end = lambda child: None
+            self.kill("no thread")
+            self._finish()
+            raise ChildFailed("no thread can be started") from None
 
     def _spawn(self, command, environment):
         read_end, write_end = os.pipe()
@@ -2783,7 +2814,9 @@ class Child:
             if self._drop_pipes_at is None:
                 self._drop_pipes_at = now + 1
             elif now >= self._drop_pipes_at:
-                os.eventfd_write(self._wake, 1)
+                with self._stop_lock:
+                    if not self.ended.is_set():  # after that the number may be another file's
+                        os.eventfd_write(self._wake, 1)
 
     def _dead(self):
         with contextlib.suppress(ChildProcessError):
@@ -2861,7 +2894,8 @@ class Child:
         self._signal(signal.SIGKILL)  # stragglers of its group
         self._guardian.remove(self.pid)
         os.eventfd_write(self._wake, 1)
-        self._stderr_thread.join()
+        if self._stderr_thread.ident:
+            self._stderr_thread.join()
         with self._stop_lock:
             self.ended.set()
         status = self._process.wait()
@@ -2874,6 +2908,8 @@ class Child:
             pipe.close()
         os.close(self._wake)
         self._on_end(self)
+
+
 # ======================================================================================================================
 # Session
 # Owns the life of a session: its calls, its streams, and the child that serves it now: wake, replay, replace, sleep, end.
@@ -2933,8 +2969,8 @@ class Question:
 class Link:
     """A child together with what is under way on it. Its maps are guarded by the session's lock."""
 
-    def __init__(self, session, seq):
-        self.session, self.seq = session, seq
+    def __init__(self, session, seq, fresh_until):
+        self.session, self.seq, self.fresh_until = session, seq, fresh_until  # of the credential that the child holds
         self.pending = {}  # our id towards the child -> Call
         self.numbers = itertools.count(1)
         self.child, self.bad_lines, self.initialized, self.used_at = None, 0, False, time.monotonic()
@@ -3029,7 +3065,7 @@ class Session:
         self.questions, self.streams, self.question_numbers = {}, collections.OrderedDict(), itertools.count(1)
         self.get_stream = self._new_stream(0)
         self.failures, self.retry_at, self.failure, self.server = 0, 0.0, None, None
-        self.used_at = registry.clock.now()
+        self.used_at = self.saved_at = registry.clock.now()
         self.hints = None
 
     def _new_stream(self, answers):
@@ -3191,7 +3227,7 @@ class Session:
         with self.lock:
             if self.ended:
                 raise session_not_found()
-            if self.link and self.link.alive:
+            if self.link and self.link.alive and (self.settings.child_keeps_state or self.registry.clock.now() < self.link.fresh_until):
                 return self.link
             if self.failures >= 3 and time.monotonic() < self.retry_at:
                 raise self.failure
@@ -3229,11 +3265,10 @@ class Session:
             with self.lock:
                 if link and self.ended:
                     error, link = session_not_found(), self._retire(link)
-                old, self.waking = self.link, None
+                old, self.waking = self.link if self.link is not link else None, None
                 if link:
                     self.link, self.failures = link, 0
-                    if old:
-                        self.draining.add(old)
+                    self.draining |= {old} - {None}
                 elif error and isinstance(error, RpcError):
                     self.failures, self.failure = self.failures + 1, error
                     self.retry_at = time.monotonic() + min(60, 2 ** max(0, self.failures - 3))
@@ -3247,9 +3282,12 @@ class Session:
         link.child.stop("session ended")
 
     def _start(self, replay):
-        access, seq = self.registry.credential(self.sub)
+        access, seq, fresh_until = self.registry.credential(self.sub)
+        with self.lock:
+            if self.link and self.link.alive and self.link.seq == seq:  # nothing newer was to be had
+                return self.link
         self.registry.take_place(self)
-        link = Link(self, seq)
+        link = Link(self, seq, fresh_until)
         try:
             link.child = self.registry.spawn(access, self.sub, link)
         except BaseException:
@@ -3329,6 +3367,12 @@ class Session:
     def _busy(self, link):
         return bool(link.pending) or any(question.link is link for question in self.questions.values())
 
+    @property
+    def keeps_nothing(self):
+        """Whether it has no child, no reader, and nothing that a client has not taken."""
+        streams = [self.get_stream, *self.streams.values()]
+        return not (self.link or self.draining or self.waking) and all(stream.is_taken and not stream.is_open for stream in streams)
+
     def idle_since(self):
         """Since when (monotonic) the child has had nothing to do; None while it is busy or asleep."""
         with self.lock:
@@ -3376,7 +3420,7 @@ class Session:
             for question in stale:
                 if question.call:
                     question.call.deadline += now - question.asked_at
-            for key in [key for key, stream in self.streams.items() if stream.is_spent][:-8]:
+            for key in [key for key, stream in self.streams.items() if stream.finished and stream.is_taken][:-8]:
                 del self.streams[key]
             while len(self.streams) > 64:
                 self.streams.popitem(last=False)
@@ -3467,6 +3511,8 @@ def hint_reads(tool):
 def tools_digest(result):
     """A fingerprint of a tools/list result."""
     return hashlib.sha256(json.dumps(result.get("tools") if isinstance(result, dict) else None, sort_keys=True).encode()).digest()
+
+
 # ======================================================================================================================
 # Registry and reaper
 # Owns which sessions are in memory and who has a place among the children; and everything that happens by the clock.
@@ -3521,6 +3567,7 @@ class Registry:
                 session = self.sessions.setdefault(name, found)
         if session.ended or (session.sub, session.client_id) != (sub, client_id):
             raise session_not_found()
+        session.used_at = self.clock.now()  # from here on it is not unloaded
         return session
 
     def pool(self, sub, client_id):
@@ -3530,7 +3577,9 @@ class Registry:
                 initialize = {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": {},
                               "clientInfo": {"name": "fjmcp-broker", "version": __version__}}
                 self.pools[sub, client_id] = Session(self, (sub, client_id), sub, client_id, initialize, durable=False)
-            return self.pools[sub, client_id]
+            pool = self.pools[sub, client_id]
+            pool.used_at = self.clock.now()
+            return pool
 
     def delete(self, session):
         """The client ends its session."""
@@ -3538,12 +3587,27 @@ class Registry:
         self.forget([session.name], "deleted by client")
 
     def forget(self, names, reason):
-        """End sessions that the store has dropped."""
+        """End sessions that the store has dropped, and pools that nobody may use any more."""
         for name in names:
             with self.lock:
-                session = self.sessions.pop(name, None)
+                session = self.sessions.pop(name, None) or self.pools.pop(name, None)
             if session:
                 session.end(reason)
+
+    def save_uses(self):
+        """Write down when sessions were last used, those that were since the last time."""
+        used = {session.name: session.used_at for session in self.all() if session.durable and session.used_at > session.saved_at}
+        if used:
+            self.store.touch_sessions(used)
+            for session in self.all():
+                session.saved_at = used.get(session.name, session.saved_at)
+
+    def unload(self, before):
+        """Drop from memory what sleeps, was not used since, and keeps nothing for a client: the row is enough to come back."""
+        with self.lock:
+            for kept in (self.sessions, self.pools):
+                for name in [name for name, session in kept.items() if session.used_at < before and session.keeps_nothing]:
+                    del kept[name]
 
     def all(self):
         """Every session and pool in memory."""
@@ -3598,7 +3662,7 @@ class Registry:
     # -- what a session needs of the world
 
     def credential(self, sub):
-        """The user's access token at Forgejo and its sequence number; RpcError or Refusal when there is none to be had."""
+        """What Upstream.credential gives; RpcError or Refusal when there is none to be had."""
         try:
             return self.upstream.credential(sub)
         except LoggedOut:
@@ -3646,13 +3710,8 @@ class Registry:
 
     def tool_refused(self, sub):
         """A tool's error may be Forgejo refusing the token: look into it, but not in the thread that has an answer to deliver."""
-        threading.Thread(target=self.upstream.note_tool_refusal, args=(sub,), daemon=True).start()
-
-    def rotate(self, sub):
-        """The user has a newer access token: their children are replaced."""
-        for session in self.all():
-            if session.sub == sub:
-                session.replace()
+        if self.upstream.may_ask(sub):
+            threading.Thread(target=self.upstream.note_tool_refusal, args=(sub,), daemon=True).start()
 
     def close(self, reason):
         """End every child; sessions stay on file."""
@@ -3706,16 +3765,19 @@ class Reaper:
         now = self._clock.now()
         for session in self._registry.all():
             session.tick(time.monotonic())
-            if not self._settings.child_keeps_state and session.idle_since() is not None \
+            idle_since = session.idle_since()
+            if idle_since is not None and not self._settings.child_keeps_state \
                     and now - session.used_at >= self._settings.session_idle_timeout \
-                    and time.monotonic() - session.idle_since() >= min(1.0, self._settings.session_idle_timeout):
+                    and time.monotonic() - idle_since >= min(1.0, self._settings.session_idle_timeout):
                 session.sleep("idle")
         self._end_what_was_revoked(now)
         self._refresh(now)
         if now >= self._next_sweep:
             self._next_sweep = now + 60
-            self._store.touch_sessions({s.name: s.used_at for s in self._registry.all() if s.durable})
+            self._registry.save_uses()
+            self._registry.forget(self._store.end_orphaned_sessions(now), "grant ended")
             self._registry.forget(self._store.sweep(now, self._settings.session_lifetime), "expired")
+            self._registry.unload(now - max(60, self._settings.session_idle_timeout))
 
     def _end_what_was_revoked(self, now):
         marker = self._store.change_marker()
@@ -3734,34 +3796,41 @@ class Reaper:
             if caller.grant_id not in live:
                 reader.close()
         orphaned = [session for session in self._registry.all() if (session.sub, session.client_id) not in pairs]
-        if orphaned:
-            self._store.end_orphaned_sessions(now)
-            for session in orphaned:
-                if session.durable:
-                    self._registry.forget([session.name], "grant ended")
-                else:
-                    session.sleep("grant ended")
+        self._registry.forget([session.name for session in orphaned], "grant ended")
 
     def _refresh(self, now):
-        """Credentials of users with a child awake before they run out; every live one at least every ten days."""
-        awake = {session.sub for session in self._registry.all() if session.link}
-        for sub in awake:
-            self._in_background(sub, self._upstream.needs_refresh, 300, 4)
+        """Credentials of users with a child awake before they run out; every live one at least every ten days.
+
+        A child with an older credential than the user's is replaced: by a refresh of ours, or by a login that overtook it.
+        """
+        awake = collections.defaultdict(list)
+        for session in self._registry.all():
+            if session.link:
+                awake[session.sub].append(session)
+        for sub, sessions in awake.items():
+            seq, due = self._upstream.outlook(sub)
+            if due:
+                self._refresh_in_background(sub)
+            for session in sessions:
+                link = session.link
+                if seq is None:
+                    session.sleep("logged out")
+                elif link and link.seq != seq:
+                    session.replace()
         if now >= self._next_refresh:
             self._next_refresh = now + 600
             for sub in self._store.users_to_refresh(now - 10 * 86400, now):
-                self._in_background(sub, lambda *_: True)
+                self._refresh_in_background(sub)
 
-    def _in_background(self, sub, wanted, *arguments):
+    def _refresh_in_background(self, sub):
         with self._lock:
-            if sub in self._refreshing or not wanted(sub, *arguments):
+            if sub in self._refreshing:
                 return
             self._refreshing.add(sub)
 
         def refresh():
             try:
-                if self._upstream.refresh(sub):
-                    self._registry.rotate(sub)
+                self._upstream.refresh(sub)
             except Exception as error:  # logged where it is known what it means; the next tick tries again
                 self._log.event("debug", "refresh failed", user=sub, error=type(error).__name__)
             finally:
@@ -3769,6 +3838,8 @@ class Reaper:
                     self._refreshing.discard(sub)
 
         threading.Thread(target=refresh, daemon=True).start()
+
+
 # ======================================================================================================================
 # Gate and /mcp
 # Owns the MCP endpoint: who is calling, what they may do, and which HTTP answer a JSON-RPC message gets.
@@ -3881,6 +3952,8 @@ class Endpoint:
         params = message.params
         if not isinstance(params, dict) or not isinstance(params.get("protocolVersion"), str):
             raise RpcError(INVALID_PARAMS, "initialize needs params.protocolVersion.", None, 400)
+        if len(dump(params)) > self._settings.max_form:  # they are kept, and replayed to each child
+            raise RpcError(INVALID_PARAMS, "The params of initialize are too large.", None, 400)
         session_id, server = self._registry.open(caller.sub, caller.client_id, params)
         return Response(200, result_message(message.id, server), "application/json", (("Mcp-Session-Id", session_id),))
 
@@ -3988,6 +4061,8 @@ class Endpoint:
 def rpc_error_response(request_id, error):
     """An RpcError as an HTTP answer."""
     return Response(error.status, error_message(request_id, error.code, error.message, error.data), "application/json", error.headers)
+
+
 # ======================================================================================================================
 # HTTP server
 # Owns sockets: accepting, strict framing and parsing, the one header writer, and the pump of everything that waits.
@@ -4037,26 +4112,32 @@ class Server(http.server.ThreadingHTTPServer):
 
     request_queue_size, daemon_threads, block_on_close, allow_reuse_address = 1024, True, False, True
 
-    def __init__(self, settings, handle, log, listener=None):
+    def __init__(self, settings, handle, log, address, listener=None):
         self.settings, self.handle, self.log, self.watcher = settings, handle, log, Watcher()
         self._changed = threading.Condition()  # guards connections and draining; a leaf
         self._connections, self._addresses, self.draining = set(), collections.Counter(), False
-        self.address_family = socket.AF_INET6 if ":" in settings.listen[0] else socket.AF_INET
-        socketserver.TCPServer.__init__(self, settings.listen, None, bind_and_activate=False)
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        socketserver.TCPServer.__init__(self, address, None, bind_and_activate=False)
         if listener:
             self.socket.close()
             self.socket = listener
-            self.server_address = listener.getsockname()
         else:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                self.socket.bind(settings.listen)
-                self.socket.listen(self.request_queue_size)
+                self.server_bind()
+                self.server_activate()
             except OSError as error:
                 self.socket.close()
-                raise ConfigurationError([f"listen: cannot listen on {settings.listen[0]}:{settings.listen[1]}: {error.strerror}"]) from None
-            self.server_address = self.socket.getsockname()
-        self.port = self.server_address[1]
+                raise ConfigurationError([f"cannot listen on {address[0]}:{address[1]}: {error.strerror}"]) from None
+        self.port = self.socket.getsockname()[1]
+
+    def server_bind(self):
+        """Bind without the look-up of our own name that http.server does."""
+        socketserver.TCPServer.server_bind(self)
+
+    @property
+    def open_connections(self):
+        """How many connections there are."""
+        return len(self._connections)
 
     def get_request(self):
         """Accept; without file descriptors left, wait a moment instead of spinning (H16)."""
@@ -4115,18 +4196,24 @@ class Server(http.server.ThreadingHTTPServer):
         except ValueError:
             return False
 
-    def drain(self, seconds):
-        """Stop accepting; idle connections and idle streams end at once, the rest gets `seconds`."""
+    def hurry(self):
+        """Stop accepting; idle connections and idle streams end now, the others with their answer."""
         self.shutdown()
         with self._changed:
             self.draining = True
             connections = list(self._connections)
         for connection in connections:
             connection.hurry()
+
+    def wait_for_connections(self, seconds):
+        """Until all connections have ended, or that long; those that are left."""
         with self._changed:
             self._changed.wait_for(lambda: not self._connections, seconds)
-            left = list(self._connections)
-        for connection in left:
+            return list(self._connections)
+
+    def close(self, seconds):
+        """Give connections that long, then cut them."""
+        for connection in self.wait_for_connections(seconds):
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
         self.socket.close()
@@ -4166,18 +4253,19 @@ class Connection:
     def run(self):
         """Serve requests until the connection ends."""
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        patience = self.settings.header_timeout  # a connection is worth keeping once a request has come over it
         while not self.close_after and not self.server.draining:
             try:
-                request = self._read_request()
+                request = self._read_request(patience)
             except Refusal as error:
-                self._send(json_response(error.status, {"error": error.code, "error_description": error.sentence}, error.headers), True)
+                self._send(refusal_response(error), True)
                 self._linger()
                 return
             if request is None:
                 return
             self.busy = True
             self._respond(request)
-            self.busy = False
+            self.busy, patience = False, self.settings.idle_timeout
 
     def hurry(self):
         """The server drains: an idle connection ends now, an idle stream too, anything else after its answer."""
@@ -4201,11 +4289,11 @@ class Connection:
             raise Gone
         self.buffer += data
 
-    def _read_request(self):
+    def _read_request(self, patience):
         """The next request, None when the connection ends between two; Refusal for anything that is not strictly HTTP."""
         try:
             if not self.buffer:
-                self._receive(time.monotonic() + self.settings.idle_timeout)
+                self._receive(time.monotonic() + patience)
         except (TimeoutError, Gone):
             return None
         deadline, searched = time.monotonic() + self.settings.header_timeout, 0
@@ -4492,6 +4580,8 @@ class Connection:
 
     def _framed(self, data):
         return b"%x\r\n%s\r\n" % (len(data), data) if self.http11 else data
+
+
 # ======================================================================================================================
 # Broker
 # Owns the wiring and the route table: which path is whose, and the order of checks before a handler is asked.
@@ -4526,7 +4616,8 @@ class Broker:
         authorization = Authorization(settings, self.store, keyring, clients, self.upstream, forgejo, self.log, self.clock, limiter)
         endpoint = Endpoint(settings, self.store, self.registry, self.reaper, self.log, self.clock)
         self.routes = self._routes(clients, authorization, endpoint)
-        self.server = Server(settings, self.handle, self.log, listener)
+        self.server = Server(settings, self.handle, self.log, settings.listen, listener)
+        self.metrics_server = Server(settings, self.metrics, self.log, settings.metrics_listen) if settings.metrics_listen else None
         self._blob = git_blob_id(__file__)
 
     def _routes(self, clients, authorization, endpoint):
@@ -4570,10 +4661,10 @@ class Broker:
 
     def _refused(self, error, request, route):
         if error.status == 421 or (error.status == 403 and error.code == "forbidden_origin"):
-            return json_response(error.status, {"error": error.code, "error_description": error.sentence}, error.headers)
+            return refusal_response(error)
         if route and route.kind in ("page", "form"):
             return error_page(error.status, "This did not work", error.sentence, headers=error.headers)
-        return json_response(error.status, {"error": error.code, "error_description": error.sentence}, (*error.headers, *NO_STORE[:1]))
+        return refusal_response(error, NO_STORE[:1])
 
     def _method(self, request, route):
         handler = route.methods.get(request.method) or (route.methods.get("GET") if request.method == "HEAD" else None)
@@ -4631,17 +4722,32 @@ class Broker:
                                                   "store": "ok" if ok else "failing", "sessions": sessions, "children": children},
                              (("Cache-Control", "no-store"),))
 
+    def metrics(self, request):
+        """GET /metrics on its own listener: Prometheus text, counts without names."""
+        if request.path != "/metrics":
+            return refusal_response(Refusal(404, "not_found", "Only /metrics is here."))
+        sessions, children = self.registry.counts()
+        lines = [f"fjmcp_sessions {sessions}", f"fjmcp_children {children}", f"fjmcp_connections {self.server.open_connections}"]
+        lines += [f'fjmcp_events_total{{event="{event}"}} {count}' for event, count in sorted(self.log.counters.items())]
+        return Response(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
+
     def start(self):
         """Serve and reap in daemon threads."""
         threading.Thread(target=self.reaper.run, daemon=True, name="reaper").start()
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True, name="accept").start()
+        for server in filter(None, (self.server, self.metrics_server)):
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True, name="accept").start()
 
     def stop(self, seconds=10.0):
-        """Answer what was read, stop the children, close the store."""
-        deadline = time.monotonic() + seconds
-        self.server.drain(seconds)
+        """Answer what was read, with an error what takes longer; stop the children, close the store."""
+        servers = [server for server in (self.server, self.metrics_server) if server]
+        for server in servers:
+            server.hurry()
+        self.server.wait_for_connections(seconds - 1)
         self.registry.close("broker stopping")
-        while any(self.registry.places.values()) and time.monotonic() < deadline + self.settings.stop_timeout + 2:
+        for server in servers:
+            server.close(1)
+        deadline = time.monotonic() + self.settings.stop_timeout + 2
+        while any(self.registry.places.values()) and time.monotonic() < deadline:
             for session in self.registry.all():
                 for link in filter(None, (session.link, *session.draining)):
                     link.child.tick()
@@ -4650,7 +4756,7 @@ class Broker:
         self.reaper.stop()
         self.guardian.close()
         with contextlib.suppress(StoreUnavailable):
-            self.store.touch_sessions({s.name: s.used_at for s in self.registry.all() if s.durable})
+            self.registry.save_uses()
         self.store.close()
 
 

@@ -1,0 +1,439 @@
+"""The authorization server, attacked and used through the whole broker."""
+
+import base64
+import hashlib
+import json
+import threading
+import urllib.parse
+
+import pytest
+
+from browser import Browser, approve_login
+from mcp_client import McpClient, OAuthClient
+
+
+def query_of(url):
+    return dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(url).query, keep_blank_values=True))
+
+
+def bearer_status(rig, token):
+    return McpClient(rig.url + "/mcp", token).post({"jsonrpc": "2.0", "id": 1, "method": "ping"}).status
+
+
+@pytest.fixture
+def client(rig):
+    client = OAuthClient(rig.url)
+    client.discover()
+    client.register()
+    return client
+
+
+def to_redirect(client, url):
+    """What the client is told by a redirect from the authorization endpoint."""
+    page = Browser(callbacks=(client.redirect_uri,)).get(url)
+    assert page.redirected_to, (page.status, page.words)
+    return query_of(page.redirected_to)
+
+
+# -- discovery
+
+
+@pytest.mark.parametrize("path", ["/.well-known/oauth-authorization-server", "/.well-known/oauth-authorization-server/mcp",
+                                  "/mcp/.well-known/oauth-authorization-server"])
+def test_the_authorization_server_metadata_is_in_all_its_places(rig, path):
+    page = Browser().get(rig.url + path)
+    metadata = json.loads(page.text)
+    assert metadata["issuer"] == rig.url and metadata["code_challenge_methods_supported"] == ["S256"]
+    assert metadata["scopes_supported"] == ["forgejo:read", "forgejo:write", "offline_access"]
+    assert metadata["authorization_response_iss_parameter_supported"] is True
+    assert None not in metadata.values() and "" not in metadata.values()
+    assert page.headers["access-control-allow-origin"] == "*"
+
+
+@pytest.mark.parametrize("path", ["", "/mcp", "/mcp/"])
+def test_the_protected_resource_metadata_names_exactly_the_mcp_url(rig, path):
+    metadata = json.loads(Browser().get(rig.url + "/.well-known/oauth-protected-resource" + path).text)
+    assert metadata["resource"] == rig.url + "/mcp" and metadata["authorization_servers"] == [rig.url]
+    assert "offline_access" not in metadata["scopes_supported"]
+
+
+def test_what_is_not_there_under_well_known_is_a_json_404(rig):
+    page = Browser().get(rig.url + "/.well-known/openid-configuration")
+    assert page.status == 404 and json.loads(page.text)["error"]
+
+
+# -- registration
+
+
+@pytest.mark.parametrize("uri", ["javascript:alert(1)", "JaVaScRiPt:x", "data:text/html,x", "file:///etc/passwd", "http://evil.com/cb",
+                                 "https://a.com@evil.com/cb", "https://evil.com\\@a.com/cb", "http://localhost.evil.com/", "https://a.com/#f",
+                                 "http://localhost@evil.com", "https://*.a.com/cb", "https://ex%61mple.com/", "https://a.com/?code=1",
+                                 "http://localhost:99999/cb", "http://localhost:0/", "//a.com/cb", "", "unknown-scheme://cb", 5, None])
+def test_D02_U02_redirect_uris_that_deceive_are_not_registered(rig, uri):
+    answer = OAuthClient(rig.url).register(redirect_uris=[uri])
+    assert answer.status == 400 and answer.json()["error"] == "invalid_redirect_uri"
+
+
+def test_cursors_set_of_three_is_registered_and_an_unknown_scheme_does_not_spoil_a_set(rig):
+    uris = ["cursor://anysphere.cursor-mcp/oauth/callback", "https://www.cursor.com/agents/mcp/oauth/callback", "http://localhost:8787/callback"]
+    assert OAuthClient(rig.url).register(redirect_uris=uris, application_type="web").json()["redirect_uris"] == uris
+    assert OAuthClient(rig.url).register(redirect_uris=[*uris, "foo://bar"]).json()["redirect_uris"] == uris
+
+
+def test_a_registration_echoes_what_was_asked_and_has_nothing_empty(rig):
+    answer = OAuthClient(rig.url).register(scope="claudeai", token_endpoint_auth_method="none", client_uri=None)
+    document = answer.json()
+    assert answer.status == 201 and document["scope"] == "claudeai" and "client_secret" not in document
+    assert None not in document.values() and "" not in document.values()
+    secret = OAuthClient(rig.url).register(token_endpoint_auth_method="client_secret_post").json()
+    assert secret["client_secret"] and secret["client_secret_expires_at"] == 0
+
+
+# -- authorize
+
+
+def test_A01_an_unknown_client_is_shown_a_page_and_never_redirected(rig, client):
+    page = Browser().get(client.authorize_url(client_id="nobody"))
+    assert page.status == 400 and not page.redirected_to and "not registered" in page.text
+
+
+@pytest.mark.parametrize("uri", ["https://evil.example/cb", "http://localhost/callback/", "http://localhost/callback?x", "http://127.0.0.2/callback",
+                                 "http://localhost/CALLBACK", "https://localhost/callback", "http://localhost:99999/callback", ""])
+def test_A02_U01_a_redirect_uri_that_does_not_match_is_shown_a_page(client, uri):
+    page = Browser().get(client.authorize_url(redirect_uri=uri))
+    assert page.status == 400 and not page.redirected_to
+
+
+@pytest.mark.parametrize("uri", ["http://localhost:49152/callback", "http://127.0.0.1:5/callback", "http://[::1]:65535/callback"])
+def test_U04_a_loopback_redirect_uri_matches_on_any_port_and_name(client, uri):
+    assert Browser().get(client.authorize_url(redirect_uri=uri)).status == 200
+
+
+@pytest.mark.parametrize("change, error", [
+    ({"response_type": "token"}, "unsupported_response_type"), ({"response_type": None}, "invalid_request"),
+    ({"code_challenge": None}, "invalid_request"), ({"code_challenge_method": "plain"}, "invalid_request"),
+    ({"code_challenge_method": None}, "invalid_request"), ({"code_challenge": "short"}, "invalid_request"),
+    ({"resource": "https://other.example/mcp"}, "invalid_target"), ({"response_mode": "fragment"}, "invalid_request"),
+    ({"prompt": "none"}, "interaction_required"), ({"request": "x"}, "request_not_supported"),
+    ({"request_uri": "https://x"}, "request_uri_not_supported"),
+])
+def test_A05_to_A15_a_wrong_request_goes_back_with_error_state_and_iss(rig, client, change, error):
+    answer = to_redirect(client, client.authorize_url(state="s t&a=te", **change))
+    assert answer["error"] == error and answer["state"] == "s t&a=te" and answer["iss"] == rig.url
+
+
+@pytest.mark.parametrize("spelling", ["{}/mcp", "{}/mcp/", "{}", "{}/", None])
+def test_A10_the_spellings_of_the_resource_that_clients_send_are_accepted(rig, client, spelling):
+    url = client.authorize_url(resource=spelling and spelling.format(rig.url))
+    assert Browser().get(url).status == 200
+
+
+# -- consent and callback
+
+
+def test_C01_every_login_is_asked_even_where_forgejo_would_ask_nothing(rig, client):
+    browser = Browser()
+    approve_login(browser, client.authorize_url(), "alice", "secret")
+    page = browser.get(client.authorize_url())
+    assert page.status == 200 and page.form_with("login", "csrf")
+
+
+def test_C02_what_was_approved_in_one_browser_cannot_be_finished_in_another(rig, client):
+    mine, theirs = Browser(), Browser()
+    page = mine.get(client.authorize_url())
+    approved = mine.submit(page, ("decision", "approve"), form=page.form_with("login"), stop=lambda url: url.startswith(rig.forgejo.url))
+    before = rig.forgejo.count("/login/oauth/access_token")
+    shown = theirs.get(approved.redirected_to)
+    login = theirs.submit(shown, form=shown.form_with("user_name"), user_name="alice", password="secret")
+    if login.forms and not login.redirected_to:
+        login = theirs.submit(login, ("granted", "true"), form=0)
+    assert login.status == 403
+    assert rig.forgejo.count("/login/oauth/access_token") == before
+
+
+def test_C03_C05_a_form_fetched_elsewhere_or_changed_is_refused(rig, client):
+    attacker, victim = Browser(), Browser()
+    fields = attacker.get(client.authorize_url()).form_with("login").fields
+    victim.get(client.authorize_url())
+    for form in (fields, {**fields, "csrf": "x"}, {k: v for k, v in fields.items() if k != "csrf"}, {**fields, "login": fields["login"][:-2]}):
+        answer = victim.post(rig.url + "/oauth/consent", {**form, "decision": "approve", "access": "full"})
+        assert answer.status == 403 and not answer.redirected_to
+
+
+@pytest.mark.parametrize("headers", [{"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}, {"Sec-Fetch-Site": None, "Origin": "null"},
+                                     {"Sec-Fetch-Site": None, "Origin": "https://evil.example"}, {"Sec-Fetch-Site": "same-site"}])
+def test_C04_a_form_sent_by_another_site_is_refused(rig, client, headers):
+    browser = Browser()
+    fields = browser.get(client.authorize_url()).form_with("login").fields
+    answer = browser.post(rig.url + "/oauth/consent", {**fields, "decision": "approve"}, headers=headers)
+    assert answer.status == 403
+
+
+def test_C05_a_form_is_answered_once(rig, client):
+    browser = Browser()
+    page = browser.get(client.authorize_url())
+    stop = lambda url: url.startswith(rig.forgejo.url)
+    assert browser.submit(page, ("decision", "approve"), form=page.form_with("login"), stop=stop).redirected_to
+    again = browser.submit(page, ("decision", "approve"), form=page.form_with("login"), stop=stop)
+    assert again.status == 400 and "answered already" in again.text
+
+
+def test_C07_two_tabs_do_not_disturb_each_other(rig, client):
+    browser = Browser()
+    first = browser.get(client.authorize_url())
+    browser.get(client.authorize_url())
+    answer = browser.submit(first, ("decision", "approve"), form=first.form_with("login"), stop=lambda url: url.startswith(rig.forgejo.url))
+    assert answer.redirected_to
+
+
+def test_C14_a_refusal_goes_back_to_the_client(rig, client):
+    callback = approve_login(Browser(), client.authorize_url(state="s"), "alice", "secret", decision="deny")
+    answer = query_of(callback)
+    assert (answer["error"], answer["state"], answer["iss"]) == ("access_denied", "s", rig.url)
+
+
+def test_a_consent_page_left_too_long_says_so(rig, client):
+    browser = Browser()
+    page = browser.get(client.authorize_url())
+    rig.clock.advance(601)
+    answer = browser.submit(page, ("decision", "approve"), form=page.form_with("login"))
+    assert answer.status == 400 and "expired" in answer.text
+
+
+def test_the_login_survives_a_restart_between_page_and_callback(rig, client):
+    browser = Browser()
+    page = browser.get(client.authorize_url())
+    rig.restart()
+    approved = browser.submit(page, ("decision", "approve"), form=page.form_with("login"), stop=lambda url: url.startswith(rig.forgejo.url))
+    rig.restart()
+    shown = browser.get(approved.redirected_to)
+    done = browser.submit(shown, form=shown.form_with("user_name"), stop=lambda url: url.startswith("http://localhost/callback"),
+                          user_name="alice", password="secret")
+    if not done.redirected_to:
+        done = browser.submit(done, ("granted", "true"), stop=lambda url: url.startswith("http://localhost/callback"))
+    assert "code" in query_of(done.redirected_to)
+
+
+def test_K01_K04_a_state_is_taken_once(rig, client):
+    page = Browser().get(rig.url + "/oauth/callback?code=x&state=unknown")
+    assert page.status == 400
+    for query in ("", "?state=a", "?code=a", "?code=a&code=b&state=c", "?code=a&error=b&state=c"):
+        assert Browser().get(rig.url + "/oauth/callback" + query).status == 400
+
+
+def test_K12_someone_who_is_not_allowed_gets_no_code_and_leaves_no_credential(make_rig):
+    rig = make_rig(allowed_users="bob")
+    client = OAuthClient(rig.url)
+    client.discover()
+    client.register()
+    answer = query_of(approve_login(Browser(), client.authorize_url(), "alice", "secret"))
+    assert answer["error"] == "access_denied"
+    assert rig.broker.store.user("1001") is None
+    rig.login("bob")
+
+
+# -- token
+
+
+@pytest.fixture
+def code(client):
+    return query_of(approve_login(Browser(), client.authorize_url(), "alice", "secret"))["code"]
+
+
+@pytest.mark.parametrize("change, error", [
+    ({"code_verifier": "x" * 43}, "invalid_grant"), ({"code_verifier": None}, "invalid_request"), ({"code_verifier": "x" * 42}, "invalid_request"),
+    ({"redirect_uri": "http://localhost:1/callback"}, "invalid_grant"), ({"resource": "https://other.example/"}, "invalid_target"),
+    ({"grant_type": "password"}, "unsupported_grant_type"), ({"grant_type": None}, "invalid_request"),
+])
+def test_T01_to_T15_a_wrong_redemption_is_refused_and_the_code_stays(client, code, change, error):
+    answer = client.redeem(code, **change)
+    assert answer.status == 400 and answer.json()["error"] == error and "no-store" in answer.headers["cache-control"]
+    assert client.redeem(code).status == 200
+
+
+def test_T01_a_code_is_burned_after_three_wrong_verifiers(client, code):
+    for _ in range(3):
+        client.redeem(code, code_verifier="x" * 43)
+    assert client.redeem(code).json()["error"] == "invalid_grant"
+
+
+def test_T04_another_client_cannot_redeem_or_spoil_a_code(rig, client, code):
+    other = OAuthClient(rig.url)
+    other.discover()
+    other.register()
+    assert client.redeem(code, client_id=other.client_id).json()["error"] == "invalid_grant"
+    assert client.redeem(code).status == 200
+
+
+def test_T06_a_replayed_code_ends_only_the_grant_it_made(rig, client, code):
+    tokens = client.redeem(code).json()
+    other = rig.login("alice")
+    assert client.redeem(code).json()["error"] == "invalid_grant"
+    assert bearer_status(rig, tokens["access_token"]) == 401
+    assert bearer_status(rig, other.tokens["access_token"]) == 200
+
+
+def test_T08_of_many_parallel_redemptions_one_succeeds(client, code):
+    statuses, barrier = [], threading.Barrier(12)
+
+    def redeem():
+        barrier.wait(10)
+        statuses.append(client.redeem(code).status)
+
+    threads = [threading.Thread(target=redeem) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(statuses) == [200] + [400] * 11
+
+
+def test_T09_a_code_lives_a_minute(rig, client, code):
+    rig.clock.advance(61)
+    assert client.redeem(code).json()["error"] == "invalid_grant"
+
+
+@pytest.mark.parametrize("method", ["none", "client_secret_post", "client_secret_basic"])
+def test_every_way_of_client_authentication_works_and_a_wrong_secret_does_not(rig, method):
+    client = OAuthClient(rig.url, auth_method=method)
+    client.login(None, "alice", "secret")
+    assert client.refresh().status == 200
+    if method != "none":
+        assert client.refresh(client_secret="wrong", **({"client_id": client.client_id} if method == "client_secret_post" else {})).status in (400, 401)
+
+
+# -- refresh
+
+
+def test_R01_a_refresh_rotates_and_both_access_tokens_work(rig):
+    client = rig.login()
+    before = client.tokens
+    after = client.refresh().json()
+    assert after["refresh_token"] != before["refresh_token"]
+    assert bearer_status(rig, before["access_token"]) == bearer_status(rig, after["access_token"]) == 200
+
+
+def test_R03_a_token_sent_again_soon_gets_the_newest_pair_and_that_still_refreshes_an_hour_later(rig):
+    client = rig.login()
+    r0 = client.tokens["refresh_token"]
+    r1 = client.refresh(refresh_token=r0).json()["refresh_token"]
+    newest = client.refresh(refresh_token=r1).json()
+    rig.clock.advance(100)
+    again = client.refresh(refresh_token=r0).json()
+    assert (again["refresh_token"], again["access_token"]) == (newest["refresh_token"], newest["access_token"])
+    rig.clock.advance(3600)
+    assert client.refresh(refresh_token=again["refresh_token"]).status == 200
+
+
+def test_R02_a_token_sent_again_late_ends_its_grant(rig):
+    client = rig.login()
+    r0 = client.tokens["refresh_token"]
+    newest = client.refresh(refresh_token=r0).json()
+    rig.clock.advance(121)
+    assert client.refresh(refresh_token=r0).json()["error"] == "invalid_grant"
+    assert client.refresh(refresh_token=newest["refresh_token"]).json()["error"] == "invalid_grant"
+    assert bearer_status(rig, newest["access_token"]) == 401
+    assert rig.log.named("reuse detected")
+
+
+def test_R04_parallel_refreshes_all_succeed_with_one_pair(rig):
+    client = rig.login()
+    r0, answers, barrier = client.tokens["refresh_token"], [], threading.Barrier(20)
+
+    def refresh():
+        barrier.wait(10)
+        answers.append(client.refresh(refresh_token=r0))
+
+    threads = [threading.Thread(target=refresh) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert {answer.status for answer in answers} == {200}
+    assert len({answer.json()["refresh_token"] for answer in answers}) == 1
+    assert len({answer.json()["access_token"] for answer in answers}) == 1
+
+
+def test_R06_R08_a_wrong_client_resource_or_scope_rotates_nothing(rig):
+    client, other = rig.login(), rig.login("bob")
+    r0 = client.tokens["refresh_token"]
+    assert other.refresh(refresh_token=r0).json()["error"] == "invalid_grant"
+    assert client.refresh(refresh_token=r0, resource="https://other.example").json()["error"] == "invalid_target"
+    row = rig.broker.store.refresh_token(hashlib.sha256(r0.encode()).digest())
+    assert row.rotated_at is None and client.refresh(refresh_token=r0).status == 200
+
+
+def test_a_read_only_login_cannot_be_widened_at_a_refresh(rig):
+    client = rig.login(access="read")
+    assert client.tokens["scope"] == "forgejo:read"
+    assert client.refresh(scope="forgejo:write").json()["error"] == "invalid_scope"
+
+
+def test_R12_R13_R14_revocation(rig):
+    client, other = rig.login(), rig.login("bob")
+    assert other.revoke(client.tokens["refresh_token"]).status == 200
+    assert bearer_status(rig, client.tokens["access_token"]) == 200
+    assert client.revoke("garbage").status == 200
+    extra = client.refresh().json()
+    assert client.revoke(extra["access_token"]).status == 200
+    assert bearer_status(rig, extra["access_token"]) == 401
+    assert client.revoke(extra["refresh_token"]).status == 200
+    assert client.refresh(refresh_token=extra["refresh_token"]).json()["error"] == "invalid_grant"
+
+
+# -- upstream
+
+
+def test_K16_a_second_login_of_a_user_leaves_the_first_client_working_through_its_next_refresh(rig):
+    first = rig.session("alice")
+    rig.session("alice")
+    rig.clock.advance(3590)
+    rig.tick()
+    tokens = first.oauth.refresh().json()
+    mcp = McpClient(first.url, tokens["access_token"], session_id=first.session_id)
+    rig.clock.advance(60)
+    assert "alice" in mcp.call_tool("get_my_user_info")["content"][0]["text"]
+    assert rig.broker.store.user("1001").state == "active"
+
+
+def test_a_refused_upstream_refresh_logs_out_and_one_login_revives_all(rig):
+    mcp = rig.session()
+    rig.forgejo.revoke_grant("alice", rig.app.client_id)
+    rig.clock.advance(3600)
+    tokens = None
+    answer = mcp.oauth.refresh()
+    tokens = answer.json()
+    stale = McpClient(mcp.url, tokens["access_token"], session_id=mcp.session_id)
+    refused = stale.post({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "get_echo", "arguments": {"text": "x"}}})
+    if refused.status == 200:  # the child was still awake; the reaper's refresh is what finds out
+        rig.tick()
+        rig.log.wait("logged out upstream")
+        refused = stale.post({"jsonrpc": "2.0", "id": 2, "method": "ping"})
+    assert refused.status == 401 and 'error="invalid_token"' in refused.headers["www-authenticate"]
+    assert mcp.oauth.refresh(refresh_token=tokens["refresh_token"]).json()["error"] == "invalid_grant"
+    rig.login("alice")
+    assert stale.post({"jsonrpc": "2.0", "id": 3, "method": "ping"}).status == 200
+
+
+def test_K19_when_forgejo_is_away_nobody_is_logged_out(rig):
+    mcp = rig.session()
+    rig.forgejo.down()
+    rig.clock.advance(3600)
+    tokens = mcp.oauth.refresh().json()
+    rig.tick()
+    rig.forgejo.up()
+    rig.clock.advance(120)
+    revived = McpClient(mcp.url, tokens["access_token"], session_id=mcp.session_id)
+    assert "alice" in revived.call_tool("get_my_user_info")["content"][0]["text"]
+
+
+def test_G03_nothing_usable_lies_in_the_database(rig):
+    client = rig.login()
+    client.refresh()
+    upstream = rig.forgejo.requests
+    secrets_seen = [client.tokens["access_token"], client.tokens["refresh_token"], rig.app.client_secret, "secret"]
+    rig.stop()
+    data = b"".join(path.read_bytes() for path in rig.directory.glob("broker.db*"))
+    for secret in secrets_seen[:3]:
+        assert secret.encode() not in data
+    assert b"eyJ" not in data and upstream
