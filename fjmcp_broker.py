@@ -22,10 +22,12 @@ import binascii
 import collections
 import contextlib
 import difflib
+import email.utils
 import errno
 import fcntl
 import fnmatch
 import functools
+import getpass
 import hashlib
 import hmac
 import html
@@ -37,6 +39,7 @@ import ipaddress
 import itertools
 import json
 import os
+import queue
 import re
 import secrets
 import select
@@ -497,12 +500,13 @@ def load_settings(flags, environ, config_path=None):
     offer(variables, "environment")
     offer(flags, "flag")
 
-    values, sources = {}, {}
+    values, sources, unreadable = {}, {}, list(problems) if config_path and not raw else []
     for setting in SETTINGS:
         value, source = raw.get(setting.name, (setting.default, "default"))
         if value is REQUIRED or (value == "" and setting.default is REQUIRED):
-            problems.append(f"{setting.name} is missing: {setting.help}. Set it in the file, as --{setting.name.replace('_', '-')}"
-                            f" or as {ENVIRONMENT_PREFIX}{setting.name.upper()}")
+            if not unreadable:  # a file that cannot be read is one problem, not one a setting
+                problems.append(f"{setting.name} is missing: {setting.help}. Set it in the file, as --{setting.name.replace('_', '-')}"
+                                f" or as {ENVIRONMENT_PREFIX}{setting.name.upper()}")
             continue
         try:
             values[setting.name] = KINDS[setting.kind](value)
@@ -622,11 +626,11 @@ def unseal_with(key, purpose, owner, box):
 class Keyring:
     """The sealing keys, newest first: the first seals, every one opens what names it."""
 
-    def __init__(self, keys):
-        self.keys = tuple(keys)
+    def __init__(self, keys, reload=None):
+        self.keys, self._reload = tuple(keys), reload
 
     @classmethod
-    def parse(cls, text):
+    def parse(cls, text, reload=None):
         """A keyring from lines (or comma-separated) of base64 keys of 32 bytes; ValueError says what is wrong."""
         keys = []
         for line in filter(None, map(str.strip, re.split(r"[\n,]", text))):
@@ -638,7 +642,15 @@ class Keyring:
                 raise ValueError("a sealing key must be 32 bytes, written as base64 (44 characters)")
         if not keys:
             raise ValueError("there is no sealing key")
-        return cls(keys)
+        return cls(keys, reload)
+
+    def text(self):
+        """What parse() reads."""
+        return "".join(base64.b64encode(key).decode() + "\n" for key in self.keys)
+
+    def is_newest(self, box):
+        """Whether a box was sealed with the newest key."""
+        return bytes(box[3:7]) == _key_id(self.keys[0])
 
     def seal(self, purpose, owner, value):
         """A box holding a JSON value, padded so that its length says little."""
@@ -647,9 +659,12 @@ class Keyring:
 
     def unseal(self, purpose, owner, box):
         """The JSON value of a box; ValueError when no key opens it for this purpose and owner."""
-        for key in self.keys:
-            if bytes(box[3:7]) == _key_id(key):
-                return json.loads(unseal_with(key, purpose, owner, bytes(box)))
+        for known in (True, False):
+            for key in self.keys:
+                if bytes(box[3:7]) == _key_id(key):
+                    return json.loads(unseal_with(key, purpose, owner, bytes(box)))
+            if known and self._reload:  # rotate-key may have put a new one into the file since
+                self.keys = self._reload().keys
         raise ValueError("box of an unknown key")
 
     def chained(self, token):
@@ -675,7 +690,7 @@ def load_keyring(settings):
                 file.flush()
                 os.fsync(file.fileno())
         with open(path, encoding="ascii") as file:
-            return Keyring.parse(file.read())
+            return Keyring.parse(file.read(), lambda: load_keyring(settings))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError([f"key_file: cannot use {path}: {getattr(error, 'strerror', None) or error}"]) from None
     except ValueError as error:
@@ -746,6 +761,16 @@ CREATE TABLE account_logins (
 MIGRATIONS = (SCHEMA,)  # MIGRATIONS[n] takes a store from version n to n + 1
 
 LIVE_GRANT = "ended_at IS NULL AND expires_at > :now"
+LISTINGS = {
+    "users": "SELECT sub, login, name, state, upstream_scope, checked_at, (SELECT count(*) FROM grants WHERE grants.sub = users.sub"
+             f" AND {LIVE_GRANT}) AS grants, (SELECT count(*) FROM sessions WHERE sessions.sub = users.sub) AS sessions FROM users ORDER BY login",
+    "clients": "SELECT client_id, kind, name, auth_method, created_at, used_at, (SELECT count(*) FROM grants WHERE grants.client_id ="
+               f" clients.client_id AND {LIVE_GRANT}) AS grants FROM clients ORDER BY created_at",
+    "grants": "SELECT grant_id, login, client_id, scope, created_at, used_at, expires_at FROM (SELECT * FROM grants WHERE"
+              f" {LIVE_GRANT}) JOIN (SELECT sub, login FROM users) USING (sub) ORDER BY grant_id",
+    "sessions": "SELECT substr(lower(hex(hash)), 1, 12) AS session, login, client_id, protocol_version, sessions.created_at, used_at"
+                " FROM sessions JOIN users USING (sub) ORDER BY used_at DESC",
+}
 
 
 class StoreUnavailable(Refusal):
@@ -769,10 +794,12 @@ def _row_factory(cursor, values):
 class Store:
     """The SQLite database: one writer and one reader connection, WAL, every commit on disk before the call returns."""
 
-    def __init__(self, path, keyring):
-        self.path = path
+    def __init__(self, path, keyring, alone=True):
+        """Open, make or migrate the store; `alone` keeps a second broker out, operators' commands come beside one."""
+        self.path, self._lock_file = path, None
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()  # guard a connection each; leaves
-        self._claim(path)
+        if alone:
+            self._claim(path)
         try:
             self._writer, self._reader = self._connect(path), self._connect(path)
             self._migrate()
@@ -864,7 +891,8 @@ class Store:
                 self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._reader.close()
             self._writer.close()
-            os.close(self._lock_file)
+            if self._lock_file is not None:
+                os.close(self._lock_file)
 
     # -- clients
 
@@ -1094,6 +1122,39 @@ class Store:
         """How many sessions are on file."""
         return self._one("SELECT count(*) AS n FROM sessions").n
 
+    # -- for operators
+
+    def listing(self, kind, now):
+        """(column names, rows) of users, clients, grants (live ones) or sessions."""
+        with self._read_lock:
+            cursor = self._reader.execute(LISTINGS[kind], {"now": now})
+            return [column[0] for column in cursor.description], cursor.fetchall()
+
+    def find_grants(self, kind, value, now):
+        """The live grants of a user (by login), a client, of an id, or (kind `all`) of everybody."""
+        column = {"user": "login = :value COLLATE NOCASE", "client": "client_id = :value", "grant": "grant_id = :value", "all": "1"}[kind]
+        return self._all(f"SELECT grant_id, sub, client_id FROM grants JOIN users USING (sub) WHERE {column} AND {LIVE_GRANT}",
+                         {"value": value, "now": now})
+
+    def backup(self, path):
+        """Write a consistent copy to a file."""
+        with self._read_lock, contextlib.closing(sqlite3.connect(path)) as copy:
+            self._reader.backup(copy)
+
+    def credentials(self):
+        """(sub, box) of every credential."""
+        return [(row.sub, bytes(row.credential)) for row in self._all("SELECT sub, credential FROM users WHERE credential IS NOT NULL")]
+
+    def reseal(self, sub, old_box, new_box):
+        """Replace a box by one of the same content; 0 when it is no longer the stored one."""
+        with self._batch() as db:
+            return db.execute("UPDATE users SET credential = ? WHERE sub = ? AND credential = ?", (new_box, sub, old_box)).rowcount
+
+    def set_key_probe(self, box):
+        """What tells at the next start whether the key is right."""
+        with self._batch() as db:
+            db.execute("UPDATE meta SET value = ? WHERE name = 'key_probe'", (box,))
+
     def sweep(self, now, session_lifetime, client_lifetime=30 * 86400):
         """Drop what has had its time; tombstones that reuse detection needs stay as long as their grant. Returns ended sessions."""
         with self._batch() as db:
@@ -1196,17 +1257,17 @@ class _Socket:
         self._sock.sendall(data)
 
     def close(self):
-        self._sock.close()
+        """Nothing: http.client closes before the answer is read; fetch() closes after."""
 
 
-def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_file="", address=None):
+def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_file="", address=None, on_data=None):
     """One HTTP request without proxies or redirects, all of it within `deadline` seconds and `cap` bytes; FetchFailed otherwise.
 
-    `address`: connect there instead of resolving the name; TLS and Host stay the name's.
+    `address`: connect there instead of resolving the name; TLS and Host stay the name's. `on_data` is called when the body begins.
     """
     parts, end = urlsplit(url), time.monotonic() + deadline
     port = parts.port or {"https": 443, "http": 80}[parts.scheme]
-    connection = http.client.HTTPConnection(parts.hostname, port)
+    connection, sock = http.client.HTTPConnection(parts.hostname, port), None
     try:
         sock = socket.create_connection((address or parts.hostname, port), timeout=deadline)
         if parts.scheme == "https":
@@ -1217,14 +1278,18 @@ def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_fi
         connection.request(method, target, body or None, {"User-Agent": f"fjmcp-broker/{__version__}", "Accept": "application/json",
                                                           "Accept-Encoding": "identity", "Connection": "close", **dict(headers)})
         response = connection.getresponse()
-        data = response.read(cap + 1)
+        data = response.read(1)
+        if on_data:
+            on_data()
+        data += response.read(cap)
         if len(data) > cap:
             raise FetchFailed("the answer is too large")
         return Fetched(response.status, {name.lower(): value for name, value in response.getheaders()}, data)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise FetchFailed(f"{type(error).__name__}: {error}") from None
     finally:
-        connection.close()
+        if sock:
+            sock.close()
 
 
 def jwt_claims(token):
@@ -4715,7 +4780,11 @@ class Broker:
                 ("Access-Control-Max-Age", "7200"))
 
     def health(self, request):
-        """GET /healthz: 200, or 503 when the store fails."""
+        """GET /healthz: 200, or 503 when the store fails. As an event stream it lasts a moment, which shows proxies that buffer."""
+        if any("text/event-stream" in value for value in request.headers.get("accept", ())):
+            stream = Stream()
+            threading.Timer(0.5, stream.end).start()
+            return Response(200, later=Later(stream.open(), 0))
         ok = self.store.healthy()
         sessions, children = self.registry.counts() if ok else (None, None)
         return json_response(200 if ok else 503, {"status": "ok" if ok else "failing", "version": __version__, "git": self._blob,
@@ -4772,24 +4841,62 @@ def git_blob_id(path):
 # Owns the command line: flags from the table of settings, `serve`, signals and exit status.
 # ======================================================================================================================
 
+COMMAND_HELP = {
+    "serve": "serve (the default command)",
+    "check": "validate the configuration, then try it: store, key, Forgejo, forgejo-mcp, public URL",
+    "init": "write a commented configuration, asking for what it cannot know (flags answer for it)",
+    "users": "list the users; as JSON with --json",
+    "clients": "list the clients; as JSON with --json",
+    "grants": "list the logins; as JSON with --json",
+    "sessions": "list the sessions; as JSON with --json",
+    "revoke": "end logins: --user NAME, --client ID, --grant ID or --all; in force within a second",
+    "backup": "FILE: write a consistent copy of the store, also while the broker runs",
+    "rotate-key": "seal everything under a new key; may be interrupted and run again",
+}
+COMMAND_FLAGS = {"users": ("json",), "clients": ("json",), "grants": ("json",), "sessions": ("json",),
+                 "revoke": ("user", "client", "grant", "all")}
+
+
 def usage():
-    """The text of --help, from the table of settings."""
-    lines = ["usage: fjmcp_broker.py --config broker.toml [serve] [--SETTING VALUE]...", "",
+    """The text of --help, from the tables of commands and settings."""
+    lines = ["usage: fjmcp_broker.py --config broker.toml [COMMAND] [--SETTING VALUE]...", "",
              "Lets people use their own Forgejo from MCP clients, as themselves.", "",
-             "  --config FILE   TOML file with the settings (or FJMCP_BROKER_CONFIG)", "  --version       print the version", "  --help          print this", "",
+             "  --config FILE   TOML file with the settings (or FJMCP_BROKER_CONFIG)", "  --version       print the version",
+             "  --help          print this", "", "Commands:", *(f"  {name:14}{text}" for name, text in COMMAND_HELP.items()), "",
              "Settings, each also as a key of the file and as FJMCP_BROKER_<NAME> (flag > environment > file > default).",
              "A setting that is one piece of text can be read from a file with --<name>-file.", ""]
     for setting in SETTINGS:
         if setting.kind != "clients":
-            default = "required" if setting.default is REQUIRED else f"default {setting.default}" if setting.default not in ("", False) else ""
-            lines.append(f"  --{setting.name.replace('_', '-')}\n        {setting.help}{f' ({default})' if default else ''}")
+            lines.append(f"  --{setting.name.replace('_', '-')}\n        {setting.help}{shown_default(setting)}")
     return "\n".join(lines)
 
 
+def shown_default(setting):
+    """A setting's default, in brackets, for people."""
+    if setting.default in ("", False, ()):
+        return ""
+    return " (required)" if setting.default is REQUIRED else f" (default {setting.default})"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A command line: the configuration file, the command and its own words and flags, and settings given as flags."""
+
+    config: object
+    command: str
+    words: tuple
+    options: dict
+    flags: dict
+
+    def settings(self):
+        """The settings, read now."""
+        return load_settings(self.flags, os.environ, self.config)
+
+
 def parse_arguments(arguments):
-    """(config path, command, {setting: text}) from the command line; ConfigurationError for wrong usage."""
-    flags, words, config, problems = {}, [], None, []
-    arguments = list(arguments)
+    """Arguments from the words of a command line; flags may stand before or after the command. ConfigurationError when they are wrong."""
+    flags, options, words, problems, arguments = {}, {}, [], [], list(arguments)
+    own = {name for names in COMMAND_FLAGS.values() for name in names}
     while arguments:
         argument = arguments.pop(0)
         if not argument.startswith("--"):
@@ -4797,31 +4904,355 @@ def parse_arguments(arguments):
             continue
         name, given, value = argument[2:].partition("=")
         key = name.replace("-", "_")
-        if key == "config":
-            setting = None
-        else:
-            setting, _ = _lookup(key)
-            if setting is None:
-                _suggest(key, f"unknown flag --{name}", problems)
-                continue
-        if not given:
-            if setting and setting.kind == "switch" and (not arguments or arguments[0].startswith("--")):
-                value = "true"
-            elif arguments:
-                value = arguments.pop(0)
-            else:
-                problems.append(f"--{name} needs a value")
-                continue
-        if key == "config":
-            config = value
-        else:
-            flags[key] = value
-    command = words[0] if words else "serve"
-    if len(words) > 1 or command not in COMMANDS:
-        problems.append(f"unknown command {' '.join(words)!r}; known: {', '.join(COMMANDS)}")
+        setting, _ = _lookup(key)
+        if setting is None and key != "config" and key not in own:
+            _suggest(key, f"unknown flag --{name}", problems)
+            continue
+        is_switch = key in ("json", "all") or setting and setting.kind == "switch" and arguments[:1] not in (["true"], ["false"])
+        if not given and not is_switch and not arguments:
+            problems.append(f"--{name} needs a value")
+            continue
+        (flags if setting else options)[key] = value if given else "true" if is_switch else arguments.pop(0)
+    command, *words = words or ["serve"]
+    config = options.pop("config", None) or os.environ.get(ENVIRONMENT_PREFIX + "CONFIG")
+    if command not in COMMANDS:
+        problems.append(f"unknown command {command!r}; known: {', '.join(COMMANDS)}")
+    elif len(words) != (command == "backup"):
+        problems.append(f"{command} takes {'one FILE' if command == 'backup' else 'no further words'}")
+    problems += [f"--{name} is not for {command}" for name in options if name not in COMMAND_FLAGS.get(command, ())]
     if problems:
         raise ConfigurationError(problems)
-    return config, command, flags
+    return Arguments(config, command, tuple(words), options, flags)
+
+
+# -- init
+
+
+def configuration_text(values):
+    """A broker.toml with the given values, every other setting commented out with its default and what it means."""
+    lines = ["# fjmcp-broker. Each line that is commented out shows the default.", ""]
+    for setting in SETTINGS:
+        if setting.kind == "clients":
+            continue
+        forms = (setting.name, setting.name + "_file") if has_file_form(setting) else (setting.name,)
+        given = {name: values[name] for name in forms if name in values}
+        default = "" if setting.default is REQUIRED else setting.default
+        lines.append(f"# {setting.help}{' (required)' if setting.default is REQUIRED else ''}")
+        lines += [f"{name} = {json.dumps(value)}" for name, value in given.items()] or [f"# {setting.name} = {json.dumps(default)}"]
+        lines.append("")
+    return "\n".join([*lines, "# Clients that are known beforehand:", "# [[clients]]", '# client_id = "my-client"', '# name = "My client"',
+                      '# redirect_uris = ["https://client.example.org/callback"]', '# client_secret = ""', ""])
+
+
+def ask(name, problems, default=""):
+    """A required setting from the terminal, asked again until it is one; a problem when nobody is there to answer."""
+    setting = SETTING[name]
+    if not sys.stdin.isatty():
+        problems.append(f"{name} is missing: {setting.help}. Give it as --{name.replace('_', '-')}")
+        return ""
+    while True:
+        print(f"{setting.help}", file=sys.stderr)
+        text = (getpass.getpass(f"{name}: ") if setting.secret else input(f"{name}{f' [{default}]' if default else ''}: ")) or default
+        try:
+            KINDS[setting.kind](text)
+            if text:
+                return text
+        except ValueError as error:
+            print(f"  {error}", file=sys.stderr)
+
+
+def write_new(path, text):
+    """Make a file that only its owner can read; FileExistsError rather than overwrite one."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def init(arguments):
+    """Write broker.toml, and beside it the client secret and a sealing key in files of their own; the store goes elsewhere."""
+    path, values, problems = os.path.abspath(arguments.config or "broker.toml"), dict(arguments.flags), []
+    folder = os.path.dirname(path)
+    for name in ("public_url", "forgejo_url", "forgejo_oauth_client_id", "forgejo_oauth_client_secret"):
+        if name not in values and name + "_file" not in values:
+            values[name] = ask(name, problems)
+    for name, value in values.items():
+        try:
+            if value and name in SETTING:
+                KINDS[SETTING[name].kind](value)
+        except ValueError as error:
+            problems.append(f"flag: {name}: {error}")
+    files = {path: None, os.path.join(folder, "client-secret"): values.pop("forgejo_oauth_client_secret", None),
+             os.path.join(folder, "sealing-key"): None if "key_file" in values else base64.b64encode(os.urandom(32)).decode()}
+    problems += [f"{name} is there already; move it away first" for name, text in files.items()
+                 if (text or name == path) and os.path.exists(name)]
+    if problems:
+        raise ConfigurationError(problems)
+    secret_path, key_path = list(files)[1:]
+    values.setdefault("store_path", os.path.join(folder, "data", "broker.db"))
+    os.makedirs(os.path.dirname(os.path.abspath(values["store_path"])), mode=0o700, exist_ok=True)
+    for name, setting in ((secret_path, "forgejo_oauth_client_secret_file"), (key_path, "key_file")):
+        if files[name]:
+            write_new(name, files[name] + "\n")
+            values[setting] = name
+    write_new(path, configuration_text(values))
+    print(f"Wrote {path}. In Forgejo, the OAuth2 application (confidential) needs the redirect URI\n  {values['public_url'].rstrip('/')}"
+          f"/oauth/callback\nNext: python3 {sys.argv[0]} --config {path} check")
+    return 0
+
+
+# -- check
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result of `check`: `level` is ok, warn or fail; what was seen, and how to mend it."""
+
+    level: str
+    text: str
+    fix: str = ""
+
+
+def check(arguments):
+    """Try everything that serving needs, and name each problem with its fix; 0 when nothing fails."""
+    try:
+        settings = arguments.settings()
+        findings = [finding for part in (check_store, check_urls, check_forgejo, check_child, check_public_url) for finding in part(settings)]
+    except ConfigurationError as error:
+        findings = [Finding("fail", problem) for problem in error.problems]
+    for finding in findings:
+        print(f"{finding.level:5} {finding.text}" + (f"\n      -> {finding.fix}" if finding.fix else ""))
+    return 1 if any(finding.level == "fail" for finding in findings) else 0
+
+
+def check_store(settings):
+    """The store, its folder, and the sealing key."""
+    path, key_path = os.path.abspath(settings.store_path), os.path.abspath(settings.key_file or settings.store_path + ".key")
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        yield Finding("fail", f"store_path: {folder} is not a folder this user can write to", f"make it, for the user that serves: install -d -m 700 {folder}")
+        return
+    if os.stat(folder).st_mode & 0o077:
+        yield Finding("warn", f"store_path: {folder} is open to other users", f"chmod 700 {folder}")
+    if not settings.key and os.path.dirname(key_path) == folder:
+        yield Finding("warn", f"key_file: {key_path} lies beside the store: who copies one has both", "keep the key elsewhere, and out of the backup of the store")
+    if not settings.key and not os.path.exists(key_path) and not os.path.exists(path):
+        yield Finding("ok", f"key_file: {key_path} will be made at the first start")
+        return
+    keyring = load_keyring(settings)
+    if not settings.key and os.stat(key_path).st_mode & 0o077:
+        yield Finding("warn", f"key_file: {key_path} is open to other users", f"chmod 600 {key_path}")
+    if os.path.exists(path):
+        store = Store(path, keyring, alone=False)
+        older = sum(not keyring.is_newest(box) for _, box in store.credentials())
+        yield Finding("ok", f"store_path: {path} opens with this key; sessions on file: {store.count_sessions()}")
+        store.close()
+        if older:
+            yield Finding("warn", f"key_file: {older} credentials are still sealed with older keys", "run rotate-key, which goes on where it was")
+        elif len(keyring.keys) > 1:
+            yield Finding("ok", f"key_file: every credential is sealed with the newest of {len(keyring.keys)} keys; the others can be taken out")
+    else:
+        yield Finding("ok", f"store_path: {path} will be made at the first start")
+
+
+def check_urls(settings):
+    """What can be seen of the addresses without asking anybody."""
+    public = urlsplit(settings.public_url)
+    if public.port and not is_loopback_name(public.hostname):
+        yield Finding("warn", f"public_url: {settings.public_url} names a port; Claude.ai and others reach 443 only",
+                      "let the proxy serve https on its usual port, and leave the port out")
+    if public.scheme == "http":
+        yield Finding("warn", "public_url: http on loopback is for trying out; web clients cannot reach it", "put a proxy with https in front")
+    internal = urlsplit(settings.forgejo_internal_url) if settings.forgejo_internal_url else None
+    if internal and internal.scheme == "http":
+        try:
+            private = ipaddress.ip_address(socket.getaddrinfo(internal.hostname, None)[0][4][0].partition("%")[0]).is_private
+        except (OSError, ValueError):
+            private = False
+        if not private:
+            yield Finding("warn", "forgejo_internal_url: http to an address that is not private: tokens would travel in the clear", "use https")
+
+
+def check_forgejo(settings):
+    """Forgejo: is it there, is it what it says, does its clock agree, does it know this application and its redirect URI."""
+    base = settings.forgejo_internal_url or settings.forgejo_url
+    try:
+        answer = fetch("GET", base + "/.well-known/openid-configuration", ca_file=settings.forgejo_ca_file)
+        version = fetch("GET", base + "/api/v1/version", ca_file=settings.forgejo_ca_file).json()
+    except FetchFailed as error:
+        yield Finding("fail", f"forgejo_url: {base} does not answer: {error}", "check the address, DNS, firewall and certificate (forgejo_ca_file)")
+        return
+    document = answer.json() if answer.status == 200 else None
+    if document is None:
+        yield Finding("fail", f"forgejo_url: {base} answers {answer.status}, and not as Forgejo does", "give the address under which Forgejo itself is")
+        return
+    yield Finding("ok", f"forgejo_url: {base} answers, version {(version or {}).get('version', 'unknown')}")
+    if re.match(r"[0-8]\.", str((version or {}).get("version"))):
+        yield Finding("warn", "forgejo_url: this Forgejo knows no scopes of OAuth2 tokens: each has all of its user's power", "upgrade Forgejo to 9 or newer")
+    if document.get("authorization_endpoint") != settings.forgejo_url + "/login/oauth/authorize":
+        yield Finding("warn", f"forgejo_url: Forgejo calls itself {document.get('issuer')}", "set forgejo_url to that, or ROOT_URL in Forgejo to the other")
+    with contextlib.suppress(ValueError, TypeError):
+        skew = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time() if "date" in answer.headers else 0
+        if abs(skew) > 60:
+            yield Finding("fail", f"the clocks of Forgejo and of this machine differ by {abs(skew):.0f} s", "set both by NTP")
+    yield from check_application(settings)
+
+
+def check_application(settings):
+    """The OAuth2 application: a code that cannot be good is refused for the first thing that is wrong, in Forgejo's order."""
+    try:
+        Forgejo(settings, Clock()).exchange("check", "check")
+    except UpstreamMisconfigured as error:
+        which = "secret" if "secret" in str(error) else "id"
+        yield Finding("fail", f"forgejo_oauth_client_{which}: Forgejo refuses it: {error}", "copy it again from the application in Forgejo")
+    except UpstreamRefused as error:
+        if "redirect" in str(error).lower():
+            yield Finding("fail", "the application in Forgejo has another redirect URI", f"set it to {settings.public_url}/oauth/callback")
+        else:
+            yield Finding("ok", "Forgejo knows the application, its secret and its redirect URI")
+    except UpstreamDown as error:
+        yield Finding("fail", f"Forgejo's token endpoint does not work: {error}", "look into Forgejo's log, and at proxies between")
+
+
+def check_child(settings):
+    """forgejo-mcp: is it there, new enough, and does it start and answer (without a token: as an anonymous user)."""
+    try:
+        command = child_command(settings)
+        if isinstance(settings.forgejo_mcp_binary, str):
+            shown = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL).stdout.strip()
+            number = re.search(r"v?([0-9]+)\.[0-9]+", shown)
+            if number and int(number[1]) < 2:
+                yield Finding("fail", f"forgejo_mcp_binary: {shown} is too old", "install forgejo-mcp 2.0 or newer")
+        lines, ended, guardian = queue.SimpleQueue(), threading.Event(), Guardian()
+        child = Child(command, child_environment(settings, ""), "check", guardian, settings, Log(settings, io.StringIO()), lines.put,
+                      lambda child: (lines.put(b""), ended.set()))
+    except (ChildMissing, ChildFailed, OSError, subprocess.TimeoutExpired) as error:
+        yield Finding("fail", f"forgejo_mcp_binary: {error}", "install forgejo-mcp, and give its path")
+        return
+    child.send(dump({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
+        "protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": {"name": "fjmcp-broker", "version": __version__}}}))
+    try:
+        server = json.loads(lines.get(timeout=settings.start_timeout) or b"{}").get("result", {}).get("serverInfo")
+    except (queue.Empty, ValueError, AttributeError):
+        server = None
+    child.stop("checked")
+    while not ended.wait(0.2):
+        child.tick()
+    guardian.close()
+    if server:
+        yield Finding("ok", f"forgejo_mcp_binary: {command[0]} starts and answers as {server.get('name')} {server.get('version')}")
+    else:
+        yield Finding("fail", f"forgejo_mcp_binary: {command[0]} does not answer ({child.reason})",
+                      "run it by hand with FORGEJO_URL set; where Forgejo wants a login for everything it cannot start without a token")
+
+
+def check_public_url(settings):
+    """Whether clients would find this broker at its public URL, and whether a proxy holds streams back."""
+    try:
+        document = fetch("GET", settings.public_url + "/.well-known/oauth-authorization-server").json()
+        health = fetch("GET", settings.public_url + "/healthz").json() or {}
+        if (document or {}).get("issuer") != settings.public_url:
+            yield Finding("fail", f"public_url: {settings.public_url} is not answered by this broker", "let the proxy pass everything on to `listen`")
+            return
+        if health.get("git") != git_blob_id(__file__):
+            yield Finding("warn", "public_url: another revision of this file is running there", "restart the broker")
+        yield Finding("ok", f"public_url: {settings.public_url} is answered by version {health.get('version')}")
+        if first_byte_share(settings.public_url + "/healthz") > 0.5:
+            yield Finding("fail", "public_url: the proxy holds streams back until they end", "turn its buffering off (docs/install.md)")
+    except FetchFailed as error:
+        yield Finding("warn", f"public_url: {settings.public_url} does not answer from here: {error}",
+                      "start the broker and the proxy, then check again; some networks cannot reach their own public address")
+
+
+def first_byte_share(url):
+    """How late the first event of a short stream arrives, as a share of the whole time: near 1 when somebody buffers."""
+    started, moments = time.monotonic(), []
+    fetch("GET", url, headers=(("Accept", "text/event-stream"),), on_data=lambda: moments.append(time.monotonic() - started))
+    return moments[0] / (time.monotonic() - started) if moments else 1.0
+
+
+# -- for operators
+
+
+def open_store(arguments):
+    """The store, beside a broker that may be running."""
+    settings = arguments.settings()
+    if not os.path.exists(settings.store_path):
+        raise ConfigurationError([f"store_path: there is no store at {settings.store_path}"])
+    return Store(settings.store_path, load_keyring(settings), alone=False)
+
+
+def listing(arguments):
+    """users, clients, grants, sessions: a table for people, or JSON."""
+    store = open_store(arguments)
+    names, rows = store.listing(arguments.command, Clock().now())
+    store.close()
+    if "json" in arguments.options:
+        print(json.dumps([dict(zip(names, row)) for row in rows], indent=1))
+        return 0
+    shown = [[clean_name(str(value), 300) if value is not None else "-" for value in row] for row in rows]
+    shown = [[time.strftime("%Y-%m-%d %H:%M", time.localtime(float(value))) if name.endswith("_at") and value != "-" else value
+              for name, value in zip(names, row)] for row in shown]
+    widths = [max(map(len, column)) for column in zip(names, *shown)]
+    for row in (names, *shown):
+        print("  ".join(value.ljust(width) for value, width in zip(row, widths)).rstrip())
+    return 0
+
+
+def revoke(arguments):
+    """End the logins of a user, a client, one login, or all of them; a running broker acts on it within a second."""
+    options = arguments.options
+    if len(options) != 1:
+        raise ConfigurationError(["revoke needs exactly one of --user NAME, --client ID, --grant ID, --all"])
+    store, log = open_store(arguments), Log(arguments.settings())
+    ended = store.find_grants(*next(iter(options.items())), Clock().now())
+    for grant in ended:
+        if store.end_grant(grant.grant_id, "revoked by operator", Clock().now()):
+            log.audit("token revoked", user=grant.sub, client=grant.client_id, grant=grant.grant_id, reason="revoked by operator")
+    store.close()
+    print(f"ended {len(ended)} login{'' if len(ended) == 1 else 's'}")
+    return 0 if ended else 1
+
+
+def backup(arguments):
+    """A consistent copy of the store; the key is not in it."""
+    store = open_store(arguments)
+    try:
+        write_new(arguments.words[0], "")
+        store.backup(arguments.words[0])
+    except FileExistsError:
+        raise ConfigurationError([f"{arguments.words[0]} is there already"]) from None
+    finally:
+        store.close()
+    print(f"wrote {arguments.words[0]}; it opens only with the sealing key, which is not in it")
+    return 0
+
+
+def rotate_key(arguments):
+    """Put a new key before the others, then seal every credential anew; run again, it goes on where it was."""
+    settings = arguments.settings()
+    if settings.key:
+        raise ConfigurationError(["rotate-key writes key_file, but the key comes from `key`; put it into a file first"])
+    path = settings.key_file or settings.store_path + ".key"
+    store = open_store(arguments)
+    keyring = load_keyring(settings)
+    if all(keyring.is_newest(box) for _, box in store.credentials()):
+        keyring = Keyring((os.urandom(32), *keyring.keys))
+        fresh = f"{path}.new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fresh)
+        write_new(fresh, keyring.text())
+        os.replace(fresh, path)
+    count = 0
+    for sub, box in store.credentials():
+        if not keyring.is_newest(box):
+            owner = f"user:{sub}"
+            count += store.reseal(sub, box, keyring.seal("upstream", owner, keyring.unseal("upstream", owner, box)))
+    store.set_key_probe(keyring.seal("probe", "store", "ok"))
+    store.close()
+    print(f"sealed {count} credential{'' if count == 1 else 's'} under the newest key of {path}.\n"
+          "When the logins that are under way now have ended (10 minutes), `check` says whether older keys can be taken out.")
+    return 0
 
 
 def inherited_listener():
@@ -4842,8 +5273,12 @@ def notify_service_manager(state):
             sender.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
-def serve(settings, read_settings):
+# -- serve
+
+
+def serve(arguments):
     """Serve until SIGTERM or SIGINT; SIGHUP re-reads the settings. The exit status."""
+    settings = arguments.settings()
     broker = Broker(settings, listener=inherited_listener())
     wanted = collections.deque()
     woken = threading.Event()
@@ -4862,7 +5297,7 @@ def serve(settings, read_settings):
         woken.clear()
         while wanted:
             if wanted.popleft() == signal.SIGHUP:
-                reload(broker, read_settings)
+                reload(broker, arguments)
                 continue
             notify_service_manager("STOPPING=1")
             broker.log.event("info", "stopping")
@@ -4870,16 +5305,17 @@ def serve(settings, read_settings):
             return 0
 
 
-def reload(broker, read_settings):
+def reload(broker, arguments):
     """SIGHUP: take over what may change, name what may not, keep everything when the new settings are wrong."""
     try:
-        refused = broker.settings.reload(read_settings())
+        refused = broker.settings.reload(arguments.settings())
         broker.log.event("info", "settings re-read", needs_restart=refused or None)
     except ConfigurationError as error:
         broker.log.event("error", "settings not re-read", problems=error.problems)
 
 
-COMMANDS = {"serve": serve}
+COMMANDS = {"serve": serve, "check": check, "init": init, "users": listing, "clients": listing, "grants": listing, "sessions": listing,
+            "revoke": revoke, "backup": backup, "rotate-key": rotate_key}
 
 
 def main(arguments=None):
@@ -4892,16 +5328,14 @@ def main(arguments=None):
         print(f"fjmcp-broker {__version__}")
         return 0
     try:
-        config, command, flags = parse_arguments(arguments)
-        config = config or os.environ.get(ENVIRONMENT_PREFIX + "CONFIG")
-        read_settings = lambda: load_settings(flags, os.environ, config)
-        return COMMANDS[command](read_settings(), read_settings)
+        parsed = parse_arguments(arguments)
+        return COMMANDS[parsed.command](parsed)
     except ConfigurationError as error:
         for problem in error.problems:
             print(f"fjmcp-broker: {problem}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"fjmcp-broker: {error}", file=sys.stderr)
+    except (OSError, StoreUnavailable) as error:
+        print(f"fjmcp-broker: {getattr(error, 'reason', error)}", file=sys.stderr)
         return 1
 
 

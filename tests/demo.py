@@ -16,7 +16,6 @@ import select
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -25,31 +24,15 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS))
 
+from broker_process import BROKER, BrokerProcess, NotReady, toml  # noqa: E402
 from fake_forgejo import FakeForgejo  # noqa: E402
 from mcp_client import McpClient, OAuthClient  # noqa: E402
 
 ROOT = TESTS.parent
-BROKER = ROOT / "fjmcp_broker.py"
 STAND_IN = TESTS / "stdio_child.py"
 PASSWORD = "secret"
 WHO_AM_I = "get_my_user_info"
-READY_LIMIT = 30
-STOP_LIMIT = 20
 LOG_TAIL = 40
-FIRST_PASSED_FD = 3
-
-# Socket activation names its receiver by pid, which is known only inside the new process: this becomes the broker.
-LAUNCHER = """
-import os, sys
-passed = int(sys.argv[1])
-if passed == 3:
-    os.set_inheritable(3, True)
-else:
-    os.dup2(passed, 3)
-    os.close(passed)
-os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
-os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
-"""
 
 
 class DemoFailed(Exception):
@@ -77,11 +60,6 @@ def installed_forgejo_mcp():
     return str(found[-1]) if found else None
 
 
-def toml(values):
-    """Texts and lists of texts as TOML. JSON's strings are TOML's basic strings (but for DEL, which no value has)."""
-    return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
-
-
 def listen(port):
     """The socket that the broker will serve: made here, so that the port is known and cannot be lost."""
     try:
@@ -90,58 +68,9 @@ def listen(port):
         raise DemoFailed(f"port {port} is not free ({error.strerror}); name another with --port") from error
 
 
-class Broker:
-    """The broker as a process. The socket and the log file belong to who makes it."""
-
-    def __init__(self, config, listener, log_path, folder):
-        self.log_path = log_path
-        self._readiness = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        address = str(folder / "ready")
-        self._readiness.bind(address)
-        descriptor = listener.fileno()
-        with open(log_path, "wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", LAUNCHER, str(descriptor), str(BROKER), "--config", str(config)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[descriptor], cwd=folder,
-                env=broker_environment(address), process_group=0)
-
-    def await_ready(self):
-        """Return once the broker says that it serves; DemoFailed if it ends first or says nothing."""
-        ended = os.pidfd_open(self._process.pid)
-        try:
-            while True:
-                heard, _, _ = select.select([self._readiness, ended], [], [], READY_LIMIT)
-                if self._readiness in heard:
-                    if b"READY=1" in self._readiness.recv(4096).split(b"\n"):
-                        return
-                elif heard:
-                    raise DemoFailed(f"the broker ended with status {self._process.wait()} before it was ready")
-                else:
-                    raise DemoFailed(f"the broker was not ready within {READY_LIMIT} s")
-        finally:
-            os.close(ended)
-
-    def log_tail(self):
-        """The last lines of the broker's log."""
-        lines = self.log_path.read_text(errors="replace").splitlines()
-        return lines[-LOG_TAIL:]
-
-    def stop(self):
-        """End the process; gives its exit status."""
-        self._readiness.close()
-        if self._process.poll() is None:
-            self._process.terminate()
-        try:
-            return self._process.wait(STOP_LIMIT)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
-
-
-def broker_environment(ready_address):
-    """This environment without what would speak to the broker, or for another service of this machine."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FJMCP_BROKER_", "LISTEN_"))}
-    return {**kept, "NOTIFY_SOCKET": ready_address, "PYTHONDONTWRITEBYTECODE": "1"}
+def log_tail(broker):
+    """The last lines of the broker's log."""
+    return broker.log.splitlines()[-LOG_TAIL:]
 
 
 # ---- What is shown --------------------------------------------------------------------------------------------------
@@ -302,7 +231,7 @@ def run(screen, options):
             "forgejo_mcp_binary": child, "store_path": str(folder / "broker.db"),
             "key_file": str(folder / "broker.key"), "log_format": "text"}))
         config.chmod(0o600)
-        broker = Broker(config, listener, folder / "broker.log", folder)
+        broker = BrokerProcess(config, listener, folder / "broker.log", folder, program=BROKER)
         cleanup.callback(broker.stop)
         listener.close()  # the broker's now: were it open here too, clients of a dead broker would wait for ever
         try:
@@ -314,8 +243,8 @@ def run(screen, options):
             show_main_job(screen, url)
         except Exception as error:
             status = broker.stop()
-            screen.failure(f"{error if isinstance(error, DemoFailed) else f'{type(error).__name__}: {error}'} "
-                           f"(broker's exit status: {status})", broker.log_tail())
+            screen.failure(f"{error if isinstance(error, (DemoFailed, NotReady)) else f'{type(error).__name__}: {error}'} "
+                           f"(broker's exit status: {status})", log_tail(broker))
             return 1
         if not options.once:
             show_how_to_connect(screen, url, forgejo.url)
@@ -339,7 +268,7 @@ def stay_up(screen):
 def ended_well(screen, broker):
     status = broker.stop()
     if status != 0:
-        screen.failure(f"the broker ended with status {status}", broker.log_tail())
+        screen.failure(f"the broker ended with status {status}", log_tail(broker))
         return 1
     screen.title("Done: the broker, its children and the stand-in have ended.")
     return 0

@@ -1448,7 +1448,7 @@ class _Handler(BaseHTTPRequestHandler):
         except Cut:
             self.close_connection = True
             return
-        headers = [("Date", self.date_time_string()), ("Content-Length", str(len(response.body)))]
+        headers = [("Date", self.date_time_string(self.server.clock())), ("Content-Length", str(len(response.body)))]
         if response.content_type:
             headers.append(("Content-Type", response.content_type))
         head = "".join(f"{name}: {value}\r\n" for name, value in headers + response.headers)

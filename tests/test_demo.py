@@ -94,23 +94,6 @@ def test_a_broker_that_ends_at_start_is_reported_with_the_end_of_its_log(tmp_pat
     assert "no such setting" in shown
 
 
-def test_a_broker_is_passed_its_socket_by_the_rules_of_socket_activation(tmp_path, monkeypatch):
-    probe = tmp_path / "probe.py"
-    probe.write_text("import os, socket\n"
-                     "assert int(os.environ['LISTEN_PID']) == os.getpid() and os.environ['LISTEN_FDS'] == '1'\n"
-                     "print('port', socket.socket(fileno=3).getsockname()[1], flush=True)\n"
-                     "told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
-                     "told.sendto(b'READY=1', os.environ['NOTIFY_SOCKET'])\n")
-    monkeypatch.setattr(demo, "BROKER", probe)
-    with demo.listen(0) as listener:
-        broker = demo.Broker(tmp_path / "broker.toml", listener, tmp_path / "log", tmp_path)
-        try:
-            broker.await_ready()
-            assert broker.log_tail() == ["port %d" % listener.getsockname()[1]]
-        finally:
-            broker.stop()
-
-
 @pytest.mark.parametrize("value", ["plain", 'a "quoted" \\ path', "umlaut \u00e4 \U0001f600", "tab\tnew\nline"])
 def test_the_configuration_it_writes_is_read_back_as_it_was(value):
     import tomllib
