@@ -514,6 +514,8 @@ def load_settings(flags, environ, config_path=None):
             shown = "" if setting.secret else f" = {value!r}"
             problems.append(f"{source}: {setting.name}{shown}: {error}")
         sources[setting.name] = source
+    if values.get("public_url", "").startswith("http:") and values.get("listen") and not is_loopback_name(values["listen"][0]):
+        problems.append(f"{sources['listen']}: listen: with an http public_url it must be on loopback: tokens would travel in the clear")
     if problems:
         raise ConfigurationError(problems)
     return Settings(values, sources)
