@@ -21,6 +21,7 @@ import base64
 import binascii
 import collections
 import contextlib
+import ctypes
 import difflib
 import email.utils
 import errno
@@ -230,7 +231,7 @@ SETTINGS = (
     Setting("rate_token", "rate", 600, "requests a minute from one address to token and revoke", reload=True),
     Setting("child_keeps_state", "switch", False, "the child keeps state between calls: never put it to sleep or replace it"),
     Setting("strict_scopes", "switch", False, "refuse a login to which Forgejo granted other scopes than asked", reload=True),
-    Setting("metrics_listen", "address", "", "address for GET /metrics; empty: none"),
+    Setting("metrics_listen", "any_address", "", "address for GET /metrics; empty: none"),
     Setting("log_format", "log_format", "json", "`json`, or `text` for people"),
     Setting("debug", "switch", False, "log what children write to stderr, and each request", reload=True),
     Setting("clients", "clients", (), "[[clients]]: client_id, name, redirect_uris, client_secret (file only)"),
@@ -279,11 +280,8 @@ def _origin(value):
 
 
 def _address(value):
-    text = _text(value)
-    if not text:
-        return None
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    host, _, port = _text(value).rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError("must be HOST:PORT, such as 127.0.0.1:8080")
     return host.strip("[]"), int(port)
 
@@ -397,6 +395,7 @@ def _optional(parse):
 
 KINDS = {
     "text": _text, "path": _text, "origin": _origin, "base_url": _base_url, "any_url": _optional(_url), "address": _address,
+    "any_address": _optional(_address),
     "count": _integer, "rate": _rate, "size": _size, "duration": _duration, "switch": _switch, "list": _list,
     "networks": _networks, "command": _command, "log_format": _log_format, "forgejo_scopes": _forgejo_scopes, "clients": _clients,
 }
@@ -802,12 +801,18 @@ class Store:
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()  # guard a connection each; leaves
         if alone:
             self._claim(path)
+        self._writer = self._reader = None
         try:
             self._writer, self._reader = self._connect(path), self._connect(path)
             self._migrate()
             self._check_key(keyring)
-        except sqlite3.DatabaseError as error:
-            raise ConfigurationError([f"store_path: {path} cannot be used: {error}. Restore a backup; it is never made anew"]) from None
+        except (sqlite3.Error, StoreUnavailable) as error:
+            self.close()
+            reason = getattr(error, "reason", error)
+            raise ConfigurationError([f"store_path: {path} cannot be used: {reason}. Restore a backup; it is never made anew"]) from None
+        except ConfigurationError:
+            self.close()
+            raise
 
     def _claim(self, path):
         """Take the store for this process; files are made 0600 before SQLite could make them otherwise."""
@@ -889,10 +894,10 @@ class Store:
     def close(self):
         """Checkpoint and close; the lock goes with the process or here."""
         with self._write_lock, self._read_lock:
-            with contextlib.suppress(sqlite3.Error):
-                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._reader.close()
-            self._writer.close()
+            for connection in filter(None, (self._reader, self._writer)):
+                with contextlib.suppress(sqlite3.Error):
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                connection.close()
             if self._lock_file is not None:
                 os.close(self._lock_file)
 
@@ -2150,11 +2155,26 @@ class Client:
     secret_hash: object
 
 
+def check_configured_clients(settings):
+    """ConfigurationError for redirect URIs that no client may have; any private-use scheme is the operator's to choose."""
+    problems = []
+    for item in settings.clients:
+        for uri in item["redirect_uris"]:
+            try:
+                with contextlib.suppress(UnusableScheme):
+                    check_redirect_uri(uri, settings.allowed_redirect_schemes)
+            except ValueError as error:
+                problems.append(f"clients: the redirect URI {uri!r} of {item['client_id']!r} {error}")
+    if problems:
+        raise ConfigurationError(problems)
+
+
 class Clients:
     """Finds, registers and authenticates clients."""
 
     def __init__(self, settings, store, log, clock, limiter):
         self._settings, self._store, self._log, self._clock, self._limiter = settings, store, log, clock, limiter
+        check_configured_clients(settings)
         store.drop_configured_clients(item["client_id"] for item in settings.clients)
         for item in settings.clients:
             secret = item.get("client_secret")
@@ -5059,6 +5079,7 @@ def check_store(settings):
 
 def check_urls(settings):
     """What can be seen of the addresses without asking anybody."""
+    check_configured_clients(settings)
     public = urlsplit(settings.public_url)
     if public.port and not is_loopback_name(public.hostname):
         yield Finding("warn", f"public_url: {settings.public_url} names a port; Claude.ai and others reach 443 only",
@@ -5278,9 +5299,16 @@ def notify_service_manager(state):
 # -- serve
 
 
+def hide_from_children():
+    """Make /proc/<our pid> unreadable for processes of the same user: children, above all (prctl(2), PR_SET_DUMPABLE)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
+
+
 def serve(arguments):
     """Serve until SIGTERM or SIGINT; SIGHUP re-reads the settings. The exit status."""
     settings = arguments.settings()
+    hide_from_children()
     broker = Broker(settings, listener=inherited_listener())
     wanted = collections.deque()
     woken = threading.Event()

@@ -1,0 +1,389 @@
+"""The store: what is on disk, who may open it, and what a crash between any two statements leaves."""
+
+import contextlib
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import fjmcp_broker
+from fjmcp_broker import ConfigurationError, Keyring, Store, StoreUnavailable, digest
+
+KEYS = Keyring([b"k" * 32])
+NOW = 1_800_000_000.0
+DAY = 86400
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "broker.db")
+
+
+@pytest.fixture
+def store(path):
+    made = Store(path, KEYS)
+    yield made
+    made.close()
+
+
+def add_user(store, sub="1", login="alice"):
+    store.update_user(sub, login, login, [], NOW)
+    store.save_credential(sub, b"box", 1, 1, NOW + 3600, NOW)
+    store.set_user_state(sub, "active")
+
+
+def add_client(store, client_id="c", now=NOW):
+    store.add_client(client_id, "dynamic", "name", ["https://x.example/cb"], None, "none", {}, now)
+
+
+def add_grant(store, code="code", sub="1", client="c", now=NOW):
+    return store.finish_login(sub, client, "forgejo:read", "forgejo:read", "r", digest(code), "https://x.example/cb", "ch", now, now + 60, now + 60)
+
+
+def pair(name, now=NOW):
+    return (digest(name + "a"), now + 3600), (digest(name + "r"), now + 90 * DAY)
+
+
+def redeem(store, code="code", name="1", now=NOW):
+    return store.redeem_code(digest(code), "c", "https://x.example/cb", "ch", now, *pair(name, now), 3)
+
+
+def filled(store):
+    """A user, a client, a grant with its first pair, and a session."""
+    add_user(store)
+    add_client(store)
+    grant = add_grant(store)
+    assert redeem(store)
+    store.add_session(b"s", "1", "c", "2025-11-25", {}, {}, NOW, 10)
+    return grant
+
+
+def contents(path):
+    """Every row of every table."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        names = [name for name, in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%' AND name != 'meta' ORDER BY 1")]
+        return {name: sorted(map(repr, db.execute(f"SELECT * FROM {name}"))) for name in names}
+
+
+# -- the files
+
+
+def test_S_files_are_private_whatever_the_umask(path):
+    before = os.umask(0)
+    try:
+        store = Store(path, KEYS)
+        add_user(store)
+        for name in (path, path + "-wal", path + "-shm", path + ".lock"):
+            assert stat.S_IMODE(os.stat(name).st_mode) == 0o600, name
+        store.close()
+    finally:
+        os.umask(before)
+    os.chmod(path, 0o644)
+    Store(path, KEYS).close()
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+
+def test_S_a_link_in_the_stores_place_is_not_followed(tmp_path, path):
+    (tmp_path / "victim").write_text("keep")
+    os.symlink(tmp_path / "victim", path)
+    with pytest.raises(ConfigurationError):
+        Store(path, KEYS)
+    assert (tmp_path / "victim").read_text() == "keep"
+
+
+def test_every_commit_is_on_disk_before_the_call_returns(store):
+    for connection in (store._writer, store._reader):
+        pragmas = {name: connection.execute(f"PRAGMA {name}").fetchone()[0] for name in
+                   ("journal_mode", "synchronous", "secure_delete", "foreign_keys", "trusted_schema")}
+        assert pragmas == {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1, "foreign_keys": 1, "trusted_schema": 0}
+
+
+def test_a_second_broker_is_kept_out_and_a_command_is_not(store, path):
+    with pytest.raises(ConfigurationError, match="another broker is using"):
+        Store(path, KEYS)
+    beside = Store(path, KEYS, alone=False)
+    add_user(beside)
+    assert store.user("1").login == "alice"
+    beside.close()
+
+
+def test_what_is_no_store_is_refused_and_left_as_it_was(path):
+    Path(path).write_bytes(b"not a database, but somebody's data" * 100)
+    with pytest.raises(ConfigurationError, match="cannot be used"):
+        Store(path, KEYS)
+    assert Path(path).read_bytes().startswith(b"not a database")
+
+
+def test_a_wrong_key_refuses_to_start_and_names_the_store(path):
+    Store(path, KEYS).close()
+    with pytest.raises(ConfigurationError, match="does not belong to"):
+        Store(path, Keyring([b"x" * 32]))
+    Store(path, Keyring([b"n" * 32, b"k" * 32])).close()
+
+
+def test_a_lost_key_file_is_never_made_anew_beside_an_existing_store(make_rig):
+    rig = make_rig()
+    rig.stop()
+    key = Path(rig.values["store_path"] + ".key")
+    kept = key.read_text()
+    key.unlink()
+    with pytest.raises(ConfigurationError, match="Put the key back"):
+        rig.start()
+    assert not key.exists()
+    key.write_text(kept)
+    rig.start()
+
+
+# -- versions
+
+
+def test_a_store_of_a_newer_program_is_refused(path):
+    Store(path, KEYS).close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(ConfigurationError, match="newer version"):
+        Store(path, KEYS)
+
+
+def test_a_migration_happens_whole_or_not_at_all(path, monkeypatch):
+    store = Store(path, KEYS)
+    filled(store)
+    store.close()
+    before = contents(path)
+    steps = "ALTER TABLE users ADD COLUMN note TEXT;\nUPDATE users SET note = login;\n"
+    monkeypatch.setattr(fjmcp_broker, "MIGRATIONS", (*fjmcp_broker.MIGRATIONS, steps + "this is not SQL;\n"))
+    with pytest.raises((StoreUnavailable, ConfigurationError)):
+        Store(path, KEYS)
+    assert contents(path) == before
+    monkeypatch.setattr(fjmcp_broker, "MIGRATIONS", (*fjmcp_broker.MIGRATIONS[:-1], steps))
+    store = Store(path, KEYS)
+    assert store.user("1").note == "alice" and store.session(b"s", "1", "c")
+    store.close()
+
+
+# -- crashes
+
+
+class Crash(BaseException):
+    """What `kill -9` is to a transaction: nothing after it happens."""
+
+
+def crashing(connection, after):
+    """Make a connection's statement number `after` (of a batch) the last; COMMIT counts as one."""
+    count = iter(range(after))
+
+    class Failing:
+        def __init__(self):
+            self.dead = False
+
+        def execute(self, sql, *parameters):
+            if not self.dead and next(count, None) is None:
+                self.dead = True
+                raise Crash(sql)
+            return connection.execute(sql, *parameters)
+
+        def executemany(self, sql, rows):
+            self.execute("SELECT 1")
+            return connection.executemany(sql, rows)
+
+        def __getattr__(self, name):
+            return getattr(connection, name)
+
+    return Failing()
+
+
+OPERATIONS = {
+    "finish_login": lambda s, g: add_grant(s, "second"),
+    "redeem_code": lambda s, g: (add_grant(s, "second"), redeem(s, "second", "2")),
+    "rotate": lambda s, g: s.rotate(digest("1r"), None, NOW, *pair("2"), b"successor"),
+    "end_grant": lambda s, g: s.end_grant(g, "revoked", NOW),
+    "add_session": lambda s, g: s.add_session(b"t", "1", "c", "2025-11-25", {}, {}, NOW + 1, 1),
+    "save_credential": lambda s, g: s.save_credential("1", b"new box", 1, 2, NOW + 7200, NOW),
+    "update_user": lambda s, g: s.update_user("1", "renamed", "n", ["g"], NOW),
+    "sweep": lambda s, g: s.sweep(NOW + 400 * DAY, 90 * DAY),
+    "take_login": lambda s, g: (s.approve_login(b"l", b"f", b"b", "client", b"x", NOW + 60), s.take_login(b"l", NOW)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_crash_between_any_two_statements_leaves_all_or_nothing(tmp_path, name):
+    outcomes = []
+    for after in range(40):
+        path = str(tmp_path / f"{after}.db")
+        store = Store(path, KEYS)
+        grant = filled(store)
+        before = repr(contents(path))
+        real = store._writer
+        store._writer = crashing(real, after)
+        crashed = False
+        try:
+            OPERATIONS[name](store, grant)
+        except Crash:
+            crashed = True
+        store._writer = real
+        real.rollback()
+        store.close()
+        outcomes.append((crashed, repr(contents(path)), before))
+        if not crashed:
+            break
+    assert not outcomes[-1][0] and len(outcomes) > 2
+    whole = {outcome for crashed, outcome, _ in outcomes}
+    # An operation of one batch has two states, before and after; two batches in a row have one more in between.
+    assert len(whole) <= (3 if name in ("redeem_code", "take_login") else 2)
+    assert outcomes[0][1] == outcomes[0][2] and outcomes[-1][1] != outcomes[-1][2]
+
+
+def test_kill_9_after_the_call_returned_keeps_what_it_wrote(path):
+    program = ("import sys, os; sys.path.insert(0, sys.argv[2]); import fjmcp_broker as b\n"
+               "s = b.Store(sys.argv[1], b.Keyring([b'k' * 32]))\n"
+               "for n in range(50): s.add_client(f'c{n}', 'dynamic', 'n', [], None, 'none', {}, 1.0)\n"
+               "print('done', flush=True); os.kill(os.getpid(), 9)")
+    done = subprocess.run([sys.executable, "-c", program, path, str(Path(fjmcp_broker.__file__).parent)], capture_output=True, timeout=60)
+    assert done.returncode == -9 and done.stdout == b"done\n"
+    store = Store(path, KEYS)
+    assert all(store.client(f"c{n}") for n in range(50))
+    store.close()
+
+
+def test_a_full_disk_changes_nothing_and_is_forgotten_once_there_is_room(store):
+    filled(store)
+    pages = store._writer.execute("PRAGMA page_count").fetchone()[0]
+    store._writer.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StoreUnavailable) as error:
+        for number in range(1000):
+            store.add_client(f"big{number}", "dynamic", "n" * 1000, [], None, "none", {}, NOW)
+    assert error.value.status == 503 and ("Retry-After", "5") in error.value.headers
+    assert store.bearer(digest("1a"), NOW) and store.healthy()
+    kept = sum(store.client(f"big{n}") is not None for n in range(1000))
+    assert kept < 1000 and store.client(f"big{kept}") is None
+    store._writer.execute("PRAGMA max_page_count = 1000000")
+    add_client(store, "small")
+    assert store.client("small")
+
+
+def test_many_threads_at_once_lose_nothing(store):
+    add_user(store)
+    add_client(store)
+    failures = []
+
+    def work(number):
+        try:
+            for n in range(20):
+                code, name = f"{number}-{n}", f"{number}.{n}"
+                add_grant(store, code)
+                assert redeem(store, code, name)
+                assert store.bearer(digest(name + "a"), NOW).sub == "1"
+                assert store.rotate(digest(name + "r"), None, NOW, *pair(name + "x"), b"box")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    grants, pairs = store.live_grants(NOW)
+    assert len(grants) == 160 and pairs == {("1", "c")}
+
+
+def test_of_two_that_redeem_or_rotate_the_same_only_one_does(store):
+    filled(store)
+    add_grant(store, "second")
+    for attempt in (lambda name: redeem(store, "second", name), lambda name: store.rotate(digest("1r"), None, NOW, *pair(name), b"box")):
+        results, barrier = [], threading.Barrier(6)
+
+        def race(name, attempt=attempt, results=results, barrier=barrier):
+            barrier.wait(10)
+            results.append(attempt(name))
+
+        threads = [threading.Thread(target=race, args=(f"race{id(attempt)}{n}",)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len([result for result in results if result]) == 1 and len(results) == 6
+
+
+# -- what goes, what stays
+
+
+def test_the_last_grant_of_an_owner_takes_its_sessions_along_and_another_keeps_them(store):
+    first = filled(store)
+    second = add_grant(store, "second")
+    assert redeem(store, "second", "2")
+    store.end_grant(first, "revoked", NOW)
+    assert store.session(b"s", "1", "c") and store.bearer(digest("1a"), NOW) is None
+    store.end_grant(second, "revoked", NOW)
+    assert store.session(b"s", "1", "c") is None
+    assert store.end_grant(second, "revoked", NOW) is None
+
+
+def test_sweeping_drops_what_had_its_time_and_keeps_what_reuse_detection_needs(store):
+    filled(store)
+    store.rotate(digest("1r"), None, NOW, *pair("2"), b"successor")
+    store.sweep(NOW + 130, 90 * DAY)
+    rotated = store.refresh_token(digest("1r"))
+    assert rotated.rotated_at == NOW and rotated.successor is None
+    assert store.sweep(NOW + 89 * DAY, 90 * DAY) == []
+    assert store.refresh_token(digest("1r")) and store.bearer(digest("1a"), NOW) is None
+    assert store.sweep(NOW + 91 * DAY + 1, 90 * DAY) == [b"s"]
+    store.sweep(NOW + 93 * DAY, 90 * DAY)
+    assert store.refresh_token(digest("1r")) is None and store.client("c") is None
+
+
+def test_10_000_registrations_are_kept_then_swept_by_age_but_never_one_with_a_live_login(store):
+    add_user(store)
+    with store._batch() as db:
+        db.executemany("INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, used_at)"
+                       " VALUES (?, 'dynamic', 'n', '[]', 'none', '{}', ?, ?)", [(f"d{n}", NOW, NOW) for n in range(10_000)])
+    add_grant(store, "code", client="d77")
+    store.redeem_code(digest("code"), "d77", "https://x.example/cb", "ch", NOW, *pair("1"), 3)
+    store.sweep(NOW + 29 * DAY, 90 * DAY)
+    assert store.client("d0") and store.client("d9999")
+    for _ in range(20):
+        store.sweep(NOW + 31 * DAY, 90 * DAY)
+    assert store.client("d77") and store.client("d0") is None and store.client("d9999") is None
+
+
+def test_above_the_rows_of_a_user_the_one_unused_for_longest_goes(store):
+    add_user(store)
+    for number in range(3):
+        assert store.add_session(b"%d" % number, "1", "c", "v", {}, {}, NOW + number, 3) == []
+    store.touch_sessions({b"0": NOW + 100})
+    assert store.add_session(b"3", "1", "c", "v", {}, {}, NOW + 101, 3) == [b"1"]
+    assert store.session(b"0", "1", "c")
+
+
+@pytest.mark.parametrize("grant, count, wins", [(1, 6, True), (1, 5, True), (1, 4, False), (2, 1, True), (0, 0, True)])
+def test_of_two_credentials_the_one_that_forgejo_counted_later_stays(store, grant, count, wins):
+    store.update_user("1", "alice", "", [], NOW)
+    store.save_credential("1", b"first", 1, 5, NOW, NOW)
+    assert bool(store.save_credential("1", b"second", grant, count, NOW, NOW)) is wins
+    assert store.user("1").credential == (b"second" if wins else b"first")
+
+
+def test_a_state_set_for_an_older_credential_does_not_stick(store):
+    add_user(store)
+    seen = store.user("1").credential_seq
+    store.save_credential("1", b"newer", 1, 2, NOW, NOW)
+    assert not store.set_user_state("1", "logged_out", seen)
+    assert store.user("1").state == "active"
+
+
+def test_everybody_sees_that_somebody_committed(store, path):
+    before = store.change_marker()
+    assert store.change_marker() == before
+    add_client(store, "a")
+    ours = store.change_marker()
+    assert ours != before
+    beside = Store(path, KEYS, alone=False)
+    add_client(beside, "b")
+    beside.close()
+    assert store.change_marker() != ours
