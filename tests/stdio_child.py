@@ -409,17 +409,17 @@ class Server:
         if name not in self.tools:
             return self.refuse(request_id, -32602, f"tool '{name}' not found: tool not found")
         call = Call(self, request_id, params)
-        self.control.tell("call", tool=name, id=request_id, args=call.arguments)
-        thread = threading.Thread(target=self.run_call, args=(call, self.tools[name][1]), daemon=True)
+        thread = threading.Thread(target=self.run_call, args=(call, name), daemon=True)
         self.running.add(thread)
         thread.start()
         if name == "stop_reading":
             thread.join()
             self.key(call.get("key", "")).wait()
 
-    def run_call(self, call, function):
+    def run_call(self, call, name):
+        self.control.tell("call", tool=name, id=call.id, args=call.arguments)  # from here on it is one of `running`
         try:
-            text = function(call)
+            text = self.tools[name][1](call)
             if text is not None:
                 call.answer(text)
         except Refused as error:
@@ -693,7 +693,7 @@ def crash(call):
     if "signal" in call.arguments:
         number = signal.Signals[call.arguments["signal"]]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
-        os.kill(os.getpid(), number)
+        signal.pthread_kill(threading.get_ident(), number)  # to the process it might reach the thread that waits for signals
     os._exit(3)
 
 
