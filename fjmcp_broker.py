@@ -3098,6 +3098,8 @@ class Link:
 
     def on_line(self, line):
         """A line of the child's output; in the child's reader thread."""
+        if self.bad_lines >= 100:  # it was told to end; what it wrote before counts no more
+            return
         try:
             message = classify(json.loads(line.decode("utf-8"), parse_constant=_no_constant))
         except (ValueError, RecursionError):

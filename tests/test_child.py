@@ -1,0 +1,331 @@
+"""Children: how they end, what they may do to us, and that none is left. Lower half through the whole broker."""
+
+import gc
+import io
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import fjmcp_broker
+from child_control import ChildControl
+from fjmcp_broker import Child, ChildMissing, Guardian, Log
+from mcp_client import McpClient, RpcError
+from rig import text_of
+from test_process import await_end, in_thread
+
+
+class Values:
+    """The settings that a Child reads."""
+
+    max_line, stop_timeout, debug, log_format = 1 << 20, 0.3, True, "json"
+
+
+@pytest.fixture
+def guardian():
+    made = Guardian()
+    yield made
+    made.close()
+
+
+class Running:
+    """A Child that runs a Python program, its lines and its end."""
+
+    def __init__(self, guardian, program, **values):
+        settings = type("S", (Values,), values)()
+        self.lines, self.ended, self.log = queue.Queue(), threading.Event(), io.StringIO()
+        self.child = Child([sys.executable, "-I", "-u", "-c", program], {"PATH": os.environ["PATH"]}, "user", guardian, settings,
+                           Log(settings, self.log), self.lines.put, lambda child: self.ended.set())
+
+    def line(self):
+        return self.lines.get(timeout=20)
+
+    def end(self):
+        """Tick as the reaper does until it has ended; the reason."""
+        while not self.ended.wait(0.05):
+            self.child.tick()
+        return self.child.reason
+
+
+@pytest.fixture
+def start(guardian):
+    made = []
+
+    def run(program, **values):
+        made.append(Running(guardian, program, **values))
+        return made[-1]
+
+    yield run
+    for running in made:
+        running.child.kill("test over")
+        running.end()
+
+
+ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)\n"
+IGNORE = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('ready', flush=True)\nwhile True: time.sleep(60)\n"
+
+
+def test_lines_go_in_and_come_out_whole(start):
+    running = start(ECHO)
+    for line in (b'{"a":1}', b"x" * 500_000, "\u00e4\u2028".encode()):
+        assert running.child.send(line)
+        assert running.line() == line
+
+
+def test_a_child_that_reads_its_end_of_input_leaves_by_itself(start):
+    running = start(ECHO)
+    running.child.stop("idle")
+    assert running.end() == "idle"
+    assert not running.child.send(b"more") and not running.child.alive
+
+
+def test_P_a_child_that_ignores_SIGTERM_is_killed_after_its_time(start):
+    running = start(IGNORE)
+    assert running.line() == b"ready"
+    running.child.stop("idle")
+    assert running.end() == "idle"
+    assert await_end([running.child.pid]) == []
+
+
+@pytest.mark.parametrize("program, reason", [
+    ("raise SystemExit(3)", "exited with status 3"), ("import os; os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
+    ("print('half a line', end='', flush=True)", "exited with status 0"),
+])
+def test_why_a_child_ended_is_told(start, program, reason):
+    running = start(program)
+    assert running.end() == reason
+    assert running.lines.empty()
+
+
+def test_no_zombie_is_left(start):
+    running = start(ECHO)
+    running.child.kill("over")
+    running.end()
+    with pytest.raises(ChildProcessError):
+        os.waitid(os.P_PID, running.child.pid, os.WEXITED | os.WNOHANG)
+
+
+@pytest.mark.parametrize("session", [False, True])
+def test_P_a_grandchild_that_holds_the_pipes_holds_nobody_up(start, session):
+    running = start("import subprocess, sys\nsleeper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
+                    f" start_new_session={session})\nprint(sleeper.pid, flush=True)\n")
+    grandchild = int(running.line())
+    assert running.end() == "exited with status 0"
+    if not session:
+        assert await_end([grandchild]) == []
+    else:  # it left our process group, so it is not ours to kill; the service manager's control group has it
+        os.kill(grandchild, signal.SIGKILL)
+
+
+def test_a_line_at_the_limit_passes_and_one_above_it_ends_the_child(start):
+    running = start("print('x' * 1000, flush=True)\nprint('x' * 1001, flush=True)\nimport time; time.sleep(60)", max_line=1000)
+    assert len(running.line()) == 1000
+    assert running.end() == "line_too_long"
+
+
+def test_a_line_without_an_end_ends_the_child_before_it_fills_the_memory(start):
+    running = start("import sys\nwhile True: sys.stdout.write('x' * 65536)", max_line=1 << 20)
+    assert running.end() == "line_too_long"
+
+
+def test_a_flood_on_stderr_is_drained_and_capped(start):
+    running = start("import sys\nfor n in range(20000): print('noise', n, file=sys.stderr)\nprint('done', flush=True)")
+    assert running.line() == b"done"
+    running.end()
+    assert 0 < running.log.getvalue().count("child stderr") < 2000
+
+
+def test_a_child_that_does_not_read_is_given_up(start):
+    running = start("import time; time.sleep(60)")
+    assert not running.child.send(b"x" * 2_000_000, deadline=0.2)
+    assert running.end() == "stuck"
+
+
+def test_P08_a_program_that_is_none_is_said_so(guardian, tmp_path):
+    script = tmp_path / "not-executable"
+    script.write_text("nothing")
+    for command in (["/nowhere/x"], [str(script)]):
+        with pytest.raises(ChildMissing):
+            Child(command, {}, "user", guardian, Values(), Log(Values(), io.StringIO()), print, print)
+
+
+def counts():
+    """Open file descriptors, threads, child processes."""
+    gc.collect()
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        children = len(file.read().split())
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), children
+
+
+def test_P_200_starts_and_ends_leave_nothing(start, guardian):
+    warm = Running(guardian, ECHO)
+    warm.child.stop("over")
+    warm.end()
+    before = counts()
+    for _ in range(10):
+        batch = [Running(guardian, "pass") for _ in range(20)]
+        for running in batch:
+            running.end()
+    for thread in threading.enumerate():
+        if thread.name.startswith(("stdout-", "stderr-")):
+            thread.join(10)
+    assert counts() == before
+    with pytest.raises(ChildMissing):
+        Child(["/nowhere/x"], {}, "user", guardian, Values(), Log(Values(), io.StringIO()), print, print)
+    assert counts() == before
+
+
+# -- the guardian
+
+
+PARENT = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import fjmcp_broker as b, io
+class S: max_line, stop_timeout, debug, log_format = 1 << 20, 5, False, "json"
+log, guardian = b.Log(S, io.StringIO()), b.Guardian()
+children = [b.Child([sys.executable, "-I", "-u", "-c", program], {}, "u", guardian, S, log, lambda line: None, lambda child: None)
+            for program in (sys.argv[2], sys.argv[3], sys.argv[2])]
+gone = b.Child(["/bin/true"], {}, "u", guardian, S, log, lambda line: None, lambda child: None)
+gone.ended.wait(20)
+if sys.argv[4] == "guardian killed":
+    guardian._process.kill(); guardian._process.wait()
+    children.append(b.Child([sys.executable, "-I", "-u", "-c", sys.argv[3]], {}, "u", guardian, S, log, lambda line: None, lambda child: None))
+print(*[child.pid for child in children], flush=True)
+os.read(0, 1)
+"""
+
+
+@pytest.mark.parametrize("case", ["plain", "guardian killed"])
+def test_P_kill_9_of_the_broker_takes_every_child_along(case):
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(Path(fjmcp_broker.__file__).parent), ECHO, IGNORE, case],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    pids = [int(word) for word in parent.stdout.readline().split()]
+    assert len(pids) >= 3 and all(Path(f"/proc/{pid}").exists() for pid in pids)
+    parent.kill()
+    parent.wait()
+    parent.stdin.close()
+    parent.stdout.close()
+    assert await_end(pids) == []
+
+
+def test_a_guardian_that_goes_in_order_kills_nobody_else():
+    bystander = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, start_new_session=True)
+    guardian = Guardian()
+    guardian.started(1, bystander.pid)
+    guardian.remove(bystander.pid)
+    guardian.close()
+    assert bystander.poll() is None
+    bystander.communicate(b"")
+
+
+# -- through the whole broker: it hurts its own session only
+
+
+@pytest.fixture
+def control(tmp_path):
+    with ChildControl(str(tmp_path / "control")) as listener:
+        yield listener
+
+
+def fails_alone(rig, call):
+    """Run a call that goes wrong in alice's session; bob's goes on meanwhile and after, and so does alice's own."""
+    alice, bob = rig.session("alice"), rig.session("bob")
+    join = in_thread(call, alice)
+    assert "bob" in text_of(bob.call_tool("get_my_user_info"))
+    error = join()
+    assert "bob" in text_of(bob.call_tool("get_my_user_info"))
+    assert "alice" in text_of(McpClient(alice.url, alice.token, session_id=alice.session_id).call_tool("get_my_user_info"))
+    return error
+
+
+@pytest.mark.parametrize("tool, arguments, settings, reason", [
+    ("crash", {}, {}, "child_died"), ("crash", {"signal": "SIGKILL"}, {}, "child_died"), ("silent", {}, {"request_timeout": "1s"}, "timed_out"),
+    ("bad_lines", {"n": 150}, {}, "child_died"), ("big_line", {"bytes": 3_000_000}, {"max_line": "1MiB"}, "child_died"),
+    ("partial_line", {"exit": True, "ms": 0}, {}, "child_died"),
+])
+def test_J_a_child_that_goes_wrong_costs_its_own_call_and_says_why(make_rig, tool, arguments, settings, reason):
+    rig = make_rig(**settings)
+    error = fails_alone(rig, lambda mcp: mcp.call_tool(tool, **arguments))
+    assert isinstance(error, RpcError) and error.code == -32000
+    assert error.data["reason"] == reason and error.data["outcome_unknown"] is True
+
+
+@pytest.mark.parametrize("message", [
+    {"jsonrpc": "2.0", "id": 424242, "result": {"stray": True}}, {"jsonrpc": "2.0", "id": None, "result": {}},
+    {"jsonrpc": "2.0", "id": "text", "result": {}}, {"jsonrpc": "2.0", "id": 1.5, "result": {}}, {"id": 1}, [], "text", 7,
+    {"jsonrpc": "2.0", "id": 3, "result": {}, "error": {"code": 1, "message": "both"}},
+    {"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": 99, "progress": 1}},
+    {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "nobody's"}},
+    {"jsonrpc": "2.0", "method": 5}, {"jsonrpc": "2.0", "id": True, "result": {}},
+], ids=str)
+def test_J_what_a_child_says_out_of_turn_is_dropped_and_the_call_goes_on(make_rig, control, message):
+    rig = make_rig(child=("--control", control.path))
+    mcp = rig.session()
+    caller = McpClient(mcp.url, mcp.token, session_id=mcp.session_id)
+    join = in_thread(caller.call_tool, "get_slow", key="k")
+    control.wait_event(event="call", tool="get_slow")
+    control.emit(message)
+    control.release("k")
+    assert text_of(join()) == "slow k"
+    assert mcp.request("ping") == {}
+
+
+def test_J_99_bad_lines_and_a_good_one_are_forgiven(make_rig):
+    rig = make_rig()
+    mcp = rig.session()
+    for _ in range(2):
+        mcp.call_tool("bad_lines", n=99)
+    assert not rig.log.named("child stopped")
+
+
+def test_a_large_answer_keeps_its_bytes(make_rig):
+    mcp = make_rig().session()
+    assert len(text_of(mcp.call_tool("get_echo", text="x", size=12_000_000))) == 12_000_000
+
+
+def test_a_child_that_ends_between_requests_is_not_missed(make_rig):
+    rig = make_rig()
+    mcp = rig.session()
+    os.kill(int(text_of(mcp.call_tool("get_pid"))), signal.SIGKILL)
+    rig.log.wait("child stopped")
+    stream = mcp.open_stream()
+    stream.wait_comment(10)
+    assert not rig.log.named("internal error") and len(rig.log.named("child started")) == 1  # an open stream wakes nobody
+    assert "alice" in text_of(mcp.call_tool("get_my_user_info"))
+    stream.close()
+
+
+def test_sessions_opened_and_closed_leave_nothing(make_rig):
+    rig = make_rig()
+    client = rig.login()
+
+    def one():
+        mcp = McpClient(rig.url + "/mcp", client.tokens["access_token"])
+        mcp.initialize()
+        mcp.call_tool("get_my_user_info")
+        mcp.delete()
+        mcp.close()
+
+    one()
+    wait_for_quiet(rig, 1)
+    before = counts()
+    for _ in range(15):
+        one()
+    wait_for_quiet(rig, 16)
+    assert counts() == before
+
+
+def wait_for_quiet(rig, stopped):
+    """Until that many children have stopped and every connection of the test is gone."""
+    rig.log.wait("child stopped", stopped)
+    poll, deadline = select.poll(), time.monotonic() + 20
+    while any(t.name.startswith(("stdout-", "stderr-", "connection")) for t in threading.enumerate()) and time.monotonic() < deadline:
+        poll.poll(10)
