@@ -1651,6 +1651,11 @@ def _finite(text):
     return value
 
 
+_STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+_CHILD = json.JSONDecoder(parse_constant=_no_constant)
+_ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False)  # made once: json.dumps would make one a call
+
+
 def _check_depth(text):
     """Refuse deep nesting before a recursive parser sees it."""
     depth, bare = 0, re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
@@ -1665,7 +1670,12 @@ def read_json(body):
     text = body.decode("utf-8")
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(text)
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+    return _STRICT.decode(text)
+
+
+def read_child_json(line):
+    """The value of a line of a child: JSON, but trusted not to be an attack on parsers; ValueError otherwise."""
+    return _CHILD.decode(line.decode("utf-8"))
 
 
 def parse_json_object(body, error):
@@ -1722,7 +1732,7 @@ def classify(value):
 
 def dump(value):
     """A message as one line of bytes: ASCII, so that no character in it can end a line or a frame."""
-    return json.dumps(value, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def result_message(request_id, result):
@@ -3101,7 +3111,7 @@ class Link:
         if self.bad_lines >= 100:  # it was told to end; what it wrote before counts no more
             return
         try:
-            message = classify(json.loads(line.decode("utf-8"), parse_constant=_no_constant))
+            message = classify(read_child_json(line))
         except (ValueError, RecursionError):
             self.bad_lines += 1
             self.session.log.event("warning", "bad line from child", user=self.session.sub, count=self.bad_lines)
