@@ -285,7 +285,8 @@ def main(argv=None):
     parser.add_argument("--port", type=int, default=0, help="the broker's port (default: a free one)")
     options = parser.parse_args(argv)
     screen = Screen(sys.stdout)
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's `&` starts us with it ignored
+        signal.signal(number, interrupt)
     try:
         return run(screen, options)
     except DemoFailed as error:

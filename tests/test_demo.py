@@ -56,8 +56,13 @@ def test_once_shows_alice_and_bob_each_as_themselves_and_leaves_nothing_behind(t
     assert processes_naming(str(tmp_path)) == []
 
 
-def test_without_once_it_prints_the_lines_that_connect_real_clients_and_ends_on_ctrl_c(tmp_path):
-    process = start(tmp_path)
+@pytest.mark.parametrize("shells_setting", [signal.SIG_DFL, signal.SIG_IGN], ids=["foreground", "background"])
+def test_without_once_it_prints_the_lines_that_connect_real_clients_and_ends_on_ctrl_c(tmp_path, shells_setting):
+    here = signal.signal(signal.SIGINT, shells_setting)  # an ignored signal stays ignored in what is started
+    try:
+        process = start(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, here)
     shown = []
     try:
         for line in process.stdout:
