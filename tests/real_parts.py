@@ -1,6 +1,6 @@
 """pytest plugin for tests marked `@pytest.mark.real(name)`: they run last, and wait for their part's install.
 
-Names: "mcp1" and "mcp2" (an interpreter with that MCP SDK), "forgejo-mcp" (the binary).
+Names: "mcp1" and "mcp2" (an interpreter with that MCP SDK), "forgejo-mcp", "caddy" and "nginx" (programs).
 """
 
 import os

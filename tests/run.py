@@ -32,6 +32,7 @@ WANTED_PYTHONS = ((3, 13), (3, 11))
 # The module proxy does not serve every module to everyone: without a binary its tests are a skip that names it, in CI too.
 OPTIONAL_PARTS = ("forgejo-mcp",)
 FORGEJO_MCP_MODULE = "git.b4mad.industries/agentic-forges/forgejo-mcp/v2@v2.34.1"
+DEBIAN_PARTS = ("caddy", "nginx")
 INSTALL_LIMIT = 540
 RUN_LIMIT = 18 * 60
 PROBE = "import json, sys, venv, ensurepip, sqlite3, ssl; print(json.dumps([*sys.version_info[:3], sys.executable]))"
@@ -238,6 +239,28 @@ def install_forgejo_mcp(folder, commands, environ=os.environ):
     return target / "forgejo-mcp"
 
 
+def install_debian(folder, name, commands):
+    """A program of Debian's package `name`, from PATH or unpacked without being set up; its path."""
+    there = shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin")
+    if there:
+        return there
+    if shutil.which("apt-get") is None:
+        raise InstallFailed("%s is not on PATH, and there is no apt-get to take it from Debian" % name)
+    downloads = folder / "deb"
+    downloads.mkdir(parents=True)
+    try:
+        commands.run(["apt-get", "download", "-qq", name], cwd=downloads)
+    except InstallFailed:  # a machine that never fetched the lists of packages
+        commands.run(["apt-get", "update", "-qq"])
+        commands.run(["apt-get", "download", "-qq", name], cwd=downloads)
+    for package in downloads.glob("*.deb"):
+        commands.run(["dpkg", "-x", package, folder / "root"])
+    found = [path for path in (folder / "root" / "usr" / place / name for place in ("bin", "sbin")) if path.exists()]
+    if not found:
+        raise InstallFailed("Debian's package %s has no program of that name" % name)
+    return found[0]
+
+
 def install(folder, installer):
     """Run `installer(folder)` unless `folder` is already good; leaves a stamp and gives (state, text)."""
     with folder_lock(folder, fcntl.LOCK_EX):
@@ -265,6 +288,7 @@ def real_part_folders(cache, python, environ=os.environ):
         "mcp1": venv_folder(cache, "mcp1", python),
         "mcp2": venv_folder(cache, "mcp2", python),
         "forgejo-mcp": forgejo_mcp_folder(cache, environ),
+        **{name: Path(cache) / ("debian-" + name) for name in DEBIAN_PARTS},
     }
 
 
@@ -278,6 +302,7 @@ class BackgroundInstalls:
             "mcp1": lambda folder: install_venv(folder, "mcp1", python, commands),
             "mcp2": lambda folder: install_venv(folder, "mcp2", python, commands),
             "forgejo-mcp": lambda folder: install_forgejo_mcp(folder, commands),
+            **{name: lambda folder, name=name: install_debian(folder, name, commands) for name in DEBIAN_PARTS},
         }
         self._threads = []
 
