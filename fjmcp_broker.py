@@ -451,8 +451,19 @@ def _lookup(name):
     return (base, True) if base and has_file_form(base) else (None, False)
 
 
+@functools.cache
+def _standard_input():
+    """All of standard input, read once and then closed to everybody: children must find nothing there."""
+    data = sys.stdin.buffer.read()
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    return data
+
+
 def _read_toml(path, problems):
     try:
+        if path == "/dev/stdin":
+            return tomllib.loads(_standard_input().decode())
         with open(path, "rb") as file:
             return tomllib.load(file)
     except OSError as error:
@@ -5264,14 +5275,15 @@ def backup(arguments):
 
 
 def rotate_key(arguments):
-    """Put a new key before the others, then seal every credential anew; run again, it goes on where it was."""
+    """Put a new key before the others in key_file, then seal every credential anew; run again, it goes on where it was.
+
+    Where the keys come from `key`, the operator has put the new one first and restarted; then only the sealing is left to do.
+    """
     settings = arguments.settings()
-    if settings.key:
-        raise ConfigurationError(["rotate-key writes key_file, but the key comes from `key`; put it into a file first"])
     path = settings.key_file or settings.store_path + ".key"
     store = open_store(arguments)
     keyring = load_keyring(settings)
-    if all(keyring.is_newest(box) for _, box in store.credentials()):
+    if not settings.key and all(keyring.is_newest(box) for _, box in store.credentials()):
         keyring = Keyring((os.urandom(32), *keyring.keys))
         fresh = f"{path}.new"
         with contextlib.suppress(FileNotFoundError):
@@ -5285,7 +5297,7 @@ def rotate_key(arguments):
             count += store.reseal(sub, box, keyring.seal("upstream", owner, keyring.unseal("upstream", owner, box)))
     store.set_key_probe(keyring.seal("probe", "store", "ok"))
     store.close()
-    print(f"sealed {count} credential{'' if count == 1 else 's'} under the newest key of {path}.\n"
+    print(f"sealed {count} credential{'' if count == 1 else 's'} with the newest key.\n"
           "When the logins that are under way now have ended (10 minutes), `check` says whether older keys can be taken out.")
     return 0
 
