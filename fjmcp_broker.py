@@ -4194,7 +4194,16 @@ class Watcher:
 
     def __init__(self):
         self._epoll, self._readers, self._lock = select.epoll(), {}, threading.Lock()  # the lock guards the dict; a leaf
+        self._end, self._end_writer = os.pipe2(os.O_CLOEXEC)
+
+    def start(self):
+        """Begin to watch."""
+        self._epoll.register(self._end)
         threading.Thread(target=self._run, daemon=True, name="watcher").start()
+
+    def close(self):
+        """Watch no more: closing the writer is the hang-up that ends the thread."""
+        os.close(self._end_writer)
 
     def watch(self, sock, reader):
         """Close the reader when the socket's peer hangs up. A half-closed connection counts as gone."""
@@ -4211,6 +4220,9 @@ class Watcher:
     def _run(self):
         while True:
             for descriptor, _ in self._epoll.poll():
+                if descriptor == self._end:
+                    os.close(self._end)
+                    return
                 with self._lock:
                     reader = self._readers.get(descriptor)
                 if reader:
@@ -4243,6 +4255,11 @@ class Server(http.server.ThreadingHTTPServer):
     def server_bind(self):
         """Bind without the look-up of our own name that http.server does."""
         socketserver.TCPServer.server_bind(self)
+
+    def serve_forever(self, poll_interval=0.1):
+        """Accept until `hurry`."""
+        self.watcher.start()
+        super().serve_forever(poll_interval)
 
     @property
     def open_connections(self):
@@ -4327,6 +4344,7 @@ class Server(http.server.ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
         self.socket.close()
+        self.watcher.close()
 
 
 _dates = (0, "")
@@ -4849,7 +4867,7 @@ class Broker:
         """Serve and reap in daemon threads."""
         threading.Thread(target=self.reaper.run, daemon=True, name="reaper").start()
         for server in filter(None, (self.server, self.metrics_server)):
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True, name="accept").start()
+            threading.Thread(target=server.serve_forever, daemon=True, name="accept").start()
 
     def stop(self, seconds=10.0):
         """Answer what was read, with an error what takes longer; stop the children, close the store."""

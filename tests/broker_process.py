@@ -49,7 +49,7 @@ def broker_environment(ready_address):
 class BrokerProcess:
     """The broker as a process. The socket and the log file belong to who makes it."""
 
-    def __init__(self, config, listener, log_path, folder, *, python=sys.executable, program=None):
+    def __init__(self, config, listener, log_path, folder, *, python=sys.executable, program=None, stdin=subprocess.DEVNULL):
         self.log_path = Path(log_path)
         self._readiness = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = str(Path(folder) / f"ready-{os.urandom(3).hex()}")
@@ -58,7 +58,7 @@ class BrokerProcess:
         with open(log_path, "ab") as log:
             self.process = subprocess.Popen(
                 [python, "-c", LAUNCHER, str(descriptor), "-I", str(program or BROKER), "--config", str(config)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[descriptor], cwd=folder,
+                stdin=stdin, stdout=log, stderr=log, pass_fds=[descriptor], cwd=folder,
                 env=broker_environment(address), process_group=0)
 
     def await_ready(self):
@@ -147,9 +147,10 @@ class Installation:
         self.config.write_text(toml(self.settings))
         self.config.chmod(0o600)
 
-    def start(self):
+    def start(self, **arguments):
         """Start the broker and wait until it serves; gives the BrokerProcess."""
-        self.broker = BrokerProcess(self.config, self.socket, self.log_path, self.folder, python=self.python, program=self.program)
+        self.broker = BrokerProcess(self.config, self.socket, self.log_path, self.folder, python=self.python, program=self.program,
+                                    **arguments)
         return self.broker.await_ready()
 
     def command(self, *words, stdin="", environment=None):

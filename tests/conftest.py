@@ -1,8 +1,64 @@
 """What every test module shares."""
 
+import ctypes
+import os
+import select
+import threading
+from pathlib import Path
+
 import pytest
 
 pytest_plugins = ("real_parts",)
+PR_SET_CHILD_SUBREAPER = 36
+END_LIMIT = 10
+
+
+def pytest_configure():
+    """What a killed broker leaves behind becomes a child of this process: seen by the test that left it."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def child_pids():
+    """The pids of this process's children, whichever thread started them."""
+    pids = set()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            pids.update(map(int, (task / "children").read_text().split()))
+        except OSError:  # the thread has ended
+            continue
+    return pids
+
+
+def runs_on(pid):
+    """The command line of a child that does not end within END_LIMIT, else None; an ended one is taken away."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        if select.select([descriptor], [], [], END_LIMIT)[0]:
+            os.waitpid(pid, 0)
+            return None
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    finally:
+        os.close(descriptor)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request):
+    """No test leaves a process or a thread. Set up first and so torn down last: what is there then is left.
+
+    What a module's tests share may stay, until the module's end.
+    """
+    if "shared" in request.fixturenames:
+        yield
+        return
+    pids, threads = child_pids(), set(threading.enumerate())
+    yield
+    left = [command for pid in child_pids() - pids if (command := runs_on(pid))]
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(END_LIMIT)
+        if thread.is_alive():
+            left.append(thread)
+    assert not left
+
 
 
 @pytest.fixture

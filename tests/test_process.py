@@ -261,6 +261,24 @@ def test_SIGHUP_takes_over_what_may_change_and_names_what_may_not(make_installat
     assert mcp.post(ping, headers=origin).status == 200
 
 
+def test_secrets_on_standard_input_are_read_once_and_are_nowhere_for_a_child_to_find(make_installation, tmp_path):
+    installation = make_installation()
+    secret, name = installation.settings["forgejo_oauth_client_secret"], "forgejo_oauth_client_secret"
+    (installation.folder / "secrets.toml").write_text(f"{name} = {json.dumps(secret)}\n")
+    installation.write(**{**installation.settings, name: None, "secrets_file": "/dev/stdin"})
+    with open(installation.folder / "secrets.toml", "rb") as secrets:
+        broker = installation.start(stdin=secrets)
+    (installation.folder / "secrets.toml").unlink()
+    mcp = session(installation)
+    assert os.readlink(f"/proc/{broker.pid}/fd/0") == "/dev/null"
+    broker.process.send_signal(signal.SIGHUP)
+    while not (seen := installation.records("settings re-read")):
+        select.select([], [], [], 0.01)
+    assert "needs_restart" not in seen[0]
+    mcp.oauth.refresh()
+    assert "alice" in text_of(session(installation).call_tool("get_my_user_info"))
+
+
 def test_two_processes_never_share_a_store(make_installation):
     installation = make_installation()
     installation.start()

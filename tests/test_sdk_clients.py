@@ -11,11 +11,38 @@ CLIENTS = Path(__file__).resolve().parent / "clients"
 pytestmark = pytest.mark.timeout(90, func_only=True)
 
 
+def command(python, line, rig, user, *arguments):
+    return [python, CLIENTS / f"sdk{line}_client.py", rig.url + "/mcp", user, "secret", *arguments]
+
+
 def run_client(python, line, rig, *arguments):
-    script = CLIENTS / f"sdk{line}_client.py"
-    done = subprocess.run([python, script, rig.url + "/mcp", "alice", "secret", *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command(python, line, rig, "alice", *arguments), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
+
+
+class LineClient:
+    """An SDK client that stays connected and takes a command a line."""
+
+    def __init__(self, *words):
+        self.process = subprocess.Popen([*words, "--interactive-lines"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.started = self._answer()
+
+    def _answer(self):
+        return json.loads(self.process.stdout.readline() or '{"error": "it ended"}')
+
+    def ask(self, line):
+        """Carry out a command; its result."""
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc):
+        with self.process:  # closes its standard input, which ends it
+            self.process.stdin.close()
 
 
 @pytest.mark.parametrize("line", [pytest.param(n, marks=pytest.mark.real(f"mcp{n}")) for n in (1, 2)])
@@ -35,3 +62,20 @@ def test_an_sdk_client_works_with_the_real_forgejo_mcp(real_part, make_rig, line
     result = run_client(real_part(f"mcp{line}"), line, rig, "--calls", "get_my_user_info")
     assert result["tools"] > 100
     assert "alice" in result["calls"][0]["text"]
+
+
+def test_two_people_and_a_second_login_through_sdks_at_once(real_part, rig):
+    """Forgejo ends alice's first refresh token when she logs in again; her first client must not notice (K16)."""
+    one, two = real_part("mcp1"), real_part("mcp2")
+    with (LineClient(*command(one, 1, rig, "alice")) as first, LineClient(*command(two, 2, rig, "bob")) as bob,
+          LineClient(*command(two, 2, rig, "alice")) as second):
+        for client, own, other in ((first, "alice", "bob"), (bob, "bob", "alice"), (second, "alice", "bob")):
+            for step in ("call get_my_user_info", "refresh", "call get_my_user_info"):
+                answer = client.ask(step)
+                assert "error" not in answer, answer
+                if "call" in answer:
+                    assert own in answer["call"]["text"] and other not in answer["call"]["text"]
+            assert answer["authorize_rounds"] == 1
+        rig.clock.advance(3000)  # Forgejo's token runs out: the next calls refresh it, once for both of alice's clients
+        rig.tick()
+        assert all("alice" in client.ask("call get_my_user_info")["call"]["text"] for client in (first, second))

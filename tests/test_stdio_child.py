@@ -766,6 +766,7 @@ def test_a_child_killed_without_a_word_is_reported_as_gone(start, control):
 
 def test_an_event_that_does_not_come_is_an_error_that_shows_what_came(start, control):
     start("--control", control.path).ask("ping")
+    control.wait_event(lambda event: "ping" in str(event))
     with pytest.raises(TimeoutError, match="ping"):
         control.wait_event(event="cancelled", timeout=0)
 
