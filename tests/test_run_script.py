@@ -114,9 +114,9 @@ def test_another_lock_text_or_python_means_another_folder(tmp_path, monkeypatch)
 
 def test_the_tests_look_for_a_part_where_the_run_installs_it(monkeypatch, tmp_path):
     monkeypatch.setenv("FJMCP_CACHE", str(tmp_path))
-    assert real_parts.part_folders() == run.real_part_folders(tmp_path, run.probe_python(sys.executable))
-    installs = run.BackgroundInstalls(tmp_path, run.probe_python(sys.executable), run.Commands())
-    assert set(installs._installers) == set(real_parts.part_folders())
+    parts = run.real_parts(tmp_path, run.probe_python(sys.executable))
+    assert real_parts.part_folders() == {name: folder for name, (folder, _) in parts.items()}
+    assert len(set(real_parts.part_folders().values())) == len(parts)
 
 
 # Stamps
@@ -184,12 +184,12 @@ def test_a_waiter_gets_the_stamp_of_the_install_under_way_and_not_the_state_befo
 def test_when_installs_have_started_no_test_can_look_before_they_end(tmp_path):
     part, tool, go = tmp_path / "part", program(tmp_path / "tool"), threading.Event()
 
-    def slow(folder):
+    def slow(folder, commands):
         assert go.wait(10)
         return tool
 
     installs = run.BackgroundInstalls(tmp_path, run.probe_python(sys.executable), run.Commands())
-    installs._folders, installs._installers = {"part": part}, {"part": slow}
+    installs._parts = {"part": (part, slow)}
     installs.start()
     with pytest.raises(BlockingIOError), run.folder_lock(part, fcntl.LOCK_SH | fcntl.LOCK_NB):
         pass
