@@ -2215,14 +2215,15 @@ class Clients:
         method = document.get("token_endpoint_auth_method", "client_secret_basic")
         if method not in AUTH_METHODS:
             raise OAuthError("invalid_client_metadata", f"token_endpoint_auth_method must be one of {', '.join(AUTH_METHODS)}.")
-        self._choose(document, "grant_types", {"authorization_code", "refresh_token"}, "authorization_code")
-        self._choose(document, "response_types", {"code"}, "code")
+        # Clients compare the answer with what they asked (clients.md 10); a refresh token is issued whatever it says.
+        grant_types = self._choose(document, "grant_types", ("authorization_code", "refresh_token"))
+        response_types = self._choose(document, "response_types", ("code",))
         # Whatever scope was asked, a later login decides; what is echoed is all that clients read (clients.md 10, 11).
         scope = document["scope"] if isinstance(document.get("scope"), str) and document["scope"] else " ".join(SCOPES)
         client_id, secret, now = new_secret("fjd_")[:36], None if method == "none" else new_secret("fjs_"), self._clock.now()
         name = clean_name(document.get("client_name") if isinstance(document.get("client_name"), str) else "")
         metadata = {"redirect_uris": uris, "client_name": name, "token_endpoint_auth_method": method, "scope": scope[:1000],
-                    "grant_types": ["authorization_code", "refresh_token"], "response_types": ["code"]}
+                    "grant_types": grant_types, "response_types": response_types}
         for key in ("application_type", "software_id", "software_version"):
             if isinstance(document.get(key), str) and 0 < len(document[key]) <= 200:
                 metadata[key] = document[key]
@@ -2254,10 +2255,12 @@ class Clients:
         return usable
 
     @staticmethod
-    def _choose(document, key, supported, needed):
-        values = document.get(key, [needed])
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values) or needed not in values:
-            raise OAuthError("invalid_client_metadata", f"{key} must be a list that contains {needed}.")
+    def _choose(document, key, supported):
+        """What is served of a list that was asked for; the first that is supported must be among it, and is the default."""
+        values = document.get(key, [supported[0]])
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values) or supported[0] not in values:
+            raise OAuthError("invalid_client_metadata", f"{key} must be a list that contains {supported[0]}.")
+        return [value for value in supported if value in values]
 
     def authenticate(self, request, form):
         """The client that speaks on /token or /revoke (RFC 6749 2.3.1): Basic or post for one with a secret, none for a public one."""
@@ -4619,11 +4622,13 @@ class Connection:
         """What the client still sends is read for a moment, else the reset would take our answer with it."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
-            deadline = time.monotonic() + 1
-            for _ in range(16):
+            deadline, left = time.monotonic() + 1, 2 * self.settings.max_body
+            while left > 0 and time.monotonic() < deadline:
                 self.sock.settimeout(max(0.01, deadline - time.monotonic()))
-                if not self.sock.recv(65536) or time.monotonic() > deadline:
+                data = self.sock.recv(65536)
+                if not data:
                     return
+                left -= len(data)
 
     def _take(self, reader, timeout, watch=True):
         """The next item. The hang-up watch begins only once the wait is worth it, so that fast calls pay nothing."""

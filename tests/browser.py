@@ -401,12 +401,15 @@ class _PageReader(HTMLParser):
 
 def connect(url, *, routes=None, timeout=TIMEOUT, context=None):
     """An unopened http.client connection for a URL. `routes` maps an origin to the origin that is really spoken to
-    ({"https://broker.example": "http://127.0.0.1:8080"}: what a proxy that ends TLS does)."""
+    ({"https://broker.example": "http://127.0.0.1:8080"}: what a proxy that ends TLS does; or to https elsewhere)."""
     origin = origin_of(url)
-    parts = urlsplit((routes or {}).get(origin, origin))
-    if parts.scheme == "https":
-        return http.client.HTTPSConnection(parts.hostname, parts.port, timeout=timeout, context=context)
-    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout)
+    asked, parts = urlsplit(origin), urlsplit((routes or {}).get(origin, origin))
+    if parts.scheme == "http":
+        return http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout)
+    # The certificate is that of the name which was asked for, wherever it is spoken to.
+    connection = http.client.HTTPSConnection(asked.hostname, asked.port, timeout=timeout, context=context)
+    connection._create_connection = lambda _address, *rest: socket.create_connection((parts.hostname, parts.port), *rest)
+    return connection
 
 
 def host_header(url):
