@@ -1988,7 +1988,7 @@ STYLE = """
 @media(prefers-color-scheme:dark){:root{--ink:#eceef0;--quiet:#a9b1ba;--paper:#1c2024;--back:#121417;--line:#3a4047;--accent:#f29a66;--on:#201006;--warn:#33270f}}
 *{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);font:1rem/1.55 system-ui,sans-serif}
 main{max-width:36rem;margin:0 auto;padding:1.25rem}@media(min-width:40rem){main{margin:2.5rem auto;padding:2rem;background:var(--paper);border:1px solid var(--line);border-radius:.75rem}}
-h1{font-size:1.4rem;line-height:1.25;margin:0 0 1rem}h2{font-size:1.05rem;margin:1.5rem 0 .5rem}p{margin:.6rem 0}
+a{color:var(--accent)}h1{font-size:1.4rem;line-height:1.25;margin:0 0 1rem}h2{font-size:1.05rem;margin:1.5rem 0 .5rem}p{margin:.6rem 0}
 code{font:.9em ui-monospace,monospace;overflow-wrap:anywhere}.box{border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem;margin:1rem 0;overflow-wrap:anywhere}
 .warn{background:var(--warn)}.quiet{color:var(--quiet);font-size:.92rem}.big{font-size:1.1rem;font-weight:600}ul{padding-left:1.2rem}li{margin:.3rem 0}
 fieldset{border:1px solid var(--line);border-radius:.5rem;margin:1rem 0;padding:.5rem 1rem}legend{font-weight:600;padding:0 .3rem}
@@ -2060,10 +2060,17 @@ def wrong_browser_page():
                       "from your application, allow cookies for this site, and stay in one browser. If somebody sent you this link, close it.")
 
 
-def consent_page(*, client_name, client_id, redirect_uri, redirect_host, loopback, may_write, forgejo_scopes, forgejo_host, login_box, csrf,
-                 headers=()):
+def destination(redirect_uri):
+    """Where an answer goes, for people: the host of a website, or that it stays on this device."""
+    parts = urlsplit(redirect_uri)
+    if is_loopback_name(parts.hostname):
+        return "an application on this device"
+    return parts.hostname if parts.scheme == "https" else f"the application on this device that opens {parts.scheme}: links"
+
+
+def consent_page(*, client_name, client_id, redirect_uri, may_write, forgejo_scopes, forgejo_host, login_box, csrf, headers=()):
     """The broker's own consent: who asks, where the answer goes, what is allowed; the person chooses or refuses."""
-    name, where = html.escape(client_name), "an application on this computer" if loopback else html.escape(redirect_host)
+    name, where = html.escape(client_name), html.escape(destination(redirect_uri))
     meanings = "".join(f"<li>{html.escape(meaning)}</li>" for meaning in filter(None, map(scope_meaning, forgejo_scopes.split())))
     full = ('<label><input type="radio" name="access" value="full" checked><strong>Full access</strong>: use every tool, '
             "also those that change things</label>") if may_write else ""
@@ -2400,8 +2407,7 @@ class Authorization:
         box = b64url(self._keyring.seal("login", digest(cookie).hex(), {**login, "expires": self._clock.now() + self._settings.login_lifetime}))
         set_cookie = f"{self._cookie_name}={cookie}; Max-Age={int(self._settings.login_lifetime)}{self._cookie_flags}"
         return consent_page(
-            client_name=client.name, client_id=client.client_id, redirect_uri=redirect_uri, redirect_host=urlsplit(redirect_uri).hostname
-            or redirect_uri.partition(":")[0], loopback=is_loopback_name(urlsplit(redirect_uri).hostname), may_write=WRITE in login["scope"],
+            client_name=client.name, client_id=client.client_id, redirect_uri=redirect_uri, may_write=WRITE in login["scope"],
             forgejo_scopes=self._settings.forgejo_oauth_scopes, forgejo_host=urlsplit(self._settings.forgejo_url).netloc,
             login_box=box, csrf=self._csrf(cookie, box), headers=(("Set-Cookie", set_cookie),))
 
@@ -5037,8 +5043,22 @@ def write_new(path, text):
         os.fsync(file.fileno())
 
 
+def secret_files(values, secrets, folder):
+    """{path: text} of the files that keep these secrets; `values` then says where they are."""
+    if "secrets_file" in values:
+        values["secrets_file"] = os.path.abspath(values["secrets_file"])
+        return {values["secrets_file"]: "".join(f"{name} = {json.dumps(text)}\n" for name, text in secrets.items())}
+    places = {"forgejo_oauth_client_secret": ("client-secret", "forgejo_oauth_client_secret_file"), "key": ("sealing-key", "key_file")}
+    files = {}
+    for name, text in secrets.items():
+        file, setting = places[name]
+        values[setting] = os.path.join(folder, file)
+        files[values[setting]] = text + "\n"
+    return files
+
+
 def init(arguments):
-    """Write broker.toml, and beside it the client secret and a sealing key in files of their own; the store goes elsewhere."""
+    """Write broker.toml, and the client secret and a new sealing key into files of their own: `secrets_file`, or one for each."""
     path, values, problems = os.path.abspath(arguments.config or "broker.toml"), dict(arguments.flags), []
     folder = os.path.dirname(path)
     for name in ("public_url", "forgejo_url", "forgejo_oauth_client_id", "forgejo_oauth_client_secret"):
@@ -5050,19 +5070,24 @@ def init(arguments):
                 KINDS[SETTING[name].kind](value)
         except ValueError as error:
             problems.append(f"flag: {name}: {error}")
-    files = {path: None, os.path.join(folder, "client-secret"): values.pop("forgejo_oauth_client_secret", None),
-             os.path.join(folder, "sealing-key"): None if "key_file" in values else base64.b64encode(os.urandom(32)).decode()}
-    problems += [f"{name} is there already; move it away first" for name, text in files.items()
-                 if (text or name == path) and os.path.exists(name)]
+    if "secrets_file" in values and "forgejo_oauth_client_secret_file" in values:  # all secrets into the one file
+        try:
+            with open(values.pop("forgejo_oauth_client_secret_file"), encoding="utf-8") as file:
+                values["forgejo_oauth_client_secret"] = file.read().strip()
+        except OSError as error:
+            problems.append(f"flag: forgejo_oauth_client_secret_file: cannot read {error.filename}: {error.strerror}")
+    secrets = {"forgejo_oauth_client_secret": values.pop("forgejo_oauth_client_secret", None)}
+    if "key_file" not in values:
+        secrets["key"] = values.pop("key", None) or base64.b64encode(os.urandom(32)).decode()
+    files = secret_files(values, {name: text for name, text in secrets.items() if text}, folder)
+    problems += [f"{name} is there already; move it away first" for name in (path, *files) if os.path.exists(name)]
     if problems:
         raise ConfigurationError(problems)
-    secret_path, key_path = list(files)[1:]
-    values.setdefault("store_path", os.path.join(folder, "data", "broker.db"))
-    os.makedirs(os.path.dirname(os.path.abspath(values["store_path"])), mode=0o700, exist_ok=True)
-    for name, setting in ((secret_path, "forgejo_oauth_client_secret_file"), (key_path, "key_file")):
-        if files[name]:
-            write_new(name, files[name] + "\n")
-            values[setting] = name
+    if "store_path" not in values:
+        values["store_path"] = os.path.join(folder, "data", "broker.db")
+        os.makedirs(os.path.dirname(values["store_path"]), mode=0o700, exist_ok=True)
+    for name, text in files.items():
+        write_new(name, text)
     write_new(path, configuration_text(values))
     print(f"Wrote {path}. In Forgejo, the OAuth2 application (confidential) needs the redirect URI\n  {values['public_url'].rstrip('/')}"
           f"/oauth/callback\nNext: python3 {sys.argv[0]} --config {path} check")
@@ -5244,11 +5269,28 @@ def first_byte_share(url):
 
 
 def open_store(arguments):
-    """The store, beside a broker that may be running."""
+    """The store, beside a broker that may be running. Root acts as the store's owner from here on: files that SQLite makes are the broker's."""
     settings = arguments.settings()
     if not os.path.exists(settings.store_path):
         raise ConfigurationError([f"store_path: there is no store at {settings.store_path}"])
-    return Store(settings.store_path, load_keyring(settings), alone=False)
+    keyring, owner = load_keyring(settings), os.stat(settings.store_path)
+    if os.geteuid() == 0:
+        os.setegid(owner.st_gid)
+        os.seteuid(owner.st_uid)
+    return Store(settings.store_path, keyring, alone=False)
+
+
+@contextlib.contextmanager
+def as_ourselves():
+    """Whoever ran the command, for a moment: the key's files and what an operator asks for are theirs."""
+    acting = os.geteuid(), os.getegid()
+    os.seteuid(os.getuid())
+    os.setegid(os.getgid())
+    try:
+        yield
+    finally:
+        os.setegid(acting[1])
+        os.seteuid(acting[0])
 
 
 def listing(arguments):
@@ -5273,7 +5315,7 @@ def revoke(arguments):
     options = arguments.options
     if len(options) != 1:
         raise ConfigurationError(["revoke needs exactly one of --user NAME, --client ID, --grant ID, --all"])
-    store, log = open_store(arguments), Log(arguments.settings())
+    log, store = Log(arguments.settings()), open_store(arguments)
     ended = store.find_grants(*next(iter(options.items())), Clock().now())
     for grant in ended:
         if store.end_grant(grant.grant_id, "revoked by operator", Clock().now()):
@@ -5287,14 +5329,28 @@ def backup(arguments):
     """A consistent copy of the store; the key is not in it."""
     store = open_store(arguments)
     try:
-        write_new(arguments.words[0], "")
-        store.backup(arguments.words[0])
+        with as_ourselves():
+            write_new(arguments.words[0], "")
+            store.backup(arguments.words[0])
     except FileExistsError:
         raise ConfigurationError([f"{arguments.words[0]} is there already"]) from None
     finally:
         store.close()
     print(f"wrote {arguments.words[0]}; it opens only with the sealing key, which is not in it")
     return 0
+
+
+def replace_key_file(path, text):
+    """Write the keys anew in one step; the file stays its owner's."""
+    fresh = f"{path}.new"
+    with as_ourselves():
+        owner = os.stat(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fresh)
+        write_new(fresh, text)
+        if os.geteuid() == 0:
+            os.chown(fresh, owner.st_uid, owner.st_gid)
+        os.replace(fresh, path)
 
 
 def rotate_key(arguments):
@@ -5304,15 +5360,11 @@ def rotate_key(arguments):
     """
     settings = arguments.settings()
     path = settings.key_file or settings.store_path + ".key"
-    store = open_store(arguments)
     keyring = load_keyring(settings)
+    store = open_store(arguments)
     if not settings.key and all(keyring.is_newest(box) for _, box in store.credentials()):
         keyring = Keyring((os.urandom(32), *keyring.keys))
-        fresh = f"{path}.new"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(fresh)
-        write_new(fresh, keyring.text())
-        os.replace(fresh, path)
+        replace_key_file(path, keyring.text())
     count = 0
     for sub, box in store.credentials():
         if not keyring.is_newest(box):

@@ -49,7 +49,8 @@ def broker_environment(ready_address):
 class BrokerProcess:
     """The broker as a process. The socket and the log file belong to who makes it."""
 
-    def __init__(self, config, listener, log_path, folder, *, python=sys.executable, program=None, stdin=subprocess.DEVNULL):
+    def __init__(self, config, listener, log_path, folder, *, python=sys.executable, program=None, stdin=subprocess.DEVNULL,
+                 arguments=()):
         self.log_path = Path(log_path)
         self._readiness = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = str(Path(folder) / f"ready-{os.urandom(3).hex()}")
@@ -57,7 +58,7 @@ class BrokerProcess:
         descriptor = listener.fileno()
         with open(log_path, "ab") as log:
             self.process = subprocess.Popen(
-                [python, "-c", LAUNCHER, str(descriptor), "-I", str(program or BROKER), "--config", str(config)],
+                [python, "-c", LAUNCHER, str(descriptor), "-I", str(program or BROKER), "--config", str(config), *arguments],
                 stdin=stdin, stdout=log, stderr=log, pass_fds=[descriptor], cwd=folder,
                 env=broker_environment(address), process_group=0)
 

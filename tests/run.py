@@ -33,7 +33,7 @@ WANTED_PYTHONS = ((3, 13), (3, 11))
 OPTIONAL_PARTS = ("forgejo-mcp",)
 FORGEJO_MCP_MODULE = "git.b4mad.industries/agentic-forges/forgejo-mcp/v2@v2.34.1"
 PYTHON_PARTS = ("mcp1", "mcp2", "fastmcp")
-DEBIAN_PARTS = ("caddy", "nginx", "chromium")
+DEBIAN_PARTS = {"caddy": "caddy", "nginx": "nginx", "chromium": "chromium", "systemd-analyze": "systemd"}  # program: its package
 INSTALL_LIMIT = 540
 RUN_LIMIT = 18 * 60
 PROBE = "import json, sys, venv, ensurepip, sqlite3, ssl; print(json.dumps([*sys.version_info[:3], sys.executable]))"
@@ -256,7 +256,7 @@ def install_npm(folder, commands):
 
 
 def install_debian(folder, name, commands):
-    """The program `name`: from PATH, or out of Debian's package of that name; its path."""
+    """The program `name`: from PATH, or out of its package in Debian; its path."""
     there = shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin")
     if there:
         return there
@@ -267,8 +267,8 @@ def install_debian(folder, name, commands):
 
 
 def unpack_debian(folder, name, commands):
-    """Debian's package `name` and what it needs and this machine lacks, unpacked but not set up; the path of a program that runs it."""
-    listing = ["apt-get", "install", "--print-uris", "--yes", "-qq", "--no-install-recommends", name]
+    """Debian's package with the program `name`, and what it needs and this machine lacks, unpacked but not set up; a program that runs it."""
+    listing = ["apt-get", "install", "--print-uris", "--yes", "-qq", "--no-install-recommends", DEBIAN_PARTS[name]]
     downloads, root = folder / "deb", folder / "root"
     downloads.mkdir(parents=True)
     try:
@@ -283,8 +283,8 @@ def unpack_debian(folder, name, commands):
     shutil.rmtree(downloads)
     programs = [path for path in (root / place / name for place in ("usr/lib/" + name, "usr/bin", "usr/sbin")) if path.is_file()]
     if not programs:
-        raise InstallFailed("Debian's package %s has no program of that name" % name)
-    libraries = [path for pattern in ("usr/lib/*-linux-gnu", "lib/*-linux-gnu", "usr/lib/*-linux-gnu/pulseaudio") for path in root.glob(pattern)]
+        raise InstallFailed("Debian's package %s has no program %s" % (DEBIAN_PARTS[name], name))
+    libraries = [path for pattern in ("usr/lib/*-linux-gnu", "lib/*-linux-gnu", "usr/lib/*-linux-gnu/*") for path in root.glob(pattern)]
     wrapper = folder / name
     wrapper.write_text("#!/bin/sh\nLD_LIBRARY_PATH='%s' exec '%s' \"$@\"\n" % (":".join(map(str, libraries)), programs[0]))
     wrapper.chmod(0o755)
