@@ -5409,23 +5409,18 @@ def serve(arguments):
     settings = arguments.settings()
     hide_from_children()
     broker = Broker(settings, listener=inherited_listener())
-    wanted = collections.deque()
-    woken = threading.Event()
-
-    def note(number, frame):
-        wanted.append(number)
-        woken.set()
-
+    # The kernel may give a signal to any thread, and a main thread that waits for a lock would not hear of it: it waits here instead.
+    signals, wakes = socket.socketpair()
+    wakes.setblocking(False)
+    signal.set_wakeup_fd(wakes.fileno())
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, note)
+        signal.signal(number, lambda number, frame: None)
     broker.start()
     broker.log.event("info", "serving", url=settings.public_url, port=broker.server.port, version=__version__)
     notify_service_manager("READY=1")
     while True:
-        woken.wait()
-        woken.clear()
-        while wanted:
-            if wanted.popleft() == signal.SIGHUP:
+        for number in signals.recv(64):
+            if number == signal.SIGHUP:
                 reload(broker, arguments)
                 continue
             notify_service_manager("STOPPING=1")
