@@ -204,5 +204,8 @@ def test_the_authorization_server_passes_with_a_preregistered_client_and_a_scrip
             output.join(START_LIMIT)
     checks = [check for path in (tmp_path / "results").glob("*/checks.json") for check in json.loads(path.read_text())]
     assert len(checks) >= 3, output.text
-    assert {check["status"] for check in checks} == {"SUCCESS"}, output.text
+    bodies = [check["details"].get("body", {}) for check in checks if check["id"] == "authorization-server-metadata"]
+    # Client ID Metadata Documents are advertised once they work; until then the suite warns, and of nothing else.
+    warned = set() if bodies[0].get("client_id_metadata_document_supported") else {"authorization-server-metadata-cimd"}
+    assert {check["id"]: check["status"] for check in checks if check["status"] != "SUCCESS"} == dict.fromkeys(warned, "WARNING")
     assert process.returncode == 0, output.text
