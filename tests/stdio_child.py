@@ -12,6 +12,7 @@ Modes (scripting is on the command line because a child's environment is an allo
     term_waits        on SIGTERM finish the running calls first, as forgejo-mcp does (default: end at once)
     flood_stderr_at_start=BYTES, junk_at_start (lines that are no JSON on stdout)
     version=X         answer every initialize with X;   instructions=TEXT  put them into that answer
+    deaf              never answer server/discover, as some older servers do with what they do not know
     asks_on_init      send a roots/list request as soon as the client is initialized
     page=N            tools/list in pages of N
     ttl=MS            what a modern one says of how long its lists may be kept
@@ -229,8 +230,9 @@ def as_go_number(value):
     return value
 
 
-def text_result(text):
-    return {"content": [{"type": "text", "text": text}]}
+def result_of(answer):
+    """A tool's result: the answer as it is, or a text as the only content."""
+    return answer if isinstance(answer, dict) else {"content": [{"type": "text", "text": answer}]}
 
 
 class Question:
@@ -259,8 +261,8 @@ class Call:
         value = self.arguments.get(name)
         return default if value is None else value
 
-    def answer_line(self, text):
-        return packed({"jsonrpc": "2.0", "id": self.id, "result": text_result(text)})
+    def answer_line(self, answer):
+        return packed({"jsonrpc": "2.0", "id": self.id, "result": result_of(answer)})
 
     def ask(self, *questions):
         """The client's answers to (method, params) each, asked at once."""
@@ -289,8 +291,8 @@ class ModernCall(Call):
         self.rounds = unsealed(params["requestState"]) if "requestState" in params else []
         self.round = 0
 
-    def answer_line(self, text):
-        return packed({"jsonrpc": "2.0", "id": self.id, "result": self.server.stamped(text_result(text))})
+    def answer_line(self, answer):
+        return packed({"jsonrpc": "2.0", "id": self.id, "result": self.server.stamped(result_of(answer))})
 
     def answer(self, text):
         if self.id not in self.server.cancelled:  # "MUST NOT send any further messages for it"
@@ -479,6 +481,8 @@ class Server:
                 threading.Thread(target=self.ask_on_init, daemon=True).start()
 
     def take_request(self, request_id, method, params):
+        if method == "server/discover" and "deaf" in self.options.modes:
+            return None
         if method == "tools/call":
             return self.take_call(request_id, params)
         try:
@@ -613,7 +617,7 @@ class ModernServer(Server):
 
     def stamped(self, result, kind="complete", method=None):
         kept = {"ttlMs": int(self.options.modes.get("ttl") or 0), "cacheScope": "private"} if method in CACHEABLE else {}
-        return {"resultType": kind, **kept, **result, "_meta": {META + "serverInfo": {"name": NAME, "version": VERSION}}}
+        return {"resultType": kind, **kept, **result, "_meta": {**result.get("_meta", {}), META + "serverInfo": {"name": NAME, "version": VERSION}}}
 
     def take_request(self, request_id, method, params):
         try:
@@ -687,7 +691,7 @@ def definition_of(name, description="", read_only=False, properties=None):
 
 
 def tool(read_only=False, **properties):
-    """Decorator: register a function of a Call. It returns the text of the answer, or None for no (further) answer.
+    """Decorator: register a function of a Call. It returns the answer (a text or a whole result), or None for no (further) answer.
 
     `properties`: {argument: JSON type}, a required one's with "!".
     """
@@ -913,6 +917,18 @@ def get_meta(call):
 def get_back(call):
     """All of its arguments as they came, in JSON"""
     return json.dumps(call.arguments, ensure_ascii=False)
+
+
+@tool(result="object!")
+def get_result(call):
+    """The result it was given"""
+    return call.arguments["result"]
+
+
+@tool(code="integer!", message="string!", data="object")
+def get_failure(call):
+    """The error it was given"""
+    raise Refused(call.arguments["code"], call.arguments["message"], call.arguments.get("data"))
 
 
 @tool()
