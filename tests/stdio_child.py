@@ -946,7 +946,7 @@ def double_answer(call):
 @tool(answer="boolean")
 def wrong_id(call):
     """Answers a request nobody made; with `answer` its own afterwards"""
-    call.server.send(id="never-asked", result=text_result("wrong id"))
+    call.server.send(id="never-asked", result=result_of("wrong id"))
     return "right id" if call.get("answer") else None
 
 
