@@ -222,7 +222,7 @@ def install_venv(folder, lock, python, commands):
     """Make the environment `lock` describes; the path of its interpreter."""
     commands.run([python.path, "-m", "venv", folder / "venv"])
     program = folder / "venv" / "bin" / "python"
-    pip = [program, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet", "--require-hashes"]
+    pip = [program, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet", "--require-hashes", "--no-deps"]
     commands.run([*pip, "-r", LOCKS / (lock + ".txt")])
     return program
 
