@@ -14,7 +14,7 @@ Four ideas carry the design:
 
 Contents, in dependency order; a section names only what stands above it:
   Terms · Settings · Log · Seal · Store · Forgejo · Messages · HTTP values · Pages · Clients · Authorization · Child · Session ·
-  Registry and reaper · Gate and /mcp · HTTP server · Broker · Commands
+  Eras · Registry and reaper · Gate and /mcp · HTTP server · Broker · Commands
 """
 
 import base64
@@ -1136,6 +1136,22 @@ class Store:
                 "DELETE FROM sessions WHERE NOT EXISTS (SELECT 1 FROM grants g WHERE g.sub = sessions.sub AND g.client_id ="
                 " sessions.client_id AND g.ended_at IS NULL AND g.expires_at > ?) RETURNING hash", (now,)).fetchall()]
 
+    def binary(self, fingerprint):
+        """What is known of a child's program: a row of era and asks, or None."""
+        return self._one("SELECT era, asks FROM binaries WHERE fingerprint = ?", (fingerprint,))
+
+    def save_binary(self, fingerprint, era, now):
+        """Remember the era of a child's program; only the newest programs are kept."""
+        with self._batch() as db:
+            db.execute("INSERT INTO binaries VALUES (?, ?, 0, ?) ON CONFLICT (fingerprint) DO UPDATE SET era = excluded.era,"
+                       " seen_at = excluded.seen_at", (fingerprint, era, now))
+            db.execute("DELETE FROM binaries WHERE fingerprint NOT IN (SELECT fingerprint FROM binaries ORDER BY seen_at DESC LIMIT 20)")
+
+    def save_asking(self, fingerprint):
+        """Remember that a child's program asks things of its client."""
+        with self._batch() as db:
+            db.execute("UPDATE binaries SET asks = 1 WHERE fingerprint = ?", (fingerprint,))
+
     def count_sessions(self):
         """How many sessions are on file."""
         return self._one("SELECT count(*) AS n FROM sessions").n
@@ -1641,7 +1657,7 @@ class Upstream:
 # ======================================================================================================================
 
 MAX_DEPTH = 64
-ENVELOPE = re.compile(rb'\{"jsonrpc":"2\.0","id":([0-9]{1,15}),"(?:result|error)":')
+ENVELOPE = re.compile(rb'\{"jsonrpc":"2\.0","id":([0-9]{1,15}),"(result":\{|error":)')
 
 
 def _unique(pairs):
@@ -1757,12 +1773,17 @@ def error_message(request_id, code, message, data=None):
     return dump({"jsonrpc": "2.0", "id": request_id, "error": error})
 
 
-def with_id(line, message, request_id):
-    """A child's answer with its id replaced: large ones keep their bytes, when the envelope leaves no doubt."""
+def with_id(line, message, request_id, extra=None):
+    """A child's answer with its id replaced and `extra` members in its result; large ones keep their bytes, where the envelope leaves no doubt."""
     match = ENVELOPE.match(line)
     if match and int(match[1]) == message.id and message.body.keys() <= {"jsonrpc", "id", "result", "error"} and b"\r" not in line:
-        return line[:match.start(1)] + dump(request_id) + line[match.end(1):]
-    return dump({**message.body, "id": request_id})
+        if not extra:
+            return line[:match.start(1)] + dump(request_id) + line[match.end(1):]
+        if match[2] == b'result":{':
+            more = dump(extra)[1:-1] + (b"," if message.body["result"] else b"")
+            return line[:match.start(1)] + dump(request_id) + line[match.end(1):match.end()] + more + line[match.end():]
+    body = {**message.body, "id": request_id}
+    return dump(body | {"result": {**body["result"], **extra}} if extra else body)
 
 
 # ======================================================================================================================
@@ -1803,15 +1824,15 @@ class Later:
     """An answer that is still to come: the connection's thread pumps `reader` (of a Stream) until its last item.
 
     `json_wait`: seconds in which a last item that comes first is sent as plain JSON, None for however long it takes (no stream).
-    `head`: extra headers. `prime`: open an event stream with an empty event that carries an id (MCP 2025-11-25).
-    `batch`: the answers form one JSON array.
+    `prime`: open an event stream with an empty event that carries an id (MCP 2025-11-25). `batch`: the answers form one JSON array.
+    `gone`: events carry no ids, and this is called when the client hangs up before the last one (MCP 2026-07-28 cancellation).
     """
 
     reader: object
     json_wait: object = 2.0
-    head: tuple = ()
     prime: bool = False
     batch: bool = False
+    gone: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1846,12 +1867,16 @@ def redirect(location):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing on a stream: a number, the bytes of a JSON-RPC message, whether it is an answer, and whether it is the last."""
+    """One thing on a stream: a number, the bytes of a JSON-RPC message, whether it is an answer, and whether it is the last.
+
+    `status` is that of the HTTP response, should the answer be all there is.
+    """
 
     number: int
     data: bytes
     answer: bool = False
     last: bool = False
+    status: int = 200
 
 
 class Stream:
@@ -1871,7 +1896,7 @@ class Stream:
         self._answers_left = answers
         self.finished = False
 
-    def put(self, data, answer=False):
+    def put(self, data, answer=False, status=200):
         """Add a message; the last of the expected answers ends the stream. False when it has ended already."""
         with self._changed:
             if self._reader and not answer and (len(self._items) >= self._max_items or self._bytes >= self._max_bytes):
@@ -1881,7 +1906,7 @@ class Stream:
             self._number += 1
             self._answers_left -= answer
             last = answer and self._answers_left <= 0
-            self._items.append(Item(self._number, data, answer, last))
+            self._items.append(Item(self._number, data, answer, last, status))
             self._bytes += len(data)
             while len(self._items) > self._max_items or (self._bytes > self._max_bytes and len(self._items) > 1):
                 if self._reader and self._items[0].number > self._reader.cursor:
@@ -1947,6 +1972,11 @@ class Reader:
             self.cursor = item.number
             self.stream._taken = max(self.stream._taken, item.number)
             self.stream._changed.notify_all()
+
+    @property
+    def has_all(self):
+        """Whether the last item was handed over."""
+        return self.stream.finished and self.cursor >= self.stream._number
 
     def close(self):
         """The client is gone, or has all it needs: the stream has no reader any more (unless a newer one took over)."""
@@ -3029,58 +3059,65 @@ class Child:
 
 # ======================================================================================================================
 # Session
-# Owns the life of a session: its calls, its streams, and the child that serves it now: wake, replay, replace, sleep, end.
-# Must not know HTTP, tokens or other sessions; places and credentials it asks of the registry it was given.
+# Owns calls on their way through a child, and the life of the child that serves now: wake, replay, replace, sleep, end.
+# Must not know HTTP, tokens or eras: it is given a front, which speaks with the client, and edges, which speak with children.
 # ======================================================================================================================
 
 class Call:
-    """One request on its way through a child: where its answer goes, and what must be restored in it."""
+    """One request on its way through a child, in the form both eras share: `params` without what only one era says.
 
-    __slots__ = ("id", "method", "params", "stream", "reader", "streamable", "transform", "after", "deadline", "token", "internal",
-                 "answered")
+    `reply` takes what comes back: notify(body), answer(line, message), fail(code, sentence, data). `capabilities`, `client`, `level`
+    are what this request says of its client; None: what the session says. `over` is called once when nothing more can come.
+    """
 
-    def __init__(self, request_id, method, params, stream, *, deadline, streamable=True, transform=None, after=None, internal=False):
-        self.id, self.method, self.params, self.stream = request_id, method, params, stream
-        self.streamable, self.transform, self.after, self.internal = streamable, transform, after, internal
-        self.deadline, self.token, self.answered = deadline, None, False
-        self.reader = stream.open() if internal else None
+    __slots__ = ("method", "params", "reply", "deadline", "token", "capabilities", "client", "level", "after", "over", "paused_at",
+                 "undeclared", "answers", "state")
 
-    def answer(self, line, message):
-        """Pass the child's answer on, under the client's own id."""
-        self.answered = True
-        if self.transform and "result" in message.body:
-            data = result_message(self.id, self.transform(message.body["result"]))
-        else:
-            data = with_id(line, message, self.id)
-        if self.after and "result" in message.body:
-            self.after(message.body["result"])
-        self.stream.put(data, answer=True)
+    def __init__(self, method, params, reply, deadline, *, capabilities=None, client=None, level=None, after=None, over=None):
+        self.method, self.params, self.reply, self.deadline = method, params, reply, deadline
+        self.capabilities, self.client, self.level, self.after, self.over = capabilities, client, level, after, over
+        meta = (params or {}).get("_meta")
+        self.token = meta.get("progressToken") if isinstance(meta, dict) else None
+        self.paused_at = None  # since when its client owes an answer: the clock stands
+        self.undeclared = {}  # what the child asked of a client that cannot do it
+        self.answers, self.state = {}, None  # of a child of the modern era: what goes into the retry
 
     def fail(self, reason, sentence, *, retryable, outcome_unknown=True, code=SERVER_ERROR):
         """Answer with an error of the broker's own (design 5: the table of cases)."""
-        self.answered = True
-        data = {"reason": reason, "outcome_unknown": outcome_unknown, "retryable": retryable}
-        self.stream.put(error_message(self.id, code, sentence, data), answer=True)
+        self.reply.fail(code, sentence, {"reason": reason, "outcome_unknown": outcome_unknown, "retryable": retryable})
+
+
+class Waiting:
+    """The reply to a call of the broker's own: wait(seconds) gives the answer's body, or None."""
+
+    def __init__(self):
+        self._done, self.body = threading.Event(), None
+
+    def notify(self, body):
+        """Nobody listens."""
+
+    def answer(self, line, message):
+        """Keep the child's answer."""
+        self.body = message.body
+        self._done.set()
+
+    def fail(self, code, sentence, data):
+        """There will be no answer."""
+        self._done.set()
 
     def wait(self, seconds):
-        """For the broker's own calls: the answer's body, or None."""
-        deadline = time.monotonic() + seconds
-        while (item := self.reader.take(max(0.0, deadline - time.monotonic()))) is not None:
-            self.reader.taken(item)
-            if item.answer:
-                return json.loads(item.data)
-        return None
+        """The answer's body, or None when there was none in time."""
+        self._done.wait(seconds)
+        return self.body
 
 
-@dataclass
 class Question:
-    """A request of the child that its client has to answer."""
+    """What a child asks its client in the middle of a call. `key` is its name where the child gave one, else its request id."""
 
-    link: object
-    id: object
-    call: object
-    deadline: float
-    asked_at: float
+    __slots__ = ("link", "key", "method", "params", "call", "deadline")
+
+    def __init__(self, link, key, method, params, call=None):
+        self.link, self.key, self.method, self.params, self.call, self.deadline = link, key, method, params, call, 0.0
 
 
 class Link:
@@ -3090,8 +3127,7 @@ class Link:
         self.session, self.seq, self.fresh_until = session, seq, fresh_until  # of the credential that the child holds
         self.pending = {}  # our id towards the child -> Call
         self.numbers = itertools.count(1)
-        self.child, self.bad_lines, self.initialized, self.used_at = None, 0, False, time.monotonic()
-        self.stray = 0
+        self.child, self.edge, self.bad_lines, self.stray, self.used_at = None, None, 0, 0, time.monotonic()
 
     @property
     def alive(self):
@@ -3103,28 +3139,22 @@ class Link:
         number = next(self.numbers)
         self.pending[number] = call
         self.used_at = time.monotonic()
-        body = {"jsonrpc": "2.0", "id": number, "method": call.method}
-        params = call.params
-        if params is not None:
-            meta = params.get("_meta")
-            if isinstance(meta, dict) and "progressToken" in meta:
-                call.token = meta["progressToken"]
-                params = {**params, "_meta": {**meta, "progressToken": number}}
-            body["params"] = params
-        return dump(body)
+        return self.edge.encode(number, call)
+
+    def start(self, method, params, reply, seconds, after=None):
+        """Send a call of the broker's own; whether it went out."""
+        with self.session.lock:
+            line = self.register(Call(method, params, reply, time.monotonic() + seconds, after=after))
+        return self.child.send(line)
 
     def call(self, method, params, seconds):
         """A call of the broker's own; the answer's body, or None when there was none in time."""
-        call = Call(0, method, params, Stream(answers=1), deadline=time.monotonic() + seconds, internal=True)
-        with self.session.lock:
-            line = self.register(call)
-        if not self.child.send(line):
-            return None
-        return call.wait(seconds)
+        reply = Waiting()
+        return reply.wait(seconds) if self.start(method, params, reply, seconds) else None
 
-    def notify(self, method, params=None):
-        """Send a notification to the child."""
-        return self.child.send(dump({"jsonrpc": "2.0", "method": method} | ({"params": params} if params is not None else {})))
+    def send(self, body):
+        """Send a message to the child."""
+        return self.child.send(dump({"jsonrpc": "2.0", **body}))
 
     def on_line(self, line):
         """A line of the child's output; in the child's reader thread."""
@@ -3139,21 +3169,38 @@ class Link:
                 self.child.kill("bad_lines")
             return
         self.bad_lines = 0
-        if message.kind == "response":
-            self._answered(line, message)
-        else:
-            self.session.from_child(self, message)
-
-    def _answered(self, line, message):
+        if message.kind != "response":
+            self._said(message)
+            return
         with self.session.lock:
-            call = self.pending.pop(message.id, None) if isinstance(message.id, int) else None
-        if call is None:
+            call = self.pending.get(message.id) if isinstance(message.id, int) else None
+            asks = call is not None and self.edge.asks(call, message)
+            if call and not asks:
+                del self.pending[message.id]
+        if asks:
+            self.edge.ask(call, message)
+        elif call:
+            self.used_at = time.monotonic()
+            if call.after and "result" in message.body:
+                call.after(message.body["result"])
+            call.reply.answer(line, message)
+            self.session.call_ended(self, call, message)
+        else:
             self.stray += 1
             self.session.log.event("debug", "stray answer from child", user=self.session.sub)
-            return
-        self.used_at = time.monotonic()
-        call.answer(line, message)
-        self.session.call_ended(self, call, message)
+
+    def _said(self, message):
+        """A notification or question of the child: progress goes to its call, the rest by the edge to the session."""
+        params = message.params or {}
+        if message.method == "notifications/progress":
+            with self.session.lock:
+                call = self.pending.get(params.get("progressToken")) if isinstance(params.get("progressToken"), int) else None
+            if call and call.token is not None:
+                call.reply.notify({**message.body, "params": {**params, "progressToken": call.token}})
+        elif message.method == "ping" and message.kind == "request":
+            self.send({"id": message.id, "result": {}})
+        else:
+            self.edge.said(message)
 
     def on_end(self, child):
         """The child has ended; in its reader thread, once."""
@@ -3168,178 +3215,141 @@ class Wake:
 
 
 class Session:
-    """A client's session, or (durable=False) the pool that serves a client's requests without a session id.
+    """What one child at a time serves: a client's session (durable, by its `name`), or a place in the pool of a client.
 
-    `lock` guards link, draining, waking, questions, streams and the links' maps; it is never held across a spawn, a send or a wait.
+    `lock` guards link, draining, waking, questions, the links' maps and the front's; it is never held across a spawn, a send or a wait.
     """
 
-    def __init__(self, registry, name, sub, client_id, initialize, *, version=None, log_level=None, subscriptions=(), tools_hash=None,
+    def __init__(self, registry, name, sub, client_id, initialize, front, *, version=None, level=None, subscriptions=(), tools_hash=None,
                  durable=True):
         self.registry, self.settings, self.log = registry, registry.settings, registry.log
         self.name, self.sub, self.client_id, self.durable = name, sub, client_id, durable
-        self.initialize, self.version, self.log_level = initialize, version, log_level
-        self.subscriptions, self.tools_hash = set(subscriptions), tools_hash
+        self.initialize, self.version, self.level, self.server = initialize, version, level, None
+        self.subscriptions, self.tools_hash, self.tools = collections.Counter(subscriptions), tools_hash, None
         self.lock = threading.Lock()
-        self.link, self.draining, self.waking, self.ended = None, set(), None, False
-        self.questions, self.streams, self.question_numbers = {}, collections.OrderedDict(), itertools.count(1)
-        self.get_stream = self._new_stream(0)
-        self.failures, self.retry_at, self.failure, self.server = 0, 0.0, None, None
+        self.link, self.draining, self.waking, self.ended, self.questions = None, set(), None, False, set()
+        self.failures, self.retry_at, self.failure = 0, 0.0, None
+        self.users, self.leased = 0, False  # of a place in a pool; guarded by the registry's lock
+        self._watch_lock = threading.Lock()  # one change of subscriptions at a time, child's answers awaited; taken before `lock`
         self.used_at = self.saved_at = registry.clock.now()
-        self.hints = None
+        self.front = front(self)
 
-    def _new_stream(self, answers):
-        return Stream(self.settings.stream_events, self.settings.stream_bytes, self.settings.write_timeout + 5, answers)
+    # -- calls, notifications and answers of the client
 
-    # -- requests, notifications and answers of the client
-
-    def submit(self, messages, *, streamable=True, transform=None):
-        """Send requests to the child, waking it if need be; a Stream that will carry their answers, already with its reader.
-
-        Raises RpcError when the child cannot be had or too much is in flight.
-        """
-        stream = self._new_stream(len(messages))
-        reader = stream.open()
-        deadline = time.monotonic() + self.settings.request_timeout
-        calls = [Call(m.id, m.method, m.params, stream, deadline=deadline, streamable=streamable, transform=transform and transform(m),
-                      after=self._after(m)) for m in messages]
+    def submit(self, calls):
+        """Send requests to the child, waking it if need be; RpcError when it cannot be had or too much is in flight."""
         self.used_at = self.registry.clock.now()
         for _ in range(3):
             link = self._awake()
             with self.lock:
                 if self.ended or link is not self.link or not link.alive:
                     continue
-                in_flight = sum(not call.internal for each in (link, *self.draining) for call in each.pending.values())
-                if in_flight + len(calls) > self.settings.max_inflight:
+                if len(self.calls()) + len(calls) > self.settings.max_inflight:
                     raise RpcError(SERVER_ERROR, "Too many requests of this session are in flight; wait for answers.",
                                    {"reason": "busy", "outcome_unknown": False, "retryable": True}, 429, (("Retry-After", "1"),))
-                lines = [link.register(call) for call in calls]
-                if self.durable:
-                    self.streams[stream.key] = stream
+                lines = [link.register(call) for call in calls if not link.edge.serves(call)]
             for line in lines:
                 link.child.send(line)  # a child that died meanwhile answers through link_ended
-            return reader
-        raise self._unavailable("child_died", "The tool process ended again and again.")
+            for call in filter(link.edge.serves, calls):
+                link.edge.serve(call)
+                self.call_ended(link, call, None)
+            return
+        raise self.unavailable("child_died", "The tool process ended again and again.")
 
-    def _after(self, message):
-        """What a successful answer changes that has to be replayed to a new child."""
-        params = message.params or {}
-        if message.method == "logging/setLevel" and self.durable:
-            return lambda result: self._remember(log_level=params.get("level"))
-        if message.method == "resources/subscribe" and isinstance(params.get("uri"), str):
-            return lambda result: self._remember(subscribe=params["uri"])
-        if message.method == "resources/unsubscribe" and isinstance(params.get("uri"), str):
-            return lambda result: self._remember(unsubscribe=params["uri"])
-        if message.method == "tools/list" and not params.get("cursor") and self.durable:
-            return lambda result: self._remember(tools_hash=tools_digest(result))
-        return None
+    def links(self):
+        """The child that serves now and those that end their calls; under the lock."""
+        return [link for link in (self.link, *self.draining) if link]
 
-    def _remember(self, log_level=None, subscribe=None, unsubscribe=None, tools_hash=None):
-        before = (self.log_level, frozenset(self.subscriptions), self.tools_hash)
-        with self.lock:
-            self.log_level = log_level or self.log_level
-            self.subscriptions |= {subscribe} - {None}
-            self.subscriptions -= {unsubscribe}
-            self.tools_hash = tools_hash or self.tools_hash
-            after = (self.log_level, frozenset(self.subscriptions), self.tools_hash)
-        if self.durable and before != after:
-            with contextlib.suppress(StoreUnavailable):  # what is lost is a replay's detail, not the answer
-                self.registry.store.update_session(self.name, self.log_level, self.subscriptions, self.tools_hash)
+    def calls(self, link=None):
+        """The client's requests in flight, on one link or all; under the lock."""
+        return [call for each in ([link] if link else self.links()) for call in each.pending.values() if not isinstance(call.reply, Waiting)]
 
-    def notify(self, message):
-        """A notification of the client: cancellation is translated, others go to a child that is awake."""
+    def notify(self, method, params=None):
+        """A notification of the client for a child that is awake."""
         with self.lock:
             link = self.link
         self.used_at = self.registry.clock.now()
-        if message.method == "notifications/cancelled":
-            self._cancel((message.params or {}).get("requestId"), message.params)
-        elif link and message.method == "notifications/initialized":
-            if not link.initialized:
-                link.initialized = True
-                link.notify(message.method, message.params)
-        elif link:
-            link.notify(message.method, message.params)
+        if link and link.edge:
+            link.edge.tell(method, params)
 
-    def _cancel(self, request_id, params):
+    def cancel(self, call, params=None):
+        """Cancel a call at its child; whether it was in flight. No answer is given here."""
         with self.lock:
-            found = [(link, number, call) for link in (self.link, *self.draining) if link for number, call in link.pending.items()
-                     if not call.internal and call.id == request_id and type(call.id) is type(request_id)]
+            found = next(((link, n) for link in self.links() for n, each in link.pending.items() if each is call), None)
             if not found:
-                return
-            link, number, call = found[-1]
+                return False
+            link, number = found
             del link.pending[number]
-        link.notify("notifications/cancelled", {**params, "requestId": number})
-        call.fail("cancelled", "The request was cancelled.", retryable=False)
+            self.questions = {question for question in self.questions if question.call is not call}
+        link.edge.cancel(number, params)
         self.call_ended(link, call, None)
+        return True
 
-    def reply(self, message):
-        """The client's answer to a question of the child; one that nobody asked is dropped (J07)."""
+    def remember(self, **changes):
+        """Keep what has to be replayed to a new child: `level`, `tools_hash`, `subscribe` or `unsubscribe` (a URI)."""
         with self.lock:
-            question = self.questions.pop(message.id, None) if isinstance(message.id, str) else None
-            if question and question.call:  # the clock stood while the client owed the answer
-                question.call.deadline += time.monotonic() - question.asked_at
-        if question:
-            question.link.child.send(dump({**message.body, "id": question.id}))
+            before = (self.level, sorted(self.subscriptions), self.tools_hash)
+            if "subscribe" in changes:  # a session subscribes once, the listeners of a pool count
+                self.subscriptions[changes["subscribe"]] += not self.durable or changes["subscribe"] not in self.subscriptions
+            if "unsubscribe" in changes:
+                self.subscriptions[changes["unsubscribe"]] -= 1
+                self.subscriptions = +self.subscriptions
+            self.level, self.tools_hash = changes.get("level", self.level), changes.get("tools_hash", self.tools_hash)
+            after = (self.level, sorted(self.subscriptions), self.tools_hash)
+        if self.durable and before != after:
+            with contextlib.suppress(StoreUnavailable):  # what is lost is a replay's detail, not the answer
+                self.registry.store.update_session(self.name, *after)
 
-    # -- what the child says of itself
-
-    def from_child(self, link, message):
-        """Route a notification or question of the child: to the request it belongs to, else where the client listens."""
-        params = message.params or {}
-        if message.method == "notifications/progress":
+    def watch(self):
+        """Make the child's subscriptions what this session wants; the resources that it refused."""
+        with self._watch_lock:
             with self.lock:
-                call = link.pending.get(params.get("progressToken")) if isinstance(params.get("progressToken"), int) else None
-            if call and call.token is not None and call.streamable:
-                call.stream.put(dump({**message.body, "params": {**params, "progressToken": call.token}}))
-        elif message.kind == "request":
-            self._ask(link, message)
-        elif message.method == "notifications/cancelled":
-            self._withdraw(link, message)
-        else:
-            stream, _ = self._target(link)
-            if stream:
-                stream.put(dump(message.body))
+                link, uris = self.link, set(self.subscriptions)
+            return link.edge.watch(uris) if link else set()
 
-    def _target(self, link):
-        """The stream for what belongs to no request by itself, and the call it is taken to belong to."""
+    # -- questions of the child
+
+    def hold(self, question, call, seconds):
+        """A question is with the client: the clock of its call stands until it is answered, at most that long."""
         with self.lock:
-            calls = [call for each in {link, self.link, *self.draining} - {None} for call in each.pending.values() if not call.internal]
-            here = [call for call in link.pending.values() if not call.internal]
-            if len(calls) == 1 and calls[0].streamable and calls[0].stream.is_open:
-                return calls[0].stream, calls[0] if here else None
-            if not self.durable:  # a shared child: nothing is attributed by guess
-                return None, None
-            if self.get_stream.is_open:
-                return self.get_stream, here[0] if len(here) == 1 else None
-            still_open = [call for call in calls if call.streamable and call.stream.is_open]
-            return (still_open[-1].stream if still_open else self.get_stream), here[0] if len(here) == 1 else None
+            question.call, question.deadline = call, time.monotonic() + seconds
+            self.questions.add(question)
+            if call and call.paused_at is None:
+                call.paused_at = time.monotonic()
 
-    def _ask(self, link, message):
-        if not self.durable:
-            self._refuse_question(link, message.id, METHOD_NOT_FOUND, "This client was not said to answer questions")
-            return
-        stream, call = self._target(link)
-        now = time.monotonic()
-        limit = self.settings.input_timeout if stream.is_open else QUESTION_GRACE
+    def answer(self, question, result=None, error=None):
+        """The client's answer to a question; dropped when it is not open any more (J07)."""
         with self.lock:
-            number = f"{stream.key}.{next(self.question_numbers)}"
-            self.questions[number] = Question(link, message.id, call, now + limit, now)
-        stream.put(dump({**message.body, "id": number}))
+            if question not in self.questions:
+                return
+            if question.call:
+                question.call.answers[question.key] = result
+            last = self._close(question)
+        question.link.edge.answered(question, result, error, last)
 
-    @staticmethod
-    def _refuse_question(link, question_id, code, sentence):
-        link.child.send(error_message(question_id, code, sentence))
+    def _close(self, question):
+        """Under the lock; whether it was the last one of its call."""
+        self.questions.discard(question)
+        call = question.call
+        last = not any(each.call is call for each in self.questions)
+        if call and last and call.paused_at is not None:
+            call.deadline += time.monotonic() - call.paused_at
+            call.paused_at = None
+        return last
 
-    def _withdraw(self, link, message):
-        asked = (message.params or {}).get("requestId")
+    def withdraw(self, link, key):
+        """The child wants no answer any more."""
         with self.lock:
-            numbers = [number for number, question in self.questions.items() if question.link is link and question.id == asked]
-            for number in numbers:
-                del self.questions[number]
-        stream, _ = self._target(link)
-        for number in numbers:
-            stream.put(dump({**message.body, "params": {**message.params, "requestId": number}}))
+            gone = [question for question in self.questions if question.link is link and question.key == key]
+            for question in gone:
+                self._close(question)
+        return gone
 
     # -- the child: wake, replay, replace, sleep, end
+
+    def awake(self):
+        """Make sure that a child is there and initialized."""
+        self._awake()
 
     def _awake(self):
         """The link to an initialized child; one request starts it, the others wait for that start."""
@@ -3353,42 +3363,35 @@ class Session:
             wake, leader = self.waking or Wake(), self.waking is None
             self.waking = wake
         if leader:
-            self._wake(wake, replay=True)
+            self._wake(wake)
         elif not wake.done.wait(PLACE_WAIT + self.settings.start_timeout + 30):
-            raise self._unavailable("starting_failed", "The tool process did not start in time.")
+            raise self.unavailable("starting_failed", "The tool process did not start in time.")
         if wake.error:
             raise wake.error
         return wake.link
 
-    def open(self):
-        """Start the first child of a new session with the client's own `initialize`; the child's result."""
-        wake = self.waking = Wake()
-        self._wake(wake, replay=False)
-        if wake.error:
-            raise wake.error
-        return self.server
-
-    def _wake(self, wake, replay):
+    def _wake(self, wake):
         """Start a child and put it in place. Whatever happens, who waits for `wake` is told, and the next may try again."""
         error, link = None, None
         try:
-            link = self._start(replay)
+            link = self._start()
         except (RpcError, Refusal) as problem:
             error = problem
         except BaseException as problem:
             self.log.event("error", "start failed", user=self.sub, error=type(problem).__name__)
-            error = self._unavailable("starting_failed", "The tool process could not be started.")
+            error = self.unavailable("starting_failed", "The tool process could not be started.")
             if not isinstance(problem, Exception):
                 raise
         finally:
             with self.lock:
                 if link and self.ended:
-                    error, link = session_not_found(), self._retire(link)
+                    link.child.stop("session ended")
+                    error, link = session_not_found(), None
                 old, self.waking = self.link if self.link is not link else None, None
                 if link:
                     self.link, self.failures = link, 0
                     self.draining |= {old} - {None}
-                elif error and isinstance(error, RpcError):
+                elif isinstance(error, RpcError):
                     self.failures, self.failure = self.failures + 1, error
                     self.retry_at = time.monotonic() + min(60, 2 ** max(0, self.failures - 3))
                 wake.link, wake.error = link, error
@@ -3396,15 +3399,12 @@ class Session:
             if link and old:
                 self._stop_if_drained(old)
 
-    @staticmethod
-    def _retire(link):
-        link.child.stop("session ended")
-
-    def _start(self, replay):
+    def _start(self):
         access, seq, fresh_until = self.registry.credential(self.sub)
         with self.lock:
             if self.link and self.link.alive and self.link.seq == seq:  # nothing newer was to be had
                 return self.link
+        replay = self.version is not None
         self.registry.take_place(self)
         link = Link(self, seq, fresh_until)
         try:
@@ -3413,65 +3413,53 @@ class Session:
             self.registry.release_place(self)
             raise
         self.log.audit("child started", user=self.sub, client=self.client_id, pid=link.child.pid, replay=replay)
-        params = self.initialize if not replay or not self.version else {**self.initialize, "protocolVersion": self.version}
-        answer = link.call("initialize", params, self.settings.start_timeout)
-        if answer is None or "error" in answer and link.child.ended.is_set():
-            link.child.stop("no answer to initialize")
+        try:
+            server = self.registry.connect(link)
+        except (RpcError, Refusal):
+            link.child.stop("no answer to the handshake")
+            raise
+        if server is None:
+            link.child.stop("no answer to the handshake")
             raise self.registry.why_not_started(self.sub, access)
-        if "error" in answer:
-            link.child.stop("initialize refused")
-            error = answer["error"]
-            raise RpcError(error["code"], str(error.get("message", "")), error.get("data"))
-        result = answer["result"]
-        if not isinstance(result, dict) or not isinstance(result.get("protocolVersion"), str):
-            link.child.stop("initialize answered wrongly")
-            raise self._unavailable("starting_failed", "The tool process does not speak MCP.")
-        self._initialized(link, result, replay)
+        if self.version and server["protocolVersion"] != self.version:
+            self.log.event("warning", "child speaks another version", user=self.sub, was=self.version, now=server["protocolVersion"])
+        self.server, self.version = server, self.version or server["protocolVersion"]
+        if replay or not self.durable:
+            self._replay(link)
         return link
 
-    def _initialized(self, link, result, replay):
-        if not replay:
-            self.server, self.version = result, result["protocolVersion"]
-            return
-        if self.version and result["protocolVersion"] != self.version:
-            self.log.event("warning", "child speaks another version", user=self.sub, was=self.version, now=result["protocolVersion"])
-        self.version = self.version or result["protocolVersion"]
-        link.initialized = True
-        link.notify("notifications/initialized")
-        for method, params in self._to_replay():
-            link.call(method, params, QUESTION_GRACE)
+    def _replay(self, link):
+        link.edge.ready()
+        if self.level:
+            link.edge.set_level(self.level)
+        if self.subscriptions or self.front.listening:
+            link.edge.watch(set(self.subscriptions))
         if self.tools_hash:
             self._compare_tools(link)
-
-    def _to_replay(self):
-        if self.log_level:
-            yield "logging/setLevel", {"level": self.log_level}
-        for uri in sorted(self.subscriptions):
-            yield "resources/subscribe", {"uri": uri}
 
     def _compare_tools(self, link):
         """Tell the client when the new child has other tools than the one it knew; the comparison holds up nobody."""
         def compare(result):
             digest_now = tools_digest(result)
             if digest_now != self.tools_hash:
-                self._remember(tools_hash=digest_now)
-                self.hints = None
-                self.get_stream.put(dump({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"}))
+                self.remember(tools_hash=digest_now)
+                self.front.heard(link, "notifications/tools/list_changed", {})
 
-        call = Call(0, "tools/list", {}, Stream(answers=1), deadline=time.monotonic() + 60, internal=True, after=compare)
-        with self.lock:
-            line = link.register(call)
-        link.child.send(line)
+        self.tools = None
+        link.start("tools/list", {}, Waiting(), 60, after=compare)
 
     def replace(self):
         """Serve the session with a child that holds the user's newest token: an idle child is put to sleep, a busy one relieved."""
-        if self.settings.child_keeps_state or self.sleep("token rotated"):
-            return
+        if not self.settings.child_keeps_state and not self.sleep("token rotated"):
+            self.wake_in_background(only_if=lambda: self.link)
+
+    def wake_in_background(self, only_if=lambda: True):
+        """Start a child without waiting for it."""
         with self.lock:
-            if self.ended or self.waking or not self.link:
+            if self.ended or self.waking or not only_if() or (self.failures and time.monotonic() < self.retry_at):
                 return
             self.waking = wake = Wake()
-        threading.Thread(target=self._wake, args=(wake, True), daemon=True).start()
+        threading.Thread(target=self._wake, args=(wake,), daemon=True).start()
 
     def sleep(self, reason):
         """Stop an idle child, keep the session; False when it is busy or there is none."""
@@ -3484,13 +3472,12 @@ class Session:
         return True
 
     def _busy(self, link):
-        return bool(link.pending) or any(question.link is link for question in self.questions.values())
+        return bool(link.pending) or any(question.link is link for question in self.questions) or link is self.link and self.front.listening
 
     @property
     def keeps_nothing(self):
-        """Whether it has no child, no reader, and nothing that a client has not taken."""
-        streams = [self.get_stream, *self.streams.values()]
-        return not (self.link or self.draining or self.waking) and all(stream.is_taken and not stream.is_open for stream in streams)
+        """Whether it has no child and nothing that a client has not taken."""
+        return not (self.link or self.draining or self.waking) and self.front.keeps_nothing
 
     def idle_since(self):
         """Since when (monotonic) the child has had nothing to do; None while it is busy or asleep."""
@@ -3498,7 +3485,9 @@ class Session:
             return self.link.used_at if self.link and not self.waking and not self._busy(self.link) else None
 
     def call_ended(self, link, call, message):
-        """A call has its answer: drained children go, waiting requests may get the place, a refusal by Forgejo is looked into."""
+        """A call is over: drained children go, waiting requests may get the place, a refusal by Forgejo is looked into."""
+        if call.over:
+            call.over()
         if link is not self.link:
             self._stop_if_drained(link)
         self.registry.place_may_be_free()
@@ -3519,40 +3508,35 @@ class Session:
                 self.link = None
             self.draining.discard(link)
             calls, link.pending = list(link.pending.values()), {}
-            for number in [n for n, question in self.questions.items() if question.link is link]:
-                del self.questions[number]
+            self.questions = {question for question in self.questions if question.link is not link}
         for call in calls:
             call.fail("child_died", f"The tool process ended ({reason}) before it answered; whether it did anything is not known.",
                       retryable=True)
+            if call.over:
+                call.over()
         self.registry.release_place(self)
         self.log.audit("child stopped", user=self.sub, client=self.client_id, pid=link.child.pid, reason=reason)
 
     def tick(self, now):
         """Answer what has waited too long (monotonic time `now`); called by the reaper."""
         with self.lock:
-            links = [link for link in (self.link, *self.draining) if link]
-            asked = {id(question.call) for question in self.questions.values() if question.call}
-            late = [(link, number) for link in links for number, call in link.pending.items()
-                    if call.deadline <= now and id(call) not in asked]
-            late = [(link, number, link.pending.pop(number)) for link, number in late]
-            stale = [self.questions.pop(n) for n in [n for n, question in self.questions.items() if question.deadline <= now]]
-            for question in stale:
-                if question.call:
-                    question.call.deadline += now - question.asked_at
-            for key in [key for key, stream in self.streams.items() if stream.finished and stream.is_taken][:-8]:
-                del self.streams[key]
-            while len(self.streams) > 64:
-                self.streams.popitem(last=False)
+            links = self.links()
+            late = [call for link in links for call in link.pending.values() if call.deadline <= now and call.paused_at is None]
+            stale = [question for question in self.questions if question.deadline <= now]
+            self.front.tick()
         for question in stale:
-            self._refuse_question(question.link, question.id, SERVER_ERROR, "The client did not answer in time")
-        for link, number, call in late:
-            link.notify("notifications/cancelled", {"requestId": number, "reason": "timed out"})
-            call.fail("timed_out", "The tool did not answer in time; whether it did anything is not known.", retryable=False)
-            self.call_ended(link, call, None)
+            if question.call and question.call.reply.held:  # nobody came back for the call
+                self.cancel(question.call, {"reason": "no retry came"})
+            self.answer(question, error={"code": SERVER_ERROR, "message": "The client did not answer in time"})
+        for call in late:
+            if self.cancel(call, {"reason": "timed out"}):
+                call.fail("timed_out", "The tool did not answer in time; whether it did anything is not known.", retryable=False)
         for link in links:
             link.child.tick()
             if link is not self.link:
                 self._stop_if_drained(link)
+        if not links and self.front.listening:  # its child died: what it listens to must go on
+            self.wake_in_background()
 
     def end(self, reason):
         """The session is over: its child stops, its streams end, what is in flight is answered."""
@@ -3560,54 +3544,42 @@ class Session:
             if self.ended:
                 return
             self.ended = True
-            links, self.link = [link for link in (self.link, *self.draining) if link], None
+            links, self.link = self.links(), None
             calls = [call for link in links for call in link.pending.values()]
             for link in links:
                 link.pending = {}
-            streams = [self.get_stream, *self.streams.values()]
         for call in calls:
             call.fail("session_ended", f"The session ended ({reason}); whether the call did anything is not known.", retryable=False)
         for link in links:
             link.child.stop(reason)
-        for stream in streams:
-            stream.end()
+        self.front.end()
         if self.durable:
             self.log.audit("session ended", user=self.sub, client=self.client_id, reason=reason)
 
-    # -- streams and tools
+    # -- tools
 
-    def stream_after(self, event_id):
-        """The stream and number that a Last-Event-ID names; the session's own stream when it names none of ours."""
-        key, _, number = (event_id or "").rpartition("-")
-        with self.lock:
-            stream = self.get_stream if key == self.get_stream.key else self.streams.get(key)
-        if stream is None or not re.fullmatch(r"[0-9]{1,15}", number):
-            return self.get_stream, None
-        return stream, int(number)
+    def tool(self, name):
+        """What the child says of a tool, None when it has none of that name: the list is fetched once, until it changes."""
+        if self.tools is None:
+            self.tools = self._read_tools()
+        return self.tools.get(name)
 
-    def tool_reads(self, name):
-        """Whether a tool only reads: by its name, else by a readOnlyHint of true; a hint of false decides nothing."""
-        if name_reads(name, self.settings):
-            return True
-        if self.hints is None:
-            self.hints = self._read_hints()
-        return name in self.hints
-
-    def _read_hints(self):
-        link, cursor, names = self._awake(), None, set()
+    def _read_tools(self):
+        link, cursor, tools = self._awake(), None, {}
         for _ in range(100):
             answer = link.call("tools/list", {"cursor": cursor} if cursor else {}, QUESTION_GRACE)
             result = (answer or {}).get("result")
             if not isinstance(result, dict):
                 break
-            names |= {tool.get("name") for tool in result.get("tools", ()) if isinstance(tool, dict) and hint_reads(tool)}
+            tools.update((tool["name"], tool) for tool in result.get("tools", ()) if isinstance(tool, dict) and isinstance(tool.get("name"), str))
             cursor = result.get("nextCursor")
             if not isinstance(cursor, str):
                 break
-        return names
+        return tools
 
     @staticmethod
-    def _unavailable(reason, sentence):
+    def unavailable(reason, sentence):
+        """An RpcError 503 for a child that cannot be had."""
         return RpcError(SERVER_ERROR, sentence, {"reason": reason, "outcome_unknown": False, "retryable": True}, 503, (("Retry-After", "2"),))
 
 
@@ -3616,20 +3588,691 @@ def session_not_found():
     return RpcError(SESSION_NOT_FOUND, "Session not found. Start a new one with initialize.", None, 404)
 
 
-def name_reads(name, settings):
-    """Whether a tool's name is one of `read_only_tools`."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.read_only_tools)
-
-
-def hint_reads(tool):
-    """Whether a tool says of itself that it only reads."""
-    annotations = tool.get("annotations")
-    return isinstance(annotations, dict) and annotations.get("readOnlyHint") is True
-
-
 def tools_digest(result):
     """A fingerprint of a tools/list result."""
     return hashlib.sha256(json.dumps(result.get("tools") if isinstance(result, dict) else None, sort_keys=True).encode()).digest()
+
+
+# ======================================================================================================================
+# Eras
+# Owns what MCP's two eras say differently: an edge speaks with a child of one era, a front and its replies with a client of one.
+# Must not know HTTP, tokens or places; legacy is 2025-11-25 and before (initialize), modern 2026-07-28 (metadata in each request).
+# ======================================================================================================================
+
+META = "io.modelcontextprotocol/"
+META_CLIENT, META_CAPABILITIES, META_LEVEL = META + "clientInfo", META + "clientCapabilities", META + "logLevel"
+META_SERVER, META_SUBSCRIPTION = META + "serverInfo", META + "subscriptionId"
+MODERN_META = {META_VERSION, META_CLIENT, META_CAPABILITIES, META_LEVEL}
+LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
+HEADER_MISMATCH, MISSING_CAPABILITY, LEGACY_NOT_FOUND, LEGACY_URL_REQUIRED = -32020, -32021, -32002, -32042
+STATUS_OF_ERROR = {METHOD_NOT_FOUND: 404, HEADER_MISMATCH: 400, MISSING_CAPABILITY: 400, UNSUPPORTED_VERSION: 400}
+CACHEABLE = {"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list", "resources/read"}
+STAMPS = {"resultType", "ttlMs", "cacheScope"}
+ASKS = {"elicitation/create": "elicitation", "sampling/createMessage": "sampling", "roots/list": "roots"}
+LEGACY_ONLY = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
+LIST_CHANGES = {f"notifications/{kind}/list_changed": f"{kind}ListChanged" for kind in ("tools", "prompts", "resources")}
+SERVER_CAPABILITIES = ("experimental", "extensions", "logging", "completions", "prompts", "resources", "tools")
+COLLECT_WAIT = 0.05  # seconds in which a legacy child may ask more, so that all goes out in one answer
+PROBE_WAIT = 5.0  # seconds a child may keep silent when it is asked for its era; then it is legacy
+
+
+def known_capabilities(capabilities):
+    """Of what a client says it can do, what a child may ask of it."""
+    return {name: capabilities[name] for name in sorted(ASKS.values()) if isinstance(capabilities.get(name), dict)}
+
+
+def run_later(seconds, function, *arguments):
+    """Call a function after a while, in a thread of its own."""
+    timer = threading.Timer(seconds, function, arguments)
+    timer.daemon = True
+    timer.start()
+
+
+# -- edges: one to a child
+
+
+def connect(link, known, seconds):
+    """Shake hands with a new child, probing its era unless it is `known` (MCP 2026-07-28 stdio, backward compatibility).
+
+    (era, what the child says of itself in the form of an initialize result); `both` is a child of either era: sessions speak legacy
+    with it, pools modern. The second is None when it did not answer; RpcError when it answers that it will not.
+    """
+    session, era = link.session, known
+    if known != "legacy" and not (known == "both" and session.durable):
+        link.edge = ModernEdge(link)
+        body = link.call("server/discover", None, seconds if known else min(seconds, PROBE_WAIT)) or {}
+        result, error = body.get("result"), body.get("error") or {}
+        versions = result.get("supportedVersions") if isinstance(result, dict) else None
+        if versions is None and error.get("code") == UNSUPPORTED_VERSION and isinstance(error.get("data"), dict):
+            versions = error["data"].get("supported")
+        versions = versions if isinstance(versions, list) else []
+        modern, legacy = FIRST_MODERN_VERSION in versions, any(version in versions for version in LEGACY_VERSIONS)
+        era = ("both" if legacy else "modern") if modern else "legacy"
+        if modern and isinstance(result, dict) and not (legacy and session.durable):
+            return era, link.edge.server(result)
+        if link.child.ended.is_set():
+            return era, None
+        if versions and not legacy:
+            raise session.unavailable("starting_failed", f"The tool process speaks only {', '.join(map(str, versions))}.")
+    link.edge = LegacyEdge(link)
+    return era, link.edge.initialize(seconds)
+
+
+class LegacyEdge:
+    """Speaks with a child that was initialized; what it asks comes as requests of its own, in the middle of a call."""
+
+    def __init__(self, link):
+        self._link, self._session, self._ready, self._watched, self._level = link, link.session, False, set(), None
+
+    def initialize(self, seconds):
+        """The child's result, with the version that was negotiated before; None when it gives none."""
+        session = self._session
+        answer = self._link.call("initialize", session.initialize | ({"protocolVersion": session.version} if session.version else {}), seconds)
+        if answer is None or "error" in answer and self._link.child.ended.is_set():
+            return None
+        if "error" in answer:
+            raise RpcError(answer["error"]["code"], str(answer["error"].get("message", "")), answer["error"].get("data"))
+        if not isinstance(answer["result"], dict) or not isinstance(answer["result"].get("protocolVersion"), str):
+            raise session.unavailable("starting_failed", "The tool process does not speak MCP.")
+        return answer["result"]
+
+    def encode(self, number, call):
+        """A call as a line; where it asks for another level than the last one did, with one before it that sets it."""
+        params, setting = call.params, b""
+        if call.token is not None:
+            params = {**params, "_meta": {**params["_meta"], "progressToken": number}}
+        if call.level not in (None, self._level):
+            self._level = call.level
+            setting = self._link.register(Call("logging/setLevel", {"level": call.level}, Waiting(), time.monotonic() + QUESTION_GRACE)) + b"\n"
+        body = {"jsonrpc": "2.0", "id": number, "method": call.method}
+        return setting + dump(body if params is None else body | {"params": params})
+
+    def serves(self, call):
+        """Whether the edge answers a call itself: never, the child knows everything of its era."""
+        return False
+
+    def asks(self, call, message):
+        """Whether an answer is no end: never."""
+        return False
+
+    def said(self, message):
+        """A notification or a question."""
+        params = message.params or {}
+        if message.kind == "request":
+            self._session.registry.note_asking()
+            self._session.front.asked(self._link, [Question(self._link, message.id, message.method, message.params)])
+        elif message.method == "notifications/cancelled":
+            self._session.front.withdrawn(message, self._session.withdraw(self._link, params.get("requestId")))
+        else:
+            self._session.front.heard(self._link, message.method, params)
+
+    def answered(self, question, result, error, last):
+        """Hand a client's answer to the child."""
+        self._link.send({"id": question.key} | ({"error": error} if error else {"result": result}))
+
+    def cancel(self, number, params):
+        """Tell the child that nobody waits any more."""
+        self._link.send({"method": "notifications/cancelled", "params": {**(params or {}), "requestId": number}})
+
+    def tell(self, method, params):
+        """A notification of the client."""
+        if method != "notifications/initialized" or not self._ready:
+            self._ready |= method == "notifications/initialized"
+            self._link.send({"method": method} | ({} if params is None else {"params": params}))
+
+    def ready(self):
+        """The handshake is over."""
+        self.tell("notifications/initialized", None)
+
+    def set_level(self, level):
+        """From here on the child logs what is at least of this level."""
+        self._link.start("logging/setLevel", {"level": level}, Waiting(), QUESTION_GRACE)
+
+    def watch(self, uris):
+        """Subscribe to these resources and no others; those that the child refused."""
+        refused = set()
+        for uri in sorted(uris - self._watched):
+            if "result" not in (self._link.call("resources/subscribe", {"uri": uri}, QUESTION_GRACE) or {}):
+                refused.add(uri)
+        for uri in sorted(self._watched - uris):
+            self._link.start("resources/unsubscribe", {"uri": uri}, Waiting(), QUESTION_GRACE)
+        self._watched = set(uris) - refused
+        return refused
+
+
+class ModernEdge:
+    """Speaks with a child that takes its client's metadata with each request, and asks by answering `input_required`."""
+
+    def __init__(self, link):
+        self._link, self._session, self._listen, self._listens, self._kinds = link, link.session, None, {}, {}
+
+    def server(self, result):
+        """A DiscoverResult in the form of an initialize result, with the version that this session's client negotiates."""
+        session, meta = self._session, result.get("_meta")
+        info = meta.get(META_SERVER) if isinstance(meta, dict) else None
+        capabilities = result.get("capabilities") if isinstance(result.get("capabilities"), dict) else {}
+        asked = session.version or session.initialize.get("protocolVersion")
+        self._kinds = {f"{kind}ListChanged": True for kind in ("tools", "prompts", "resources")
+                       if isinstance(capabilities.get(kind), dict) and capabilities[kind].get("listChanged") is True}
+        return {"protocolVersion": asked if asked in LEGACY_VERSIONS else LEGACY_VERSIONS[0], "capabilities": capabilities,
+                "serverInfo": info if isinstance(info, dict) else {"name": "forgejo-mcp", "version": "unknown"}} \
+            | ({"instructions": result["instructions"]} if isinstance(result.get("instructions"), str) else {})
+
+    def encode(self, number, call):
+        """A call as a line, with what its client says of itself; and after a question with the answers."""
+        return self._line(number, call.method, call.params, call)
+
+    def _line(self, number, method, params, call=None):
+        session = self._session
+        capabilities = (call.capabilities if call else None) or session.initialize.get("capabilities") or {}
+        meta = {**((params or {}).get("_meta") or {}), META_VERSION: FIRST_MODERN_VERSION,
+                META_CLIENT: (call.client if call else None) or session.initialize.get("clientInfo") or {"name": "fjmcp-broker", "version": __version__},
+                META_CAPABILITIES: {name: {} if name == "roots" else value for name, value in capabilities.items()
+                                    if name in ("experimental", "extensions", *ASKS.values()) and isinstance(value, dict)}}
+        level = call and (call.level or session.level)
+        if level:
+            meta[META_LEVEL] = level
+        if call and call.token is not None:
+            meta["progressToken"] = number
+        retry = {} if not call else {name: value for name, value in (("inputResponses", call.answers), ("requestState", call.state)) if value}
+        return dump({"jsonrpc": "2.0", "id": number, "method": method, "params": {**(params or {}), **retry, "_meta": meta}})
+
+    def serves(self, call):
+        """Whether the edge answers a call itself: what this era has no more."""
+        return call.method in LEGACY_ONLY
+
+    def serve(self, call):
+        """Answer such a call: a level goes with each request from now on, subscriptions into one stream of the child."""
+        params, session = call.params or {}, self._session
+        if call.method == "logging/setLevel" and params.get("level") not in LEVELS:
+            call.reply.fail(INVALID_PARAMS, f"level must be one of {', '.join(LEVELS)}", None)
+            return
+        if call.method.startswith("resources/"):
+            wanted = "subscribe" if call.method == "resources/subscribe" else "unsubscribe"
+            session.remember(**{wanted: str(params.get("uri"))})
+            if params.get("uri") in session.watch():
+                session.remember(unsubscribe=params["uri"])
+                call.reply.fail(INVALID_PARAMS, "The resource cannot be subscribed to", None)
+                return
+        if call.after:
+            call.after({})
+        call.reply.give({})
+
+    def asks(self, call, message):
+        """Whether an answer is no end but a question, or comes while one is open (and is dropped then)."""
+        result = message.body.get("result")
+        return call.paused_at is not None or isinstance(result, dict) and result.get("resultType") == "input_required"
+
+    def ask(self, call, message):
+        """The child needs input: ask for all of it, and answer with a retry (MCP 2026-07-28 patterns/mrtr)."""
+        if call.paused_at is not None:
+            return
+        result = message.body["result"]
+        requests = result.get("inputRequests") if isinstance(result.get("inputRequests"), dict) else {}
+        call.state, call.answers = result.get("requestState"), {}
+        questions = [Question(self._link, key, request["method"], request.get("params"), call) for key, request in requests.items()
+                     if isinstance(request, dict) and request.get("method") in ASKS]
+        if questions:
+            self._session.front.asked(self._link, questions, call)
+        else:  # it wants nothing but to be asked again, which must not become a loop at full speed
+            run_later(1.0, self._retry, call)
+
+    def _retry(self, call):
+        with self._session.lock:
+            number = next((n for n, each in self._link.pending.items() if each is call), None)
+            if number is None:
+                return
+            del self._link.pending[number]
+            line = self._link.register(call)
+        self._link.child.send(line)
+
+    def answered(self, question, result, error, last):
+        """A client's answer; with the last one the call is tried again. A refusal ends the call: this era cannot say it."""
+        call = question.call
+        if error and question.method == "elicitation/create" and not call.undeclared:
+            call.answers[question.key] = {"action": "cancel"}
+        elif error:
+            if self._session.cancel(call):
+                call.reply.refuse(error, call.undeclared)
+            return
+        if last:
+            self._retry(call)
+
+    def said(self, message):
+        """A notification: of the stream of subscriptions, or of a request; a question is against the rules of this era."""
+        params = message.params or {}
+        meta = params.get("_meta") if isinstance(params.get("_meta"), dict) else {}
+        if message.kind == "request":
+            self._link.send({"id": message.id, "error": {"code": METHOD_NOT_FOUND, "message": "A server of this revision does not send requests"}})
+        elif META_SUBSCRIPTION in meta:
+            listening = self._listens.get(meta[META_SUBSCRIPTION]) if isinstance(meta[META_SUBSCRIPTION], int) else None
+            if listening and message.method == "notifications/subscriptions/acknowledged":
+                listening.set()
+            elif listening:
+                rest = {name: value for name, value in meta.items() if name != META_SUBSCRIPTION}
+                self._session.front.heard(self._link, message.method, {k: v for k, v in params.items() if k != "_meta"} | ({"_meta": rest} if rest else {}))
+        elif message.method != "notifications/cancelled":
+            self._session.front.heard(self._link, message.method, params)
+
+    def cancel(self, number, params):
+        """Tell the child that nobody waits any more."""
+        self._link.send({"method": "notifications/cancelled", "params": {**(params or {}), "requestId": number}})
+
+    def tell(self, method, params):
+        """This era has no notifications of the client; the first one only tells that a session is ready to listen."""
+        if method == "notifications/initialized":
+            self.ready()
+
+    def ready(self):
+        """A session hears of changes from the start."""
+        if self._session.durable and self._listen is None:
+            self.watch(set(self._session.subscriptions))
+
+    def set_level(self, level):
+        """Nothing: it goes with each request."""
+
+    def watch(self, uris):
+        """Hear of every change of lists and of these resources: one stream of the child takes over from another; what it refused."""
+        wanted = self._kinds | ({"resourceSubscriptions": sorted(uris)} if uris else {})
+        number, acknowledged = next(self._link.numbers), threading.Event()
+        if wanted:
+            self._listens[number] = acknowledged
+            self._link.child.send(self._line(number, "subscriptions/listen", {"notifications": wanted}))
+            acknowledged.wait(QUESTION_GRACE)
+        old, self._listen = self._listen, number if acknowledged.is_set() else None
+        if old is not None:
+            self._listens.pop(old, None)
+            self.cancel(old, None)
+        return set(uris) if wanted and not acknowledged.is_set() else set()
+
+
+# -- legacy clients
+
+
+class LegacyReply:
+    """Where what comes back of a legacy client's request goes: a stream that it may share with others of its batch."""
+
+    held = False
+
+    def __init__(self, stream, request_id, streamable, change=None):
+        self.stream, self.id, self.streamable, self._change = stream, request_id, streamable, change
+
+    def notify(self, body):
+        """Something that belongs to the request comes before its answer."""
+        if self.streamable:
+            self.stream.put(dump(body))
+
+    def answer(self, line, message):
+        """The child's answer, under the client's own id and without what only the modern era says."""
+        result = message.body.get("result")
+        if isinstance(result, dict) and (self._change or not STAMPS.isdisjoint(result)):
+            self.give(result)
+        else:
+            self.stream.put(with_id(line, message, self.id), answer=True)
+
+    def give(self, result):
+        """A result as an answer."""
+        result = {name: value for name, value in result.items() if name not in STAMPS}
+        meta = result.get("_meta")
+        if isinstance(meta, dict) and META_SERVER in meta:
+            rest = {name: value for name, value in meta.items() if name != META_SERVER}
+            result = {name: value for name, value in result.items() if name != "_meta"} | ({"_meta": rest} if rest else {})
+        self.stream.put(result_message(self.id, self._change(result) if self._change else result), answer=True)
+
+    def fail(self, code, sentence, data):
+        """An error as an answer."""
+        self.stream.put(error_message(self.id, code, sentence, data), answer=True)
+
+    def refuse(self, error, undeclared):
+        """An error as an answer, of a child or of a client; `undeclared`: what was missed in the client, for which this era has no code."""
+        self.fail(error["code"], str(error.get("message", "")), error.get("data"))
+
+
+class LegacyFront:
+    """A client with a session: what belongs to no request goes to its GET stream, questions go out as requests and come back as answers."""
+
+    def __init__(self, session):
+        self._session, self._numbers, self._asked = session, itertools.count(1), {}
+        self.streams, self.get_stream = collections.OrderedDict(), self.new_stream(0)
+
+    def new_stream(self, answers):
+        """A stream that ends with that many answers."""
+        settings = self._session.settings
+        return Stream(settings.stream_events, settings.stream_bytes, settings.write_timeout + 5, answers)
+
+    @property
+    def listening(self):
+        """Whether somebody waits for news of a resource: that keeps the child awake; an open stream alone does not."""
+        return bool(self._session.subscriptions) and self.get_stream.is_open
+
+    @property
+    def keeps_nothing(self):
+        """Whether no client reads or has left something untaken."""
+        return all(stream.is_taken and not stream.is_open for stream in (self.get_stream, *self.streams.values()))
+
+    def stream_after(self, event_id):
+        """The stream and number that a Last-Event-ID names; the session's own stream when it names none of ours."""
+        key, _, number = (event_id or "").rpartition("-")
+        with self._session.lock:
+            stream = self.get_stream if key == self.get_stream.key else self.streams.get(key)
+        if stream is None or not re.fullmatch(r"[0-9]{1,15}", number):
+            return self.get_stream, None
+        return stream, int(number)
+
+    def cancelled(self, params):
+        """notifications/cancelled: the newest request of that id ends with an error, its child is told."""
+        request_id = params.get("requestId")
+        with self._session.lock:
+            found = [call for call in self._session.calls() if call.reply.id == request_id and type(call.reply.id) is type(request_id)]
+        if found and self._session.cancel(found[-1], params):
+            found[-1].fail("cancelled", "The request was cancelled.", retryable=False)
+
+    def replied(self, message):
+        """The client's answer to a question; one that nobody asked is dropped (J07)."""
+        with self._session.lock:
+            question = self._asked.pop(message.id, None) if isinstance(message.id, str) else None
+        if question:
+            self._session.answer(question, message.body.get("result"), message.body.get("error"))
+
+    def _target(self, link):
+        """The stream for what belongs to no request by itself, and the call it is taken to belong to."""
+        with self._session.lock:
+            calls, here = self._session.calls(), self._session.calls(link)
+            if len(calls) == 1 and calls[0].reply.streamable and calls[0].reply.stream.is_open:
+                return calls[0].reply.stream, calls[0] if here else None
+            one = here[0] if len(here) == 1 else None
+            if self.get_stream.is_open:
+                return self.get_stream, one
+            still_open = [call for call in calls if call.reply.streamable and call.reply.stream.is_open]
+            return (still_open[-1].reply.stream if still_open else self.get_stream), one
+
+    def heard(self, link, method, params):
+        """A notification of the child."""
+        if method == "notifications/tools/list_changed":
+            self._session.tools = None
+        self._target(link)[0].put(dump({"jsonrpc": "2.0", "method": method, **({"params": params} if params else {})}))
+
+    def asked(self, link, questions, call=None):
+        """Send questions to the client, where it listens; it has the less time the less likely it is that it hears them."""
+        stream, guess = self._target(link)
+        for question in questions:
+            number = f"{stream.key}.{next(self._numbers)}"
+            with self._session.lock:
+                self._asked[number] = question
+            self._session.hold(question, call or guess, self._session.settings.input_timeout if stream.is_open else QUESTION_GRACE)
+            stream.put(dump({"jsonrpc": "2.0", "id": number, "method": question.method}
+                            | ({} if question.params is None else {"params": question.params})))
+
+    def withdrawn(self, message, questions):
+        """The child takes questions back."""
+        with self._session.lock:
+            numbers = [number for number, question in self._asked.items() if question in questions]
+            for number in numbers:
+                del self._asked[number]
+        for number in numbers:
+            self._target(questions[0].link)[0].put(dump({**message.body, "params": {**message.params, "requestId": number}}))
+
+    def tick(self):
+        """Under the session's lock: forget streams that were taken, all but the newest, and questions that are over."""
+        for key in [key for key, stream in self.streams.items() if stream.finished and stream.is_taken][:-8]:
+            del self.streams[key]
+        while len(self.streams) > 64:
+            self.streams.popitem(last=False)
+        self._asked = {number: question for number, question in self._asked.items() if question in self._session.questions}
+
+    def end(self):
+        """The session is over."""
+        for stream in (self.get_stream, *self.streams.values()):
+            stream.end()
+
+
+# -- modern clients, and legacy ones without a session
+
+
+class ModernReply:
+    """Where what comes back of a modern client's request goes; it may be answered by a question, and be asked again under another id.
+
+    `hold(reply)` gives the requestState by which a retry finds it.
+    """
+
+    def __init__(self, session, request_id, method, hold, level=None, change=None):
+        self._session, self.id, self._method, self._hold, self._level, self._change = session, request_id, method, hold, level, change
+        self.place, self.stream, self.call, self.held, self._keys = session, session.front.new_stream(1), None, False, {}
+
+    def notify(self, body):
+        """Progress, and messages of the level that this request asked for; nothing else belongs to it."""
+        level = (body.get("params") or {}).get("level")
+        wanted = self._level and level in LEVELS and LEVELS.index(level) >= LEVELS.index(self._level)
+        if body["method"] == "notifications/progress" or body["method"] == "notifications/message" and wanted:
+            self.stream.put(dump(body))
+
+    def answer(self, line, message):
+        """The child's answer, with everything in it that this era wants there."""
+        error, result = message.body.get("error"), message.body.get("result")
+        if error:
+            self.refuse(error, self._missing(error))
+        elif not isinstance(result, dict):
+            self.fail(INTERNAL_ERROR, "The tool process gave a result that is no object", None)
+        elif self._change or "_meta" in result:
+            self.give(result)
+        else:
+            self.stream.put(with_id(line, message, self.id, self._stamps(result)), answer=True)
+
+    def _stamps(self, result):
+        stamps = {"resultType": "complete", "_meta": self._session.front.server_meta}
+        if self._method in CACHEABLE:
+            stamps |= {"ttlMs": 0, "cacheScope": "private"}
+        return {name: value for name, value in stamps.items() if name not in result}
+
+    def give(self, result):
+        """A result as an answer."""
+        if self._change:  # what this caller sees is not for everybody
+            result = {**self._change(result), "cacheScope": "private"}
+        meta = result.get("_meta") if isinstance(result.get("_meta"), dict) else {}
+        result = self._stamps(result) | result | {"_meta": {**self._session.front.server_meta, **meta}}
+        self.stream.put(result_message(self.id, result), answer=True)
+
+    def fail(self, code, sentence, data):
+        """An error as an answer; the legacy era's own code for it is not used in this one."""
+        code = INTERNAL_ERROR if code == SERVER_ERROR else code
+        self.stream.put(error_message(self.id, code, sentence, data), answer=True, status=STATUS_OF_ERROR.get(code, 200))
+
+    def refuse(self, error, undeclared):
+        """An error as an answer, of a child or of a client; `undeclared`: what was missed in the client."""
+        if undeclared:
+            self.fail(MISSING_CAPABILITY, "The client did not declare what this needs", {"requiredCapabilities": undeclared})
+        else:
+            code = {LEGACY_NOT_FOUND: INVALID_PARAMS, LEGACY_URL_REQUIRED: INTERNAL_ERROR}.get(error["code"], error["code"])
+            self.fail(code, str(error.get("message", "")), error.get("data"))
+
+    def _missing(self, error):
+        """What a child missed in its client: what it asked for in vain, or what a legacy one, with no code for it, says in words."""
+        if self.call.undeclared or error["code"] == MISSING_CAPABILITY:
+            return self.call.undeclared
+        text = str(error.get("message", "")).lower()
+        named = {name: {} for name in ASKS.values() if name in text and name not in (self.call.capabilities or {})}
+        return named if "capabilit" in text or "not support" in text else {}
+
+    def asked(self, questions, whole):
+        """Questions of the child on this call; `whole`: these are all, else others may follow at once."""
+        for question in questions:
+            self._session.hold(question, self.call, self._session.settings.input_timeout)
+        if whole:
+            self._ask()
+        else:
+            run_later(COLLECT_WAIT, self._ask)
+
+    def _ask(self):
+        """Answer with `input_required`; what comes from here on waits for the retry (MCP 2026-07-28 patterns/mrtr)."""
+        with self._session.lock:
+            questions = [question for question in self._session.questions if question.call is self.call]
+            if self.held or not questions:
+                return
+            self.held, self._keys = True, named_questions(questions)
+            stream, self.stream = self.stream, self._session.front.new_stream(1)
+        requests = {key: {"method": question.method} | ({} if question.params is None else {"params": question.params})
+                    for key, question in self._keys.items()}
+        result = {"resultType": "input_required", "inputRequests": requests, "requestState": self._hold(self),
+                  "_meta": self._session.front.server_meta}
+        stream.put(result_message(self.id, result), answer=True)
+
+    def retried(self, request_id, responses):
+        """The client came back, with answers or without: a Reader of what follows. What is missing is asked again."""
+        with self._session.lock:
+            self.held, self.id, asked, self._keys = False, request_id, self._keys, {}
+            reader = self.stream.open()
+        for key, question in asked.items():
+            if isinstance(responses.get(key), dict):
+                self._session.answer(question, responses[key])
+        if any(not isinstance(responses.get(key), dict) for key in asked):
+            self._ask()
+        return reader
+
+
+def named_questions(questions):
+    """{key: question}: the child's own key; for a legacy child's the name of the one thing it asks for, else what kind it is."""
+    named = {}
+    for question in sorted(questions, key=lambda question: str(question.key)):
+        key = question.key
+        if not isinstance(question.link.edge, ModernEdge):
+            schema = (question.params or {}).get("requestedSchema")
+            properties = schema.get("properties") if isinstance(schema, dict) else None
+            key = next(iter(properties)) if isinstance(properties, dict) and len(properties) == 1 else ASKS[question.method]
+        named[key if key not in named else f"{key}_{len(named) + 1}"] = question
+    return named
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A `subscriptions/listen` that is served: its stream, its id, and what it hears of."""
+
+    stream: object
+    id: object
+    kinds: frozenset
+    uris: frozenset
+
+    def hears(self, method, params):
+        """Whether a notification is for this one."""
+        return LIST_CHANGES.get(method) in self.kinds or method == "notifications/resources/updated" and params.get("uri") in self.uris
+
+
+class PoolFront:
+    """Requests that share a child. Only what surely belongs to one of them reaches it; the rest goes to who listens."""
+
+    def __init__(self, session):
+        self._session, self._listeners = session, {}
+
+    def new_stream(self, answers):
+        """A stream that ends with that many answers."""
+        settings = self._session.settings
+        return Stream(settings.stream_events, settings.stream_bytes, settings.write_timeout + 5, answers)
+
+    @property
+    def server_meta(self):
+        """What every result says of the child."""
+        info = self._session.server.get("serverInfo")
+        return {META_SERVER: info} if isinstance(info, dict) else {}
+
+    @property
+    def listening(self):
+        """Whether somebody waits for news: that keeps the child awake."""
+        return any(listener.kinds or listener.uris for listener in self._listeners.values())
+
+    @property
+    def keeps_nothing(self):
+        """Whether nobody uses it."""
+        return not self._listeners and not self._session.users
+
+    def discover(self):
+        """The result of server/discover, from what the child said of itself when it started (MCP 2026-07-28 server/discover)."""
+        if self._session.server is None:
+            self._session.awake()
+        server = self._session.server
+        capabilities = server.get("capabilities") if isinstance(server.get("capabilities"), dict) else {}
+        return {"supportedVersions": [FIRST_MODERN_VERSION, *LEGACY_VERSIONS],
+                "capabilities": {name: capabilities[name] for name in SERVER_CAPABILITIES if isinstance(capabilities.get(name), dict)},
+                **{name: server[name] for name in ("instructions",) if isinstance(server.get(name), str)}}
+
+    def listen(self, request_id, wanted):
+        """Serve a `subscriptions/listen`: its stream, which says first what is honoured (MCP 2026-07-28 patterns/subscriptions)."""
+        session = self._session
+        session.awake()
+        capabilities = session.server.get("capabilities") or {}
+        kinds = {name for name in LIST_CHANGES.values() if wanted.get(name) is True
+                 and (capabilities.get(name.removesuffix("ListChanged")) or {}).get("listChanged") is True}
+        uris = wanted.get("resourceSubscriptions")
+        uris = {uri for uri in uris if isinstance(uri, str)} if isinstance(uris, list) else set()
+        if not (capabilities.get("resources") or {}).get("subscribe"):
+            uris = set()
+        for uri in uris:
+            session.remember(subscribe=uri)
+        refused = session.watch() if uris or kinds else set()
+        for uri in uris & refused:
+            session.remember(unsubscribe=uri)
+        uris -= refused
+        stream = self.new_stream(1)
+        honoured = {name: True for name in sorted(kinds)} | ({"resourceSubscriptions": sorted(uris)} if uris else {})
+        stream.put(self._tagged("notifications/subscriptions/acknowledged", {"notifications": honoured}, request_id))
+        with session.lock:
+            self._listeners[stream.key] = Listener(stream, request_id, frozenset(kinds), frozenset(uris))
+        return stream
+
+    def unlisten(self, stream):
+        """The client listens no more."""
+        with self._session.lock:
+            listener = self._listeners.pop(stream.key, None)
+        if listener:
+            for uri in listener.uris:
+                self._session.remember(unsubscribe=uri)
+            if listener.uris:
+                self._session.watch()
+
+    @staticmethod
+    def _tagged(method, params, request_id):
+        meta = params.get("_meta") if isinstance(params.get("_meta"), dict) else {}
+        return dump({"jsonrpc": "2.0", "method": method, "params": {**params, "_meta": {**meta, META_SUBSCRIPTION: request_id}}})
+
+    def heard(self, link, method, params):
+        """A notification of the child: news to who listens, other things to the only request in flight."""
+        if method == "notifications/tools/list_changed":
+            self._session.tools = None
+        with self._session.lock:
+            listeners, calls = list(self._listeners.values()), self._session.calls(link)
+        for listener in listeners:
+            if listener.hears(method, params):
+                listener.stream.put(self._tagged(method, params, listener.id))
+        if len(calls) == 1:
+            calls[0].reply.notify({"jsonrpc": "2.0", "method": method, **({"params": params} if params else {})})
+
+    def asked(self, link, questions, call=None):
+        """Questions go to the call they belong to, if it is known and its client can answer; nothing is attributed by guess."""
+        with self._session.lock:
+            calls = self._session.calls(link)
+        call, whole = call or (calls[0] if len(calls) == 1 else None), call is not None
+        declared = (call.capabilities or {}) if call else {}
+        able = [question for question in questions if ASKS.get(question.method) in declared]
+        for question in questions:
+            if question not in able:
+                if call and question.method in ASKS:
+                    call.undeclared[ASKS[question.method]] = {}
+                self._session.hold(question, call, QUESTION_GRACE)
+                self._session.answer(question, error={"code": METHOD_NOT_FOUND, "message": "The client that asked cannot be told from others, "
+                                     "or did not say that it answers such questions"})
+        if able:
+            call.reply.asked(able, whole)
+
+    def withdrawn(self, message, questions):
+        """The child takes questions back: who retries finds what has become of the call."""
+
+    def tick(self):
+        """Nothing goes by the clock here."""
+
+    def end(self):
+        """Streams of who listens end in order (MCP 2026-07-28 patterns/subscriptions, graceful closure)."""
+        with self._session.lock:
+            listeners, self._listeners = list(self._listeners.values()), {}
+        for listener in listeners:
+            listener.stream.put(result_message(listener.id, {"resultType": "complete", "_meta": {META_SUBSCRIPTION: listener.id}}), answer=True)
 
 
 # ======================================================================================================================
@@ -3639,7 +4282,7 @@ def tools_digest(result):
 # ======================================================================================================================
 
 class Registry:
-    """Sessions and pools by name, places for children, and the way to credentials.
+    """Sessions by name, pools by (user, client, what its clients can be asked), places for children, and the way to credentials.
 
     `lock` (a condition) guards the maps and counts; dict work only, taken after a session's lock if both.
     """
@@ -3648,28 +4291,27 @@ class Registry:
         self.settings, self.store, self.upstream, self.forgejo = settings, store, upstream, forgejo
         self.guardian, self.log, self.clock = guardian, log, clock
         self.lock = threading.Condition()
-        self.sessions, self.pools, self.places, self.waiting = {}, {}, collections.Counter(), 0
-        self.closing = False
+        self.sessions, self.pools, self.places, self.waiting, self.held = {}, {}, collections.Counter(), 0, {}
+        self.closing, self._binary, self.asking = False, None, False
 
     # -- sessions
 
     def open(self, sub, client_id, initialize):
         """A new session with its first child: (session id, the child's initialize result)."""
         session_id, now = new_secret(), self.clock.now()
-        name = digest(session_id)
-        session = Session(self, name, sub, client_id, initialize)
-        server = session.open()
+        session = Session(self, digest(session_id), sub, client_id, initialize, LegacyFront)
+        session.awake()
         with self.lock:
-            self.sessions[name] = session
+            self.sessions[session.name] = session
         try:
-            too_many = self.store.add_session(name, sub, client_id, session.version, initialize, server, now,
+            too_many = self.store.add_session(session.name, sub, client_id, session.version, initialize, session.server, now,
                                               self.settings.max_session_rows_per_user)
         except BaseException:
-            self.forget([name], "could not be saved")
+            self.forget([session.name], "could not be saved")
             raise
         self.log.audit("session opened", user=sub, client=client_id, version=session.version)
         self.forget(too_many, "too many sessions of this user")
-        return session_id, server
+        return session_id, session.server
 
     def find(self, session_id, sub, client_id):
         """The session of an id if it is this user's and client's; RpcError 404 for every other case, always the same."""
@@ -3680,8 +4322,8 @@ class Registry:
             row = self.store.session(name, sub, client_id)
             if row is None:
                 raise session_not_found()
-            found = Session(self, name, sub, client_id, json.loads(row.initialize), version=row.protocol_version, log_level=row.log_level,
-                            subscriptions=json.loads(row.subscriptions), tools_hash=row.tools_hash)
+            found = Session(self, name, sub, client_id, json.loads(row.initialize), LegacyFront, version=row.protocol_version,
+                            level=row.log_level, subscriptions=json.loads(row.subscriptions), tools_hash=row.tools_hash)
             with self.lock:
                 session = self.sessions.setdefault(name, found)
         if session.ended or (session.sub, session.client_id) != (sub, client_id):
@@ -3689,16 +4331,43 @@ class Registry:
         session.used_at = self.clock.now()  # from here on it is not unloaded
         return session
 
-    def pool(self, sub, client_id):
-        """The pool that serves a client's requests without a session id: a child that was told no capabilities."""
+    def lease(self, sub, client_id, capabilities, alone):
+        """A place in the pool of a client whose requests say what can be asked of it; `alone`: with a child that serves nothing else.
+
+        Give it back with release().
+        """
+        known = known_capabilities(capabilities)
+        key = (sub, client_id, dump(known))
         with self.lock:
-            if (sub, client_id) not in self.pools:
-                initialize = {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": {},
+            pool = self.pools.setdefault(key, [])
+            for session in reversed(pool) if alone else pool:
+                if not session.leased and not session.ended and not (alone and session.users):
+                    break
+            else:
+                initialize = {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": known,
                               "clientInfo": {"name": "fjmcp-broker", "version": __version__}}
-                self.pools[sub, client_id] = Session(self, (sub, client_id), sub, client_id, initialize, durable=False)
-            pool = self.pools[sub, client_id]
-            pool.used_at = self.clock.now()
-            return pool
+                session = Session(self, None, sub, client_id, initialize, PoolFront, durable=False)
+                pool.append(session)
+            session.users, session.leased, session.used_at = session.users + 1, alone, self.clock.now()
+            return session
+
+    def release(self, session):
+        """A request of a lease is over."""
+        with self.lock:
+            session.users -= 1
+            session.leased = session.leased and session.users > 0
+
+    def hold(self, reply):
+        """Keep a reply that waits for a retry; what the retry has to name."""
+        name = new_secret()
+        with self.lock:
+            self.held[name] = (reply, time.monotonic() + self.settings.input_timeout + 60)
+        return name
+
+    def retried(self, name):
+        """The reply that waits under a name, once; None when there is none (any more)."""
+        with self.lock:
+            return self.held.pop(name, (None,))[0]
 
     def delete(self, session):
         """The client ends its session."""
@@ -3706,11 +4375,20 @@ class Registry:
         self.forget([session.name], "deleted by client")
 
     def forget(self, names, reason):
-        """End sessions that the store has dropped, and pools that nobody may use any more."""
+        """End sessions that the store has dropped."""
         for name in names:
             with self.lock:
-                session = self.sessions.pop(name, None) or self.pools.pop(name, None)
+                session = self.sessions.pop(name, None)
             if session:
+                session.end(reason)
+
+    def forget_but(self, pairs, reason):
+        """End the sessions and pools of who is not among these (user, client) pairs."""
+        for session in self.all():
+            if (session.sub, session.client_id) not in pairs:
+                with self.lock:
+                    self.sessions.pop(session.name, None)
+                    self.pools = {key: pool for key, pool in self.pools.items() if session not in pool}
                 session.end(reason)
 
     def save_uses(self):
@@ -3723,15 +4401,19 @@ class Registry:
 
     def unload(self, before):
         """Drop from memory what sleeps, was not used since, and keeps nothing for a client: the row is enough to come back."""
+        def kept(session):
+            return session.used_at >= before or not session.keeps_nothing
+
         with self.lock:
-            for kept in (self.sessions, self.pools):
-                for name in [name for name, session in kept.items() if session.used_at < before and session.keeps_nothing]:
-                    del kept[name]
+            self.sessions = {name: session for name, session in self.sessions.items() if kept(session)}
+            pools = {key: [session for session in pool if kept(session)] for key, pool in self.pools.items()}
+            self.pools = {key: pool for key, pool in pools.items() if pool}
+            self.held = {name: entry for name, entry in self.held.items() if entry[1] > time.monotonic()}
 
     def all(self):
-        """Every session and pool in memory."""
+        """Every session, and every place of a pool, in memory."""
         with self.lock:
-            return [*self.sessions.values(), *self.pools.values()]
+            return [*self.sessions.values(), *(session for pool in self.pools.values() for session in pool)]
 
     def counts(self):
         """(sessions on file, children)."""
@@ -3748,10 +4430,9 @@ class Registry:
                 if not own and sum(self.places.values()) < self.settings.max_sessions:
                     self.places[session.sub] += 1
                     return
-                others = [each for each in (*self.sessions.values(), *self.pools.values())
-                          if each is not session and (not own or each.sub == session.sub)]
                 self.waiting += 1
             try:
+                others = [each for each in self.all() if each is not session and (not own or each.sub == session.sub)]
                 idle = [(since, index, each) for index, each in enumerate(others) if (since := each.idle_since()) is not None]
                 if idle and not self.settings.child_keeps_state:
                     min(idle)[2].sleep("place needed")
@@ -3811,6 +4492,29 @@ class Registry:
             self.log.event("error", "forgejo-mcp cannot be started", reason=str(error))
             raise self._starting_failed() from None
 
+    def connect(self, link):
+        """Shake hands with a child, by the era its binary is known to be of: what connect() gives of the child."""
+        binary = binary_fingerprint(child_command(self.settings))
+        row = self.store.binary(binary)
+        known = row.era if row else ""
+        self._binary, self.asking = binary, bool(row and row.asks)
+        try:
+            era, server = connect(link, known or None, self.settings.start_timeout)
+        except RpcError:
+            if known:  # it may be another program by now: look again next time
+                self.store.save_binary(binary, "", self.clock.now())
+            raise
+        if era != known and (server or not known):  # one that ended at the probe is not probed again: it may be why
+            self.store.save_binary(binary, era, self.clock.now())
+        return server
+
+    def note_asking(self):
+        """This binary asks things of its client: from now on requests that can be asked get a child alone."""
+        if not self.asking:
+            self.asking = True
+            with contextlib.suppress(StoreUnavailable):
+                self.store.save_asking(self._binary)
+
     @staticmethod
     def _starting_failed():
         return RpcError(SERVER_ERROR, "The tool process could not be started; the operator's log says why.",
@@ -3837,6 +4541,18 @@ class Registry:
         self.closing = True
         for session in self.all():
             session.end(reason)
+
+    def end_streams(self):
+        """Let those who listen know that it was no accident."""
+        for session in self.all():
+            if not session.durable:
+                session.front.end()
+
+
+def binary_fingerprint(command):
+    """What tells whether a child's program is another than before: its words, and size and age of the files among them."""
+    files = [(file.st_size, file.st_mtime_ns) for word in command if os.path.isfile(word) for file in (os.stat(word),)]
+    return hashlib.sha256(json.dumps([command, files]).encode()).hexdigest()
 
 
 def invalid_token(settings, sentence):
@@ -3914,8 +4630,7 @@ class Reaper:
         for reader, (caller, _) in streams:
             if caller.grant_id not in live:
                 reader.close()
-        orphaned = [session for session in self._registry.all() if (session.sub, session.client_id) not in pairs]
-        self._registry.forget([session.name for session in orphaned], "grant ended")
+        self._registry.forget_but(pairs, "grant ended")
 
     def _refresh(self, now):
         """Credentials of users with a child awake before they run out; every live one at least every ten days.
@@ -3986,9 +4701,9 @@ class Caller:
 class Endpoint:
     """POST, GET and DELETE of /mcp."""
 
-    def __init__(self, settings, store, registry, reaper, log, clock):
-        self._settings, self._store, self._registry, self._reaper = settings, store, registry, reaper
-        self._log, self._clock = log, clock
+    def __init__(self, settings, store, keyring, registry, reaper, clock):
+        self._settings, self._store, self._keyring, self._registry = settings, store, keyring, registry
+        self._reaper, self._clock = reaper, clock
 
     def gate(self, request):
         """The Caller of a request by its bearer token; Refusal 401 (RFC 6750 3). Each request reads its row: revocation is immediate."""
@@ -4008,9 +4723,9 @@ class Endpoint:
     # -- POST
 
     def post(self, request):
-        """A JSON-RPC message, or a batch where its session allows one."""
+        """A JSON-RPC message of either era, or a batch where its session allows one."""
         caller = self.gate(request)
-        request_id = None
+        request_id, modern = None, False
         try:
             value = self._read(request)
             request_id = value.get("id") if isinstance(value, dict) and is_request_id(value.get("id")) else None
@@ -4020,10 +4735,10 @@ class Endpoint:
                 message = classify(value)
             except ValueError as error:
                 raise RpcError(INVALID_REQUEST, f"Not a JSON-RPC message: {error}.", None, 400) from None
-            self._check_era(request, message)
-            return self._legacy(request, caller, message)
+            modern = is_modern(request, message)
+            return (self._modern if modern else self._legacy)(request, caller, message)
         except RpcError as error:
-            return rpc_error_response(request_id, error)
+            return rpc_error_response(request_id, error, modern)
 
     def _read(self, request):
         body = request.read_body(self._settings.max_body)
@@ -4033,53 +4748,51 @@ class Endpoint:
             duplicate = "twice" in str(error)
             raise RpcError(INVALID_REQUEST if duplicate else PARSE_ERROR, f"The body is not JSON: {str(error)[:200]}.", None, 400) from None
 
-    def _check_era(self, request, message):
-        """Modern requests (MCP 2026-07-28) are told which versions are served; `initialize` is legacy, always."""
+    def _deadline(self):
+        return time.monotonic() + self._settings.request_timeout
+
+    # -- POST, legacy
+
+    def _legacy(self, request, caller, message):
         header = request.header("mcp-protocol-version")
-        meta = (message.params or {}).get("_meta")
-        asked = meta.get(META_VERSION) if isinstance(meta, dict) else None
         if message.method == "initialize":
-            return
-        if asked is not None or (header or "") >= FIRST_MODERN_VERSION:
-            if message.method == "server/discover":
-                raise RpcError(METHOD_NOT_FOUND, "This server speaks the initialize handshake; server/discover is not served.", None, 404)
-            raise RpcError(UNSUPPORTED_VERSION, "Unsupported protocol version",
-                           {"supported": list(LEGACY_VERSIONS), "requested": asked if isinstance(asked, str) else header}, 400)
+            return self._initialize(caller, message)
         if header is not None and header not in LEGACY_VERSIONS:
             raise RpcError(INVALID_REQUEST, f"Unsupported MCP-Protocol-Version; supported: {', '.join(LEGACY_VERSIONS)}.",
                            {"supported": list(LEGACY_VERSIONS)}, 400)
-
-    def _legacy(self, request, caller, message):
-        if message.kind == "request" and message.method == "initialize":
-            return self._initialize(caller, message)
         session = self._session(request, caller)
-        if message.kind == "notification":
-            if session.durable:
-                session.notify(message)
+        if message.kind != "request":
+            if session:
+                self._take(session, message)
             return Response(202)
-        if message.kind == "response":
-            session.reply(message)
-            return Response(202)
-        if not session.durable and message.method in ("logging/setLevel", "resources/subscribe", "resources/unsubscribe"):
+        if session is None and message.method in ("logging/setLevel", "resources/subscribe", "resources/unsubscribe"):
             raise RpcError(METHOD_NOT_FOUND, f"{message.method} needs a session: send initialize, then the Mcp-Session-Id it returns.")
-        refused = self._refused(caller, session, message)
-        if refused is not None:
-            return refused
         return self._submitted(request, caller, session, [message], batch=False)
+
+    @staticmethod
+    def _take(session, message):
+        """A notification or an answer of a legacy client."""
+        if message.kind == "response":
+            session.front.replied(message)
+        elif message.method == "notifications/cancelled":
+            session.front.cancelled(message.params or {})
+        else:
+            session.notify(message.method, message.params)
 
     def _initialize(self, caller, message):
         params = message.params
-        if not isinstance(params, dict) or not isinstance(params.get("protocolVersion"), str):
-            raise RpcError(INVALID_PARAMS, "initialize needs params.protocolVersion.", None, 400)
+        if message.kind != "request" or not isinstance(params, dict) or not isinstance(params.get("protocolVersion"), str):
+            raise RpcError(INVALID_PARAMS, "initialize needs an id, and params.protocolVersion.", None, 400)
         if len(dump(params)) > self._settings.max_form:  # they are kept, and replayed to each child
             raise RpcError(INVALID_PARAMS, "The params of initialize are too large.", None, 400)
         session_id, server = self._registry.open(caller.sub, caller.client_id, params)
         return Response(200, result_message(message.id, server), "application/json", (("Mcp-Session-Id", session_id),))
 
     def _session(self, request, caller):
+        """The session that a legacy request names, None when it names none."""
         session_id = request.header("mcp-session-id")
         if session_id is None:
-            return self._registry.pool(caller.sub, caller.client_id)
+            return None
         if not re.fullmatch(r"[\x21-\x7e]{1,256}", session_id):
             raise RpcError(INVALID_REQUEST, "Mcp-Session-Id is malformed.", None, 400)
         return self._registry.find(session_id, caller.sub, caller.client_id)
@@ -4087,7 +4800,7 @@ class Endpoint:
     def _batch(self, request, caller, values):
         """Only a session negotiated at 2025-03-26 may send one, never with initialize in it."""
         session = self._session(request, caller)
-        if not values or not session.durable or session.version != BATCH_VERSION:
+        if not values or session is None or session.version != BATCH_VERSION:
             raise RpcError(INVALID_REQUEST, "Batches are not served here; send each message by itself.", None, 400)
         try:
             messages = [classify(value) for value in values]
@@ -4096,42 +4809,145 @@ class Endpoint:
         if any(message.method == "initialize" for message in messages):
             raise RpcError(INVALID_REQUEST, "initialize must not be in a batch.", None, 400)
         requests = [message for message in messages if message.kind == "request"]
-        for message in requests:
-            refused = self._refused(caller, session, message)
-            if refused is not None:
-                return refused
         for message in messages:
-            if message.kind == "notification":
-                session.notify(message)
-            elif message.kind == "response":
-                session.reply(message)
+            if message.kind != "request":
+                self._take(session, message)
         return self._submitted(request, caller, session, requests, batch=True) if requests else Response(202)
 
-    def _refused(self, caller, session, message):
-        """The answer to a call that the token's scope does not allow, None for every other request."""
+    def _submitted(self, request, caller, session, messages, batch):
+        """Send requests of a session, or (None) of a client without one, to their child."""
+        place = session or self._registry.lease(caller.sub, caller.client_id, {}, alone=False)
+        streamable = takes_streams(request)
+        stream = place.front.new_stream(len(messages))
+        reader, calls = stream.open(), []
+        try:
+            for message in messages:
+                reply = LegacyReply(stream, message.id, streamable, self._change(caller, message))
+                refusal = self._refusal(caller, place, message)
+                if refusal:
+                    reply.give(refusal)
+                else:
+                    calls.append(Call(message.method, message.params, reply, self._deadline(), after=session and remembers(session, message),
+                                      capabilities=None if session else {}, over=None if session else lambda: self._registry.release(place)))
+            if session:
+                session.front.streams[stream.key] = stream
+            if calls:
+                place.submit(calls)
+        except BaseException:
+            reader.close()
+            if session:
+                session.front.streams.pop(stream.key, None)
+            raise
+        finally:
+            if not session and not calls:
+                self._registry.release(place)
+        self._reaper.watch(reader, caller, True)
+        prime = bool(session) and session.version == LEGACY_VERSIONS[0]
+        return Response(200, later=Later(reader, 2.0 if streamable else None, prime=prime, batch=batch))
+
+    # -- POST, modern
+
+    def _modern(self, request, caller, message):
+        """A request of MCP 2026-07-28: everything it needs is in it and in its headers (streamable-http)."""
+        if message.kind == "notification":
+            return Response(202)
+        meta = check_metadata(request, message)
+        if message.method in LEGACY_ONLY:
+            raise no_such_method(message.method)
+        capabilities, level = meta[META_CAPABILITIES], meta.get(META_LEVEL)
+        if "requestState" in (message.params or {}):
+            return self._retried(request, caller, message)
+        alone = level is not None or self._registry.asking and bool(known_capabilities(capabilities))
+        place = self._registry.lease(caller.sub, caller.client_id, capabilities, alone)
+        over = once(lambda: self._registry.release(place))
+        try:
+            if message.method == "subscriptions/listen":
+                return self._listening(caller, message, place, over)
+            return self._called(request, caller, message, place, meta, over)
+        except BaseException:
+            over()
+            raise
+
+    def _called(self, request, caller, message, place, meta, over):
+        if message.method == "tools/call":
+            check_parameter_headers(request, message.params, place)
+        reply = ModernReply(place, message.id, message.method, functools.partial(self._hold, caller, message), meta.get(META_LEVEL),
+                            self._change(caller, message))
+        call = reply.call = Call(message.method, shared_params(message.params), reply, self._deadline(), capabilities=meta[META_CAPABILITIES],
+                                 client=meta.get(META_CLIENT), level=meta.get(META_LEVEL), over=over)
+        reader = reply.stream.open()
+        own = place.front.discover() if message.method == "server/discover" else self._refusal(caller, place, message)
+        if own:
+            if place.server is None:
+                place.awake()
+            reply.give(own)
+            over()
+        else:
+            place.submit([call])
+        return self._pumped(request, caller, reader, place, call)
+
+    def _pumped(self, request, caller, reader, place, call):
+        self._reaper.watch(reader, caller, True)
+        return Response(200, later=Later(reader, 2.0 if takes_streams(request) else None, gone=lambda: place.cancel(call, {"reason": "the client hung up"})))
+
+    def _listening(self, caller, message, place, over):
+        wanted = message.params.get("notifications")
+        if not isinstance(wanted, dict):
+            raise RpcError(INVALID_PARAMS, "subscriptions/listen needs params.notifications.", None, 400)
+        stream = place.front.listen(message.id, wanted)
+        reader = stream.open()
+
+        def gone():
+            place.front.unlisten(stream)
+            over()
+
+        self._reaper.watch(reader, caller, False)
+        return Response(200, later=Later(reader, 0, gone=gone))
+
+    def _owner(self, caller, message):
+        """What a requestState is bound to: who asked, through which client, for exactly what."""
+        what = {name: value for name, value in message.params.items() if name not in ("_meta", "requestState", "inputResponses")}
+        return f"{caller.sub} {caller.client_id} {hashlib.sha256(dump([message.method, what])).hexdigest()}"
+
+    def _hold(self, caller, message, reply):
+        """The requestState of a reply that asks for input: sealed, and good for one retry of the same request (patterns/mrtr)."""
+        return b64url(self._keyring.seal("mrtr", self._owner(caller, message), {"held": self._registry.hold(reply)}))
+
+    def _retried(self, request, caller, message):
+        """A retry with the answers that were asked for goes on with the call that asked; nothing is run again."""
+        state, responses = message.params["requestState"], message.params.get("inputResponses")
+        try:
+            held = self._keyring.unseal("mrtr", self._owner(caller, message), unb64url(state))["held"]
+        except (ValueError, TypeError):
+            raise RpcError(INVALID_PARAMS, "requestState is not one that was given for this request.") from None
+        reply = self._registry.retried(held)
+        if reply is None:
+            raise RpcError(INVALID_PARAMS, "requestState was used before, or its call has ended; send the request anew.")
+        reader = reply.retried(message.id, responses if isinstance(responses, dict) else {})
+        return self._pumped(request, caller, reader, reply.place, reply.call)
+
+    # -- what a token may do
+
+    def _refusal(self, caller, place, message):
+        """The result of a call that the token's scope does not allow, None for every other request; Refusal 403 leads to a step-up."""
         if caller.may_write or message.method != "tools/call":
             return None
         name = (message.params or {}).get("name")
-        if isinstance(name, str) and session.tool_reads(name):
+        if isinstance(name, str) and (name_reads(name, self._settings) or hint_reads(place.tool(name))):
             return None
         if WRITE not in caller.asked.split():
             raise Refusal(403, "insufficient_scope", "This tool writes; the login was for reading only.",
                           (("WWW-Authenticate", challenge_header(self._settings, "insufficient_scope")),))
         # The person was asked and chose read only: asking again would be a loop, so the model is told instead.
         text = "This connection is read only: that was chosen at its login. To use this tool, connect again and choose full access."
-        return Response(200, result_message(message.id, {"content": [{"type": "text", "text": text}], "isError": True}), "application/json")
+        return {"content": [{"type": "text", "text": text}], "isError": True}
 
-    def _submitted(self, request, caller, session, messages, batch):
-        accept = request.headers.get("accept")
-        streamable = bool(accept) and any("text/event-stream" in value for value in accept)
-        transform = None if caller.may_write else lambda message: self._only_reading if message.method == "tools/list" else None
-        reader = session.submit(messages, streamable=streamable, transform=transform)
-        self._reaper.watch(reader, caller, True)
-        prime = session.durable and session.version == LEGACY_VERSIONS[0]
-        return Response(200, later=Later(reader, 2.0 if streamable else None, prime=prime, batch=batch))
+    def _change(self, caller, message):
+        """What is done to a result before this caller sees it, or None: without forgejo:write, tools that write are left out."""
+        return self._only_reading if message.method == "tools/list" and not caller.may_write else None
 
     def _only_reading(self, result):
-        if not isinstance(result, dict) or not isinstance(result.get("tools"), list):
+        if not isinstance(result.get("tools"), list):
             return result
         return {**result, "tools": [tool for tool in result["tools"] if isinstance(tool, dict) and
                                     (name_reads(str(tool.get("name")), self._settings) or hint_reads(tool))]}
@@ -4142,34 +4958,31 @@ class Endpoint:
         """The session's stream for what belongs to no request; resumes what Last-Event-ID names."""
         caller = self.gate(request)
         try:
-            self._check_version_header(request)
-            session = self._session(request, caller)
+            session = self._named(request, caller, "Without an Mcp-Session-Id only POST is served.")
         except RpcError as error:
             return rpc_error_response(None, error)
-        if not session.durable:
-            raise Refusal(405, "method_not_allowed", "Without an Mcp-Session-Id only POST is served.", (("Allow", "POST"),))
-        stream, after = session.stream_after(request.header("last-event-id"))
+        stream, after = session.front.stream_after(request.header("last-event-id"))
         reader = stream.open(after)
         self._reaper.watch(reader, caller, False)
         return Response(200, later=Later(reader, 0))
 
-    def _check_version_header(self, request):
-        header = request.header("mcp-protocol-version") or ""
-        if header >= FIRST_MODERN_VERSION:
-            raise Refusal(405, "method_not_allowed", "This revision of MCP has only POST.", (("Allow", "POST"),))
-
     def delete(self, request):
         """The client ends its session."""
         caller = self.gate(request)
-        self._check_version_header(request)
         try:
-            session = self._session(request, caller)
+            self._registry.delete(self._named(request, caller, "Name the session to end with Mcp-Session-Id."))
         except RpcError as error:
             return rpc_error_response(None, error)
-        if not session.durable:
-            raise Refusal(405, "method_not_allowed", "Name the session to end with Mcp-Session-Id.", (("Allow", "POST"),))
-        self._registry.delete(session)
         return Response(204)
+
+    def _named(self, request, caller, sentence):
+        """The session of a GET or DELETE; Refusal 405 without one, and in the modern era, which has neither."""
+        if (request.header("mcp-protocol-version") or "") >= FIRST_MODERN_VERSION:
+            raise Refusal(405, "method_not_allowed", "This revision of MCP has only POST.", (("Allow", "POST"),))
+        session = self._session(request, caller)
+        if session is None:
+            raise Refusal(405, "method_not_allowed", sentence, (("Allow", "POST"),))
+        return session
 
     def head(self, request):
         """HEAD is how some clients look for the login: 401 without a token, 405 with one."""
@@ -4177,9 +4990,144 @@ class Endpoint:
         raise Refusal(405, "method_not_allowed", "Use POST.", (("Allow", "POST, GET, DELETE"),))
 
 
-def rpc_error_response(request_id, error):
-    """An RpcError as an HTTP answer."""
-    return Response(error.status, error_message(request_id, error.code, error.message, error.data), "application/json", error.headers)
+def rpc_error_response(request_id, error, modern=False):
+    """An RpcError as an HTTP answer; MCP 2026-07-28 has no use for the codes that earlier revisions allotted."""
+    code = INTERNAL_ERROR if modern and error.code == SERVER_ERROR else error.code
+    return Response(error.status, error_message(request_id, code, error.message, error.data), "application/json", error.headers)
+
+
+def takes_streams(request):
+    """Whether a client can read an event stream."""
+    return any("text/event-stream" in value for value in request.headers.get("accept", ()))
+
+
+def once(function):
+    """A function that does it the first time only."""
+    left = [function]
+    return lambda: left.pop()() if left else None
+
+
+def name_reads(name, settings):
+    """Whether a tool's name is one of `read_only_tools`."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.read_only_tools)
+
+
+def hint_reads(tool):
+    """Whether a tool says of itself that it only reads; a hint of false decides nothing (mcp-go stamps it on all)."""
+    annotations = tool.get("annotations") if tool else None
+    return isinstance(annotations, dict) and annotations.get("readOnlyHint") is True
+
+
+def remembers(session, message):
+    """What a successful answer changes that has to be replayed to a new child: a function of the result, or None."""
+    params = message.params or {}
+    if message.method == "logging/setLevel":
+        return lambda result: session.remember(level=params.get("level"))
+    if message.method in ("resources/subscribe", "resources/unsubscribe") and isinstance(params.get("uri"), str):
+        return lambda result: session.remember(**{message.method.removeprefix("resources/"): params["uri"]})
+    if message.method == "tools/list" and not params.get("cursor"):
+        return lambda result: session.remember(tools_hash=tools_digest(result))
+    return None
+
+
+# -- the era of a request, and what MCP 2026-07-28 wants in it
+
+
+def is_modern(request, message):
+    """Whether a message is of the modern era (design 5): `initialize` never, if it is meant as one; else by `_meta` or by the header."""
+    meta = (message.params or {}).get("_meta")
+    if message.method == "initialize" and "protocolVersion" in (message.params or {}):
+        return False
+    header = request.header("mcp-protocol-version") or ""
+    return isinstance(meta, dict) and META_VERSION in meta or bool(re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", header)) and header >= FIRST_MODERN_VERSION
+
+
+def no_such_method(method):
+    """404 with -32601 (MCP 2026-07-28 streamable-http)."""
+    return RpcError(METHOD_NOT_FOUND, f"{method[:100]} is not a method of this revision", None, 404)
+
+
+def check_metadata(request, message):
+    """A request's `_meta`, if it and the headers are as they must be (MCP 2026-07-28 basic, streamable-http); RpcError 400."""
+    def wrong(code, sentence, data=None):
+        return RpcError(code, sentence, data, 400)
+
+    if message.kind == "response":
+        raise wrong(INVALID_REQUEST, "Clients of this revision do not send responses")
+    params = message.params or {}
+    meta, header = params.get("_meta"), request.header("mcp-protocol-version")
+    version = meta.get(META_VERSION) if isinstance(meta, dict) else None
+    if not isinstance(version, str):
+        raise wrong(INVALID_PARAMS, f"params._meta needs {META_VERSION}")
+    if header != version:
+        raise wrong(HEADER_MISMATCH, "Header mismatch: MCP-Protocol-Version is not what the body says")
+    if version != FIRST_MODERN_VERSION:
+        raise wrong(UNSUPPORTED_VERSION, "Unsupported protocol version", {"supported": [FIRST_MODERN_VERSION, *LEGACY_VERSIONS], "requested": version})
+    if not isinstance(meta.get(META_CAPABILITIES), dict):
+        raise wrong(INVALID_PARAMS, f"params._meta needs {META_CAPABILITIES}")
+    if not isinstance(meta.get(META_CLIENT, {}), dict):
+        raise wrong(INVALID_PARAMS, f"{META_CLIENT} must be an object")
+    if meta.get(META_LEVEL, "info") not in LEVELS:
+        raise wrong(INVALID_PARAMS, f"{META_LEVEL} must be one of {', '.join(LEVELS)}")
+    source = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}.get(message.method)
+    for name, value in (("Mcp-Method", message.method), ("Mcp-Name", params.get(source) if source else None)):
+        if isinstance(value, str) and decoded_header(request, name) != value:
+            raise wrong(HEADER_MISMATCH, f"Header mismatch: {name} is missing, or is not what the body says")
+    return meta
+
+
+def decoded_header(request, name):
+    """The value of a header that mirrors the body, None when it is absent; RpcError 400 for one that cannot be read (value encoding)."""
+    value = request.header(name.lower())
+    match = re.fullmatch(r"=\?base64\?(.*)\?=", value or "", re.DOTALL)
+    try:
+        if match:
+            return base64.b64decode(match[1], validate=True).decode()
+        if value is None or value.isascii():
+            return value
+    except ValueError:
+        pass
+    raise RpcError(HEADER_MISMATCH, f"Header mismatch: {name} is malformed", None, 400)
+
+
+def check_parameter_headers(request, params, place):
+    """Mcp-Param headers mirror the arguments that a tool's schema marks with x-mcp-header; RpcError 400 where they do not."""
+    tool = place.tool(params["name"]) if isinstance(params.get("name"), str) else None
+    arguments = params.get("arguments")
+    for path, name in marked_properties(tool.get("inputSchema") if tool else None):
+        value = arguments
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        shown = {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else None if value is None else str(value)
+        header = decoded_header(request, f"Mcp-Param-{name}")
+        same = header == shown or isinstance(value, int) and not isinstance(value, bool) and is_number(header, value)
+        if not same and isinstance(value, (str, int, type(None))):
+            raise RpcError(HEADER_MISMATCH, f"Header mismatch: Mcp-Param-{name} is missing, or is not what the body says", None, 400)
+
+
+def is_number(text, number):
+    """Whether a text is that number, however it is written."""
+    try:
+        return text is not None and re.fullmatch(r"[-+0-9.eE]{1,40}", text) is not None and float(text) == number
+    except (ValueError, OverflowError):
+        return False
+
+
+def marked_properties(schema, path=()):
+    """(path, name) of each property with an x-mcp-header, along `properties` alone."""
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    for key, part in properties.items() if isinstance(properties, dict) and len(path) < MAX_DEPTH else ():
+        name = part.get("x-mcp-header") if isinstance(part, dict) else None
+        if isinstance(name, str) and re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,100}", name):
+            yield (*path, key), name
+        yield from marked_properties(part, (*path, key))
+
+
+def shared_params(params):
+    """Params without what only the modern era says."""
+    meta = {name: value for name, value in params["_meta"].items() if name not in MODERN_META}
+    rest = {name: value for name, value in params.items() if name != "_meta"}
+    return rest | {"_meta": meta} if meta else rest
 
 
 # ======================================================================================================================
@@ -4657,7 +5605,8 @@ class Connection:
                 items = self._collect(later, reader)
                 if items and items[-1].last:
                     body = b"[" + b",".join(i.data for i in items if i.answer) + b"]" if later.batch else items[-1].data
-                    self._send(replace(response, body=body, content_type="application/json"), close)
+                    status = response.status if later.batch else items[-1].status
+                    self._send(replace(response, status=status, body=body, content_type="application/json"), close)
                     for item in items:
                         reader.taken(item)
                     return
@@ -4669,6 +5618,8 @@ class Connection:
         finally:
             self.idle_reader = None
             reader.close()
+            if later.gone and not reader.has_all:
+                later.gone()
 
     def _collect(self, later, reader):
         """Items until the last; for a client that can take a stream, only those that make plain JSON possible."""
@@ -4692,7 +5643,7 @@ class Connection:
 
     def _stream(self, response, reader, items, close):
         key, later = reader.stream.key, response.later
-        headers = [*response.headers, *later.head, ("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"),
+        headers = [*response.headers, ("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"),
                    ("X-Accel-Buffering", "no")]
         headers.append(("Transfer-Encoding", "chunked") if self.http11 else ("Connection", "close"))
         if close and self.http11:
@@ -4702,7 +5653,8 @@ class Connection:
         while True:
             item = self._take(reader, 15.0)
             if item is not None:
-                frame = f"id: {key}-{item.number}\ndata: ".encode() + item.data.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n\n"
+                name = b"" if later.gone else f"id: {key}-{item.number}\n".encode()
+                frame = name + b"data: " + item.data.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n\n"
                 end = b"0\r\n\r\n" if item.last and self.http11 else b""
                 self._write(self._framed(frame) + end)
                 reader.taken(item)
@@ -4753,7 +5705,7 @@ class Broker:
         self.reaper = Reaper(settings, self.store, self.registry, self.upstream, self.log, self.clock)
         clients = Clients(settings, self.store, self.log, self.clock, limiter)
         authorization = Authorization(settings, self.store, keyring, clients, self.upstream, forgejo, self.log, self.clock, limiter)
-        endpoint = Endpoint(settings, self.store, self.registry, self.reaper, self.log, self.clock)
+        endpoint = Endpoint(settings, self.store, keyring, self.registry, self.reaper, self.clock)
         self.routes = self._routes(clients, authorization, endpoint)
         self.server = Server(settings, self.handle, self.log, settings.listen, listener)
         self.metrics_server = Server(settings, self.metrics, self.log, settings.metrics_listen) if settings.metrics_listen else None
@@ -4883,6 +5835,7 @@ class Broker:
     def stop(self, seconds=10.0):
         """Answer what was read, with an error what takes longer; stop the children, close the store."""
         servers = [server for server in (self.server, self.metrics_server) if server]
+        self.registry.end_streams()
         for server in servers:
             server.hurry()
         self.server.wait_for_connections(seconds - 1)

@@ -235,16 +235,6 @@ def test_cancelling_reaches_the_child_and_frees_the_request(controlled, control)
     control.release("k")
 
 
-def test_modern_requests_are_told_what_is_served(rig):
-    mcp = rig.session()
-    meta = {"_meta": {"io.modelcontextprotocol/protocolVersion": "2026-07-28"}}
-    answer = raw(mcp, {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": meta})
-    assert answer.status == 400 and answer.json()["error"]["code"] == -32022
-    assert "2025-11-25" in answer.json()["error"]["data"]["supported"]
-    probe = raw(mcp, {"jsonrpc": "2.0", "id": 1, "method": "server/discover", "params": meta})
-    assert probe.status == 404 and probe.json()["error"]["code"] == -32601
-
-
 def test_read_only_lists_and_calls_only_what_reads(rig):
     mcp = rig.session(access="read")
     names = {tool["name"] for tool in mcp.list_tools()}
