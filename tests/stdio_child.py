@@ -778,6 +778,9 @@ def get_log(call):
 
 def asked(call, method, params):
     answers = call.ask(*[(method, params)] * call.get("count", 1))
+    for answer in answers if call.get("strict") else ():
+        if "error" in answer:
+            raise Refused(-32603, f"{method} was refused: {answer['error']}")
     return json.dumps(answers if "count" in call.arguments else answers[0])
 
 
@@ -790,13 +793,13 @@ def sampling(message):
     return {"messages": [{"role": "user", "content": {"type": "text", "text": message}}], "maxTokens": 50}
 
 
-@tool(message="string", count="integer")
+@tool(message="string", count="integer", strict="boolean")
 def ask_elicit(call):
-    """Asks the client to elicit something; the answer as JSON, with `count` a list of so many"""
+    """Asks the client to elicit something; the answer as JSON, with `count` a list of so many; with `strict` a refusal is an error"""
     return asked(call, "elicitation/create", elicitation(call.get("message", "Which colour?")))
 
 
-@tool(message="string", count="integer")
+@tool(message="string", count="integer", strict="boolean")
 def ask_sampling(call):
     """Asks the client's model"""
     return asked(call, "sampling/createMessage", sampling(call.get("message", "Say something")))
@@ -816,7 +819,7 @@ def ask_twice(call):
     return json.dumps([*first, *call.ask(("elicitation/create", elicitation(f"After {json.dumps(first)}?")))])
 
 
-@tool(count="integer")
+@tool(count="integer", strict="boolean")
 def ask_roots(call):
     """Asks for the client's roots"""
     return asked(call, "roots/list", {})

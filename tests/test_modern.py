@@ -78,7 +78,7 @@ def test_initialize_is_legacy_always_and_one_token_serves_both_eras_in_turn(rig)
 
 
 def test_without_a_version_anywhere_a_request_is_legacy(rig):
-    answer = connect(rig).post(bare("tools/list"), headers={HEADER: None}).json()
+    answer = McpClient(rig.url + "/mcp", rig.login().tokens["access_token"]).post(bare("tools/list")).json()
     assert "resultType" not in answer["result"] and answer["result"]["tools"]
 
 
@@ -455,11 +455,9 @@ def test_two_retries_at_once_are_one_answer_and_one_refusal(controlled, control)
     assert [message["error"]["code"] for message in ended if "error" in message] == [-32602]
 
 
-def test_a_call_that_is_never_retried_is_cancelled_at_its_bound(controlled, control):
-    mcp = connect(controlled, capabilities=ALL_INPUT)
+def test_a_call_that_is_never_retried_is_cancelled_at_its_bound(make_rig, control):
+    mcp = connect(make_rig(child=("--control", control.path), input_timeout="1s"), capabilities=ALL_INPUT)
     asked = call(mcp, "ask_elicit")
-    controlled.clock.advance(601)
-    controlled.tick()
     control.wait_event(event="cancelled")
     assert refused(mcp, "tools/call", {"name": "ask_elicit", "arguments": {}, **retry_of(asked)})[1] == -32602
     assert calls_of(control, "ask_elicit") == 1
@@ -482,8 +480,10 @@ def test_a_call_that_is_gone_is_not_run_again(controlled, control, end):
 def test_a_capability_that_was_not_declared_is_named_when_it_is_needed(rig, tool, capability):
     others = {name: {} for name in ALL_INPUT if name != capability}
     for declared in ({}, others):
-        status, code, data = refused(connect(rig, capabilities=declared), "tools/call", {"name": tool, "arguments": {}})
+        mcp = connect(rig, capabilities=declared)
+        status, code, data = refused(mcp, "tools/call", {"name": tool, "arguments": {"strict": True}})
         assert (status, code, list(data["requiredCapabilities"])) == (400, -32021, [capability])
+        assert "error" in json_of(call(mcp, tool))  # a child that can do without does without
 
 
 def test_two_calls_that_ask_at_the_same_time_each_get_their_own_answers(controlled):

@@ -135,10 +135,12 @@ def test_several_questions_and_several_rounds_end_in_one_answer(answering):
     assert [method for method, _ in answering.asked].count("elicitation/create") == 1 + 3 + 2
 
 
-def test_a_question_that_the_client_refuses_is_an_error_of_the_call(rig):
+def test_a_question_that_the_client_answers_with_an_error_is_cancelled_or_ends_the_call(rig):
     mcp = rig.session(capabilities=ALL_INPUT)  # it has no handler: every question is answered with an error
-    with pytest.raises(RpcError):
-        mcp.call_tool("ask_elicit")
+    assert json_of(mcp.call_tool("ask_elicit")) == {"action": "cancel"}
+    for tool in ("ask_sampling", "ask_roots"):  # whose results have no form for a refusal
+        with pytest.raises(RpcError):
+            mcp.call_tool(tool)
     assert mcp.request("ping") == {}
 
 
@@ -196,21 +198,32 @@ def test_the_level_of_a_session_goes_with_each_of_its_requests_and_survives_its_
         mcp.request("logging/setLevel", {"level": "loud"})
 
 
-def test_a_subscription_is_told_of_on_the_get_stream_until_it_is_taken_back(rig, control):
+def test_a_subscription_is_told_of_until_it_is_taken_back(rig, control):
+    mcp, told = rig.session(), []
+    mcp.on_notification = lambda method, params: told.append((method[14:], params))
+    assert mcp.request("resources/subscribe", {"uri": "test://note"}) == {}
+    call(mcp, "get_touched", {"uri": "test://whoami"})
+    call(mcp, "get_touched", {"uri": "test://note"})  # told while this is the only request: on its stream
+    assert told == [("resources/updated", {"uri": "test://note"})]
+    replace_child(rig, control, mcp)
+    del told[:]
+    call(mcp, "get_touched", {"uri": "test://note"})
+    assert told == [("resources/updated", {"uri": "test://note"})]
+    assert mcp.request("resources/unsubscribe", {"uri": "test://note"}) == {}
+    call(mcp, "get_touched", {"uri": "test://note"})
+    call(mcp, "change_tools")
+    assert [method for method, _ in told] == ["resources/updated", "tools/list_changed"]
+
+
+def test_what_belongs_to_no_request_is_told_on_the_get_stream_without_the_subscriptions_id(rig, control):
     mcp = rig.session()
     with mcp.open_stream() as stream:
-        assert mcp.request("resources/subscribe", {"uri": "test://note"}) == {}
-        call(mcp, "get_touched", {"uri": "test://whoami"})
-        call(mcp, "get_touched", {"uri": "test://note"})
+        mcp.request("resources/subscribe", {"uri": "test://note"})
+        listens = [event["id"] for event in control.events if event.get("method") == "subscriptions/listen"]
+        params = {"uri": "test://note", "_meta": {META + "subscriptionId": listens[-1]}}
+        control.emit({"jsonrpc": "2.0", "method": "notifications/resources/updated", "params": params})
         told = stream.next().data
         assert (told["method"], told["params"]) == ("notifications/resources/updated", {"uri": "test://note"})
-        replace_child(rig, control, mcp)
-        call(mcp, "get_touched", {"uri": "test://note"})
-        assert stream.next().data["params"]["uri"] == "test://note"
-        assert mcp.request("resources/unsubscribe", {"uri": "test://note"}) == {}
-        call(mcp, "get_touched", {"uri": "test://note"})
-        call(mcp, "change_tools")
-        assert stream.next().data["method"] == "notifications/tools/list_changed"
 
 
 # -- Modern clients

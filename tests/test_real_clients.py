@@ -49,8 +49,12 @@ class LineClient:
         return self
 
     def __exit__(self, *_exc):
-        with self.process:  # closes its standard input, which ends it
-            self.process.stdin.close()
+        with self.process:
+            self.process.stdin.close()  # ends it, unless it waits for what does not come
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
 
 
 @pytest.mark.parametrize("line", [pytest.param(n, marks=pytest.mark.real(f"mcp{n}")) for n in (1, 2)])
@@ -119,9 +123,10 @@ def test_an_sdk_has_progress_questions_subscriptions_and_cancelling_before_eithe
         with LineClient(*words) as client:
             assert client.started.get("protocol_version", client.started.get("version")) == version, client.started
             assert client.ask('call get_progress {"n": 3}')["call"]["progress_count"] == 3
+            # Before anything is asked: afterwards a call that may be asked something has a child that nobody else hears of.
+            assert client.ask("touch test://note")["touched"] == "test://note"
             assert json.loads(client.ask("call ask_elicit")["call"]["text"]) == {"action": "accept", "content": {"answer": "scripted"}}
             assert len(json.loads(client.ask("call ask_twice")["call"]["text"])) == 2
-            assert client.ask("touch test://note")["touched"] == "test://note"
             assert client.ask('start get_slow {"key": "k"}')["started"] == "get_slow"
             called = control.wait_event(event="call", tool="get_slow")
             assert client.ask("cancel")["cancelled"] is True
