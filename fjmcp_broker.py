@@ -3199,7 +3199,7 @@ class Link:
                 call.reply.notify({**message.body, "params": {**params, "progressToken": call.token}})
         elif message.method == "ping" and message.kind == "request":
             self.send({"id": message.id, "result": {}})
-        else:
+        elif self.edge:
             self.edge.said(message)
 
     def on_end(self, child):
@@ -3225,7 +3225,8 @@ class Session:
         self.registry, self.settings, self.log = registry, registry.settings, registry.log
         self.name, self.sub, self.client_id, self.durable = name, sub, client_id, durable
         self.initialize, self.version, self.level, self.server = initialize, version, level, None
-        self.subscriptions, self.tools_hash, self.tools = collections.Counter(subscriptions), tools_hash, None
+        self.subscriptions, self.tools_hash = collections.Counter(subscriptions), tools_hash
+        self.tools = self.binary = None  # what the child of that program last said of its tools
         self.lock = threading.Lock()
         self.link, self.draining, self.waking, self.ended, self.questions = None, set(), None, False, set()
         self.failures, self.retry_at, self.failure = 0, 0.0, None
@@ -3391,8 +3392,9 @@ class Session:
                 if link:
                     self.link, self.failures = link, 0
                     self.draining |= {old} - {None}
-                elif isinstance(error, RpcError):
-                    self.failures, self.failure = self.failures + 1, error
+                else:
+                    if isinstance(error, RpcError):
+                        self.failures, self.failure = self.failures + 1, error
                     self.retry_at = time.monotonic() + min(60, 2 ** max(0, self.failures - 3))
                 wake.link, wake.error = link, error
             wake.done.set()
@@ -3445,7 +3447,6 @@ class Session:
                 self.remember(tools_hash=digest_now)
                 self.front.heard(link, "notifications/tools/list_changed", {})
 
-        self.tools = None
         link.start("tools/list", {}, Waiting(), 60, after=compare)
 
     def replace(self):
@@ -3456,23 +3457,23 @@ class Session:
     def wake_in_background(self, only_if=lambda: True):
         """Start a child without waiting for it."""
         with self.lock:
-            if self.ended or self.waking or not only_if() or (self.failures and time.monotonic() < self.retry_at):
+            if self.ended or self.waking or not only_if() or time.monotonic() < self.retry_at:
                 return
             self.waking = wake = Wake()
         threading.Thread(target=self._wake, args=(wake,), daemon=True).start()
 
-    def sleep(self, reason):
+    def sleep(self, reason, though_listening=False):
         """Stop an idle child, keep the session; False when it is busy or there is none."""
         with self.lock:
             link = self.link
-            if not link or self.waking or self._busy(link):
+            if not link or self.waking or self._busy(link) or self.front.listening and not though_listening:
                 return False
             self.link = None
         link.child.stop(reason)
         return True
 
     def _busy(self, link):
-        return bool(link.pending) or any(question.link is link for question in self.questions) or link is self.link and self.front.listening
+        return bool(link.pending) or any(question.link is link for question in self.questions)
 
     @property
     def keeps_nothing(self):
@@ -3482,7 +3483,8 @@ class Session:
     def idle_since(self):
         """Since when (monotonic) the child has had nothing to do; None while it is busy or asleep."""
         with self.lock:
-            return self.link.used_at if self.link and not self.waking and not self._busy(self.link) else None
+            idle = self.link and not self.waking and not self._busy(self.link) and not self.front.listening
+            return self.link.used_at if idle else None
 
     def call_ended(self, link, call, message):
         """A call is over: drained children go, waiting requests may get the place, a refusal by Forgejo is looked into."""
@@ -3524,19 +3526,23 @@ class Session:
             late = [call for link in links for call in link.pending.values() if call.deadline <= now and call.paused_at is None]
             stale = [question for question in self.questions if question.deadline <= now]
             self.front.tick()
-        for question in stale:
-            if question.call and question.call.reply.held:  # nobody came back for the call
-                self.cancel(question.call, {"reason": "no retry came"})
-            self.answer(question, error={"code": SERVER_ERROR, "message": "The client did not answer in time"})
-        for call in late:
-            if self.cancel(call, {"reason": "timed out"}):
-                call.fail("timed_out", "The tool did not answer in time; whether it did anything is not known.", retryable=False)
+        if stale or late:  # in a thread of its own: a child that does not read must not hold up the clock of all
+            threading.Thread(target=self._give_up, args=(stale, late), daemon=True).start()
         for link in links:
             link.child.tick()
             if link is not self.link:
                 self._stop_if_drained(link)
         if not links and self.front.listening:  # its child died: what it listens to must go on
             self.wake_in_background()
+
+    def _give_up(self, questions, calls):
+        for question in questions:
+            if question.call and question.call.reply.held:  # nobody came back for the call
+                self.cancel(question.call, {"reason": "no retry came"})
+            self.answer(question, error={"code": SERVER_ERROR, "message": "The client did not answer in time"})
+        for call in calls:
+            if self.cancel(call, {"reason": "timed out"}):
+                call.fail("timed_out", "The tool did not answer in time; whether it did anything is not known.", retryable=False)
 
     def end(self, reason):
         """The session is over: its child stops, its streams end, what is in flight is answered."""
@@ -3562,16 +3568,16 @@ class Session:
         """What the child says of a tool, None when it has none of that name: the list is fetched once, until it changes."""
         if self.tools is None:
             self.tools = self._read_tools()
-        return self.tools.get(name)
+        return (self.tools or {}).get(name)
 
     def _read_tools(self):
+        """{name: tool} over all pages; None when the child does not give them."""
         link, cursor, tools = self._awake(), None, {}
         for _ in range(100):
-            answer = link.call("tools/list", {"cursor": cursor} if cursor else {}, QUESTION_GRACE)
-            result = (answer or {}).get("result")
-            if not isinstance(result, dict):
-                break
-            tools.update((tool["name"], tool) for tool in result.get("tools", ()) if isinstance(tool, dict) and isinstance(tool.get("name"), str))
+            result = (link.call("tools/list", {"cursor": cursor} if cursor else {}, QUESTION_GRACE) or {}).get("result")
+            if not isinstance(result, dict) or not isinstance(result.get("tools"), list):
+                return None
+            tools.update((tool["name"], tool) for tool in result["tools"] if isinstance(tool, dict) and isinstance(tool.get("name"), str))
             cursor = result.get("nextCursor")
             if not isinstance(cursor, str):
                 break
@@ -3609,9 +3615,11 @@ STATUS_OF_ERROR = {METHOD_NOT_FOUND: 404, HEADER_MISMATCH: 400, MISSING_CAPABILI
 CACHEABLE = {"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list", "resources/read"}
 STAMPS = {"resultType", "ttlMs", "cacheScope"}
 ASKS = {"elicitation/create": "elicitation", "sampling/createMessage": "sampling", "roots/list": "roots"}
+MAY_ASK = ("tools/call", "prompts/get", "resources/read")  # the requests that may be answered by `input_required`
 LEGACY_ONLY = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
 LIST_CHANGES = {f"notifications/{kind}/list_changed": f"{kind}ListChanged" for kind in ("tools", "prompts", "resources")}
 SERVER_CAPABILITIES = ("experimental", "extensions", "logging", "completions", "prompts", "resources", "tools")
+LEGACY_MISSING = re.compile(r"client does not support|\bcapabilit", re.IGNORECASE)
 COLLECT_WAIT = 0.05  # seconds in which a legacy child may ask more, so that all goes out in one answer
 PROBE_WAIT = 5.0  # seconds a child may keep silent when it is asked for its era; then it is legacy
 
@@ -3744,7 +3752,8 @@ class ModernEdge:
     """Speaks with a child that takes its client's metadata with each request, and asks by answering `input_required`."""
 
     def __init__(self, link):
-        self._link, self._session, self._listen, self._listens, self._kinds = link, link.session, None, {}, {}
+        self._link, self._session, self._listen, self._listens = link, link.session, None, {}
+        self._kinds, self._honoured = {}, set()
 
     def server(self, result):
         """A DiscoverResult in the form of an initialize result, with the version that this session's client negotiates."""
@@ -3847,6 +3856,8 @@ class ModernEdge:
         elif META_SUBSCRIPTION in meta:
             listening = self._listens.get(meta[META_SUBSCRIPTION]) if isinstance(meta[META_SUBSCRIPTION], int) else None
             if listening and message.method == "notifications/subscriptions/acknowledged":
+                honoured = (params.get("notifications") or {}).get("resourceSubscriptions")
+                self._honoured = set(honoured) if isinstance(honoured, list) else set()
                 listening.set()
             elif listening:
                 rest = {name: value for name, value in meta.items() if name != META_SUBSCRIPTION}
@@ -3883,7 +3894,7 @@ class ModernEdge:
         if old is not None:
             self._listens.pop(old, None)
             self.cancel(old, None)
-        return set(uris) if wanted and not acknowledged.is_set() else set()
+        return set(uris) - (self._honoured if acknowledged.is_set() else set())
 
 
 # -- legacy clients
@@ -4080,18 +4091,17 @@ class ModernReply:
     def refuse(self, error, undeclared):
         """An error as an answer, of a child or of a client; `undeclared`: what was missed in the client."""
         if undeclared:
-            self.fail(MISSING_CAPABILITY, "The client did not declare what this needs", {"requiredCapabilities": undeclared})
+            self.fail(MISSING_CAPABILITY, str(error.get("message", "")), {"requiredCapabilities": undeclared})
         else:
             code = {LEGACY_NOT_FOUND: INVALID_PARAMS, LEGACY_URL_REQUIRED: INTERNAL_ERROR}.get(error["code"], error["code"])
             self.fail(code, str(error.get("message", "")), error.get("data"))
 
     def _missing(self, error):
         """What a child missed in its client: what it asked for in vain, or what a legacy one, with no code for it, says in words."""
-        if self.call.undeclared or error["code"] == MISSING_CAPABILITY:
+        if self.call.undeclared or not LEGACY_MISSING.search(str(error.get("message", ""))):
             return self.call.undeclared
-        text = str(error.get("message", "")).lower()
-        named = {name: {} for name in ASKS.values() if name in text and name not in (self.call.capabilities or {})}
-        return named if "capabilit" in text or "not support" in text else {}
+        named = re.findall(r"\b(sampling|elicitation|roots)\b", error["message"])
+        return {name: {} for name in named if name not in self.call.capabilities}
 
     def asked(self, questions, whole):
         """Questions of the child on this call; `whole`: these are all, else others may follow at once."""
@@ -4249,7 +4259,7 @@ class PoolFront:
         with self._session.lock:
             calls = self._session.calls(link)
         call, whole = call or (calls[0] if len(calls) == 1 else None), call is not None
-        declared = (call.capabilities or {}) if call else {}
+        declared = call.capabilities if call and call.method in MAY_ASK else {}
         able = [question for question in questions if ASKS.get(question.method) in declared]
         for question in questions:
             if question not in able:
@@ -4498,6 +4508,8 @@ class Registry:
         row = self.store.binary(binary)
         known = row.era if row else ""
         self._binary, self.asking = binary, bool(row and row.asks)
+        if link.session.binary != binary:
+            link.session.binary, link.session.tools = binary, None
         try:
             era, server = connect(link, known or None, self.settings.start_timeout)
         except RpcError:
@@ -4648,7 +4660,7 @@ class Reaper:
             for session in sessions:
                 link = session.link
                 if seq is None:
-                    session.sleep("logged out")
+                    session.sleep("logged out", though_listening=True)
                 elif link and link.seq != seq:
                     session.replace()
         if now >= self._next_refresh:
