@@ -237,98 +237,80 @@ SETTINGS = (
     Setting("clients", "clients", (), "[[clients]]: client_id, name, redirect_uris, client_secret (file only)"),
 )
 SETTING = {setting.name: setting for setting in SETTINGS}
+# Every key that may be given -> (its setting, whether the value names a file that holds it: for whatever is one piece of text).
+KEYS = {setting.name + "_file": (setting, True) for setting in SETTINGS if setting.kind in ("text", "forgejo_scopes")}
+KEYS |= {setting.name: (setting, False) for setting in SETTINGS}
+URL = re.compile(r'(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?(/[!"$->@-~]*)?', re.IGNORECASE)
 
 
 def _text(value):
     if not isinstance(value, str):
         raise ValueError("must be text")
-    if any(ord(character) < 32 or ord(character) == 127 for character in value.replace("\n", "").replace("\t", "")):
+    if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", value):
         raise ValueError("must not contain control characters")
     return value.strip()
 
 
 def _url(value):
-    text = _text(value).rstrip("/")
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError:
-        raise ValueError("is not a URL") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("must be a URL that starts with https:// (or http:// on loopback)")
-    if "@" in parts.netloc or parts.query or parts.fragment or not re.fullmatch(r"[\x21-\x7e]+", text):
-        raise ValueError("must be a plain URL: no user name, query or fragment")
-    host = parts.hostname.lower()
-    host = f"[{host}]" if ":" in host else host
-    if port and port != {"http": 80, "https": 443}[parts.scheme]:
-        host += f":{port}"
-    return f"{parts.scheme}://{host}{parts.path}"
+    match = URL.fullmatch(_text(value).rstrip("/"))
+    if not match or not 0 < int(match[3] or 1) < 65536:
+        raise ValueError("must be a URL that starts with https:// (or http:// on loopback), without user name, query or fragment")
+    scheme, host, port, path = match[1].lower(), match[2].lower(), int(match[3] or 0), match[4] or ""
+    return f"{scheme}://{host}{'' if port in (0, {'http': 80, 'https': 443}[scheme]) else f':{port}'}{path}"
 
 
-def _base_url(value):
+def _safe_url(value, with_path=True):
     url = _url(value)
     if url.startswith("http:") and not is_loopback_name(urlsplit(url).hostname):
         raise ValueError("must be https; http is for loopback only")
-    return url
-
-
-def _origin(value):
-    url = _base_url(value)
-    if urlsplit(url).path:
+    if not with_path and urlsplit(url).path:
         raise ValueError("must be an origin without a path, such as https://mcp.example.org")
     return url
 
 
 def _address(value):
-    host, _, port = _text(value).rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    match = re.fullmatch(r"(.+):([0-9]{1,5})", _text(value))
+    if not match or int(match[2]) > 65535:
         raise ValueError("must be HOST:PORT, such as 127.0.0.1:8080")
-    return host.strip("[]"), int(port)
+    return match[1].strip("[]"), int(match[2])
 
 
-def _integer(value, unit=""):
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,12}", value.strip()):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"must be a whole number of at least 1{unit}")
-    return value
+def _optional(parse):
+    return lambda value: parse(value) if value else ""
 
 
-def _rate(value):
-    if _integer(value) < 60:
-        raise ValueError("must be at least 60 a minute: many users of one client share addresses")
-    return _integer(value)
-
-
-def _scaled(value, units, example):
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+def _integer(least, why=""):
+    def parse(value):
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,12}", value.strip()):
+            value = int(value)
+        if type(value) is not int or value < least:
+            raise ValueError(f"must be a whole number of at least {least}{why}")
         return value
-    text = _text(value).lower().replace(" ", "")
-    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([a-z]*)", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text or any(unit not in units for _, unit in parts):
-        raise ValueError(f"must be such as {example}")
-    total = sum(float(number) * units[unit] for number, unit in parts)
-    if not 0 < total < 2**53:
-        raise ValueError(f"must be more than nothing, such as {example}")
-    return int(total) if total == int(total) else total
+    return parse
 
 
-def _duration(value):
-    return _scaled(value, {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}, "30s, 15m, 1h or 90d")
+def _scaled(example, **units):
+    def parse(value):
+        if type(value) is int and value > 0:
+            return value
+        text = _text(value).lower().replace(" ", "")
+        parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([a-z]*)", text)
+        if not parts or "".join(map("".join, parts)) != text or any(unit not in units for _, unit in parts if unit):
+            raise ValueError(f"must be such as {example}")
+        total = sum(float(number) * units.get(unit, 1) for number, unit in parts)
+        if not 0 < total < 2**53:
+            raise ValueError(f"must be more than nothing, such as {example}")
+        return int(total) if total == int(total) else total
+    return parse
 
 
-def _size(value):
-    units = {"": 1, "b": 1, "k": 1024, "kb": 1024, "kib": 1024, "m": 1 << 20, "mb": 1 << 20, "mib": 1 << 20}
-    return int(_scaled(value, units, "64KiB or 4MiB"))
-
-
-def _switch(value):
-    if isinstance(value, bool):
-        return value
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    if not isinstance(value, str) or value.strip().lower() not in words:
-        raise ValueError("must be true or false")
-    return words[value.strip().lower()]
+def _choice(sentence, **words):
+    def parse(value):
+        word = str(value).strip().lower()
+        if not isinstance(value, (str, bool)) or word not in words:
+            raise ValueError(sentence)
+        return words[word]
+    return parse
 
 
 def _list(value):
@@ -346,19 +328,10 @@ def _networks(value):
 
 
 def _command(value):
-    if isinstance(value, str) and "," not in value:
-        if not _text(value):
-            raise ValueError("must name a program")
-        return _text(value)
-    if not _list(value):
+    command = _text(value) if isinstance(value, str) and "," not in value else _list(value)
+    if not command:
         raise ValueError("must name a program")
-    return _list(value)
-
-
-def _log_format(value):
-    if value not in ("json", "text"):
-        raise ValueError("must be json or text")
-    return value
+    return command
 
 
 def _forgejo_scopes(value):
@@ -375,29 +348,28 @@ def _forgejo_scopes(value):
 def _clients(value):
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
         raise ValueError("must be written as [[clients]] tables")
-    known, seen = {"client_id", "name", "redirect_uris", "client_secret"}, set()
+    known, ids = {"client_id", "name", "redirect_uris", "client_secret"}, [item.get("client_id") for item in value]
     for item in value:
         for key in set(item) - known:
             raise ValueError(f"has the unknown key {key!r}; known are {', '.join(sorted(known))}")
-        if not isinstance(item.get("client_id"), str) or not re.fullmatch(r"[\x21-\x7e]{1,200}", item["client_id"]):
+        texts = [_text(item.get(key, "")) for key in ("client_id", "name", "client_secret")]
+        if not re.fullmatch(r"[\x21-\x7e]{1,200}", texts[0]):
             raise ValueError("needs a client_id of visible characters in each table")
-        if item["client_id"] in seen:
-            raise ValueError(f"has the client_id {item['client_id']!r} twice")
-        seen.add(item["client_id"])
+        if ids.count(texts[0]) > 1:
+            raise ValueError(f"has the client_id {texts[0]!r} twice")
         if not _list(item.get("redirect_uris") or ()):
-            raise ValueError(f"needs redirect_uris for {item['client_id']!r}")
+            raise ValueError(f"needs redirect_uris for {texts[0]!r}")
     return tuple({**item, "redirect_uris": _list(item["redirect_uris"])} for item in value)
 
 
-def _optional(parse):
-    return lambda value: parse(value) if value else ""
-
-
 KINDS = {
-    "text": _text, "path": _text, "origin": _origin, "base_url": _base_url, "any_url": _optional(_url), "address": _address,
-    "any_address": _optional(_address),
-    "count": _integer, "rate": _rate, "size": _size, "duration": _duration, "switch": _switch, "list": _list,
-    "networks": _networks, "command": _command, "log_format": _log_format, "forgejo_scopes": _forgejo_scopes, "clients": _clients,
+    "text": _text, "path": _text, "origin": functools.partial(_safe_url, with_path=False), "base_url": _safe_url, "any_url": _optional(_url),
+    "address": _address, "any_address": _optional(_address), "list": _list, "networks": _networks, "command": _command, "clients": _clients,
+    "count": _integer(1), "rate": _integer(60, " a minute: many users of one client share addresses"), "forgejo_scopes": _forgejo_scopes,
+    "duration": _scaled("30s, 15m, 1h or 90d", ms=0.001, s=1, m=60, h=3600, d=86400),
+    "size": lambda value: int(_scaled("64KiB or 4MiB", b=1, k=1024, kb=1024, kib=1024, m=1 << 20, mb=1 << 20, mib=1 << 20)(value)),
+    "switch": _choice("must be true or false", **dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)),
+    "log_format": _choice("must be json or text", json="json", text="text"),
 }
 
 
@@ -410,14 +382,9 @@ class Settings:
 
     def reload(self, newer):
         """Take over what may change while running; return the names of settings that changed but may not."""
-        refused = []
-        for setting in SETTINGS:
-            if getattr(newer, setting.name) != getattr(self, setting.name):
-                if setting.reload:
-                    setattr(self, setting.name, getattr(newer, setting.name))
-                else:
-                    refused.append(setting.name)
-        return refused
+        changed = [setting for setting in SETTINGS if getattr(newer, setting.name) != getattr(self, setting.name)]
+        self.__dict__.update((setting.name, getattr(newer, setting.name)) for setting in changed if setting.reload)
+        return [setting.name for setting in changed if not setting.reload]
 
     @property
     def resource(self):
@@ -433,22 +400,10 @@ class ConfigurationError(Exception):
         self.problems = problems
 
 
-def has_file_form(setting):
-    """Whether `<name>_file` may stand for the setting: for every setting that is one piece of text."""
-    return setting.kind in ("text", "forgejo_scopes") and setting.name + "_file" not in SETTING
-
-
-def _suggest(name, problem, problems):
-    near = difflib.get_close_matches(name, [*SETTING, *(s.name + "_file" for s in SETTINGS if has_file_form(s))], 1, 0.6)
-    problems.append(f"{problem}" + (f"; did you mean {near[0]!r}?" if near else ""))
-
-
-def _lookup(name):
-    """The setting that a key names and whether it names its file form; (None, False) for an unknown key."""
-    if name in SETTING:
-        return SETTING[name], False
-    base = SETTING.get(name.removesuffix("_file")) if name.endswith("_file") else None
-    return (base, True) if base and has_file_form(base) else (None, False)
+def did_you_mean(name):
+    """What to say after an unknown key: the nearest known one, if one is near."""
+    near = difflib.get_close_matches(name, KEYS, 1, 0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 @functools.cache
@@ -473,57 +428,54 @@ def _read_toml(path, problems):
     return {}
 
 
+def _offered(name, value, source, secrets_only):
+    """(setting, value, source) of one key that was given; ValueError says why it cannot be taken."""
+    setting, in_file = KEYS.get(name, (None, False))
+    if setting is None:
+        raise ValueError(f"unknown setting {name!r}{did_you_mean(name)}")
+    if secrets_only and not setting.secret:
+        raise ValueError(f"{name!r} is not a secret setting and does not belong here")
+    if setting.kind == "clients" and not source.startswith("file"):
+        raise ValueError(f"{name!r} can be given in the configuration file only")
+    if not in_file:
+        return setting, value, source
+    try:
+        with open(_text(value), encoding="utf-8") as file:
+            return setting, file.read().strip(), f"{source}, {value}"
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: cannot read {value!r}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def load_settings(flags, environ, config_path=None):
     """Settings from flags (name -> text), the environment and a TOML file, in that order of precedence, else defaults.
 
     Raises ConfigurationError with every problem at once, each naming its key and where the value came from.
     """
-    problems, raw = [], {}
-
-    def offer(table, source, only=None):
-        for name, value in table.items():
-            setting, in_file = _lookup(name)
-            if setting is None or (only and not only(setting)):
-                _suggest(name, f"{source}: unknown setting {name!r}" if setting is None
-                         else f"{source}: {name!r} is not a secret setting and does not belong here", problems)
-            elif setting.kind == "clients" and not source.startswith("file"):
-                problems.append(f"{source}: {name!r} can be given in the configuration file only")
-            elif in_file:
-                try:
-                    with open(value, encoding="utf-8") as file:
-                        raw[setting.name] = (file.read().strip(), f"{source}, {value}")
-                except (OSError, TypeError, UnicodeDecodeError) as error:
-                    problems.append(f"{source}: {name}: cannot read {value!r}: {getattr(error, 'strerror', None) or error}")
-            else:
-                raw[setting.name] = (value, source)
-
-    if config_path:
-        offer(_read_toml(config_path, problems), f"file {config_path}")
+    problems, given, values, sources = [], {}, {}, {}
+    in_file = _read_toml(config_path, problems) if config_path else {}
+    unreadable = bool(problems)  # a file that cannot be read is one problem, not one a setting
     variables = {key[len(ENVIRONMENT_PREFIX):].lower(): value for key, value in environ.items()
                  if key.startswith(ENVIRONMENT_PREFIX) and key != ENVIRONMENT_PREFIX + "CONFIG"}
-    for table, source in ((variables, "environment"), (flags, "flag")):
-        if "secrets_file" in table:
-            raw["secrets_file"] = (table["secrets_file"], source)
-    if raw.get("secrets_file", ("",))[0]:
-        path = raw["secrets_file"][0]
-        offer(_read_toml(path, problems), f"file {path}", only=lambda setting: setting.secret)
-    offer(variables, "environment")
-    offer(flags, "flag")
-
-    values, sources, unreadable = {}, {}, list(problems) if config_path and not raw else []
+    path = next((table["secrets_file"] for table in (flags, variables, in_file) if "secrets_file" in table), "")
+    secret_values = _read_toml(path, problems) if path and isinstance(path, str) else {}
+    for table, source in ((in_file, f"file {config_path}"), (secret_values, f"file {path}"), (variables, "environment"), (flags, "flag")):
+        for name, value in table.items():
+            try:
+                setting, *taken = _offered(name, value, source, table is secret_values)
+                given[setting.name] = taken
+            except ValueError as error:
+                problems.append(f"{source}: {error}")
     for setting in SETTINGS:
-        value, source = raw.get(setting.name, (setting.default, "default"))
+        value, source = given.get(setting.name, (setting.default, "default"))
         if value is REQUIRED or (value == "" and setting.default is REQUIRED):
-            if not unreadable:  # a file that cannot be read is one problem, not one a setting
+            if not unreadable:
                 problems.append(f"{setting.name} is missing: {setting.help}. Set it in the file, as --{setting.name.replace('_', '-')}"
                                 f" or as {ENVIRONMENT_PREFIX}{setting.name.upper()}")
             continue
         try:
-            values[setting.name] = KINDS[setting.kind](value)
+            values[setting.name], sources[setting.name] = KINDS[setting.kind](value), source
         except (ValueError, TypeError) as error:
-            shown = "" if setting.secret else f" = {value!r}"
-            problems.append(f"{source}: {setting.name}{shown}: {error}")
-        sources[setting.name] = source
+            problems.append(f"{source}: {setting.name}{'' if setting.secret else f' = {value!r}'}: {error}")
     if values.get("public_url", "").startswith("http:") and values.get("listen") and not is_loopback_name(values["listen"][0]):
         problems.append(f"{sources['listen']}: listen: with an http public_url it must be on loopback: tokens would travel in the clear")
     if problems:
@@ -635,14 +587,59 @@ def unseal_with(key, purpose, owner, box):
     return _xor_stream(keys[:32], sealed)
 
 
+def put_file(path, fill, over=None):
+    """Make a file that only its owner can read, whole or not at all: `fill` is its text, or fills the file whose name it is given.
+
+    FileExistsError unless there is what `over` says (bytes; None: nothing). On disk, with its name, when the call returns.
+    """
+    folder, fresh = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY), f"{path}.new"
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # two at once would each make a key, and the one whose key is replaced would have sealed with it
+        if (read_file(path) if os.path.lexists(path) else None) != over:
+            raise FileExistsError(errno.EEXIST, "is there already", path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fresh)
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            fill(fresh) if callable(fill) else file.write(fill)
+            file.flush()
+            if over is not None:
+                os.chown(fresh, os.stat(path).st_uid, os.stat(path).st_gid)
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_file(path):
+    """A file's bytes."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def new_key():
+    """A sealing key, as a line of a key file."""
+    return base64.b64encode(os.urandom(32)).decode() + "\n"
+
+
 class Keyring:
     """The sealing keys, newest first: the first seals, every one opens what names it."""
 
-    def __init__(self, keys, reload=None):
-        self.keys, self._reload = tuple(keys), reload
+    def __init__(self, keys, path=None):
+        self._keys, self._path, self._seen = tuple(keys), path, None
+
+    @property
+    def keys(self):
+        """The keys; those of a file are read again when rotate-key has changed it."""
+        if self._path:
+            with contextlib.suppress(OSError, ValueError):  # a file that is gone or wrong is told at the next start
+                status = os.stat(self._path)
+                if self._seen != (status.st_ino, status.st_mtime_ns):
+                    self._keys, self._seen = Keyring.parse(read_file(self._path).decode("ascii"))._keys, (status.st_ino, status.st_mtime_ns)
+        return self._keys
 
     @classmethod
-    def parse(cls, text, reload=None):
+    def parse(cls, text, path=None):
         """A keyring from lines (or comma-separated) of base64 keys of 32 bytes; ValueError says what is wrong."""
         keys = []
         for line in filter(None, map(str.strip, re.split(r"[\n,]", text))):
@@ -654,11 +651,7 @@ class Keyring:
                 raise ValueError("a sealing key must be 32 bytes, written as base64 (44 characters)")
         if not keys:
             raise ValueError("there is no sealing key")
-        return cls(keys, reload)
-
-    def text(self):
-        """What parse() reads."""
-        return "".join(base64.b64encode(key).decode() + "\n" for key in self.keys)
+        return cls(keys, path)
 
     def is_newest(self, box):
         """Whether a box was sealed with the newest key."""
@@ -671,12 +664,9 @@ class Keyring:
 
     def unseal(self, purpose, owner, box):
         """The JSON value of a box; ValueError when no key opens it for this purpose and owner."""
-        for known in (True, False):
-            for key in self.keys:
-                if bytes(box[3:7]) == _key_id(key):
-                    return json.loads(unseal_with(key, purpose, owner, bytes(box)))
-            if known and self._reload:  # rotate-key may have put a new one into the file since
-                self.keys = self._reload().keys
+        for key in self.keys:
+            if bytes(box[3:7]) == _key_id(key):
+                return json.loads(unseal_with(key, purpose, owner, bytes(box)))
         raise ValueError("box of an unknown key")
 
     def chained(self, token):
@@ -684,27 +674,28 @@ class Keyring:
         return Keyring(hkdf(token.encode(), key, b"fjmcp/v1/grace", 32) for key in self.keys)
 
 
+def key_path(settings):
+    """Where the sealing keys are, if they are not given as `key`."""
+    return settings.key_file or settings.store_path + ".key"
+
+
 def load_keyring(settings):
     """The keyring from `key`, `key_file` or the file beside the store, which is made when neither it nor the store exists.
 
     A key is never made for an existing store: it could open nothing in it. Raises ConfigurationError.
     """
-    path = settings.key_file or settings.store_path + ".key"
+    path = key_path(settings)
     try:
         if settings.key:
             return Keyring.parse(settings.key)
         if not os.path.exists(path):
             if os.path.exists(settings.store_path):
                 raise ConfigurationError([f"key_file: {path} is missing, and {settings.store_path} was sealed with it. Put the key back"])
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(base64.b64encode(os.urandom(32)).decode() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        with open(path, encoding="ascii") as file:
-            return Keyring.parse(file.read(), lambda: load_keyring(settings))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError([f"key_file: cannot use {path}: {getattr(error, 'strerror', None) or error}"]) from None
+            with contextlib.suppress(FileExistsError):  # somebody else is starting, too
+                put_file(path, new_key())
+        return Keyring.parse(read_file(path).decode("ascii"), path)
+    except OSError as error:
+        raise ConfigurationError([f"key_file: cannot use {path}: {error.strerror}"]) from None
     except ValueError as error:
         raise ConfigurationError([f"{'key' if settings.key else 'key_file: ' + path}: {error}"]) from None
 
@@ -783,6 +774,15 @@ LISTINGS = {
     "sessions": "SELECT substr(lower(hex(hash)), 1, 12) AS session, login, client_id, protocol_version, sessions.created_at, used_at"
                 " FROM sessions JOIN users USING (sub) ORDER BY used_at DESC",
 }
+SWEEPS = (  # what goes once its time is that many seconds past (None: the life of an unused client); bounded, so that no sweep takes long
+    ("DELETE FROM logins WHERE expires_at < ?", 3600), ("DELETE FROM account_logins WHERE expires_at < ?", 0),
+    ("DELETE FROM assertions WHERE expires_at < ?", 0), ("DELETE FROM access_tokens WHERE expires_at < ?", 60),
+    ("UPDATE refresh_tokens SET successor = NULL WHERE successor IS NOT NULL AND rotated_at < ?", REFRESH_GRACE),
+    ("DELETE FROM grants WHERE grant_id IN (SELECT grant_id FROM grants WHERE expires_at < ?1 OR ended_at < ?1 LIMIT 500)", 86400),
+    ("DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind = 'dynamic' AND used_at < ? AND NOT EXISTS"
+     " (SELECT 1 FROM grants g WHERE g.client_id = clients.client_id AND g.ended_at IS NULL) LIMIT 500)", None),
+)
+BUSY_WAIT = 5  # seconds to wait for a process that keeps the database locked
 
 
 class StoreUnavailable(Refusal):
@@ -808,22 +808,22 @@ class Store:
 
     def __init__(self, path, keyring, alone=True):
         """Open, make or migrate the store; `alone` keeps a second broker out, operators' commands come beside one."""
-        self.path, self._lock_file = path, None
+        self.path, self._lock_file, self._writer, self._reader = path, None, None, None
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()  # guard a connection each; leaves
-        if alone:
-            self._claim(path)
-        self._writer = self._reader = None
         try:
+            if alone:
+                self._claim(path)
             self._writer, self._reader = self._connect(path), self._connect(path)
+            if (problem := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(problem)
             self._migrate()
             self._check_key(keyring)
-        except (sqlite3.Error, StoreUnavailable) as error:
+        except BaseException as error:
             self.close()
+            if not isinstance(error, (sqlite3.Error, StoreUnavailable)):
+                raise
             reason = getattr(error, "reason", error)
             raise ConfigurationError([f"store_path: {path} cannot be used: {reason}. Restore a backup; it is never made anew"]) from None
-        except ConfigurationError:
-            self.close()
-            raise
 
     def _claim(self, path):
         """Take the store for this process; files are made 0600 before SQLite could make them otherwise."""
@@ -831,9 +831,8 @@ class Store:
             self._lock_file = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-            for name in (path, path + "-wal", path + "-shm"):
-                if os.path.exists(name):
-                    os.chmod(name, 0o600)
+            for name in filter(os.path.exists, (path, path + "-wal", path + "-shm")):
+                os.chmod(name, 0o600)
         except BlockingIOError:
             raise ConfigurationError([f"store_path: another broker is using {path}"]) from None
         except OSError as error:
@@ -841,7 +840,7 @@ class Store:
 
     @staticmethod
     def _connect(path):
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5, cached_statements=256)
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_WAIT, cached_statements=256)
         connection.row_factory = _row_factory
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON", "trusted_schema=OFF"):
             connection.execute(f"PRAGMA {pragma}")
@@ -853,47 +852,54 @@ class Store:
             raise ConfigurationError([f"store_path: {self.path} was written by a newer version of this program (schema {version})"])
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
             with self._batch() as db:
-                for statement in filter(str.strip, script.split(";\n")):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {number}")
+                if db.execute("PRAGMA user_version").fetchone()[0] < number:  # a command beside us may have been faster
+                    for statement in filter(str.strip, script.split(";\n")):
+                        db.execute(statement)
+                    db.execute(f"PRAGMA user_version = {number}")
 
     def _check_key(self, keyring):
         """Refuse a wrong key at the start rather than at each user's next call."""
-        probe = self._one("SELECT value FROM meta WHERE name = 'key_probe'")
-        if probe is None:
-            with self._batch() as db:
-                db.execute("INSERT OR IGNORE INTO meta VALUES ('key_probe', ?)", (keyring.seal("probe", "store", "ok"),))
-            return
+        if not self.boxes():
+            self._write("INSERT OR IGNORE INTO meta VALUES ('key_probe', ?)", (keyring.seal("probe", "store", "ok"),))
         try:
-            keyring.unseal("probe", "store", probe.value)
+            keyring.unseal("probe", "store", self._one("SELECT value FROM meta WHERE name = 'key_probe'").value)
         except ValueError:
             raise ConfigurationError([f"key_file: the key does not belong to {self.path}"]) from None
 
     @contextlib.contextmanager
     def _batch(self):
         """One transaction: everything within is committed to disk together, or nothing is."""
-        with self._write_lock:
+        if not self._write_lock.acquire(timeout=BUSY_WAIT):  # else threads would queue behind one that waits for another process
+            raise StoreUnavailable("another process keeps it locked")
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
             try:
-                self._writer.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._writer
-                    self._writer.execute("COMMIT")
-                except BaseException:
-                    with contextlib.suppress(sqlite3.Error):
-                        self._writer.execute("ROLLBACK")
-                    raise
-            except sqlite3.Error as error:
-                raise StoreUnavailable(str(error)) from error
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._writer.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise StoreUnavailable(str(error)) from error
+        finally:
+            self._write_lock.release()
 
-    def _all(self, sql, *parameters):
+    def _write(self, sql, parameters):
+        """One statement that is a batch of its own: the rows it returns, or how many it changed."""
+        with self._batch() as db:
+            cursor = db.execute(sql, parameters)
+            return cursor.fetchall() if cursor.description else cursor.rowcount
+
+    def _all(self, sql, parameters=()):
         with self._read_lock:
             try:
-                return self._reader.execute(sql, *parameters).fetchall()
+                return self._reader.execute(sql, parameters).fetchall()
             except sqlite3.Error as error:
                 raise StoreUnavailable(str(error)) from error
 
-    def _one(self, sql, *parameters):
-        return next(iter(self._all(sql, *parameters)), None)
+    def _one(self, sql, parameters=()):
+        return next(iter(self._all(sql, parameters)), None)
 
     def healthy(self):
         """Whether the store answers."""
@@ -916,12 +922,10 @@ class Store:
 
     def add_client(self, client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, now):
         """Keep a client; one with the same id (a pre-registered one at the next start) is replaced."""
-        with self._batch() as db:
-            db.execute(
-                "INSERT INTO clients (client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, created_at, used_at)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (client_id) DO UPDATE SET kind = excluded.kind, name = excluded.name,"
-                " redirect_uris = excluded.redirect_uris, secret_hash = excluded.secret_hash, auth_method = excluded.auth_method",
-                (client_id, kind, name, json.dumps(redirect_uris), secret_hash, auth_method, json.dumps(metadata), now, now))
+        self._write("INSERT INTO clients (client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, created_at, used_at)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (client_id) DO UPDATE SET kind = excluded.kind, name = excluded.name,"
+                    " redirect_uris = excluded.redirect_uris, secret_hash = excluded.secret_hash, auth_method = excluded.auth_method",
+                    (client_id, kind, name, json.dumps(redirect_uris), secret_hash, auth_method, json.dumps(metadata), now, now))
 
     def client(self, client_id):
         """A client's row, or None."""
@@ -929,17 +933,15 @@ class Store:
 
     def drop_configured_clients(self, still_configured):
         """Forget pre-registered clients that the configuration no longer names."""
-        with self._batch() as db:
-            db.execute("DELETE FROM clients WHERE kind = 'configured' AND client_id NOT IN (SELECT value FROM json_each(?))",
-                       (json.dumps(list(still_configured)),))
+        self._write("DELETE FROM clients WHERE kind = 'configured' AND client_id NOT IN (SELECT value FROM json_each(?))",
+                    (json.dumps(list(still_configured)),))
 
     # -- logins
 
     def approve_login(self, state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at=None):
         """Keep an approved (or, with taken_at, a refused) login; False when this form was answered before."""
-        with self._batch() as db:
-            return db.execute("INSERT OR IGNORE INTO logins VALUES (?, ?, ?, ?, ?, ?, ?)",
-                              (state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at)).rowcount == 1
+        return self._write("INSERT OR IGNORE INTO logins VALUES (?, ?, ?, ?, ?, ?, ?)",
+                           (state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at)) == 1
 
     def take_login(self, state_hash, now):
         """The login of a state, once: (browser_hash, kind, sealed), or None when unknown, expired or taken."""
@@ -973,16 +975,15 @@ class Store:
 
         `access`, `refresh`: (hash, expires_at). RFC 6749 4.1.3, RFC 7636 4.6.
         """
+        given = {"now": now, "hash": code_hash, "client": client_id, "uri": redirect_uri, "challenge": challenge, "attempts": attempts}
+        theirs = "hash = :hash AND client_id = :client AND redirect_uri = :uri"
         with self._batch() as db:
             row = db.execute(
-                "UPDATE codes SET used_at = :now WHERE hash = :hash AND client_id = :client AND redirect_uri = :uri AND challenge = :challenge"
-                " AND used_at IS NULL AND expires_at > :now AND attempts < :attempts"
-                f" AND EXISTS (SELECT 1 FROM grants WHERE grant_id = codes.grant_id AND {LIVE_GRANT}) RETURNING grant_id",
-                {"now": now, "hash": code_hash, "client": client_id, "uri": redirect_uri, "challenge": challenge,
-                 "attempts": attempts}).fetchone()
+                f"UPDATE codes SET used_at = :now WHERE {theirs} AND challenge = :challenge AND used_at IS NULL AND expires_at > :now AND"
+                f" attempts < :attempts AND EXISTS (SELECT 1 FROM grants WHERE grant_id = codes.grant_id AND {LIVE_GRANT})"
+                " RETURNING grant_id", given).fetchone()
             if row is None:
-                db.execute("UPDATE codes SET attempts = attempts + 1 WHERE hash = ? AND client_id = ? AND redirect_uri = ?"
-                           " AND challenge != ?", (code_hash, client_id, redirect_uri, challenge))
+                db.execute(f"UPDATE codes SET attempts = attempts + 1 WHERE {theirs} AND challenge != :challenge", given)
                 return None
             return self._issue(db, row.grant_id, None, now, access, refresh)
 
@@ -1022,8 +1023,7 @@ class Store:
 
     def drop_access_token(self, token_hash):
         """Revoke one access token (RFC 7009)."""
-        with self._batch() as db:
-            db.execute("DELETE FROM access_tokens WHERE hash = ?", (token_hash,))
+        self._write("DELETE FROM access_tokens WHERE hash = ?", (token_hash,))
 
     def end_grant(self, grant_id, reason, now):
         """End a grant with all its tokens, and its owner's sessions if it was their last; None when it had ended before."""
@@ -1056,40 +1056,35 @@ class Store:
 
     def update_user(self, sub, login, name, groups, now):
         """Make or refresh what userinfo says of a user; the state and the credential stay."""
-        with self._batch() as db:
-            db.execute("INSERT INTO users (sub, login, name, groups, state, checked_at, created_at) VALUES (?, ?, ?, ?, 'logged_out', ?, ?)"
-                       " ON CONFLICT (sub) DO UPDATE SET login = excluded.login, name = excluded.name, groups = excluded.groups,"
-                       " checked_at = excluded.checked_at", (sub, login, name, json.dumps(list(groups)), now, now))
+        self._write("INSERT INTO users (sub, login, name, groups, state, checked_at, created_at) VALUES (?, ?, ?, ?, 'logged_out', ?, ?)"
+                    " ON CONFLICT (sub) DO UPDATE SET login = excluded.login, name = excluded.name, groups = excluded.groups,"
+                    " checked_at = excluded.checked_at", (sub, login, name, json.dumps(list(groups)), now, now))
 
     def set_upstream_scope(self, sub, scope):
         """What Forgejo really granted, as introspection tells; None when unknown."""
-        with self._batch() as db:
-            db.execute("UPDATE users SET upstream_scope = ? WHERE sub = ?", (scope, sub))
+        self._write("UPDATE users SET upstream_scope = ? WHERE sub = ?", (scope, sub))
 
     def refresh_started(self, sub, now):
         """Note that the stored refresh token is about to be spent: after a crash its refusal is known to be ours."""
-        with self._batch() as db:
-            db.execute("UPDATE users SET refreshing_since = ? WHERE sub = ?", (now, sub))
+        self._write("UPDATE users SET refreshing_since = ? WHERE sub = ?", (now, sub))
 
     def save_credential(self, sub, box, grant, count, expires_at, obtained_at):
         """Replace a known user's credential, whatever their state; the new sequence number, None when a newer one is stored.
 
         Newer is what Forgejo counted later: its grant's number, then the grant's counter. Equal or unreadable: the last one saved.
         """
-        with self._batch() as db:
-            row = db.execute(
-                "UPDATE users SET credential = :box, credential_grant = :grant, credential_count = :count, access_expires_at = :expires,"
-                " obtained_at = :obtained, credential_seq = credential_seq + 1, refreshing_since = NULL"
-                " WHERE sub = :sub AND (:grant = 0 OR credential_grant < :grant"
-                " OR (credential_grant = :grant AND credential_count <= :count)) RETURNING credential_seq",
-                {"box": box, "grant": grant, "count": count, "expires": expires_at, "obtained": obtained_at, "sub": sub}).fetchone()
-            return row and row.credential_seq
+        rows = self._write(
+            "UPDATE users SET credential = :box, credential_grant = :grant, credential_count = :count, access_expires_at = :expires,"
+            " obtained_at = :obtained, credential_seq = credential_seq + 1, refreshing_since = NULL"
+            " WHERE sub = :sub AND (:grant = 0 OR credential_grant < :grant"
+            " OR (credential_grant = :grant AND credential_count <= :count)) RETURNING credential_seq",
+            {"box": box, "grant": grant, "count": count, "expires": expires_at, "obtained": obtained_at, "sub": sub})
+        return rows[0].credential_seq if rows else None
 
     def set_user_state(self, sub, state, if_seq=None):
         """Set a user's state, if wanted only while a credential is still the stored one; whether it was set."""
-        with self._batch() as db:
-            return db.execute("UPDATE users SET state = ?, refreshing_since = NULL WHERE sub = ? AND (? IS NULL OR credential_seq = ?)"
-                              " AND state != ?", (state, sub, if_seq, if_seq, state)).rowcount == 1
+        return self._write("UPDATE users SET state = ?, refreshing_since = NULL WHERE sub = ? AND (? IS NULL OR credential_seq = ?)"
+                           " AND state != ?", (state, sub, if_seq, if_seq, state)) == 1
 
     def users_to_refresh(self, obtained_before, now):
         """The users with a live grant whose credential is older than that: Forgejo's refresh token dies after 730 h unused."""
@@ -1175,33 +1170,22 @@ class Store:
         with self._read_lock, contextlib.closing(sqlite3.connect(path)) as copy:
             self._reader.backup(copy)
 
-    def credentials(self):
-        """(sub, box) of every credential."""
-        return [(row.sub, bytes(row.credential)) for row in self._all("SELECT sub, credential FROM users WHERE credential IS NOT NULL")]
+    def boxes(self):
+        """(purpose, owner, box) of all that stays sealed here: the key's probe and the credentials."""
+        return self._all("SELECT 'probe' AS purpose, 'store' AS owner, value AS box FROM meta WHERE name = 'key_probe' UNION ALL"
+                         " SELECT 'upstream', 'user:' || sub, credential FROM users WHERE credential IS NOT NULL")
 
-    def reseal(self, sub, old_box, new_box):
-        """Replace a box by one of the same content; 0 when it is no longer the stored one."""
+    def replace_box(self, old, new):
+        """Replace a box by one of the same content; whether it was still there. No two boxes are equal: each has its own salt."""
         with self._batch() as db:
-            return db.execute("UPDATE users SET credential = ? WHERE sub = ? AND credential = ?", (new_box, sub, old_box)).rowcount
-
-    def set_key_probe(self, box):
-        """What tells at the next start whether the key is right."""
-        with self._batch() as db:
-            db.execute("UPDATE meta SET value = ? WHERE name = 'key_probe'", (box,))
+            return 0 < sum(db.execute(f"UPDATE {place} = ?", (new, old)).rowcount for place in (
+                "meta SET value = ? WHERE name = 'key_probe' AND value", "users SET credential = ? WHERE credential"))
 
     def sweep(self, now, session_lifetime, client_lifetime=30 * 86400):
         """Drop what has had its time; tombstones that reuse detection needs stay as long as their grant. Returns ended sessions."""
         with self._batch() as db:
-            db.execute("DELETE FROM logins WHERE expires_at < ?", (now - 3600,))
-            db.execute("DELETE FROM account_logins WHERE expires_at < ?", (now,))
-            db.execute("DELETE FROM assertions WHERE expires_at < ?", (now,))
-            db.execute("DELETE FROM access_tokens WHERE expires_at < ?", (now - 60,))
-            db.execute("UPDATE refresh_tokens SET successor = NULL WHERE successor IS NOT NULL AND rotated_at < ?", (now - REFRESH_GRACE,))
-            db.execute("DELETE FROM grants WHERE grant_id IN (SELECT grant_id FROM grants WHERE expires_at < ?1 OR ended_at < ?1 LIMIT 500)",
-                       (now - 86400,))
-            db.execute("DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind = 'dynamic' AND used_at < ?"
-                       " AND NOT EXISTS (SELECT 1 FROM grants g WHERE g.client_id = clients.client_id AND g.ended_at IS NULL) LIMIT 500)",
-                       (now - client_lifetime,))
+            for statement, before in SWEEPS:
+                db.execute(statement, (now - (client_lifetime if before is None else before),))
             return [row.hash for row in db.execute("DELETE FROM sessions WHERE used_at < ? RETURNING hash",
                                                    (now - session_lifetime,)).fetchall()]
 
@@ -5880,20 +5864,9 @@ def git_blob_id(path):
 # Owns the command line: flags from the table of settings, `serve`, signals and exit status.
 # ======================================================================================================================
 
-COMMAND_HELP = {
-    "serve": "serve (the default command)",
-    "check": "validate the configuration, then try it: store, key, Forgejo, forgejo-mcp, public URL",
-    "init": "write a commented configuration, asking for what it cannot know (flags answer for it)",
-    "users": "list the users; as JSON with --json",
-    "clients": "list the clients; as JSON with --json",
-    "grants": "list the logins; as JSON with --json",
-    "sessions": "list the sessions; as JSON with --json",
-    "revoke": "end logins: --user NAME, --client ID, --grant ID or --all; in force within a second",
-    "backup": "FILE: write a consistent copy of the store, also while the broker runs",
-    "rotate-key": "seal everything under a new key; may be interrupted and run again",
-}
-COMMAND_FLAGS = {"users": ("json",), "clients": ("json",), "grants": ("json",), "sessions": ("json",),
-                 "revoke": ("user", "client", "grant", "all")}
+def flag_of(name):
+    """A setting's flag."""
+    return "--" + name.replace("_", "-")
 
 
 def usage():
@@ -5901,29 +5874,32 @@ def usage():
     lines = ["usage: fjmcp_broker.py --config broker.toml [COMMAND] [--SETTING VALUE]...", "",
              "Lets people use their own Forgejo from MCP clients, as themselves.", "",
              "  --config FILE   TOML file with the settings (or FJMCP_BROKER_CONFIG)", "  --version       print the version",
-             "  --help          print this", "", "Commands:", *(f"  {name:14}{text}" for name, text in COMMAND_HELP.items()), "",
+             "  --help          print this", "", "Commands:", *(f"  {name:14}{command.help}" for name, command in COMMANDS.items()), "",
              "Settings, each also as a key of the file and as FJMCP_BROKER_<NAME> (flag > environment > file > default).",
              "A setting that is one piece of text can be read from a file with --<name>-file.", ""]
-    for setting in SETTINGS:
-        if setting.kind != "clients":
-            lines.append(f"  --{setting.name.replace('_', '-')}\n        {setting.help}{shown_default(setting)}")
+    for setting in SETTINGS[:-1]:  # not [[clients]], which are tables
+        default = " (required)" if setting.default is REQUIRED else f" (default {setting.default})" if setting.default else ""
+        lines.append(f"  {flag_of(setting.name)}\n        {setting.help}{default}")
     return "\n".join(lines)
 
 
-def shown_default(setting):
-    """A setting's default, in brackets, for people."""
-    if setting.default in ("", False, ()):
-        return ""
-    return " (required)" if setting.default is REQUIRED else f" (default {setting.default})"
+@dataclass(frozen=True)
+class Command:
+    """A command: what runs it (Arguments -> exit status), its help, flags of its own, and whether it takes one word."""
+
+    run: object
+    help: str
+    flags: tuple = ()
+    word: str = ""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """A command line: the configuration file, the command and its own words and flags, and settings given as flags."""
+    """A command line: the configuration file, the command with its word and its own flags, and settings given as flags."""
 
     config: object
     command: str
-    words: tuple
+    word: str
     options: dict
     flags: dict
 
@@ -5934,34 +5910,32 @@ class Arguments:
 
 def parse_arguments(arguments):
     """Arguments from the words of a command line; flags may stand before or after the command. ConfigurationError when they are wrong."""
-    flags, options, words, problems, arguments = {}, {}, [], [], list(arguments)
-    own = {name for names in COMMAND_FLAGS.values() for name in names}
-    while arguments:
-        argument = arguments.pop(0)
+    flags, options, words, problems, left = {}, {}, [], [], list(arguments)
+    while left:
+        argument = left.pop(0)
         if not argument.startswith("--"):
             words.append(argument)
             continue
         name, given, value = argument[2:].partition("=")
         key = name.replace("-", "_")
-        setting, _ = _lookup(key)
-        if setting is None and key != "config" and key not in own:
-            _suggest(key, f"unknown flag --{name}", problems)
-            continue
-        is_switch = key in ("json", "all") or setting and setting.kind == "switch" and arguments[:1] not in (["true"], ["false"])
-        if not given and not is_switch and not arguments:
+        setting, _ = KEYS.get(key, (None, False))
+        is_switch = key in ("json", "all") or setting and setting.kind == "switch" and left[:1] not in (["true"], ["false"])
+        if not setting and key != "config" and not any(key in command.flags for command in COMMANDS.values()):
+            problems.append(f"unknown flag --{name}{did_you_mean(key)}")
+        elif not given and not is_switch and not left:
             problems.append(f"--{name} needs a value")
-            continue
-        (flags if setting else options)[key] = value if given else "true" if is_switch else arguments.pop(0)
-    command, *words = words or ["serve"]
-    config = options.pop("config", None) or os.environ.get(ENVIRONMENT_PREFIX + "CONFIG")
-    if command not in COMMANDS:
-        problems.append(f"unknown command {command!r}; known: {', '.join(COMMANDS)}")
-    elif len(words) != (command == "backup"):
-        problems.append(f"{command} takes {'one FILE' if command == 'backup' else 'no further words'}")
-    problems += [f"--{name} is not for {command}" for name in options if name not in COMMAND_FLAGS.get(command, ())]
+        else:
+            (flags if setting else options)[key] = value if given else "true" if is_switch else left.pop(0)
+    name, *words = words or ["serve"]
+    config, command = options.pop("config", None) or os.environ.get(ENVIRONMENT_PREFIX + "CONFIG"), COMMANDS.get(name)
+    if command is None:
+        problems.append(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
+    elif len(words) != bool(command.word):
+        problems.append(f"{name} takes {f'one {command.word}' if command.word else 'no further words'}")
+    problems += [f"--{option} is not for {name}" for option in options if option not in (command.flags if command else ())]
     if problems:
         raise ConfigurationError(problems)
-    return Arguments(config, command, tuple(words), options, flags)
+    return Arguments(config, name, "".join(words), options, flags)
 
 
 # -- init
@@ -5970,166 +5944,148 @@ def parse_arguments(arguments):
 def configuration_text(values):
     """A broker.toml with the given values, every other setting commented out with its default and what it means."""
     lines = ["# fjmcp-broker. Each line that is commented out shows the default.", ""]
-    for setting in SETTINGS:
-        if setting.kind == "clients":
-            continue
-        forms = (setting.name, setting.name + "_file") if has_file_form(setting) else (setting.name,)
-        given = {name: values[name] for name in forms if name in values}
-        default = "" if setting.default is REQUIRED else setting.default
-        lines.append(f"# {setting.help}{' (required)' if setting.default is REQUIRED else ''}")
-        lines += [f"{name} = {json.dumps(value)}" for name, value in given.items()] or [f"# {setting.name} = {json.dumps(default)}"]
-        lines.append("")
+    for setting in SETTINGS[:-1]:
+        given = [f"{key} = {json.dumps(values[key])}" for key, (which, _) in KEYS.items() if which is setting and key in values]
+        required = setting.default is REQUIRED
+        lines += [f"# {setting.help}{' (required)' if required else ''}",
+                  *(given or [f"# {setting.name} = {json.dumps('' if required else setting.default)}"]), ""]
     return "\n".join([*lines, "# Clients that are known beforehand:", "# [[clients]]", '# client_id = "my-client"', '# name = "My client"',
                       '# redirect_uris = ["https://client.example.org/callback"]', '# client_secret = ""', ""])
 
 
-def ask(name, problems, default=""):
+def ask(setting, problems):
     """A required setting from the terminal, asked again until it is one; a problem when nobody is there to answer."""
-    setting = SETTING[name]
     if not sys.stdin.isatty():
-        problems.append(f"{name} is missing: {setting.help}. Give it as --{name.replace('_', '-')}")
+        problems.append(f"{setting.name} is missing: {setting.help}. Give it as {flag_of(setting.name)}")
         return ""
     while True:
-        print(f"{setting.help}", file=sys.stderr)
-        text = (getpass.getpass(f"{name}: ") if setting.secret else input(f"{name}{f' [{default}]' if default else ''}: ")) or default
+        print(setting.help, file=sys.stderr)
+        text = (getpass.getpass if setting.secret else input)(f"{setting.name}: ")
         try:
-            KINDS[setting.kind](text)
-            if text:
+            if KINDS[setting.kind](text):
                 return text
         except ValueError as error:
             print(f"  {error}", file=sys.stderr)
 
 
-def write_new(path, text):
-    """Make a file that only its owner can read; FileExistsError rather than overwrite one."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def secret_files(values, secrets, folder):
-    """{path: text} of the files that keep these secrets; `values` then says where they are."""
-    if "secrets_file" in values:
-        values["secrets_file"] = os.path.abspath(values["secrets_file"])
-        return {values["secrets_file"]: "".join(f"{name} = {json.dumps(text)}\n" for name, text in secrets.items())}
-    places = {"forgejo_oauth_client_secret": ("client-secret", "forgejo_oauth_client_secret_file"), "key": ("sealing-key", "key_file")}
-    files = {}
-    for name, text in secrets.items():
-        file, setting = places[name]
-        values[setting] = os.path.join(folder, file)
-        files[values[setting]] = text + "\n"
-    return files
-
-
 def init(arguments):
     """Write broker.toml, and the client secret and a new sealing key into files of their own: `secrets_file`, or one for each."""
-    path, values, problems = os.path.abspath(arguments.config or "broker.toml"), dict(arguments.flags), []
-    folder = os.path.dirname(path)
-    for name in ("public_url", "forgejo_url", "forgejo_oauth_client_id", "forgejo_oauth_client_secret"):
-        if name not in values and name + "_file" not in values:
-            values[name] = ask(name, problems)
+    path, values, problems, files = os.path.abspath(arguments.config or "broker.toml"), dict(arguments.flags), [], {}
+    folder, secret_file = os.path.dirname(path), "forgejo_oauth_client_secret_file"
+    for setting in SETTINGS:
+        if setting.default is REQUIRED and not {setting.name, setting.name + "_file"} & set(values):
+            values[setting.name] = ask(setting, problems)
     for name, value in values.items():
         try:
             if value and name in SETTING:
                 KINDS[SETTING[name].kind](value)
         except ValueError as error:
             problems.append(f"flag: {name}: {error}")
-    if "secrets_file" in values and "forgejo_oauth_client_secret_file" in values:  # all secrets into the one file
-        try:
-            with open(values.pop("forgejo_oauth_client_secret_file"), encoding="utf-8") as file:
-                values["forgejo_oauth_client_secret"] = file.read().strip()
-        except OSError as error:
-            problems.append(f"flag: forgejo_oauth_client_secret_file: cannot read {error.filename}: {error.strerror}")
-    secrets = {"forgejo_oauth_client_secret": values.pop("forgejo_oauth_client_secret", None)}
+    together = os.path.abspath(values["secrets_file"]) if "secrets_file" in values else None
+    try:
+        if together and secret_file in values:
+            values[secret_file.removesuffix("_file")] = read_file(values.pop(secret_file)).decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"flag: {secret_file}: cannot read it: {getattr(error, 'strerror', None) or error}")
     if "key_file" not in values:
-        secrets["key"] = values.pop("key", None) or base64.b64encode(os.urandom(32)).decode()
-    files = secret_files(values, {name: text for name, text in secrets.items() if text}, folder)
+        values.setdefault("key", new_key().strip())
+    for name, setting, file in (("forgejo_oauth_client_secret", secret_file, "client-secret"), ("key", "key_file", "sealing-key")):
+        text = values.pop(name, None)
+        if text and together:
+            values["secrets_file"] = together
+            files[together] = files.get(together, "") + f"{name} = {json.dumps(text)}\n"
+        elif text:
+            values[setting] = os.path.join(folder, file)
+            files[values[setting]] = text + "\n"
     problems += [f"{name} is there already; move it away first" for name in (path, *files) if os.path.exists(name)]
     if problems:
         raise ConfigurationError(problems)
     if "store_path" not in values:
         values["store_path"] = os.path.join(folder, "data", "broker.db")
         os.makedirs(os.path.dirname(values["store_path"]), mode=0o700, exist_ok=True)
-    for name, text in files.items():
-        write_new(name, text)
-    write_new(path, configuration_text(values))
+    for name, text in {**files, path: configuration_text(values)}.items():
+        put_file(name, text)
     print(f"Wrote {path}. In Forgejo, the OAuth2 application (confidential) needs the redirect URI\n  {values['public_url'].rstrip('/')}"
           f"/oauth/callback\nNext: python3 {sys.argv[0]} --config {path} check")
     return 0
 
 
-# -- check
+# -- check: each part yields (ok, warn or fail; what was seen; how to mend it)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One result of `check`: `level` is ok, warn or fail; what was seen, and how to mend it."""
-
-    level: str
-    text: str
-    fix: str = ""
+def report(findings):
+    """Print findings as they come; 1 when one fails, else 0."""
+    failed = False
+    for level, text, *fix in findings:
+        print(f"{level:5} {text}" + "".join(f"\n      -> {line}" for line in fix), flush=True)
+        failed |= level == "fail"
+    return int(failed)
 
 
 def check(arguments):
     """Try everything that serving needs, and name each problem with its fix; 0 when nothing fails."""
-    try:
+    def findings():
         settings = arguments.settings()
-        findings = [finding for part in (check_store, check_urls, check_forgejo, check_child, check_public_url) for finding in part(settings)]
+        for part in (check_store, check_urls, check_forgejo, check_child, check_containment, check_public_url):
+            yield from guarded(part(settings))
+    return report(guarded(findings()))
+
+
+def guarded(findings):
+    """Findings, and what is wrong with the configuration as failures among them."""
+    try:
+        yield from findings
     except ConfigurationError as error:
-        findings = [Finding("fail", problem) for problem in error.problems]
-    for finding in findings:
-        print(f"{finding.level:5} {finding.text}" + (f"\n      -> {finding.fix}" if finding.fix else ""))
-    return 1 if any(finding.level == "fail" for finding in findings) else 0
+        yield from (("fail", problem) for problem in error.problems)
 
 
 def check_store(settings):
     """The store, its folder, and the sealing key."""
-    path, key_path = os.path.abspath(settings.store_path), os.path.abspath(settings.key_file or settings.store_path + ".key")
+    path, key = os.path.abspath(settings.store_path), os.path.abspath(key_path(settings))
     folder = os.path.dirname(path)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        yield Finding("fail", f"store_path: {folder} is not a folder this user can write to", f"make it, for the user that serves: install -d -m 700 {folder}")
+        yield "fail", f"store_path: {folder} is not a folder this user can write to", f"make it, for the user that serves: install -d -m 700 {folder}"
         return
-    if os.stat(folder).st_mode & 0o077:
-        yield Finding("warn", f"store_path: {folder} is open to other users", f"chmod 700 {folder}")
-    if not settings.key and os.path.dirname(key_path) == folder:
-        yield Finding("warn", f"key_file: {key_path} lies beside the store: who copies one has both", "keep the key elsewhere, and out of the backup of the store")
-    if not settings.key and not os.path.exists(key_path) and not os.path.exists(path):
-        yield Finding("ok", f"key_file: {key_path} will be made at the first start")
+    if not settings.key and os.path.dirname(key) == folder:
+        yield "warn", f"key_file: {key} lies beside the store: who copies one has both", "keep the key elsewhere, and out of the backup of the store"
+    for name, place, mode in (("store_path", folder, "700"), ("key_file", key, "600")):
+        if (place == folder or not settings.key) and os.path.exists(place) and os.stat(place).st_mode & 0o077:
+            yield "warn", f"{name}: {place} is open to other users", f"chmod {mode} {place}"
+    if not os.path.exists(path):
+        if settings.key or os.path.exists(key):
+            load_keyring(settings)
+        yield "ok", f"store_path: {path} will be made at the first start, and so will the key if there is none"
         return
     keyring = load_keyring(settings)
-    if not settings.key and os.stat(key_path).st_mode & 0o077:
-        yield Finding("warn", f"key_file: {key_path} is open to other users", f"chmod 600 {key_path}")
-    if os.path.exists(path):
-        store = Store(path, keyring, alone=False)
-        older = sum(not keyring.is_newest(box) for _, box in store.credentials())
-        yield Finding("ok", f"store_path: {path} opens with this key; sessions on file: {store.count_sessions()}")
-        store.close()
-        if older:
-            yield Finding("warn", f"key_file: {older} credentials are still sealed with older keys", "run rotate-key, which goes on where it was")
-        elif len(keyring.keys) > 1:
-            yield Finding("ok", f"key_file: every credential is sealed with the newest of {len(keyring.keys)} keys; the others can be taken out")
-    else:
-        yield Finding("ok", f"store_path: {path} will be made at the first start")
+    store = Store(path, keyring, alone=False)
+    older = sum(not keyring.is_newest(box) for _, _, box in store.boxes())
+    yield "ok", f"store_path: {path} opens with this key; sessions on file: {store.count_sessions()}"
+    store.close()
+    if older:
+        yield "warn", f"key_file: {older} credentials are still sealed with older keys", "run rotate-key, which goes on where it was"
+    elif len(keyring.keys) > 1:
+        yield "ok", f"key_file: every credential is sealed with the newest of {len(keyring.keys)} keys; the others can be taken out"
+
+
+def check_reach(public):
+    """Whether clients elsewhere can reach such a URL at all."""
+    if public.port and not is_loopback_name(public.hostname):
+        yield "warn", "public_url: it names a port; Claude.ai and others reach 443 only", "let the proxy serve https on its usual port, and leave the port out"
+    if public.scheme == "http":
+        yield "warn", "public_url: http on loopback is for trying out; web clients cannot reach it", "put a proxy with https in front"
 
 
 def check_urls(settings):
     """What can be seen of the addresses without asking anybody."""
     check_configured_clients(settings)
-    public = urlsplit(settings.public_url)
-    if public.port and not is_loopback_name(public.hostname):
-        yield Finding("warn", f"public_url: {settings.public_url} names a port; Claude.ai and others reach 443 only",
-                      "let the proxy serve https on its usual port, and leave the port out")
-    if public.scheme == "http":
-        yield Finding("warn", "public_url: http on loopback is for trying out; web clients cannot reach it", "put a proxy with https in front")
-    internal = urlsplit(settings.forgejo_internal_url) if settings.forgejo_internal_url else None
-    if internal and internal.scheme == "http":
-        try:
+    yield from check_reach(urlsplit(settings.public_url))
+    internal = urlsplit(settings.forgejo_internal_url)
+    if internal.scheme == "http":
+        private = False
+        with contextlib.suppress(OSError, ValueError):
             private = ipaddress.ip_address(socket.getaddrinfo(internal.hostname, None)[0][4][0].partition("%")[0]).is_private
-        except (OSError, ValueError):
-            private = False
         if not private:
-            yield Finding("warn", "forgejo_internal_url: http to an address that is not private: tokens would travel in the clear", "use https")
+            yield "warn", "forgejo_internal_url: http to an address that is not private: tokens would travel in the clear", "use https"
 
 
 def check_forgejo(settings):
@@ -6137,185 +6093,306 @@ def check_forgejo(settings):
     base = settings.forgejo_internal_url or settings.forgejo_url
     try:
         answer = fetch("GET", base + "/.well-known/openid-configuration", ca_file=settings.forgejo_ca_file)
-        version = fetch("GET", base + "/api/v1/version", ca_file=settings.forgejo_ca_file).json()
+        version = str((fetch("GET", base + "/api/v1/version", ca_file=settings.forgejo_ca_file).json() or {}).get("version", "unknown"))
     except FetchFailed as error:
-        yield Finding("fail", f"forgejo_url: {base} does not answer: {error}", "check the address, DNS, firewall and certificate (forgejo_ca_file)")
+        yield "fail", f"forgejo_url: {base} does not answer: {error}", "check the address, DNS, firewall and certificate (forgejo_ca_file)"
         return
     document = answer.json() if answer.status == 200 else None
     if document is None:
-        yield Finding("fail", f"forgejo_url: {base} answers {answer.status}, and not as Forgejo does", "give the address under which Forgejo itself is")
+        yield "fail", f"forgejo_url: {base} answers {answer.status}, and not as Forgejo does", "give the address under which Forgejo itself is"
         return
-    yield Finding("ok", f"forgejo_url: {base} answers, version {(version or {}).get('version', 'unknown')}")
-    if re.match(r"[0-8]\.", str((version or {}).get("version"))):
-        yield Finding("warn", "forgejo_url: this Forgejo knows no scopes of OAuth2 tokens: each has all of its user's power", "upgrade Forgejo to 9 or newer")
+    yield "ok", f"forgejo_url: {base} answers, version {version}"
+    if re.match(r"[0-8]\.", version):
+        yield "warn", "forgejo_url: this Forgejo knows no scopes of OAuth2 tokens: each has all of its user's power", "upgrade Forgejo to 9 or newer"
     if document.get("authorization_endpoint") != settings.forgejo_url + "/login/oauth/authorize":
-        yield Finding("warn", f"forgejo_url: Forgejo calls itself {document.get('issuer')}", "set forgejo_url to that, or ROOT_URL in Forgejo to the other")
-    with contextlib.suppress(ValueError, TypeError):
-        skew = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time() if "date" in answer.headers else 0
+        yield "warn", f"forgejo_url: Forgejo calls itself {document.get('issuer')}", "set forgejo_url to that, or ROOT_URL in Forgejo to the other"
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        skew = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time()
         if abs(skew) > 60:
-            yield Finding("fail", f"the clocks of Forgejo and of this machine differ by {abs(skew):.0f} s", "set both by NTP")
-    yield from check_application(settings)
-
-
-def check_application(settings):
-    """The OAuth2 application: a code that cannot be good is refused for the first thing that is wrong, in Forgejo's order."""
+            yield "fail", f"the clocks of Forgejo and of this machine differ by {abs(skew):.0f} s", "set both by NTP"
+    # A code that cannot be good is refused for the first thing that is wrong, in Forgejo's order: id, secret, redirect URI, code.
     try:
         Forgejo(settings, Clock()).exchange("check", "check")
     except UpstreamMisconfigured as error:
         which = "secret" if "secret" in str(error) else "id"
-        yield Finding("fail", f"forgejo_oauth_client_{which}: Forgejo refuses it: {error}", "copy it again from the application in Forgejo")
+        yield "fail", f"forgejo_oauth_client_{which}: Forgejo refuses it: {error}", "copy it again from the application in Forgejo"
     except UpstreamRefused as error:
         if "redirect" in str(error).lower():
-            yield Finding("fail", "the application in Forgejo has another redirect URI", f"set it to {settings.public_url}/oauth/callback")
+            yield "fail", "the application in Forgejo has another redirect URI", f"set it to {settings.public_url}/oauth/callback"
         else:
-            yield Finding("ok", "Forgejo knows the application, its secret and its redirect URI")
+            yield "ok", "Forgejo knows the application, its secret and its redirect URI"
     except UpstreamDown as error:
-        yield Finding("fail", f"Forgejo's token endpoint does not work: {error}", "look into Forgejo's log, and at proxies between")
+        yield "fail", f"Forgejo's token endpoint does not work: {error}", "look into Forgejo's log, and at proxies between"
 
 
 def check_child(settings):
     """forgejo-mcp: is it there, new enough, and does it start and answer (without a token: as an anonymous user)."""
     try:
-        command = child_command(settings)
+        command, environment = child_command(settings), child_environment(settings, "")
         if isinstance(settings.forgejo_mcp_binary, str):
             shown = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL).stdout.strip()
             number = re.search(r"v?([0-9]+)\.[0-9]+", shown)
             if number and int(number[1]) < 2:
-                yield Finding("fail", f"forgejo_mcp_binary: {shown} is too old", "install forgejo-mcp 2.0 or newer")
-        lines, ended, guardian = queue.SimpleQueue(), threading.Event(), Guardian()
-        child = Child(command, child_environment(settings, ""), "check", guardian, settings, Log(settings, io.StringIO()), lines.put,
-                      lambda child: (lines.put(b""), ended.set()))
-    except (ChildMissing, ChildFailed, OSError, subprocess.TimeoutExpired) as error:
-        yield Finding("fail", f"forgejo_mcp_binary: {error}", "install forgejo-mcp, and give its path")
+                yield "fail", f"forgejo_mcp_binary: {shown} is too old", "install forgejo-mcp 2.0 or newer"
+        child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0)
+    except (ChildMissing, OSError, subprocess.TimeoutExpired) as error:
+        yield "fail", f"forgejo_mcp_binary: {error}", "install forgejo-mcp, and give its path"
         return
-    child.send(dump({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
-        "protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": {"name": "fjmcp-broker", "version": __version__}}}))
-    try:
-        server = json.loads(lines.get(timeout=settings.start_timeout) or b"{}").get("result", {}).get("serverInfo")
-    except (queue.Empty, ValueError, AttributeError):
+    end = threading.Timer(settings.start_timeout, os.killpg, (child.pid, signal.SIGKILL))
+    end.start()
+    with contextlib.suppress(OSError, ValueError, AttributeError), child:
         server = None
-    child.stop("checked")
-    while not ended.wait(0.2):
-        child.tick()
-    guardian.close()
+        child.stdin.write(dump({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
+            "protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": {"name": "fjmcp-broker", "version": __version__}}}) + b"\n")
+        child.stdin.flush()
+        server = json.loads(child.stdout.readline()).get("result", {}).get("serverInfo")
+        os.killpg(child.pid, signal.SIGKILL)
+    end.cancel()
     if server:
-        yield Finding("ok", f"forgejo_mcp_binary: {command[0]} starts and answers as {server.get('name')} {server.get('version')}")
+        yield "ok", f"forgejo_mcp_binary: {command[0]} starts and answers as {server.get('name')} {server.get('version')}"
     else:
-        yield Finding("fail", f"forgejo_mcp_binary: {command[0]} does not answer ({child.reason})",
-                      "run it by hand with FORGEJO_URL set; where Forgejo wants a login for everything it cannot start without a token")
+        yield ("fail", f"forgejo_mcp_binary: {command[0]} does not answer (status {child.returncode})",
+               "run it by hand with FORGEJO_URL set; where Forgejo wants a login for everything it cannot start without a token")
+
+
+def check_containment(settings):
+    """Whether a child, which runs as the same user, is kept from reading the broker's memory and the tokens of other children."""
+    try:
+        path = os.path.realpath(child_command(settings)[0])
+    except ChildMissing:
+        return
+    owner, binary = os.stat(settings.store_path if os.path.exists(settings.store_path) else "/proc/self"), os.stat(path)
+    readable = binary.st_mode & (0o400 if binary.st_uid == owner.st_uid else 0o040 if binary.st_gid == owner.st_gid else 0o004)
+    if readable or binary.st_uid == owner.st_uid or owner.st_uid == 0:
+        yield ("warn", f"containment: {path} can be read by the user that serves, so the children of one user can read the tokens of others",
+               f"serve as a user of its own, not root; chown root:root {path}; chmod 0711 {path} (a script cannot be protected so)")
+    else:
+        yield "ok", f"containment: children of {path} cannot read each other's tokens"
+    if hide_from_children():
+        yield "ok", "containment: children cannot read the broker's memory and environment (PR_SET_DUMPABLE is 0 when serving)"
+    else:
+        yield "warn", "containment: the broker cannot make itself unreadable (PR_SET_DUMPABLE)", "serve on Linux with /proc, outside of emulators"
 
 
 def check_public_url(settings):
-    """Whether clients would find this broker at its public URL, and whether a proxy holds streams back."""
+    """Whether clients would find this broker at its public URL; what `doctor` tries, but for the registration."""
     try:
-        document = fetch("GET", settings.public_url + "/.well-known/oauth-authorization-server").json()
         health = fetch("GET", settings.public_url + "/healthz").json() or {}
-        if (document or {}).get("issuer") != settings.public_url:
-            yield Finding("fail", f"public_url: {settings.public_url} is not answered by this broker", "let the proxy pass everything on to `listen`")
-            return
         if health.get("git") != git_blob_id(__file__):
-            yield Finding("warn", "public_url: another revision of this file is running there", "restart the broker")
-        yield Finding("ok", f"public_url: {settings.public_url} is answered by version {health.get('version')}")
-        if first_byte_share(settings.public_url + "/healthz") > 0.5:
-            yield Finding("fail", "public_url: the proxy holds streams back until they end", "turn its buffering off (docs/install.md)")
+            yield "warn", "public_url: another revision of this file, or something else, is running there", "restart the broker; let the proxy pass all to it"
+        failures = [finding for finding in examine(settings.public_url, register=False) if finding[0] != "ok"]
+        yield from failures or [("ok", f"public_url: {settings.public_url} is answered by version {health.get('version')}")]
     except FetchFailed as error:
-        yield Finding("warn", f"public_url: {settings.public_url} does not answer from here: {error}",
-                      "start the broker and the proxy, then check again; some networks cannot reach their own public address")
+        yield ("warn", f"public_url: {settings.public_url} does not answer from here: {error}",
+               "start the broker and the proxy, then check again; some networks cannot reach their own public address")
 
 
-def first_byte_share(url):
-    """How late the first event of a short stream arrives, as a share of the whole time: near 1 when somebody buffers."""
-    started, moments = time.monotonic(), []
-    fetch("GET", url, headers=(("Accept", "text/event-stream"),), on_data=lambda: moments.append(time.monotonic() - started))
-    return moments[0] / (time.monotonic() - started) if moments else 1.0
+# -- doctor: PROBES says who needs what; {url} and {client} are filled in when it is tried
+
+REGISTRATION = {  # what real clients register, in one: each redirect URI is somebody's
+    "client_name": "fjmcp-broker doctor", "application_type": "web", "scope": "openid claudeai", "token_endpoint_auth_method": "none",
+    "grant_types": ["authorization_code", "refresh_token"], "response_types": ["code"], "redirect_uris": [
+        "cursor://anysphere.cursor-mcp/oauth/callback", "https://www.cursor.com/agents/mcp/oauth/callback", "http://localhost:3118/callback",
+        "https://claude.ai/api/mcp/auth_callback", "https://claude.com/api/mcp/auth_callback", "https://chatgpt.com/connector/oauth/doctor",
+        "https://vscode.dev/redirect", "http://127.0.0.1/", "http://127.0.0.1:33418/"]}
+# What must come back: members of the JSON object (`json`), the status and headers (in lower case): equal, or holding each of a list, `!`: none.
+RESOURCE = {"status": 200, "json": {"resource": "{url}/mcp", "authorization_servers": ["{url}"], "!scopes_supported": ["offline_access"]}}
+METADATA = {"status": 200, "json": {
+    "issuer": "{url}", "authorization_endpoint": "{url}/oauth/authorize", "token_endpoint": "{url}/oauth/token", "response_types_supported": ["code"],
+    "registration_endpoint": "{url}/oauth/register", "revocation_endpoint": "{url}/oauth/revoke", "code_challenge_methods_supported": ["S256"],
+    "grant_types_supported": ["authorization_code", "refresh_token"], "scopes_supported": ["offline_access"],
+    "token_endpoint_auth_methods_supported": ["none", "client_secret_post", "client_secret_basic"], "authorization_response_iss_parameter_supported": True}}
+CHALLENGE = {"status": 401, "!www-authenticate": ["error="], "www-authenticate": [
+    "bearer ", 'resource_metadata="{url}/.well-known/oauth-protected-resource/mcp"', "scope="]}
+CONSENT = {"status": 200, "content-type": ["text/html"], "content-security-policy": ["frame-ancestors 'none'"], "!content-security-policy": ["form-action"]}
+PREFLIGHT = {"status": 204, "access-control-allow-headers": ["authorization", "content-type", "mcp-session-id"], "access-control-allow-methods": ["t"]}
+AUTHORIZE = f"GET /oauth/authorize?response_type=code&client_id={{client}}&state=s&code_challenge_method=S256&code_challenge={'A' * 43}&redirect_uri="
+LOOPBACK, WEB = "http%3A%2F%2Flocalhost%3A41999%2Fcallback", ("https://claude.ai", "https://chatgpt.com", "http://localhost:6274")
+PING, FORM, CODEX = {"jsonrpc": "2.0", "id": 0, "method": "ping"}, {"Content-Type": "application/x-www-form-urlencoded"}, {"MCP-Protocol-Version": "2024-11-05"}
+PASS_ON, BROKER = "let the proxy pass this on, with all headers, and its answer back", "let the proxy leave answers alone; upgrade the broker"
+BOTS, CORS = "exempt /mcp, /.well-known, /oauth, /register, /token from the proxy's bot rules", "let the proxy pass OPTIONS on; add the origin to allowed_origins"
+PROBES = (  # who needs it, request, its headers and body, what must come back, how to mend it
+    ("Claude, VS Code, Gemini CLI, Zed, SDKs", "GET /.well-known/oauth-protected-resource/mcp", {}, "", RESOURCE, PASS_ON),
+    ("clients given the URL with a slash", "GET /.well-known/oauth-protected-resource/mcp/", {}, "", RESOURCE, PASS_ON),
+    ("ChatGPT, Claude Code", "GET /.well-known/oauth-protected-resource", {}, "", RESOURCE, PASS_ON),
+    ("every client", "GET /.well-known/oauth-authorization-server", {}, "", METADATA, PASS_ON),
+    ("Claude.ai, Codex", "GET /.well-known/oauth-authorization-server/mcp", CODEX, "", METADATA, PASS_ON),
+    ("Codex", "GET /mcp/.well-known/oauth-authorization-server", CODEX, "", METADATA, PASS_ON),
+    *(("Claude.ai, ChatGPT, SDKs", f"GET {path}", {}, "", {"status": 404, "json": {}}, PASS_ON) for path in (
+        "/.well-known/openid-configuration", "/.well-known/openid-configuration/mcp", "/mcp/.well-known/openid-configuration")),
+    ("clients given the URL with a slash", "POST /mcp/", {}, PING, CHALLENGE, PASS_ON),
+    *((who, f"{method} /mcp", {}, PING if method == "POST" else "", CHALLENGE, f"let the proxy pass {method} on") for method, who in (
+        ("POST", "every client"), ("HEAD", "Gemini CLI, Claude.ai"), ("GET", "clients that open a stream first"), ("DELETE", "SDKs"))),
+    ("clients of revision 2026-07-28", "POST /mcp", {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "server/discover"}, PING, CHALLENGE, PASS_ON),
+    *(("the client of that name", "POST /mcp", {"User-Agent": agent}, PING, CHALLENGE, BOTS) for agent in (
+        "Claude-User", "openai-mcp/1.0.0", "python-httpx/0.28.1", "node", "Ruby", "")),
+    *(("clients in a browser", "POST /mcp", {"Origin": origin}, PING, CHALLENGE, CORS) for origin in WEB),
+    *(("clients in a browser", f"OPTIONS {path}", {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers":
+       "authorization, content-type, mcp-session-id"}, "", PREFLIGHT, CORS) for origin in WEB for path in (
+        "/mcp", "/.well-known/oauth-protected-resource/mcp", "/oauth/register", "/oauth/token")),
+    ("every client whose token has expired", "POST /mcp", {"Authorization": "Bearer fja_expired"}, PING,
+     {"status": 401, "www-authenticate": ['error="invalid_token"']}, PASS_ON),
+    ("people who also visit other sites", "POST /mcp", {"Origin": "https://attacker.example"}, PING, {"status": 403},
+     "let the proxy pass Origin on; allowed_origins is for origins you trust"),
+    ("Claude.ai, Cursor, VS Code: each its URI", "POST /oauth/register", {}, REGISTRATION,
+     {"status": 201, "json": {**REGISTRATION, "client_secret": None}, "cache-control": ["no-store"]}, "see allowed_redirect_schemes"),
+    ("people: a script is no redirect URI", "POST /register", {}, {"redirect_uris": ["javascript:alert(1)"]},
+     {"status": 400, "json": {"error": "invalid_redirect_uri"}}, PASS_ON),
+    ("people whose client was forgotten", "GET /authorize?client_id=nobody", {}, "", {"status": 400, "content-type": ["text/html"], "location": None}, PASS_ON),
+    *((who, f"{AUTHORIZE}{uri}", {}, "", CONSENT, BROKER) for who, uri in (
+        ("Codex, Zed, Goose: a loopback port of the day", LOOPBACK + "&resource={url}/mcp"), ("clients without `resource`", LOOPBACK),
+        ("Claude.ai, ChatGPT: unknown scopes, a slash", LOOPBACK + "&scope=claudeai+openid&prompt=consent&resource={url}/mcp/"),
+        ("Cursor", "cursor%3A%2F%2Fanysphere.cursor-mcp%2Foauth%2Fcallback&resource={url}"), ("VS Code", "http%3A%2F%2F127.0.0.1%3A50001%2F"))),
+    ("clients that check `iss`, on errors too", f"{AUTHORIZE}{LOOPBACK}&resource=https://attacker.example/mcp", {}, "",
+     {"status": 303, "location": ["http://localhost:41999/callback?", "error=invalid_target", "iss="], "!location": ["code="]}, BROKER),
+    *((who, f"POST {path}", FORM, "grant_type=refresh_token&refresh_token=x&client_id=" + client,
+       {"status": status, "json": {"error": error}, "cache-control": ["no-store"]}, PASS_ON) for who, path, client, status, error in (
+        ("clients that ignore metadata", "/token", "nobody", 401, "invalid_client"), ("every client", "/oauth/token", "{client}", 400, "invalid_grant"))),
+)
+HINTS = {403: BOTS, 413: "raise the proxy's limit for bodies", 421: "let the proxy pass the Host header on unchanged", 429: BOTS,
+         **dict.fromkeys((301, 302, 307, 308), "serve this path directly: clients do not repeat a POST, or drop its token"),
+         **dict.fromkeys((500, 502, 503, 504), "start the broker, and give the proxy its address; look into both logs")}
+
+
+def unlike(found, rules):
+    """How a dict differs from what it must be, a few words for each rule that it breaks."""
+    for name, rule in rules.items():
+        plain = name.removeprefix("!")
+        value = found.get(plain)
+        holds = [part in (value or ()) for part in rule] if isinstance(rule, list) else [value == rule]
+        if any(holds) if name != plain else not all(holds):
+            yield f"{plain} is {value!r}" + ("" if name != plain else f", not {rule!r}")
+
+
+def mistakes(answer, want, origin):
+    """What is wrong with an answer (Fetched)."""
+    document = answer.json() if "json" in want else {}
+    if answer.status != want["status"]:
+        yield f"status is {answer.status}, not {want['status']}"
+    elif document is None:
+        yield "it is no JSON object, or not labelled as application/json"
+    else:
+        yield from (f"{name} is {value!r}" for name, value in document.items() if value in (None, ""))
+        yield from unlike(document, want.get("json", {}))
+        yield from unlike({name: value.lower() for name, value in answer.headers.items()}, {
+            name: rule for name, rule in want.items() if name not in ("status", "json")})
+        if origin and want["status"] != 403 and answer.headers.get("access-control-allow-origin") not in ("*", origin):
+            yield "access-control-allow-origin does not name the origin"
+
+
+def examine(url, register=True):
+    """The findings of PROBES, and of whether a proxy holds streams back; without `register`, those that need a client are left out."""
+    client, started, moments = "", time.monotonic(), []
+    for probe in map(json.dumps, PROBES):
+        if "{client}" in probe and not client or '"POST /oauth/register"' in probe and not register:
+            continue
+        who, request, headers, body, want, fix = json.loads(probe.replace("{url}", url).replace("{client}", client))
+        (method, path), before = request.split(" "), time.monotonic()
+        answer = fetch(method, url + path, headers=tuple({"Content-Type": "application/json", **headers}.items()),
+                       body=(json.dumps(body) if isinstance(body, dict) else body).encode())
+        client = client or str((answer.json() or {}).get("client_id", "")) if answer.status == 201 else client
+        wrong, shown = "; ".join(mistakes(answer, want, headers.get("Origin"))), f"{request.partition('?')[0]} {headers or ''}".strip()
+        if wrong:
+            yield "fail", f"{shown}: {wrong}. Needed by {who}", fix if answer.status == want["status"] else HINTS.get(answer.status, fix)
+        elif (took := time.monotonic() - before) > 2:
+            yield "warn", f"{shown}: took {took:.0f} s; Codex gives up after 5, Claude after 10", "look for what is slow between here and the broker"
+        else:
+            yield "ok", f"{shown}: {who}"
+    started = time.monotonic()
+    fetch("GET", url + "/healthz", headers=(("Accept", "text/event-stream"),), on_data=lambda: moments.append(time.monotonic() - started))
+    if not moments or moments[0] > 0.5 * (time.monotonic() - started):  # the first event of a short stream came when it ended
+        yield "fail", f"GET /healthz: a proxy holds streams back until they end. Needed by every client", "turn its buffering off (docs/install.md)"
+
+
+def doctor(arguments):
+    """Do what real clients do at a public URL, short of logging in; it registers one throw-away client. 1 when something would break."""
+    def findings():
+        try:
+            url = KINDS["origin"](arguments.word.rstrip("/").removesuffix("/mcp"))
+            yield from check_reach(urlsplit(url))
+            yield from examine(url)
+        except ValueError as error:
+            raise ConfigurationError([f"URL {error}"]) from None
+        except FetchFailed as error:
+            yield "fail", f"{url} does not answer: {error}", "its name, its certificate and port 443 must be good for everybody"
+    return report(findings())
 
 
 # -- for operators
 
 
+@contextlib.contextmanager
+def acting_as(uid, gid):
+    """Do something as another user, where root runs the command: files that SQLite makes are the broker's, keys and backups are not."""
+    def become(uid, gid):
+        if os.getuid() == 0:
+            os.seteuid(0)
+            os.setegid(gid)
+            os.seteuid(uid)
+
+    before = os.geteuid(), os.getegid()
+    become(uid, gid)
+    try:
+        yield
+    finally:
+        become(*before)
+
+
+@contextlib.contextmanager
 def open_store(arguments):
-    """The store, beside a broker that may be running. Root acts as the store's owner from here on: files that SQLite makes are the broker's."""
+    """(settings, keyring, store), beside a broker that may be running; root acts as the store's owner meanwhile."""
     settings = arguments.settings()
     if not os.path.exists(settings.store_path):
         raise ConfigurationError([f"store_path: there is no store at {settings.store_path}"])
     keyring, owner = load_keyring(settings), os.stat(settings.store_path)
-    if os.geteuid() == 0:
-        os.setegid(owner.st_gid)
-        os.seteuid(owner.st_uid)
-    return Store(settings.store_path, keyring, alone=False)
-
-
-@contextlib.contextmanager
-def as_ourselves():
-    """Whoever ran the command, for a moment: the key's files and what an operator asks for are theirs."""
-    acting = os.geteuid(), os.getegid()
-    os.seteuid(os.getuid())
-    os.setegid(os.getgid())
-    try:
-        yield
-    finally:
-        os.setegid(acting[1])
-        os.seteuid(acting[0])
+    with acting_as(owner.st_uid, owner.st_gid), contextlib.closing(Store(settings.store_path, keyring, alone=False)) as store:
+        yield settings, keyring, store
 
 
 def listing(arguments):
     """users, clients, grants, sessions: a table for people, or JSON."""
-    store = open_store(arguments)
-    names, rows = store.listing(arguments.command, Clock().now())
-    store.close()
+    with open_store(arguments) as (_, _, store):
+        names, rows = store.listing(arguments.command, Clock().now())
     if "json" in arguments.options:
         print(json.dumps([dict(zip(names, row)) for row in rows], indent=1))
         return 0
-    shown = [[clean_name(str(value), 300) if value is not None else "-" for value in row] for row in rows]
-    shown = [[time.strftime("%Y-%m-%d %H:%M", time.localtime(float(value))) if name.endswith("_at") and value != "-" else value
-              for name, value in zip(names, row)] for row in shown]
-    widths = [max(map(len, column)) for column in zip(names, *shown)]
-    for row in (names, *shown):
-        print("  ".join(value.ljust(width) for value, width in zip(row, widths)).rstrip())
+
+    def shown(name, value):
+        if name.endswith("_at") and value is not None:
+            return time.strftime("%Y-%m-%d %H:%M", time.localtime(value))
+        return "-" if value is None else clean_name(str(value), 300)
+
+    lines = [names, *([shown(name, value) for name, value in zip(names, row)] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(value.ljust(width) for value, width in zip(line, widths)).rstrip())
     return 0
 
 
 def revoke(arguments):
     """End the logins of a user, a client, one login, or all of them; a running broker acts on it within a second."""
-    options = arguments.options
-    if len(options) != 1:
+    if len(arguments.options) != 1:
         raise ConfigurationError(["revoke needs exactly one of --user NAME, --client ID, --grant ID, --all"])
-    log, store = Log(arguments.settings()), open_store(arguments)
-    ended = store.find_grants(*next(iter(options.items())), Clock().now())
-    for grant in ended:
-        if store.end_grant(grant.grant_id, "revoked by operator", Clock().now()):
-            log.audit("token revoked", user=grant.sub, client=grant.client_id, grant=grant.grant_id, reason="revoked by operator")
-    store.close()
+    with open_store(arguments) as (settings, _, store):
+        log = Log(settings)
+        ended = store.find_grants(*next(iter(arguments.options.items())), Clock().now())
+        for grant in ended:
+            if store.end_grant(grant.grant_id, "revoked by operator", Clock().now()):
+                log.audit("token revoked", user=grant.sub, client=grant.client_id, grant=grant.grant_id, reason="revoked by operator")
     print(f"ended {len(ended)} login{'' if len(ended) == 1 else 's'}")
     return 0 if ended else 1
 
 
 def backup(arguments):
     """A consistent copy of the store; the key is not in it."""
-    store = open_store(arguments)
+    path = arguments.word
     try:
-        with as_ourselves():
-            write_new(arguments.words[0], "")
-            store.backup(arguments.words[0])
+        with open_store(arguments) as (_, _, store), acting_as(os.getuid(), os.getgid()):
+            put_file(path, store.backup)
     except FileExistsError:
-        raise ConfigurationError([f"{arguments.words[0]} is there already"]) from None
-    finally:
-        store.close()
-    print(f"wrote {arguments.words[0]}; it opens only with the sealing key, which is not in it")
+        raise ConfigurationError([f"{path} is there already"]) from None
+    print(f"wrote {path}; it opens only with the sealing key, which is not in it")
     return 0
-
-
-def replace_key_file(path, text):
-    """Write the keys anew in one step; the file stays its owner's."""
-    fresh = f"{path}.new"
-    with as_ourselves():
-        owner = os.stat(path)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(fresh)
-        write_new(fresh, text)
-        if os.geteuid() == 0:
-            os.chown(fresh, owner.st_uid, owner.st_gid)
-        os.replace(fresh, path)
 
 
 def rotate_key(arguments):
@@ -6323,23 +6400,29 @@ def rotate_key(arguments):
 
     Where the keys come from `key`, the operator has put the new one first and restarted; then only the sealing is left to do.
     """
-    settings = arguments.settings()
-    path = settings.key_file or settings.store_path + ".key"
-    keyring = load_keyring(settings)
-    store = open_store(arguments)
-    if not settings.key and all(keyring.is_newest(box) for _, box in store.credentials()):
-        keyring = Keyring((os.urandom(32), *keyring.keys))
-        replace_key_file(path, keyring.text())
-    count = 0
-    for sub, box in store.credentials():
-        if not keyring.is_newest(box):
-            owner = f"user:{sub}"
-            count += store.reseal(sub, box, keyring.seal("upstream", owner, keyring.unseal("upstream", owner, box)))
-    store.set_key_probe(keyring.seal("probe", "store", "ok"))
-    store.close()
+    count = lost = 0
+    with open_store(arguments) as (settings, keyring, store):
+        if not settings.key and all(keyring.is_newest(box) for _, _, box in store.boxes()):
+            with acting_as(os.getuid(), os.getgid()):
+                before = read_file(key_path(settings))
+                with contextlib.suppress(FileExistsError):  # another rotate-key was faster: this one goes on with its key
+                    put_file(key_path(settings), new_key() + before.decode(), over=before)
+                keyring = load_keyring(settings)
+        for purpose, owner, box in store.boxes():
+            if not keyring.is_newest(box):
+                try:
+                    fresh = keyring.seal(purpose, owner, keyring.unseal(purpose, owner, box))
+                    count += store.replace_box(box, fresh) and purpose == "upstream"
+                except ValueError:
+                    lost += 1
     print(f"sealed {count} credential{'' if count == 1 else 's'} with the newest key.\n"
           "When the logins that are under way now have ended (10 minutes), `check` says whether older keys can be taken out.")
-    return 0
+    if lost:
+        print(f"{lost} credentials open with no key that is here; their users have to log in again.", file=sys.stderr)
+    return int(lost > 0)
+
+
+# -- serve
 
 
 def inherited_listener():
@@ -6360,13 +6443,12 @@ def notify_service_manager(state):
             sender.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
-# -- serve
-
-
 def hide_from_children():
-    """Make /proc/<our pid> unreadable for processes of the same user: children, above all (prctl(2), PR_SET_DUMPABLE)."""
+    """Make /proc/<our pid> unreadable for processes of the same user: children, above all. Whether it is (prctl(2), PR_SET_DUMPABLE)."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
+        prctl = ctypes.CDLL(None).prctl
+        return prctl(4, 0, 0, 0, 0) == 0 and prctl(3, 0, 0, 0, 0) == 0
+    return False
 
 
 def serve(arguments):
@@ -6403,22 +6485,29 @@ def reload(broker, arguments):
         broker.log.event("error", "settings not re-read", problems=error.problems)
 
 
-COMMANDS = {"serve": serve, "check": check, "init": init, "users": listing, "clients": listing, "grants": listing, "sessions": listing,
-            "revoke": revoke, "backup": backup, "rotate-key": rotate_key}
+COMMANDS = {
+    "serve": Command(serve, "serve (the default command)"),
+    "check": Command(check, "validate the configuration, then try it: store, key, Forgejo, forgejo-mcp, public URL"),
+    "init": Command(init, "write a commented configuration, asking for what it cannot know (flags answer for it)"),
+    "doctor": Command(doctor, "URL: do what real clients do at a public URL, short of logging in, and name what would break each", word="URL"),
+    **{kind: Command(listing, f"list the {what}; as JSON with --json", ("json",)) for kind, what in (
+        ("users", "users"), ("clients", "clients"), ("grants", "logins"), ("sessions", "sessions"))},
+    "revoke": Command(revoke, "end logins: --user NAME, --client ID, --grant ID or --all; in force within a second",
+                      ("user", "client", "grant", "all")),
+    "backup": Command(backup, "FILE: write a consistent copy of the store, also while the broker runs", word="FILE"),
+    "rotate-key": Command(rotate_key, "seal everything under a new key; may be interrupted and run again"),
+}
 
 
 def main(arguments=None):
     """The command line; the exit status: 0, 1 for a failure while running, 2 for wrong usage or configuration."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if "--help" in arguments or "-h" in arguments:
-        print(usage())
-        return 0
-    if "--version" in arguments:
-        print(f"fjmcp-broker {__version__}")
+    if {"--help", "-h", "--version"} & set(arguments):
+        print(f"fjmcp-broker {__version__}" if "--version" in arguments else usage())
         return 0
     try:
         parsed = parse_arguments(arguments)
-        return COMMANDS[parsed.command](parsed)
+        return COMMANDS[parsed.command].run(parsed)
     except ConfigurationError as error:
         for problem in error.problems:
             print(f"fjmcp-broker: {problem}", file=sys.stderr)
