@@ -57,6 +57,7 @@ import threading
 import time
 import tomllib
 import unicodedata
+import weakref
 from dataclasses import dataclass, field, replace
 from urllib.parse import parse_qsl, quote, unquote_plus, urlencode, urlsplit
 
@@ -230,6 +231,7 @@ SETTINGS = (
     Setting("rate_authorize", "rate", 240, "requests a minute from one address to authorize, consent and callback", reload=True),
     Setting("rate_token", "rate", 600, "requests a minute from one address to token and revoke", reload=True),
     Setting("child_keeps_state", "switch", False, "the child keeps state between calls: never put it to sleep or replace it"),
+    Setting("client_documents", "switch", True, "accept a client_id that is the https URL of the client's own description, and fetch it", reload=True),
     Setting("strict_scopes", "switch", False, "refuse a login to which Forgejo granted other scopes than asked", reload=True),
     Setting("metrics_listen", "any_address", "", "address for GET /metrics; empty: none"),
     Setting("log_format", "log_format", "json", "`json`, or `text` for people"),
@@ -933,6 +935,64 @@ class Store:
             db.execute("DELETE FROM clients WHERE kind = 'configured' AND client_id NOT IN (SELECT value FROM json_each(?))",
                        (json.dumps(list(still_configured)),))
 
+    # -- client documents
+
+    def keep_document(self, url, name, redirect_uris, auth_method, metadata, now, fresh_until, keep=1000):
+        """Keep what a client_id's own document says, or (without a name) that it could not be used; an older good one stays on file.
+
+        Bounded: above `keep` the longest unused go, but never one with a live grant.
+        """
+        with self._batch() as db:
+            db.execute(
+                "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, fetched_at, fresh_until, created_at, used_at)"
+                " VALUES (:url, iif(:name = '', 'unreadable', 'document'), :name, :uris, :method, :metadata, :now, :fresh, :now, :now)"
+                " ON CONFLICT (client_id) DO UPDATE SET fetched_at = :now, fresh_until = :fresh",
+                {"url": url, "name": name, "uris": json.dumps(redirect_uris), "method": auth_method, "metadata": json.dumps(metadata),
+                 "now": now, "fresh": fresh_until})
+            if name:
+                db.execute("UPDATE clients SET kind = 'document', name = ?, redirect_uris = ?, auth_method = ?, metadata = ? WHERE client_id = ?",
+                           (name, json.dumps(redirect_uris), auth_method, json.dumps(metadata), url))
+            db.execute("DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind IN ('document', 'unreadable') AND NOT"
+                       f" EXISTS (SELECT 1 FROM grants WHERE grants.client_id = clients.client_id AND {LIVE_GRANT})"
+                       " ORDER BY used_at DESC LIMIT -1 OFFSET :keep)", {"now": now, "keep": keep})
+
+    def keep_keys(self, url, keys):
+        """Keep the public keys that a document's jwks_uri named."""
+        with self._batch() as db:
+            db.execute("UPDATE clients SET keys = ? WHERE client_id = ?", (json.dumps(keys), url))
+
+    def spend_assertion(self, assertion_hash, expires_at):
+        """Whether a client's assertion comes for the first time (RFC 7523 3, jti)."""
+        with self._batch() as db:
+            return db.execute("INSERT OR IGNORE INTO assertions VALUES (?, ?)", (assertion_hash, expires_at)).rowcount == 1
+
+    # -- account
+
+    def open_account(self, browser_hash, sub, expires_at):
+        """A browser may see and end what its user has connected."""
+        with self._batch() as db:
+            db.execute("INSERT INTO account_logins VALUES (?, ?, ?)", (browser_hash, sub, expires_at))
+
+    def account(self, browser_hash, now):
+        """The user (sub, login) that a browser has logged in to the account page, or None."""
+        return self._one("SELECT sub, login FROM account_logins JOIN users USING (sub) WHERE browser_hash = ? AND expires_at > ?"
+                         " AND state = 'active'", (browser_hash, now))
+
+    def close_account(self, browser_hash):
+        """A browser's login to the account page ends."""
+        with self._batch() as db:
+            db.execute("DELETE FROM account_logins WHERE browser_hash = ?", (browser_hash,))
+
+    def grants_of(self, sub, now):
+        """A user's live grants with their client's name, newest first."""
+        return self._all("SELECT grant_id, sub, client_id, name, scope, grants.created_at, grants.used_at FROM grants LEFT JOIN clients"
+                         f" USING (client_id) WHERE sub = :sub AND {LIVE_GRANT} ORDER BY grants.used_at DESC", {"sub": sub, "now": now})
+
+    def sessions_of(self, sub):
+        """A user's sessions with their client's name, the last used first."""
+        return self._all("SELECT hash, client_id, name, sessions.created_at, sessions.used_at FROM sessions LEFT JOIN clients USING (client_id)"
+                         " WHERE sub = ? ORDER BY sessions.used_at DESC", (sub,))
+
     # -- logins
 
     def approve_login(self, state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at=None):
@@ -1237,14 +1297,22 @@ class Fetched:
     body: bytes
 
     def json(self):
-        """The JSON object in the body of a 200 application/json, else None."""
-        if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        """The JSON object in a body that says it is JSON, else None."""
+        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not re.fullmatch(r"application/([a-z0-9.-]+\+)?json", kind):
             return None
         try:
             value = read_json(self.body)
         except (ValueError, RecursionError):
             return None
         return value if isinstance(value, dict) else None
+
+
+def _time_left(deadline):
+    left = deadline - time.monotonic()
+    if left <= 0:  # asked even when data is there: an answer that never ends would never let a time-out happen
+        raise TimeoutError("the answer took too long")
+    return left
 
 
 class _Deadline(io.RawIOBase):
@@ -1257,7 +1325,7 @@ class _Deadline(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        self._sock.settimeout(_time_left(self._deadline))
         return self._sock.recv_into(buffer)
 
 
@@ -1271,25 +1339,25 @@ class _Socket:
         return io.BufferedReader(_Deadline(self._sock, self._deadline))
 
     def sendall(self, data):
-        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        self._sock.settimeout(_time_left(self._deadline))
         self._sock.sendall(data)
 
     def close(self):
         """Nothing: http.client closes before the answer is read; fetch() closes after."""
 
 
-def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_file="", address=None, on_data=None):
+def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_file="", connect=None, on_data=None):
     """One HTTP request without proxies or redirects, all of it within `deadline` seconds and `cap` bytes; FetchFailed otherwise.
 
-    `address`: connect there instead of resolving the name; TLS and Host stay the name's. `on_data` is called when the body begins.
+    `connect(timeout)` gives another socket than the name's; TLS and Host stay the name's. `on_data` is called when the body begins.
     """
     parts, end = urlsplit(url), time.monotonic() + deadline
     port = parts.port or {"https": 443, "http": 80}[parts.scheme]
     connection, sock = http.client.HTTPConnection(parts.hostname, port), None
     try:
-        sock = socket.create_connection((address or parts.hostname, port), timeout=deadline)
+        sock = connect(deadline) if connect else socket.create_connection((parts.hostname, port), timeout=deadline)
         if parts.scheme == "https":
-            sock.settimeout(max(0.001, end - time.monotonic()))
+            sock.settimeout(_time_left(end))
             sock = ssl.create_default_context(cafile=ca_file or None).wrap_socket(sock, server_hostname=parts.hostname)
         connection.sock = _Socket(sock, end)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -1308,6 +1376,51 @@ def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_fi
     finally:
         if sock:
             sock.close()
+
+
+# An explicit list, because `is_global` lets NAT64, 6to4, site-local and multicast addresses through. Of IPv6 only 2000::/3 is in use.
+NOT_PUBLIC = tuple(map(ipaddress.ip_network, (
+    "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16"
+    " 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3 ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 2002::/16 3fff::/20").split()))
+
+
+def is_public(address):
+    """Whether an IP address, as text, is one of the public internet."""
+    address = ipaddress.ip_address(address)
+    return not any(address in network for network in NOT_PUBLIC)
+
+
+def resolve_name(host):
+    """The addresses of a host name, as texts."""
+    return list(dict.fromkeys(entry[4][0] for entry in socket.getaddrinfo(host, 443, type=socket.SOCK_STREAM)))
+
+
+class PublicWeb:
+    """GETs what strangers name: from the public internet only, on port 443, with strict limits (OWASP SSRF; security.md finding 9)."""
+
+    def __init__(self, resolve=resolve_name, connect=socket.create_connection, ca_file=""):
+        self._resolve, self._connect, self._ca_file = resolve, connect, ca_file
+
+    def get(self, url, cap):
+        """A Fetched of at most `cap` bytes within 5 s; FetchFailed otherwise. One bad address among a name's refuses them all."""
+        started = time.monotonic()
+        try:
+            addresses = self._resolve(urlsplit(url).hostname)
+        except (OSError, ValueError) as error:
+            raise FetchFailed(f"the name does not resolve: {error}") from None
+        if not addresses or not all(map(is_public, addresses)):
+            raise FetchFailed("the name is not of the public internet")
+        return fetch("GET", url, cap=cap, ca_file=self._ca_file, deadline=5.0 - (time.monotonic() - started),
+                     connect=lambda timeout: self._to_one_of(addresses[:2], timeout))
+
+    def _to_one_of(self, addresses, timeout):
+        # To the address that was checked: a name that resolves anew may resolve otherwise (DNS rebinding).
+        for address in addresses:
+            try:
+                return self._connect((address, 443), timeout=max(0.001, timeout / len(addresses)))
+            except OSError as error:
+                failure = error
+        raise failure
 
 
 def jwt_claims(token):
@@ -1500,7 +1613,7 @@ class Upstream:
         if credential.subject is not None and credential.subject != info.sub:
             raise UpstreamDown("userinfo and id_token name different users")
         if not allowed(self._settings, info):
-            self._store.set_user_state(info.sub, "refused")
+            self._shut_out(info.sub, "refused", "not among the allowed users and groups")
             raise NotAllowed(info.sub, info.login, "This account may not use this server")
         scope = self._forgejo.introspect(credential.access)
         asked = set(self._settings.forgejo_oauth_scopes.split())
@@ -1617,6 +1730,9 @@ class Upstream:
     def _shut_out(self, sub, state, reason):
         if self._store.set_user_state(sub, state):
             self._log.audit("access refused", user=sub, reason=reason)
+        now = self._clock.now()
+        for grant in self._store.grants_of(sub, now) if state == "refused" else ():  # a suspension may be lifted again
+            self._store.end_grant(grant.grant_id, reason, now)
 
     def may_ask(self, sub):
         """Whether the API may be asked (again) about a user's token: at most once a minute. It counts as asked."""
@@ -2044,6 +2160,12 @@ def unknown_client_page():
                           "Others: remove the server and add it again."))
 
 
+def unreadable_client_page():
+    """For an application whose client_id is a URL at which there is no description of it that can be used."""
+    return error_page(400, "This application cannot be looked up", "The address by which it introduces itself could not be read just now, or "
+                      "what stands there does not describe it. Try again in a minute; if that does not help, ask who makes the application.")
+
+
 def expired_page():
     """For a login that took too long, or is not known."""
     return error_page(400, "This login has expired", "It took too long, or was finished already. Start again from your application.")
@@ -2068,7 +2190,7 @@ def destination(redirect_uri):
     return parts.hostname if parts.scheme == "https" else f"the application on this device that opens {parts.scheme}: links"
 
 
-def consent_page(*, client_name, client_id, redirect_uri, may_write, forgejo_scopes, forgejo_host, login_box, csrf, headers=()):
+def consent_page(*, client_name, client_id, client_host, redirect_uri, may_write, forgejo_scopes, forgejo_host, login_box, csrf, headers=()):
     """The broker's own consent: who asks, where the answer goes, what is allowed; the person chooses or refuses."""
     name, where = html.escape(client_name), html.escape(destination(redirect_uri))
     meanings = "".join(f"<li>{html.escape(meaning)}</li>" for meaning in filter(None, map(scope_meaning, forgejo_scopes.split())))
@@ -2076,10 +2198,14 @@ def consent_page(*, client_name, client_id, redirect_uri, may_write, forgejo_sco
             "also those that change things</label>") if may_write else ""
     read = (f'<label><input type="radio" name="access" value="read"{"" if may_write else " checked"}><strong>Read only</strong>: '
             "use only tools that look things up</label>")
+    known = (f"The application calls itself that in its description at <strong>{html.escape(client_host)}</strong>." if client_host
+             else "The application calls itself that; the name is not verified.")
+    local = ("<p>Any program on this device can ask in an application's name: make sure that it is the one you started.</p>"
+             if urlsplit(redirect_uri).scheme != "https" else "")
     body = f"""
 <div class="box"><p><span class="big">{name}</span> wants to use <span class="big">{html.escape(forgejo_host)}</span> as you.</p>
-<p class="quiet">The application calls itself that; the name is not verified.</p>
-<p>The answer goes to <strong>{where}</strong><br><code class="quiet">{html.escape(redirect_uri)}</code></p></div>
+<p class="quiet">{known}</p>
+<p>The answer goes to <strong>{where}</strong><br><code class="quiet">{html.escape(redirect_uri)}</code></p>{local}</div>
 <p class="box warn">Go on only if you started this yourself, just now, in an application you trust.</p>
 <h2>What it will be able to do</h2><ul>{meanings}</ul>
 <form method="post" action="/oauth/consent">
@@ -2117,8 +2243,8 @@ def clean_name(text, limit=100):
 
 # ======================================================================================================================
 # Clients
-# Owns who may ask for a login: registration (RFC 7591), pre-registered clients, redirect URIs, client authentication.
-# Must not know users, tokens or Forgejo.
+# Owns who may ask for a login: registration (RFC 7591), pre-registered clients, clients that describe themselves at their own URL,
+# redirect URIs, client authentication. Must not know users, tokens or Forgejo.
 # ======================================================================================================================
 
 AUTH_METHODS = ("none", "client_secret_post", "client_secret_basic")
@@ -2175,12 +2301,248 @@ def redirect_matches(registered, asked):
 
 @dataclass(frozen=True)
 class Client:
-    """A registered client; `secret_hash` is None for a public one."""
+    """A client: `secret_hash` is None for one without a secret; `metadata` and `keys` (see Documents) are for those that have a URL."""
 
     client_id: str
+    kind: str
     name: str
     redirect_uris: tuple
     secret_hash: object
+    auth_method: str
+    metadata: dict
+    keys: dict
+    in_use: bool
+
+    @classmethod
+    def from_row(cls, row):
+        """From the store's row."""
+        return cls(row.client_id, row.kind, row.name, tuple(json.loads(row.redirect_uris)), row.secret_hash, row.auth_method,
+                   json.loads(row.metadata), json.loads(row.keys or "{}"), row.used_at > row.created_at)
+
+
+def registrable_uris(uris, schemes, limit):
+    """Of a client's redirect URIs those that may be used here; OAuthError when there is none, or one that deceives."""
+    if not isinstance(uris, list) or not 1 <= len(uris) <= limit:
+        raise OAuthError("invalid_redirect_uri", f"redirect_uris must be a list of 1 to {limit} URIs.")
+    usable, unusable = [], None
+    for uri in uris:
+        try:
+            check_redirect_uri(uri, schemes)
+            usable.append(uri)
+        except UnusableScheme as error:  # one such must not cost Cursor the other two of its set
+            unusable = error
+        except ValueError as error:
+            raise OAuthError("invalid_redirect_uri", f"A redirect URI {error}.") from None
+    if not usable:
+        raise OAuthError("invalid_redirect_uri", f"A redirect URI {unusable}.")
+    return usable
+
+
+def spend(limiter, settings, kind, request):
+    """Refusal 429 above the `rate_<kind>` of the request's address, or twenty times that of all together.
+
+    A loopback peer that speaks for nobody is the operator, or a proxy that hides who asks: no limit could be fair (clients.md 17).
+    """
+    if request.direct and is_loopback_name(request.address):
+        return
+    rate, address = getattr(settings, f"rate_{kind}"), request.address
+    if ":" in address:  # whoever has one IPv6 address has the other 2^64 of its network too
+        address = str(ipaddress.ip_network(f"{address.partition('%')[0]}/64", strict=False))
+    limiter.spend(kind, address, rate)
+    limiter.spend(kind, "all", 20 * rate)
+
+
+# A name in lower case with a last label that is no number, so no spelling of an IP address; no port, user name, fragment or dot segment.
+DOCUMENT_URL = re.compile(
+    r"https://((?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?)"
+    r"(?!/*(?:\?|$))(?!\S*/(?:\.|%2e){1,2}(?:[/?]|$))/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*(?:\?[A-Za-z0-9._~!$&'()*+,;=:@%/?-]*)?", re.IGNORECASE | re.ASCII)
+SHA256_PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")  # DigestInfo of RFC 8017 9.2 note 1
+
+
+def verify_rs256(message, signature, n, e):
+    """Whether a signature is RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017 8.2.2). The whole block is compared, never parsed."""
+    size = (n.bit_length() + 7) // 8
+    number = int.from_bytes(signature, "big")
+    if len(signature) != size or number >= n:
+        return False
+    info = SHA256_PREFIX + hashlib.sha256(message).digest()
+    block = b"\0\1" + b"\xff" * (size - 3 - len(info)) + b"\0" + info
+    return hmac.compare_digest(pow(number, e, n).to_bytes(size, "big"), block)
+
+
+def public_rsa_keys(jwks):
+    """[(kid, n, e)] of the usable keys of a JWK set (RFC 7517): RSA, 2048 to 4096 bits. ValueError for a secret or private one."""
+    keys = jwks.get("keys") if isinstance(jwks, dict) else None
+    if not isinstance(keys, list) or not all(isinstance(key, dict) for key in keys):
+        raise ValueError("the keys are no JWK set")
+    if any("d" in key or "k" in key for key in keys):
+        raise ValueError("a private or symmetric key is published")
+    usable = []
+    for key in keys[:20]:
+        if key.get("kty") == "RSA" and key.get("use", "sig") == "sig" and key.get("alg", "RS256") == "RS256":
+            n, e = (int.from_bytes(unb64url(str(key.get(part, ""))), "big") for part in "ne")
+            if 2048 <= n.bit_length() <= 4096 and n % 2 and 3 <= e < 2**32 and e % 2:
+                usable.append((str(key["kid"]) if "kid" in key else None, n, e))
+    return usable
+
+
+def read_client_document(url, answer, schemes):
+    """What a Client ID Metadata Document says, as (name, redirect URIs, auth method, what else is kept); ValueError or OAuthError.
+
+    draft-ietf-oauth-client-id-metadata-document 4: its client_id is its own URL, byte for byte, and it has no secret.
+    """
+    document = answer.json() if answer.status == 200 else None
+    if document is None:
+        raise ValueError(f"status {answer.status}, or no JSON object")
+    if document.get("client_id") != url:
+        raise ValueError("its client_id is not its URL")
+    method = document.get("token_endpoint_auth_method", "none")
+    if any(name.startswith("client_secret") for name in document) or method not in ("none", "private_key_jwt"):
+        raise ValueError("it relies on a secret")
+    for name, needed in (("grant_types", "authorization_code"), ("response_types", "code")):
+        if needed not in document.get(name, [needed]):
+            raise ValueError(f"its {name} lack {needed}")
+    also = document.get("token_endpoint_auth_methods_supported")
+    if isinstance(also, list) and "none" in also:
+        method = "none"
+    kept = {name: document[name] for name in ("jwks", "jwks_uri") if name in document}
+    if "jwks" in kept:
+        public_rsa_keys(kept["jwks"])
+    name = clean_name(document["client_name"] if isinstance(document.get("client_name"), str) else "")
+    return name, registrable_uris(document.get("redirect_uris"), schemes, 100), method, kept
+
+
+def freshness(answer):
+    """Seconds for which a document may be used, by its Cache-Control: an hour if that is silent, at least a minute, at most a day."""
+    control = answer.headers.get("cache-control", "").lower()
+    age = re.search(r"(?<![a-z-])max-age=\"?([0-9]{1,9})", control)
+    return 60 if re.search("no-store|no-cache", control) else min(86400, max(60, int(age[1]))) if age else 3600
+
+
+class Documents:
+    """Client ID Metadata Documents: a client_id that is the https URL of the client's own description.
+
+    A stranger chooses the URL. So it is fetched from the public internet only, few at a time, and what came of it, good or bad, is
+    kept: a good one as long as its origin says, a failure for a minute. /token never fetches one; it uses what the login used.
+    """
+
+    RETRY = 60
+
+    def __init__(self, settings, store, log, clock, limiter, web):
+        self._settings, self._store, self._log, self._clock, self._limiter, self._web = settings, store, log, clock, limiter, web
+        # Strangers' documents never hold up those of applications that people have logged in to.
+        self._slots = {in_use: threading.BoundedSemaphore(4) for in_use in (True, False)}
+        self._flights, self._lock = weakref.WeakValueDictionary(), threading.Lock()  # the lock guards the dict; a leaf
+
+    def may_be_one(self, client_id):
+        """Whether a client_id is the URL of a document that we would fetch: not our own host's, nor Forgejo's."""
+        match = DOCUMENT_URL.fullmatch(client_id) if len(client_id) <= 2000 and self._settings.client_documents else None
+        ours = (self._settings.public_url, self._settings.forgejo_url, self._settings.forgejo_internal_url or self._settings.forgejo_url)
+        return bool(match) and match[1] == match[1].lower() and match[1] not in {urlsplit(url).hostname for url in ours}
+
+    def row(self, url):
+        """The client's row for a login, fetched if need be; None when its document cannot be used."""
+        row = self._store.client(url)
+        if self._is_due(row):
+            with self._turn(url, row is not None and row.used_at > row.created_at):
+                if self._is_due(self._store.client(url)):
+                    self._fetch(url)
+            row = self._store.client(url)
+        return row if row and row.fresh_until > self._clock.now() else None
+
+    def _is_due(self, row):
+        return row is None or row.fresh_until <= self._clock.now() >= row.fetched_at + self.RETRY
+
+    @contextlib.contextmanager
+    def _turn(self, url, in_use):
+        """One fetch of a URL at a time, few of all, and a stranger's not too often from one host: nobody is flooded through us."""
+        if not in_use:
+            self._limiter.spend("document", urlsplit(url).hostname, 60)
+        with self._lock:
+            flight = self._flights.setdefault(url, threading.Lock())
+        if not flight.acquire(timeout=15):
+            raise self._busy()
+        try:
+            if not self._slots[in_use].acquire(timeout=5):
+                raise self._busy()
+            try:
+                yield
+            finally:
+                self._slots[in_use].release()
+        finally:
+            flight.release()
+
+    @staticmethod
+    def _busy():
+        return Refusal(503, "temporarily_unavailable", "Too many applications introduce themselves just now; try again in a moment.",
+                       (("Retry-After", "5"),))
+
+    def _fetch(self, url):
+        now = self._clock.now()
+        try:
+            answer = self._web.get(url, 5120)
+            self._store.keep_document(url, *read_client_document(url, answer, self._settings.allowed_redirect_schemes), now, now + freshness(answer))
+        except (FetchFailed, ValueError, OAuthError) as error:
+            self._store.keep_document(url, "", [], "none", {}, now, 0)
+            self._log.event("info", "client document refused", client=url, reason=str(error))
+
+    def check_assertion(self, client, assertion):
+        """ValueError, with the reason, unless a JWT proves that the client made it, for us, just now (RFC 7523 3; RS256 only)."""
+        try:
+            signed, _, signature = assertion.rpartition(".")
+            header, claims = (read_json(unb64url(part)) for part in signed.split("."))
+            kid, now = header.get("kid"), self._clock.now()
+            if header.get("alg") != "RS256" or "crit" in header or len(assertion) > 8192:
+                raise ValueError("it is not signed with RS256")
+            if claims.get("iss") != client.client_id or claims.get("sub") != client.client_id:
+                raise ValueError("iss and sub are not the client_id")
+            url, audience = self._settings.public_url, claims.get("aud")
+            if not audience or not set([audience] if isinstance(audience, str) else audience) <= {url, url + "/oauth/token", url + "/token"}:
+                raise ValueError("aud is not this server")
+            expires, begins = claims.get("exp"), claims.get("nbf", 0)
+            if not all(isinstance(moment, (int, float)) for moment in (expires, begins)) or not now < expires <= now + 3660 or begins > now + 60:
+                raise ValueError("it has expired, is not valid yet, or lasts for more than an hour")
+        except (AttributeError, TypeError, RecursionError):
+            raise ValueError("it is not a JWT") from None
+        if not any(verify_rs256(signed.encode(), unb64url(signature), n, e) for name, n, e in self._keys(client, kid) if kid in (None, name)):
+            raise ValueError("its signature is not the client's")
+        # Without a jti what was signed stands for it; the signature could be spelled in two ways.
+        if not self._store.spend_assertion(digest(f"{client.client_id} {json.dumps(claims.get('jti')) if claims.get('jti') else signed}"), expires):
+            raise ValueError("it was used before")
+
+    def _keys(self, client, kid):
+        """The client's keys; from its jwks_uri anew when `kid` is none of them, or after a day, but at most once a minute."""
+        if "jwks" in client.metadata:
+            return public_rsa_keys(client.metadata["jwks"])
+        url = client.metadata.get("jwks_uri")
+        if not isinstance(url, str) or not self.may_be_one(url):
+            raise ValueError("the client publishes no keys")
+        kept = client.keys
+        if self._keys_due(kept, url, kid):
+            with self._turn(url, client.in_use):
+                kept = json.loads(self._store.client(client.client_id).keys or "{}")  # another may have fetched them meanwhile
+                if self._keys_due(kept, url, kid):
+                    kept = self._fetch_keys(client, url, kept)
+        if not kept["ok"] and kid not in (key[0] for key in kept["keys"]):  # our trouble must not look like the client's fault
+            raise Refusal(503, "temporarily_unavailable", "The client's keys cannot be read just now.", (("Retry-After", str(self.RETRY)),))
+        return kept["keys"]
+
+    def _keys_due(self, kept, url, kid):
+        if kept.get("uri") != url:
+            return True
+        age = self._clock.now() - kept["at"]
+        return age >= self.RETRY and (age >= 86400 or not kept["ok"] or kid not in (None, *(key[0] for key in kept["keys"])))
+
+    def _fetch_keys(self, client, url, kept):
+        now = self._clock.now()
+        try:
+            answer = self._web.get(url, 65536)
+            kept = {"uri": url, "at": now, "ok": True, "keys": public_rsa_keys(answer.json() if answer.status == 200 else None)}
+        except (FetchFailed, ValueError) as error:
+            self._log.event("warning", "client keys cannot be read", client=client.client_id, reason=str(error))
+            kept = {"uri": url, "at": now, "ok": False, "keys": kept["keys"] if kept.get("uri") == url else []}
+        self._store.keep_keys(client.client_id, kept)
+        return kept
 
 
 def check_configured_clients(settings):
@@ -2200,8 +2562,9 @@ def check_configured_clients(settings):
 class Clients:
     """Finds, registers and authenticates clients."""
 
-    def __init__(self, settings, store, log, clock, limiter):
+    def __init__(self, settings, store, log, clock, limiter, web):
         self._settings, self._store, self._log, self._clock, self._limiter = settings, store, log, clock, limiter
+        self._documents = Documents(settings, store, log, clock, limiter, web)
         check_configured_clients(settings)
         store.drop_configured_clients(item["client_id"] for item in settings.clients)
         for item in settings.clients:
@@ -2210,15 +2573,24 @@ class Clients:
                              digest(secret) if secret else None, "client_secret_basic" if secret else "none", {}, clock.now())
 
     def find(self, client_id):
-        """The client of an id, or None."""
+        """The client of an id as it was last known, or None. Nothing is fetched."""
         row = self._store.client(client_id)
-        return row and Client(row.client_id, row.name, tuple(json.loads(row.redirect_uris)), row.secret_hash)
+        usable = row and row.kind != "unreadable" and (row.kind != "document" or self._settings.client_documents)
+        return Client.from_row(row) if usable else None
+
+    def for_login(self, client_id):
+        """The client of an id, its document fetched if it has one that is due; None when it is unknown or cannot be used."""
+        client = self.find(client_id)
+        if (client and client.kind != "document") or not self._documents.may_be_one(client_id):
+            return client
+        row = self._documents.row(client_id)
+        return row and Client.from_row(row)
 
     def register(self, request):
         """POST /oauth/register: dynamic registration (RFC 7591 3). Open to all, so nothing in it is believed."""
-        self._limit(request)
+        spend(self._limiter, self._settings, "register", request)
         document = parse_json_object(request.read_body(self._settings.max_form), "invalid_client_metadata")
-        uris = self._redirect_uris(document.get("redirect_uris"))
+        uris = registrable_uris(document.get("redirect_uris"), self._settings.allowed_redirect_schemes, 10)
         method = document.get("token_endpoint_auth_method", "client_secret_basic")
         if method not in AUTH_METHODS:
             raise OAuthError("invalid_client_metadata", f"token_endpoint_auth_method must be one of {', '.join(AUTH_METHODS)}.")
@@ -2241,26 +2613,6 @@ class Clients:
             answer.update(client_secret=secret, client_secret_expires_at=0)
         return json_response(201, answer, NO_STORE)
 
-    def _limit(self, request):
-        if not (request.direct and is_loopback_name(request.address)):
-            self._limiter.spend("register", request.address, self._settings.rate_register)
-
-    def _redirect_uris(self, uris):
-        if not isinstance(uris, list) or not 1 <= len(uris) <= 10:
-            raise OAuthError("invalid_redirect_uri", "redirect_uris must be a list of 1 to 10 URIs.")
-        usable, unusable = [], None
-        for uri in uris:
-            try:
-                check_redirect_uri(uri, self._settings.allowed_redirect_schemes)
-                usable.append(uri)
-            except UnusableScheme as error:  # one such must not cost Cursor the other two of its set
-                unusable = error
-            except ValueError as error:
-                raise OAuthError("invalid_redirect_uri", f"A redirect URI {error}.") from None
-        if not usable:
-            raise OAuthError("invalid_redirect_uri", f"A redirect URI {unusable}.")
-        return usable
-
     @staticmethod
     def _choose(document, key, supported):
         """What is served of a list that was asked for; the first that is supported must be among it, and is the default."""
@@ -2270,8 +2622,8 @@ class Clients:
         return [value for value in supported if value in values]
 
     def authenticate(self, request, form):
-        """The client that speaks on /token or /revoke (RFC 6749 2.3.1): Basic or post for one with a secret, none for a public one."""
-        client_id, secret, basic = form.get("client_id"), form.get("client_secret"), False
+        """The client that speaks on /token or /revoke (RFC 6749 2.3.1): Basic, post or an assertion for one with a secret or keys."""
+        client_id, secret, basic, assertion = form.get("client_id"), form.get("client_secret"), False, form.get("client_assertion")
         authorization = request.header("authorization")
         if authorization is not None:
             basic = True
@@ -2279,7 +2631,9 @@ class Clients:
             if secret is not None or client_id not in (None, basic_id):
                 raise OAuthError("invalid_request", "Send the client's credentials in one place: the Authorization header or the body.")
             client_id, secret = basic_id, basic_secret
-        if not client_id:
+        if assertion and not client_id:  # RFC 7521 4.2: the assertion names the client; whether it may is checked below
+            client_id = jwt_claims(assertion).get("sub")
+        if not client_id or not isinstance(client_id, str):
             raise OAuthError("invalid_request", "client_id is missing.")
         client = self.find(client_id)
         if client is None:
@@ -2287,7 +2641,17 @@ class Clients:
         # A public client that sends a stray secret is let pass: it proves nothing and hurts nothing.
         if client.secret_hash and not (secret and hmac.compare_digest(client.secret_hash, digest(secret))):
             raise self._refused(basic, "The client's secret is missing or wrong.")
+        if assertion or client.auth_method == "private_key_jwt":
+            self._check_assertion(client, form, assertion or "")
         return client
+
+    def _check_assertion(self, client, form, assertion):
+        try:
+            if form.get("client_assertion_type") != "urn:ietf:params:oauth:client-assertion-type:jwt-bearer" or client.secret_hash:
+                raise ValueError("the client has a secret, or client_assertion_type is not jwt-bearer")
+            self._documents.check_assertion(client, assertion)
+        except ValueError as error:
+            raise self._refused(False, f"The client's assertion is missing or wrong: {error}.") from None
 
     @staticmethod
     def _refused(basic, sentence):
@@ -2372,14 +2736,17 @@ class Authorization:
 
     def metadata(self, request):
         """RFC 8414: what this authorization server offers."""
-        url = self._settings.public_url
+        url, methods = self._settings.public_url, {"methods_supported": list(AUTH_METHODS)}
+        if self._settings.client_documents:
+            methods = {"methods_supported": [*AUTH_METHODS, "private_key_jwt"], "signing_alg_values_supported": ["RS256"]}
         return json_response(200, {
             "issuer": url, "authorization_endpoint": url + "/oauth/authorize", "token_endpoint": url + "/oauth/token",
             "registration_endpoint": url + "/oauth/register", "revocation_endpoint": url + "/oauth/revoke",
             "scopes_supported": [*SCOPES, "offline_access"], "response_types_supported": ["code"], "response_modes_supported": ["query"],
             "grant_types_supported": ["authorization_code", "refresh_token"], "code_challenge_methods_supported": ["S256"],
-            "token_endpoint_auth_methods_supported": list(AUTH_METHODS), "revocation_endpoint_auth_methods_supported": list(AUTH_METHODS),
+            **{f"{endpoint}_endpoint_auth_{name}": values for endpoint in ("token", "revocation") for name, values in methods.items()},
             "authorization_response_iss_parameter_supported": True,
+            "client_id_metadata_document_supported": self._settings.client_documents,
         }, (("Cache-Control", "public, max-age=300"),))
 
     def resource_metadata(self, request):
@@ -2407,7 +2774,8 @@ class Authorization:
         box = b64url(self._keyring.seal("login", digest(cookie).hex(), {**login, "expires": self._clock.now() + self._settings.login_lifetime}))
         set_cookie = f"{self._cookie_name}={cookie}; Max-Age={int(self._settings.login_lifetime)}{self._cookie_flags}"
         return consent_page(
-            client_name=client.name, client_id=client.client_id, redirect_uri=redirect_uri, may_write=WRITE in login["scope"],
+            client_name=client.name, client_id=client.client_id, client_host=urlsplit(client.client_id).hostname if client.kind == "document" else None,
+            redirect_uri=redirect_uri, may_write=WRITE in login["scope"],
             forgejo_scopes=self._settings.forgejo_oauth_scopes, forgejo_host=urlsplit(self._settings.forgejo_url).netloc,
             login_box=box, csrf=self._csrf(cookie, box), headers=(("Set-Cookie", set_cookie),))
 
@@ -2416,9 +2784,10 @@ class Authorization:
         for name in ("client_id", "redirect_uri"):
             if len(form.get(name, ())) > 1:
                 raise self._page(400, "This request cannot be trusted", f"It names {name} more than once. Start again from your application.")
-        client = self._clients.find(form.get("client_id", [""])[0])
+        client_id = form.get("client_id", [""])[0]
+        client = self._clients.for_login(client_id)
         if client is None:
-            raise PageRefusal(unknown_client_page())
+            raise PageRefusal(unreadable_client_page() if client_id.startswith("https://") else unknown_client_page())
         redirect_uri = form.get("redirect_uri", [""])[0]
         if not any(redirect_matches(registered, redirect_uri) for registered in client.redirect_uris):
             raise self._page(400, "This request cannot be trusted", "It wants the answer sent to an address (redirect_uri) that the application "
@@ -4741,7 +5110,7 @@ EXPOSED = "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version"
 class Broker:
     """The whole program but its command line: everything built from settings, ready to serve."""
 
-    def __init__(self, settings, *, clock=None, log=None, listener=None):
+    def __init__(self, settings, *, clock=None, log=None, listener=None, web=None):
         self.settings, self.clock = settings, clock or Clock()
         self.log = log or Log(settings, clock=self.clock)
         keyring = load_keyring(settings)
@@ -4751,7 +5120,7 @@ class Broker:
         self.guardian, limiter = Guardian(), Limiter(self.clock)
         self.registry = Registry(settings, self.store, self.upstream, forgejo, self.guardian, self.log, self.clock)
         self.reaper = Reaper(settings, self.store, self.registry, self.upstream, self.log, self.clock)
-        clients = Clients(settings, self.store, self.log, self.clock, limiter)
+        clients = Clients(settings, self.store, self.log, self.clock, limiter, web or PublicWeb())
         authorization = Authorization(settings, self.store, keyring, clients, self.upstream, forgejo, self.log, self.clock, limiter)
         endpoint = Endpoint(settings, self.store, self.registry, self.reaper, self.log, self.clock)
         self.routes = self._routes(clients, authorization, endpoint)
