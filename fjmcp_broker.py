@@ -1361,7 +1361,7 @@ def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_fi
             sock = ssl.create_default_context(cafile=ca_file or None).wrap_socket(sock, server_hostname=parts.hostname)
         connection.sock = _Socket(sock, end)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request(method, target, body or None, {"User-Agent": f"fjmcp-broker/{__version__}", "Accept": "application/json",
+        connection.request(method, target, body or None, {"Host": parts.netloc, "User-Agent": f"fjmcp-broker/{__version__}", "Accept": "application/json",
                                                           "Accept-Encoding": "identity", "Connection": "close", **dict(headers)})
         response = connection.getresponse()
         data = response.read(1)
@@ -2089,7 +2089,7 @@ class Limiter:
             left = min(rate, left + max(0, now - since) * rate / 60)
             self._buckets[kind, key] = (left - 1 if left >= 1 else left, now)
         if left < 1:
-            raise Refusal(429, "too_many_requests", "Too many requests from this address; try again in a moment.",
+            raise Refusal(429, "too_many_requests", "Too many requests; try again in a moment.",
                           (("Retry-After", str(max(1, round((1 - left) * 60 / rate)))),))
 
 
@@ -2218,6 +2218,40 @@ allows all of the above.</p>
     return page(200, "Connect an application?", body, form=True, headers=headers)
 
 
+def account_login_page(forgejo_host, csrf, headers=()):
+    """Before the account page: who are you?"""
+    body = f"""
+<p>Here you see which applications may use {html.escape(forgejo_host)} as you, and can end that.</p>
+<form method="post" action="/account/login"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
+<div class="row"><button class="main">Log in at {html.escape(forgejo_host)}</button></div></form>"""
+    return page(200, "Your applications", body, form=True, headers=headers)
+
+
+def account_page(login, applications, sessions, csrf):
+    """What a user has connected. `applications`: (client id, name, scopes, when used); `sessions`: (id, name, when begun, when used)."""
+    def items(rows, field, action):
+        forms = (f"""<li><form method="post" action="/account/end"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
+<strong>{html.escape(name)}</strong><br><span class="quiet">{html.escape(text)}</span>
+<div class="row"><button name="{field}" value="{html.escape(key)}">{action}</button></div></form></li>""" for key, name, text in rows)
+        return f"<ul>{''.join(forms)}</ul>" if rows else '<p class="quiet">None.</p>'
+
+    shown_apps = [(key, name or key, f"{'reads and writes' if WRITE in scopes else 'reads only'}, last used {moment(used)}, id {key}")
+                  for key, name, scopes, used in applications]
+    shown_sessions = [(key, name or "An application", f"since {moment(begun)}, last used {moment(used)}") for key, name, begun, used in sessions]
+    body = f"""
+<p>You are <strong>{html.escape(login)}</strong>.</p>
+<h2>Connected applications</h2>{items(shown_apps, "client", "Disconnect")}
+<h2>Open sessions</h2>{items(shown_sessions, "session", "End session")}
+<form method="post" action="/account/end"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
+<div class="row"><button name="leave" value="1">Log out of this page</button></div></form>"""
+    return page(200, "Your applications", body, form=True)
+
+
+def moment(seconds):
+    """A time for people."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
 def home_page(public_url, forgejo_url):
     """For people who open the server's address."""
     url, host = html.escape(public_url + "/mcp"), html.escape(urlsplit(forgejo_url).netloc)
@@ -2230,7 +2264,8 @@ def home_page(public_url, forgejo_url):
 <li><strong>ChatGPT</strong>: Settings, Connectors, Create; paste the address, authentication OAuth.</li>
 <li><strong>VS Code</strong>: command “MCP: Add Server”, HTTP; paste the address.</li>
 <li><strong>Cursor</strong>: Settings, MCP, Add: <code>{{"url": "{url}"}}</code>.</li>
-<li><strong>Others</strong>: a remote MCP server (Streamable HTTP) with OAuth; or <code>npx mcp-remote {url}</code>.</li></ul>"""
+<li><strong>Others</strong>: a remote MCP server (Streamable HTTP) with OAuth; or <code>npx mcp-remote {url}</code>.</li></ul>
+<p><a href="/account">See and end what you have connected</a>.</p>"""
     return page(200, "Forgejo for AI assistants", body)
 
 
@@ -2338,6 +2373,14 @@ def registrable_uris(uris, schemes, limit):
     return usable
 
 
+def choose(document, key, supported):
+    """What is served of a list that was asked for; the first that is supported must be among it, and is the default."""
+    values = document.get(key, [supported[0]])
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values) or supported[0] not in values:
+        raise OAuthError("invalid_client_metadata", f"{key} must be a list that contains {supported[0]}.")
+    return [value for value in supported if value in values]
+
+
 def spend(limiter, settings, kind, request):
     """Refusal 429 above the `rate_<kind>` of the request's address, or twenty times that of all together.
 
@@ -2355,7 +2398,7 @@ def spend(limiter, settings, kind, request):
 # A name in lower case with a last label that is no number, so no spelling of an IP address; no port, user name, fragment or dot segment.
 DOCUMENT_URL = re.compile(
     r"https://((?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?)"
-    r"(?!/*(?:\?|$))(?!\S*/(?:\.|%2e){1,2}(?:[/?]|$))/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*(?:\?[A-Za-z0-9._~!$&'()*+,;=:@%/?-]*)?", re.IGNORECASE | re.ASCII)
+    r"(?!/*(?:\?|$))(?!\S*/(?:\.|%2[eE]){1,2}(?:[/?]|$))/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*(?:\?[A-Za-z0-9._~!$&'()*+,;=:@%/?-]*)?")
 SHA256_PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")  # DigestInfo of RFC 8017 9.2 note 1
 
 
@@ -2399,9 +2442,8 @@ def read_client_document(url, answer, schemes):
     method = document.get("token_endpoint_auth_method", "none")
     if any(name.startswith("client_secret") for name in document) or method not in ("none", "private_key_jwt"):
         raise ValueError("it relies on a secret")
-    for name, needed in (("grant_types", "authorization_code"), ("response_types", "code")):
-        if needed not in document.get(name, [needed]):
-            raise ValueError(f"its {name} lack {needed}")
+    choose(document, "grant_types", ("authorization_code",))
+    choose(document, "response_types", ("code",))
     also = document.get("token_endpoint_auth_methods_supported")
     if isinstance(also, list) and "none" in also:
         method = "none"
@@ -2438,7 +2480,7 @@ class Documents:
         """Whether a client_id is the URL of a document that we would fetch: not our own host's, nor Forgejo's."""
         match = DOCUMENT_URL.fullmatch(client_id) if len(client_id) <= 2000 and self._settings.client_documents else None
         ours = (self._settings.public_url, self._settings.forgejo_url, self._settings.forgejo_internal_url or self._settings.forgejo_url)
-        return bool(match) and match[1] == match[1].lower() and match[1] not in {urlsplit(url).hostname for url in ours}
+        return bool(match) and match[1] not in {urlsplit(url).hostname for url in ours}
 
     def row(self, url):
         """The client's row for a login, fetched if need be; None when its document cannot be used."""
@@ -2595,8 +2637,8 @@ class Clients:
         if method not in AUTH_METHODS:
             raise OAuthError("invalid_client_metadata", f"token_endpoint_auth_method must be one of {', '.join(AUTH_METHODS)}.")
         # Clients compare the answer with what they asked (clients.md 10); a refresh token is issued whatever it says.
-        grant_types = self._choose(document, "grant_types", ("authorization_code", "refresh_token"))
-        response_types = self._choose(document, "response_types", ("code",))
+        grant_types = choose(document, "grant_types", ("authorization_code", "refresh_token"))
+        response_types = choose(document, "response_types", ("code",))
         # Whatever scope was asked, a later login decides; what is echoed is all that clients read (clients.md 10, 11).
         scope = document["scope"] if isinstance(document.get("scope"), str) and document["scope"] else " ".join(SCOPES)
         client_id, secret, now = new_secret("fjd_")[:36], None if method == "none" else new_secret("fjs_"), self._clock.now()
@@ -2612,14 +2654,6 @@ class Clients:
         if secret:
             answer.update(client_secret=secret, client_secret_expires_at=0)
         return json_response(201, answer, NO_STORE)
-
-    @staticmethod
-    def _choose(document, key, supported):
-        """What is served of a list that was asked for; the first that is supported must be among it, and is the default."""
-        values = document.get(key, [supported[0]])
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values) or supported[0] not in values:
-            raise OAuthError("invalid_client_metadata", f"{key} must be a list that contains {supported[0]}.")
-        return [value for value in supported if value in values]
 
     def authenticate(self, request, form):
         """The client that speaks on /token or /revoke (RFC 6749 2.3.1): Basic, post or an assertion for one with a secret or keys."""
@@ -2677,6 +2711,9 @@ class Clients:
 # Must not know sessions or children; that a grant ended is learnt by others from the store.
 # ======================================================================================================================
 
+ACCOUNT_LIFETIME = 1800  # seconds a browser stays logged in to the account page
+
+
 class PageRefusal(Exception):
     """A refusal that is shown to a person: `response` is the page. Nothing is redirected to a URI that was not validated."""
 
@@ -2725,12 +2762,14 @@ def canonical_resource(values, settings):
 class Authorization:
     """The authorization server. Its handlers take a Request and give a Response."""
 
-    def __init__(self, settings, store, keyring, clients, upstream, forgejo, log, clock, limiter):
+    def __init__(self, settings, store, keyring, clients, upstream, forgejo, log, clock, limiter, session_ended):
         self._settings, self._store, self._keyring, self._clients = settings, store, keyring, clients
+        self._session_ended = session_ended  # called with the name of a session whose row is gone
         self._upstream, self._forgejo, self._log, self._clock, self._limiter = upstream, forgejo, log, clock, limiter
         secure = settings.public_url.startswith("https:")
         self._cookie_name = "__Host-fjmcp" if secure else "fjmcp"
         self._cookie_flags = f"; Path=/; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}"
+        self._forgejo_host = urlsplit(settings.forgejo_url).netloc
 
     # -- metadata
 
@@ -2760,7 +2799,7 @@ class Authorization:
 
     def authorize(self, request):
         """GET /oauth/authorize: validate, then show our own consent page. Nothing is stored and nothing goes to Forgejo yet."""
-        self._spend(request, "authorize")
+        spend(self._limiter, self._settings, "authorize", request)
         try:
             form = parse_form(request.query)
         except ValueError:
@@ -2770,14 +2809,13 @@ class Authorization:
             login = self._authorization_request(form, client, redirect_uri)
         except ClientRedirect as error:
             return self._to_client(redirect_uri, form.get("state", [None])[0], error=error.error, error_description=error.description)
-        cookie = self._browser(request) or new_secret()
+        cookie, headers = self._marked_browser(request)
         box = b64url(self._keyring.seal("login", digest(cookie).hex(), {**login, "expires": self._clock.now() + self._settings.login_lifetime}))
-        set_cookie = f"{self._cookie_name}={cookie}; Max-Age={int(self._settings.login_lifetime)}{self._cookie_flags}"
         return consent_page(
             client_name=client.name, client_id=client.client_id, client_host=urlsplit(client.client_id).hostname if client.kind == "document" else None,
             redirect_uri=redirect_uri, may_write=WRITE in login["scope"],
-            forgejo_scopes=self._settings.forgejo_oauth_scopes, forgejo_host=urlsplit(self._settings.forgejo_url).netloc,
-            login_box=box, csrf=self._csrf(cookie, box), headers=(("Set-Cookie", set_cookie),))
+            forgejo_scopes=self._settings.forgejo_oauth_scopes, forgejo_host=self._forgejo_host,
+            login_box=box, csrf=self._csrf(cookie, "consent:" + box), headers=headers)
 
     def _authorized_target(self, form):
         """The client and its validated redirect URI; before these are known, errors are shown and never redirected."""
@@ -2821,11 +2859,10 @@ class Authorization:
 
     def consent(self, request):
         """POST /oauth/consent: the person's decision, believed only from the browser that was shown the page (C02 to C05)."""
-        self._spend(request, "authorize")
+        spend(self._limiter, self._settings, "authorize", request)
         form = self._posted_form(request)
-        cookie, box = self._browser(request), form.get("login", "")
-        if not cookie or not hmac.compare_digest(self._csrf(cookie, box).encode(), form.get("csrf", "").encode()):
-            raise PageRefusal(wrong_browser_page())
+        box = form.get("login", "")
+        cookie = self._proven_browser(request, form, self._cookie_name, "consent:" + box)
         try:
             login = self._keyring.unseal("login", digest(cookie).hex(), unb64url(box))
         except ValueError:
@@ -2838,26 +2875,27 @@ class Authorization:
             raise self._page(400, "Nothing was decided", "The form came without a choice. Go back and choose again.")
         # Reading is less than writing, so read only is a narrower grant even where only forgejo:write was asked.
         granted = login["scope"] if access == "full" and WRITE in login["scope"] else [READ]
-        return self._decided(login, decision, granted, cookie, box, now)
-
-    def _decided(self, login, decision, granted, cookie, box, now):
-        state, verifier = new_secret(), new_secret()
-        kept = {**login, "granted": granted, "verifier": verifier}
         denied = decision == "deny"
-        sealed = None if denied else self._keyring.seal("login", digest(state).hex(), kept)
-        if not self._store.approve_login(digest(state), digest(box), digest(cookie), "client", sealed,
-                                         now + self._settings.login_lifetime, now if denied else None):
-            raise PageRefusal(already_answered_page())
+        to_forgejo = self._start_login("client", {**login, "granted": granted}, cookie, box, now, now if denied else None)
         self._log.audit("consent refused" if denied else "consent given", client=login["client"], scope=" ".join(granted))
         if denied:
             return self._to_client(login["redirect_uri"], login["state"], error="access_denied", error_description="The person refused")
+        return to_forgejo
+
+    def _start_login(self, kind, login, cookie, box, now, taken_at=None):
+        """Keep a login that only this browser can finish, and send the browser to Forgejo."""
+        state, verifier = new_secret(), new_secret()
+        sealed = self._keyring.seal("login", digest(state).hex(), {**login, "verifier": verifier})
+        if not self._store.approve_login(digest(state), digest(box), digest(cookie), kind, None if taken_at else sealed,
+                                         now + self._settings.login_lifetime, taken_at):
+            raise PageRefusal(already_answered_page())
         return redirect(self._forgejo.authorize_url(state, b64url(hashlib.sha256(verifier.encode()).digest())))
 
     # -- callback
 
     def callback(self, request):
         """GET /oauth/callback: Forgejo's answer, taken once and only in the browser that consented."""
-        self._spend(request, "authorize")
+        spend(self._limiter, self._settings, "authorize", request)
         try:
             form = parse_form(request.query)
         except ValueError:
@@ -2868,34 +2906,40 @@ class Authorization:
         row = self._store.take_login(digest(state), now)
         if row is None:
             raise PageRefusal(expired_page())
-        cookie = self._browser(request)
+        cookie = self._cookie(request, self._cookie_name)
         if not cookie or not hmac.compare_digest(digest(cookie), row.browser_hash):
             raise PageRefusal(wrong_browser_page())
         try:
             login = self._keyring.unseal("login", digest(state).hex(), row.sealed)
         except ValueError:
             raise PageRefusal(expired_page()) from None
+        try:
+            info = self._logged_in(form, login["verifier"])
+            return self._account_opened(info, now) if row.kind == "account" else self._client_answered(login, info, now)
+        except ClientRedirect as error:
+            if row.kind == "account":
+                raise self._page(403, "You are not logged in", f"{error.description}.") from None
+            return self._to_client(login["redirect_uri"], login["state"], error=error.error, error_description=error.description)
+
+    def _logged_in(self, form, verifier):
+        """Who logged in at Forgejo; ClientRedirect with the error of RFC 6749 4.1.2.1 otherwise, in our words: Forgejo's are not shown."""
         if "error" in form:
             denied = form["error"][0] == "access_denied"
-            return self._to_client(login["redirect_uri"], login["state"], error="access_denied" if denied else "server_error",
-                                   error_description="The login at Forgejo was refused" if denied else "Forgejo could not log the person in")
-        return self._logged_in(login, form["code"][0], now)
-
-    def _logged_in(self, login, code, now):
-        failure = None
+            raise ClientRedirect("access_denied" if denied else "server_error",
+                                 "The login at Forgejo was refused" if denied else "Forgejo could not log the person in")
         try:
             with self._upstream.callback():
-                info = self._upstream.login(code, login["verifier"])
+                return self._upstream.login(form["code"][0], verifier)
         except UpstreamDown:
-            failure = ("temporarily_unavailable", "Forgejo cannot be reached just now")
+            raise ClientRedirect("temporarily_unavailable", "Forgejo cannot be reached just now") from None
         except (UpstreamRefused, UpstreamMisconfigured) as error:
             self._log.event("error", "login failed at forgejo", reason=str(error))
-            failure = ("server_error", "Forgejo refused the login; the operator's log says why")
+            raise ClientRedirect("server_error", "Forgejo refused the login; the operator's log says why") from None
         except NotAllowed as error:
             self._log.audit("access refused", user=error.sub, login=error.login, reason=error.reason)
-            failure = ("access_denied", error.reason)
-        if failure:
-            return self._to_client(login["redirect_uri"], login["state"], error=failure[0], error_description=failure[1])
+            raise ClientRedirect("access_denied", error.reason) from None
+
+    def _client_answered(self, login, info, now):
         code, code_expires = new_secret("fjc_"), now + self._settings.code_lifetime
         grant_id = self._store.finish_login(info.sub, login["client"], " ".join(login["granted"]), " ".join(login["scope"]),
                                             self._settings.resource, digest(code), login["redirect_uri"], login["challenge"], now,
@@ -2903,13 +2947,63 @@ class Authorization:
         self._log.audit("login", user=info.sub, login=info.login, client=login["client"], grant=grant_id, scope=" ".join(login["granted"]))
         return self._to_client(login["redirect_uri"], login["state"], code=code)
 
+    # -- account
+
+    def account(self, request):
+        """GET /account: what a user has connected; first a login, which is bound to this browser as every other is."""
+        spend(self._limiter, self._settings, "authorize", request)
+        cookie = self._cookie(request, self._cookie_name + "-account")
+        user = self._store.account(digest(cookie), self._clock.now()) if cookie else None
+        if user is None:
+            browser, headers = self._marked_browser(request)
+            return account_login_page(self._forgejo_host, self._csrf(browser, "account login"), headers)
+        applications = {}
+        for grant in self._store.grants_of(user.sub, self._clock.now()):  # several logins of one application are one to people
+            name, scopes, used = applications.get(grant.client_id, (grant.name, "", 0))[:3]
+            applications[grant.client_id] = (name, f"{scopes} {grant.scope}", max(used, grant.used_at))
+        sessions = [(row.hash.hex(), row.name, row.created_at, row.used_at) for row in self._store.sessions_of(user.sub)[:100]]
+        return account_page(user.login, [(key, *shown) for key, shown in applications.items()], sessions, self._csrf(cookie, "account"))
+
+    def account_login(self, request):
+        """POST /account/login: to Forgejo, and back to the account page."""
+        spend(self._limiter, self._settings, "authorize", request)
+        form = self._posted_form(request)
+        cookie = self._proven_browser(request, form, self._cookie_name, "account login")
+        return self._start_login("account", {}, cookie, new_secret(), self._clock.now())
+
+    def _account_opened(self, info, now):
+        cookie = new_secret()  # a new one at each login: one that somebody planted before is worth nothing
+        self._store.open_account(digest(cookie), info.sub, now + ACCOUNT_LIFETIME)
+        self._log.audit("account opened", user=info.sub, login=info.login)
+        response = redirect(self._settings.public_url + "/account")
+        set_cookie = f"{self._cookie_name}-account={cookie}; Max-Age={ACCOUNT_LIFETIME}{self._cookie_flags}"
+        return replace(response, headers=(*response.headers, ("Set-Cookie", set_cookie)))
+
+    def account_end(self, request):
+        """POST /account/end: end one application's grants, one session, or this login; nothing but the user's own."""
+        spend(self._limiter, self._settings, "authorize", request)
+        form, now = self._posted_form(request), self._clock.now()
+        cookie = self._proven_browser(request, form, self._cookie_name + "-account", "account")
+        user = self._store.account(digest(cookie), now)
+        if user is None:
+            raise PageRefusal(expired_page())
+        for grant in self._store.grants_of(user.sub, now):
+            if grant.client_id == form.get("client"):
+                self._end(grant.grant_id, "ended by the user", user.sub, grant.client_id, "token revoked")
+        for session in self._store.sessions_of(user.sub):
+            if session.hash.hex() == form.get("session") and self._store.end_session(session.hash):
+                self._session_ended(session.hash)
+        if form.get("leave"):
+            self._store.close_account(digest(cookie))
+        return redirect(self._settings.public_url + "/account")
+
     # -- token
 
     def token(self, request):
         """POST /oauth/token (RFC 6749 4.1.3 and 6)."""
-        self._spend(request, "token")
         values = self._token_form(request)
         form = {name: items[0] for name, items in values.items()}
+        self._spend_token(request, form.get("code") or form.get("refresh_token", ""))
         client = self._clients.authenticate(request, form)
         grant_types = {"authorization_code": self._redeem, "refresh_token": self._refresh}
         if not form.get("grant_type"):
@@ -2919,6 +3013,14 @@ class Authorization:
         if not canonical_resource(values.get("resource", ()), self._settings):
             raise OAuthError("invalid_target", f"resource must be {self._settings.resource}.")
         return json_response(200, grant_types[form["grant_type"]](client, form), NO_STORE)
+
+    def _spend_token(self, request, token):
+        """Whoever holds a token that we issued is limited by its grant, whatever address they share; all others by their address."""
+        row = self._store.code(digest(token)) or self._store.refresh_token(digest(token)) if token else None
+        if row:
+            self._limiter.spend("grant", row.grant_id, 120)
+        else:
+            spend(self._limiter, self._settings, "token", request)
 
     def _token_form(self, request):
         kind, _, parameters = (request.header("content-type") or "").partition(";")
@@ -3033,8 +3135,8 @@ class Authorization:
 
     def revoke(self, request):
         """POST /oauth/revoke (RFC 7009): a refresh token ends its grant, an access token only itself; always 200."""
-        self._spend(request, "token")
         form = {name: items[0] for name, items in self._token_form(request).items()}
+        self._spend_token(request, form.get("token", ""))
         client, token = self._clients.authenticate(request, form), form.get("token", "")
         if not token:
             raise OAuthError("invalid_request", "token is missing.")
@@ -3047,10 +3149,6 @@ class Authorization:
         return json_response(200, {}, NO_STORE)
 
     # -- shared
-
-    def _spend(self, request, kind):
-        if not (request.direct and is_loopback_name(request.address)):
-            self._limiter.spend(kind, request.address, getattr(self._settings, f"rate_{kind}"))
 
     @staticmethod
     def _page(status, title, sentence):
@@ -3067,16 +3165,28 @@ class Authorization:
         return {name: items[0] for name, items in values.items() if len(items) == 1}
 
     @staticmethod
-    def _csrf(cookie, box):
-        return b64url(hmac.digest(cookie.encode(), b"consent:" + box.encode(), "sha256"))
+    def _csrf(cookie, purpose):
+        return b64url(hmac.digest(cookie.encode(), purpose.encode(), "sha256"))
 
-    def _browser(self, request):
-        """The value of our cookie, None when it is absent or not one we made; two of the name are an attack (C16)."""
+    def _cookie(self, request, wanted):
+        """The value of a cookie, None when it is absent or not one we made; two of the name are an attack (C16)."""
         values = [value for line in request.headers.get("cookie", ()) for name, _, value in
-                  (pair.strip().partition("=") for pair in line.split(";")) if name == self._cookie_name]
+                  (pair.strip().partition("=") for pair in line.split(";")) if name == wanted]
         if len(values) > 1:
             raise self._page(400, "This browser's cookies cannot be trusted", "Clear the cookies of this site and start again.")
         return values[0] if values and re.fullmatch(r"[A-Za-z0-9_-]{43}", values[0]) else None
+
+    def _marked_browser(self, request):
+        """(the browser's cookie, made now if it has none, the headers that set it): several tabs share one (C07)."""
+        cookie = self._cookie(request, self._cookie_name) or new_secret()
+        return cookie, (("Set-Cookie", f"{self._cookie_name}={cookie}; Max-Age={int(self._settings.login_lifetime)}{self._cookie_flags}"),)
+
+    def _proven_browser(self, request, form, name, purpose):
+        """The cookie of a browser whose form carries the CSRF value that only a page shown to it can have (C03, C05)."""
+        cookie = self._cookie(request, name)
+        if not cookie or not hmac.compare_digest(self._csrf(cookie, purpose).encode(), form.get("csrf", "").encode("utf-8", "surrogatepass")):
+            raise PageRefusal(wrong_browser_page())
+        return cookie
 
     def _to_client(self, redirect_uri, state, **answer):
         """The authorization response: to the validated URI, with `iss` always (RFC 9207 2) and `state` byte for byte."""
@@ -5121,7 +5231,8 @@ class Broker:
         self.registry = Registry(settings, self.store, self.upstream, forgejo, self.guardian, self.log, self.clock)
         self.reaper = Reaper(settings, self.store, self.registry, self.upstream, self.log, self.clock)
         clients = Clients(settings, self.store, self.log, self.clock, limiter, web or PublicWeb())
-        authorization = Authorization(settings, self.store, keyring, clients, self.upstream, forgejo, self.log, self.clock, limiter)
+        authorization = Authorization(settings, self.store, keyring, clients, self.upstream, forgejo, self.log, self.clock, limiter,
+                                      lambda name: self.registry.forget([name], "ended by the user"))
         endpoint = Endpoint(settings, self.store, self.registry, self.reaper, self.log, self.clock)
         self.routes = self._routes(clients, authorization, endpoint)
         self.server = Server(settings, self.handle, self.log, settings.listen, listener)
@@ -5136,7 +5247,9 @@ class Broker:
                   "/healthz": Route("health", {"GET": self.health}), "/mcp": mcp, "/mcp/": mcp,
                   "/mcp/.well-known/oauth-authorization-server": server_metadata,
                   "/oauth/consent": Route("form", {"POST": authorization.consent}),
-                  "/oauth/callback": Route("page", {"GET": authorization.callback})}
+                  "/oauth/callback": Route("page", {"GET": authorization.callback}), "/account": Route("page", {"GET": authorization.account}),
+                  "/account/login": Route("form", {"POST": authorization.account_login}),
+                  "/account/end": Route("form", {"POST": authorization.account_end})}
         for suffix in ("", "/mcp"):
             routes["/.well-known/oauth-authorization-server" + suffix] = server_metadata
         for suffix in ("", "/mcp", "/mcp/"):
