@@ -57,6 +57,7 @@ import threading
 import time
 import tomllib
 import unicodedata
+import weakref
 from dataclasses import dataclass, field, replace
 from urllib.parse import parse_qsl, quote, unquote_plus, urlencode, urlsplit
 
@@ -230,6 +231,7 @@ SETTINGS = (
     Setting("rate_authorize", "rate", 240, "requests a minute from one address to authorize, consent and callback", reload=True),
     Setting("rate_token", "rate", 600, "requests a minute from one address to token and revoke", reload=True),
     Setting("child_keeps_state", "switch", False, "the child keeps state between calls: never put it to sleep or replace it"),
+    Setting("client_documents", "switch", True, "accept a client_id that is the https URL of the client's own description, and fetch it", reload=True),
     Setting("strict_scopes", "switch", False, "refuse a login to which Forgejo granted other scopes than asked", reload=True),
     Setting("metrics_listen", "any_address", "", "address for GET /metrics; empty: none"),
     Setting("log_format", "log_format", "json", "`json`, or `text` for people"),
@@ -936,6 +938,64 @@ class Store:
         self._write("DELETE FROM clients WHERE kind = 'configured' AND client_id NOT IN (SELECT value FROM json_each(?))",
                     (json.dumps(list(still_configured)),))
 
+    # -- client documents
+
+    def keep_document(self, url, name, redirect_uris, auth_method, metadata, now, fresh_until, keep=1000):
+        """Keep what a client_id's own document says, or (without a name) that it could not be used; an older good one stays on file.
+
+        Bounded: above `keep` the longest unused go, but never one with a live grant.
+        """
+        with self._batch() as db:
+            db.execute(
+                "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, fetched_at, fresh_until, created_at, used_at)"
+                " VALUES (:url, iif(:name = '', 'unreadable', 'document'), :name, :uris, :method, :metadata, :now, :fresh, :now, :now)"
+                " ON CONFLICT (client_id) DO UPDATE SET fetched_at = :now, fresh_until = :fresh",
+                {"url": url, "name": name, "uris": json.dumps(redirect_uris), "method": auth_method, "metadata": json.dumps(metadata),
+                 "now": now, "fresh": fresh_until})
+            if name:
+                db.execute("UPDATE clients SET kind = 'document', name = ?, redirect_uris = ?, auth_method = ?, metadata = ? WHERE client_id = ?",
+                           (name, json.dumps(redirect_uris), auth_method, json.dumps(metadata), url))
+            db.execute("DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind IN ('document', 'unreadable') AND NOT"
+                       f" EXISTS (SELECT 1 FROM grants WHERE grants.client_id = clients.client_id AND {LIVE_GRANT})"
+                       " ORDER BY used_at DESC LIMIT -1 OFFSET :keep)", {"now": now, "keep": keep})
+
+    def keep_keys(self, url, keys):
+        """Keep the public keys that a document's jwks_uri named."""
+        with self._batch() as db:
+            db.execute("UPDATE clients SET keys = ? WHERE client_id = ?", (json.dumps(keys), url))
+
+    def spend_assertion(self, assertion_hash, expires_at):
+        """Whether a client's assertion comes for the first time (RFC 7523 3, jti)."""
+        with self._batch() as db:
+            return db.execute("INSERT OR IGNORE INTO assertions VALUES (?, ?)", (assertion_hash, expires_at)).rowcount == 1
+
+    # -- account
+
+    def open_account(self, browser_hash, sub, expires_at):
+        """A browser may see and end what its user has connected."""
+        with self._batch() as db:
+            db.execute("INSERT INTO account_logins VALUES (?, ?, ?)", (browser_hash, sub, expires_at))
+
+    def account(self, browser_hash, now):
+        """The user (sub, login) that a browser has logged in to the account page, or None."""
+        return self._one("SELECT sub, login FROM account_logins JOIN users USING (sub) WHERE browser_hash = ? AND expires_at > ?"
+                         " AND state = 'active'", (browser_hash, now))
+
+    def close_account(self, browser_hash):
+        """A browser's login to the account page ends."""
+        with self._batch() as db:
+            db.execute("DELETE FROM account_logins WHERE browser_hash = ?", (browser_hash,))
+
+    def grants_of(self, sub, now):
+        """A user's live grants with their client's name, newest first."""
+        return self._all("SELECT grant_id, sub, client_id, name, scope, grants.created_at, grants.used_at FROM grants LEFT JOIN clients"
+                         f" USING (client_id) WHERE sub = :sub AND {LIVE_GRANT} ORDER BY grants.used_at DESC", {"sub": sub, "now": now})
+
+    def sessions_of(self, sub):
+        """A user's sessions with their client's name, the last used first."""
+        return self._all("SELECT hash, client_id, name, sessions.created_at, sessions.used_at FROM sessions LEFT JOIN clients USING (client_id)"
+                         " WHERE sub = ? ORDER BY sessions.used_at DESC", (sub,))
+
     # -- logins
 
     def approve_login(self, state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at=None):
@@ -1237,14 +1297,22 @@ class Fetched:
     body: bytes
 
     def json(self):
-        """The JSON object in the body of a 200 application/json, else None."""
-        if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        """The JSON object in a body that says it is JSON, else None."""
+        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not re.fullmatch(r"application/([a-z0-9.-]+\+)?json", kind):
             return None
         try:
             value = read_json(self.body)
         except (ValueError, RecursionError):
             return None
         return value if isinstance(value, dict) else None
+
+
+def _time_left(deadline):
+    left = deadline - time.monotonic()
+    if left <= 0:  # asked even when data is there: an answer that never ends would never let a time-out happen
+        raise TimeoutError("the answer took too long")
+    return left
 
 
 class _Deadline(io.RawIOBase):
@@ -1257,7 +1325,7 @@ class _Deadline(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        self._sock.settimeout(_time_left(self._deadline))
         return self._sock.recv_into(buffer)
 
 
@@ -1271,29 +1339,29 @@ class _Socket:
         return io.BufferedReader(_Deadline(self._sock, self._deadline))
 
     def sendall(self, data):
-        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        self._sock.settimeout(_time_left(self._deadline))
         self._sock.sendall(data)
 
     def close(self):
         """Nothing: http.client closes before the answer is read; fetch() closes after."""
 
 
-def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_file="", address=None, on_data=None):
+def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_file="", connect=None, on_data=None):
     """One HTTP request without proxies or redirects, all of it within `deadline` seconds and `cap` bytes; FetchFailed otherwise.
 
-    `address`: connect there instead of resolving the name; TLS and Host stay the name's. `on_data` is called when the body begins.
+    `connect(timeout)` gives another socket than the name's; TLS and Host stay the name's. `on_data` is called when the body begins.
     """
     parts, end = urlsplit(url), time.monotonic() + deadline
     port = parts.port or {"https": 443, "http": 80}[parts.scheme]
     connection, sock = http.client.HTTPConnection(parts.hostname, port), None
     try:
-        sock = socket.create_connection((address or parts.hostname, port), timeout=deadline)
+        sock = connect(deadline) if connect else socket.create_connection((parts.hostname, port), timeout=deadline)
         if parts.scheme == "https":
-            sock.settimeout(max(0.001, end - time.monotonic()))
+            sock.settimeout(_time_left(end))
             sock = ssl.create_default_context(cafile=ca_file or None).wrap_socket(sock, server_hostname=parts.hostname)
         connection.sock = _Socket(sock, end)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request(method, target, body or None, {"User-Agent": f"fjmcp-broker/{__version__}", "Accept": "application/json",
+        connection.request(method, target, body or None, {"Host": parts.netloc, "User-Agent": f"fjmcp-broker/{__version__}", "Accept": "application/json",
                                                           "Accept-Encoding": "identity", "Connection": "close", **dict(headers)})
         response = connection.getresponse()
         data = response.read(1)
@@ -1308,6 +1376,51 @@ def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_fi
     finally:
         if sock:
             sock.close()
+
+
+# An explicit list, because `is_global` lets NAT64, 6to4, site-local and multicast addresses through. Of IPv6 only 2000::/3 is in use.
+NOT_PUBLIC = tuple(map(ipaddress.ip_network, (
+    "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16"
+    " 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3 ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 2002::/16 3fff::/20").split()))
+
+
+def is_public(address):
+    """Whether an IP address, as text, is one of the public internet."""
+    address = ipaddress.ip_address(address)
+    return not any(address in network for network in NOT_PUBLIC)
+
+
+def resolve_name(host):
+    """The addresses of a host name, as texts."""
+    return list(dict.fromkeys(entry[4][0] for entry in socket.getaddrinfo(host, 443, type=socket.SOCK_STREAM)))
+
+
+class PublicWeb:
+    """GETs what strangers name: from the public internet only, on port 443, with strict limits (OWASP SSRF; security.md finding 9)."""
+
+    def __init__(self, resolve=resolve_name, connect=socket.create_connection, ca_file=""):
+        self._resolve, self._connect, self._ca_file = resolve, connect, ca_file
+
+    def get(self, url, cap):
+        """A Fetched of at most `cap` bytes within 5 s; FetchFailed otherwise. One bad address among a name's refuses them all."""
+        started = time.monotonic()
+        try:
+            addresses = self._resolve(urlsplit(url).hostname)
+        except (OSError, ValueError) as error:
+            raise FetchFailed(f"the name does not resolve: {error}") from None
+        if not addresses or not all(map(is_public, addresses)):
+            raise FetchFailed("the name is not of the public internet")
+        return fetch("GET", url, cap=cap, ca_file=self._ca_file, deadline=5.0 - (time.monotonic() - started),
+                     connect=lambda timeout: self._to_one_of(addresses[:2], timeout))
+
+    def _to_one_of(self, addresses, timeout):
+        # To the address that was checked: a name that resolves anew may resolve otherwise (DNS rebinding).
+        for address in addresses:
+            try:
+                return self._connect((address, 443), timeout=max(0.001, timeout / len(addresses)))
+            except OSError as error:
+                failure = error
+        raise failure
 
 
 def jwt_claims(token):
@@ -1500,7 +1613,7 @@ class Upstream:
         if credential.subject is not None and credential.subject != info.sub:
             raise UpstreamDown("userinfo and id_token name different users")
         if not allowed(self._settings, info):
-            self._store.set_user_state(info.sub, "refused")
+            self._shut_out(info.sub, "refused", "not among the allowed users and groups")
             raise NotAllowed(info.sub, info.login, "This account may not use this server")
         scope = self._forgejo.introspect(credential.access)
         asked = set(self._settings.forgejo_oauth_scopes.split())
@@ -1617,6 +1730,9 @@ class Upstream:
     def _shut_out(self, sub, state, reason):
         if self._store.set_user_state(sub, state):
             self._log.audit("access refused", user=sub, reason=reason)
+        now = self._clock.now()
+        for grant in self._store.grants_of(sub, now) if state == "refused" else ():  # a suspension may be lifted again
+            self._store.end_grant(grant.grant_id, reason, now)
 
     def may_ask(self, sub):
         """Whether the API may be asked (again) about a user's token: at most once a minute. It counts as asked."""
@@ -1987,7 +2103,7 @@ class Limiter:
             left = min(rate, left + max(0, now - since) * rate / 60)
             self._buckets[kind, key] = (left - 1 if left >= 1 else left, now)
         if left < 1:
-            raise Refusal(429, "too_many_requests", "Too many requests from this address; try again in a moment.",
+            raise Refusal(429, "too_many_requests", "Too many requests; try again in a moment.",
                           (("Retry-After", str(max(1, round((1 - left) * 60 / rate)))),))
 
 
@@ -2058,6 +2174,12 @@ def unknown_client_page():
                           "Others: remove the server and add it again."))
 
 
+def unreadable_client_page():
+    """For an application whose client_id is a URL at which there is no description of it that can be used."""
+    return error_page(400, "This application cannot be looked up", "The address by which it introduces itself could not be read just now, or "
+                      "what stands there does not describe it. Try again in a minute; if that does not help, ask who makes the application.")
+
+
 def expired_page():
     """For a login that took too long, or is not known."""
     return error_page(400, "This login has expired", "It took too long, or was finished already. Start again from your application.")
@@ -2082,7 +2204,7 @@ def destination(redirect_uri):
     return parts.hostname if parts.scheme == "https" else f"the application on this device that opens {parts.scheme}: links"
 
 
-def consent_page(*, client_name, client_id, redirect_uri, may_write, forgejo_scopes, forgejo_host, login_box, csrf, headers=()):
+def consent_page(*, client_name, client_id, client_host, redirect_uri, may_write, forgejo_scopes, forgejo_host, login_box, csrf, headers=()):
     """The broker's own consent: who asks, where the answer goes, what is allowed; the person chooses or refuses."""
     name, where = html.escape(client_name), html.escape(destination(redirect_uri))
     meanings = "".join(f"<li>{html.escape(meaning)}</li>" for meaning in filter(None, map(scope_meaning, forgejo_scopes.split())))
@@ -2090,10 +2212,14 @@ def consent_page(*, client_name, client_id, redirect_uri, may_write, forgejo_sco
             "also those that change things</label>") if may_write else ""
     read = (f'<label><input type="radio" name="access" value="read"{"" if may_write else " checked"}><strong>Read only</strong>: '
             "use only tools that look things up</label>")
+    known = (f"The application calls itself that in its description at <strong>{html.escape(client_host)}</strong>." if client_host
+             else "The application calls itself that; the name is not verified.")
+    local = ("<p>Any program on this device can ask in an application's name: make sure that it is the one you started.</p>"
+             if urlsplit(redirect_uri).scheme != "https" else "")
     body = f"""
 <div class="box"><p><span class="big">{name}</span> wants to use <span class="big">{html.escape(forgejo_host)}</span> as you.</p>
-<p class="quiet">The application calls itself that; the name is not verified.</p>
-<p>The answer goes to <strong>{where}</strong><br><code class="quiet">{html.escape(redirect_uri)}</code></p></div>
+<p class="quiet">{known}</p>
+<p>The answer goes to <strong>{where}</strong><br><code class="quiet">{html.escape(redirect_uri)}</code></p>{local}</div>
 <p class="box warn">Go on only if you started this yourself, just now, in an application you trust.</p>
 <h2>What it will be able to do</h2><ul>{meanings}</ul>
 <form method="post" action="/oauth/consent">
@@ -2104,6 +2230,40 @@ allows all of the above.</p>
 <div class="row"><button name="decision" value="deny">Refuse</button><button class="main" name="decision" value="approve">Allow</button></div>
 </form><p class="quiet">Next you log in at {html.escape(forgejo_host)}. Application id: <code>{html.escape(client_id)}</code></p>"""
     return page(200, "Connect an application?", body, form=True, headers=headers)
+
+
+def account_login_page(forgejo_host, csrf, headers=()):
+    """Before the account page: who are you?"""
+    body = f"""
+<p>Here you see which applications may use {html.escape(forgejo_host)} as you, and can end that.</p>
+<form method="post" action="/account/login"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
+<div class="row"><button class="main">Log in at {html.escape(forgejo_host)}</button></div></form>"""
+    return page(200, "Your applications", body, form=True, headers=headers)
+
+
+def account_page(login, applications, sessions, csrf):
+    """What a user has connected. `applications`: (client id, name, scopes, when used); `sessions`: (id, name, when begun, when used)."""
+    def items(rows, field, action):
+        forms = (f"""<li><form method="post" action="/account/end"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
+<strong>{html.escape(name)}</strong><br><span class="quiet">{html.escape(text)}</span>
+<div class="row"><button name="{field}" value="{html.escape(key)}">{action}</button></div></form></li>""" for key, name, text in rows)
+        return f"<ul>{''.join(forms)}</ul>" if rows else '<p class="quiet">None.</p>'
+
+    shown_apps = [(key, name or key, f"{'reads and writes' if WRITE in scopes else 'reads only'}, last used {moment(used)}, id {key}")
+                  for key, name, scopes, used in applications]
+    shown_sessions = [(key, name or "An application", f"since {moment(begun)}, last used {moment(used)}") for key, name, begun, used in sessions]
+    body = f"""
+<p>You are <strong>{html.escape(login)}</strong>.</p>
+<h2>Connected applications</h2>{items(shown_apps, "client", "Disconnect")}
+<h2>Open sessions</h2>{items(shown_sessions, "session", "End session")}
+<form method="post" action="/account/end"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
+<div class="row"><button name="leave" value="1">Log out of this page</button></div></form>"""
+    return page(200, "Your applications", body, form=True)
+
+
+def moment(seconds):
+    """A time for people."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
 def home_page(public_url, forgejo_url):
@@ -2118,7 +2278,8 @@ def home_page(public_url, forgejo_url):
 <li><strong>ChatGPT</strong>: Settings, Connectors, Create; paste the address, authentication OAuth.</li>
 <li><strong>VS Code</strong>: command “MCP: Add Server”, HTTP; paste the address.</li>
 <li><strong>Cursor</strong>: Settings, MCP, Add: <code>{{"url": "{url}"}}</code>.</li>
-<li><strong>Others</strong>: a remote MCP server (Streamable HTTP) with OAuth; or <code>npx mcp-remote {url}</code>.</li></ul>"""
+<li><strong>Others</strong>: a remote MCP server (Streamable HTTP) with OAuth; or <code>npx mcp-remote {url}</code>.</li></ul>
+<p><a href="/account">See and end what you have connected</a>.</p>"""
     return page(200, "Forgejo for AI assistants", body)
 
 
@@ -2131,8 +2292,8 @@ def clean_name(text, limit=100):
 
 # ======================================================================================================================
 # Clients
-# Owns who may ask for a login: registration (RFC 7591), pre-registered clients, redirect URIs, client authentication.
-# Must not know users, tokens or Forgejo.
+# Owns who may ask for a login: registration (RFC 7591), pre-registered clients, clients that describe themselves at their own URL,
+# redirect URIs, client authentication. Must not know users, tokens or Forgejo.
 # ======================================================================================================================
 
 AUTH_METHODS = ("none", "client_secret_post", "client_secret_basic")
@@ -2189,12 +2350,255 @@ def redirect_matches(registered, asked):
 
 @dataclass(frozen=True)
 class Client:
-    """A registered client; `secret_hash` is None for a public one."""
+    """A client: `secret_hash` is None for one without a secret; `metadata` and `keys` (see Documents) are for those that have a URL."""
 
     client_id: str
+    kind: str
     name: str
     redirect_uris: tuple
     secret_hash: object
+    auth_method: str
+    metadata: dict
+    keys: dict
+    in_use: bool
+
+    @classmethod
+    def from_row(cls, row):
+        """From the store's row."""
+        return cls(row.client_id, row.kind, row.name, tuple(json.loads(row.redirect_uris)), row.secret_hash, row.auth_method,
+                   json.loads(row.metadata), json.loads(row.keys or "{}"), row.used_at > row.created_at)
+
+
+def registrable_uris(uris, schemes, limit):
+    """Of a client's redirect URIs those that may be used here; OAuthError when there is none, or one that deceives."""
+    if not isinstance(uris, list) or not 1 <= len(uris) <= limit:
+        raise OAuthError("invalid_redirect_uri", f"redirect_uris must be a list of 1 to {limit} URIs.")
+    usable, unusable = [], None
+    for uri in uris:
+        try:
+            check_redirect_uri(uri, schemes)
+            usable.append(uri)
+        except UnusableScheme as error:  # one such must not cost Cursor the other two of its set
+            unusable = error
+        except ValueError as error:
+            raise OAuthError("invalid_redirect_uri", f"A redirect URI {error}.") from None
+    if not usable:
+        raise OAuthError("invalid_redirect_uri", f"A redirect URI {unusable}.")
+    return usable
+
+
+def choose(document, key, supported):
+    """What is served of a list that was asked for; the first that is supported must be among it, and is the default."""
+    values = document.get(key, [supported[0]])
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values) or supported[0] not in values:
+        raise OAuthError("invalid_client_metadata", f"{key} must be a list that contains {supported[0]}.")
+    return [value for value in supported if value in values]
+
+
+def spend(limiter, settings, kind, request):
+    """Refusal 429 above the `rate_<kind>` of the request's address, or twenty times that of all together.
+
+    A loopback peer that speaks for nobody is the operator, or a proxy that hides who asks: no limit could be fair (clients.md 17).
+    """
+    if request.direct and is_loopback_name(request.address):
+        return
+    rate, address = getattr(settings, f"rate_{kind}"), request.address
+    if ":" in address:  # whoever has one IPv6 address has the other 2^64 of its network too
+        address = str(ipaddress.ip_network(f"{address.partition('%')[0]}/64", strict=False))
+    limiter.spend(kind, address, rate)
+    limiter.spend(kind, "all", 20 * rate)
+
+
+# A name in lower case with a last label that is no number, so no spelling of an IP address; no port, user name, fragment or dot segment.
+DOCUMENT_URL = re.compile(
+    r"https://((?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?)"
+    r"(?!/*(?:\?|$))(?!\S*/(?:\.|%2[eE]){1,2}(?:[/?]|$))/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*(?:\?[A-Za-z0-9._~!$&'()*+,;=:@%/?-]*)?")
+SHA256_PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")  # DigestInfo of RFC 8017 9.2 note 1
+
+
+def verify_rs256(message, signature, n, e):
+    """Whether a signature is RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017 8.2.2). The whole block is compared, never parsed."""
+    size = (n.bit_length() + 7) // 8
+    number = int.from_bytes(signature, "big")
+    if len(signature) != size or number >= n:
+        return False
+    info = SHA256_PREFIX + hashlib.sha256(message).digest()
+    block = b"\0\1" + b"\xff" * (size - 3 - len(info)) + b"\0" + info
+    return hmac.compare_digest(pow(number, e, n).to_bytes(size, "big"), block)
+
+
+def public_rsa_keys(jwks):
+    """[(kid, n, e)] of the usable keys of a JWK set (RFC 7517): RSA, 2048 to 4096 bits. ValueError for a secret or private one."""
+    keys = jwks.get("keys") if isinstance(jwks, dict) else None
+    if not isinstance(keys, list) or not all(isinstance(key, dict) for key in keys):
+        raise ValueError("the keys are no JWK set")
+    if any("d" in key or "k" in key for key in keys):
+        raise ValueError("a private or symmetric key is published")
+    usable = []
+    for key in keys[:20]:
+        if key.get("kty") == "RSA" and key.get("use", "sig") == "sig" and key.get("alg", "RS256") == "RS256":
+            n, e = (int.from_bytes(unb64url(str(key.get(part, ""))), "big") for part in "ne")
+            if 2048 <= n.bit_length() <= 4096 and n % 2 and 3 <= e < 2**32 and e % 2:
+                usable.append((str(key["kid"]) if "kid" in key else None, n, e))
+    return usable
+
+
+def read_client_document(url, answer, schemes):
+    """What a Client ID Metadata Document says, as (name, redirect URIs, auth method, what else is kept); ValueError or OAuthError.
+
+    draft-ietf-oauth-client-id-metadata-document 4: its client_id is its own URL, byte for byte, and it has no secret.
+    """
+    document = answer.json() if answer.status == 200 else None
+    if document is None:
+        raise ValueError(f"status {answer.status}, or no JSON object")
+    if document.get("client_id") != url:
+        raise ValueError("its client_id is not its URL")
+    method = document.get("token_endpoint_auth_method", "none")
+    if any(name.startswith("client_secret") for name in document) or method not in ("none", "private_key_jwt"):
+        raise ValueError("it relies on a secret")
+    choose(document, "grant_types", ("authorization_code",))
+    choose(document, "response_types", ("code",))
+    also = document.get("token_endpoint_auth_methods_supported")
+    if isinstance(also, list) and "none" in also:
+        method = "none"
+    kept = {name: document[name] for name in ("jwks", "jwks_uri") if name in document}
+    if "jwks" in kept:
+        public_rsa_keys(kept["jwks"])
+    name = clean_name(document["client_name"] if isinstance(document.get("client_name"), str) else "")
+    return name, registrable_uris(document.get("redirect_uris"), schemes, 100), method, kept
+
+
+def freshness(answer):
+    """Seconds for which a document may be used, by its Cache-Control: an hour if that is silent, at least a minute, at most a day."""
+    control = answer.headers.get("cache-control", "").lower()
+    age = re.search(r"(?<![a-z-])max-age=\"?([0-9]{1,9})", control)
+    return 60 if re.search("no-store|no-cache", control) else min(86400, max(60, int(age[1]))) if age else 3600
+
+
+class Documents:
+    """Client ID Metadata Documents: a client_id that is the https URL of the client's own description.
+
+    A stranger chooses the URL. So it is fetched from the public internet only, few at a time, and what came of it, good or bad, is
+    kept: a good one as long as its origin says, a failure for a minute. /token never fetches one; it uses what the login used.
+    """
+
+    RETRY = 60
+
+    def __init__(self, settings, store, log, clock, limiter, web):
+        self._settings, self._store, self._log, self._clock, self._limiter, self._web = settings, store, log, clock, limiter, web
+        # Strangers' documents never hold up those of applications that people have logged in to.
+        self._slots = {in_use: threading.BoundedSemaphore(4) for in_use in (True, False)}
+        self._flights, self._lock = weakref.WeakValueDictionary(), threading.Lock()  # the lock guards the dict; a leaf
+
+    def may_be_one(self, client_id):
+        """Whether a client_id is the URL of a document that we would fetch: not our own host's, nor Forgejo's."""
+        match = DOCUMENT_URL.fullmatch(client_id) if len(client_id) <= 2000 and self._settings.client_documents else None
+        ours = (self._settings.public_url, self._settings.forgejo_url, self._settings.forgejo_internal_url or self._settings.forgejo_url)
+        return bool(match) and match[1] not in {urlsplit(url).hostname for url in ours}
+
+    def row(self, url):
+        """The client's row for a login, fetched if need be; None when its document cannot be used."""
+        row = self._store.client(url)
+        if self._is_due(row):
+            with self._turn(url, row is not None and row.used_at > row.created_at):
+                if self._is_due(self._store.client(url)):
+                    self._fetch(url)
+            row = self._store.client(url)
+        return row if row and row.fresh_until > self._clock.now() else None
+
+    def _is_due(self, row):
+        return row is None or row.fresh_until <= self._clock.now() >= row.fetched_at + self.RETRY
+
+    @contextlib.contextmanager
+    def _turn(self, url, in_use):
+        """One fetch of a URL at a time, few of all, and a stranger's not too often from one host: nobody is flooded through us."""
+        if not in_use:
+            self._limiter.spend("document", urlsplit(url).hostname, 60)
+        with self._lock:
+            flight = self._flights.setdefault(url, threading.Lock())
+        if not flight.acquire(timeout=15):
+            raise self._busy()
+        try:
+            if not self._slots[in_use].acquire(timeout=5):
+                raise self._busy()
+            try:
+                yield
+            finally:
+                self._slots[in_use].release()
+        finally:
+            flight.release()
+
+    @staticmethod
+    def _busy():
+        return Refusal(503, "temporarily_unavailable", "Too many applications introduce themselves just now; try again in a moment.",
+                       (("Retry-After", "5"),))
+
+    def _fetch(self, url):
+        now = self._clock.now()
+        try:
+            answer = self._web.get(url, 5120)
+            self._store.keep_document(url, *read_client_document(url, answer, self._settings.allowed_redirect_schemes), now, now + freshness(answer))
+        except (FetchFailed, ValueError, OAuthError) as error:
+            self._store.keep_document(url, "", [], "none", {}, now, 0)
+            self._log.event("info", "client document refused", client=url, reason=str(error))
+
+    def check_assertion(self, client, assertion):
+        """ValueError, with the reason, unless a JWT proves that the client made it, for us, just now (RFC 7523 3; RS256 only)."""
+        try:
+            signed, _, signature = assertion.rpartition(".")
+            header, claims = (read_json(unb64url(part)) for part in signed.split("."))
+            kid, now = header.get("kid"), self._clock.now()
+            if header.get("alg") != "RS256" or "crit" in header or len(assertion) > 8192:
+                raise ValueError("it is not signed with RS256")
+            if claims.get("iss") != client.client_id or claims.get("sub") != client.client_id:
+                raise ValueError("iss and sub are not the client_id")
+            url, audience = self._settings.public_url, claims.get("aud")
+            if not audience or not set([audience] if isinstance(audience, str) else audience) <= {url, url + "/oauth/token", url + "/token"}:
+                raise ValueError("aud is not this server")
+            expires, begins = claims.get("exp"), claims.get("nbf", 0)
+            if not all(isinstance(moment, (int, float)) for moment in (expires, begins)) or not now < expires <= now + 3660 or begins > now + 60:
+                raise ValueError("it has expired, is not valid yet, or lasts for more than an hour")
+        except (AttributeError, TypeError, RecursionError):
+            raise ValueError("it is not a JWT") from None
+        if not any(verify_rs256(signed.encode(), unb64url(signature), n, e) for name, n, e in self._keys(client, kid) if kid in (None, name)):
+            raise ValueError("its signature is not the client's")
+        # Without a jti what was signed stands for it; the signature could be spelled in two ways.
+        if not self._store.spend_assertion(digest(f"{client.client_id} {json.dumps(claims.get('jti')) if claims.get('jti') else signed}"), expires):
+            raise ValueError("it was used before")
+
+    def _keys(self, client, kid):
+        """The client's keys; from its jwks_uri anew when `kid` is none of them, or after a day, but at most once a minute."""
+        if "jwks" in client.metadata:
+            return public_rsa_keys(client.metadata["jwks"])
+        url = client.metadata.get("jwks_uri")
+        if not isinstance(url, str) or not self.may_be_one(url):
+            raise ValueError("the client publishes no keys")
+        kept = client.keys
+        if self._keys_due(kept, url, kid):
+            with self._turn(url, client.in_use):
+                kept = json.loads(self._store.client(client.client_id).keys or "{}")  # another may have fetched them meanwhile
+                if self._keys_due(kept, url, kid):
+                    kept = self._fetch_keys(client, url, kept)
+        if not kept["ok"] and kid not in (key[0] for key in kept["keys"]):  # our trouble must not look like the client's fault
+            raise Refusal(503, "temporarily_unavailable", "The client's keys cannot be read just now.", (("Retry-After", str(self.RETRY)),))
+        return kept["keys"]
+
+    def _keys_due(self, kept, url, kid):
+        if kept.get("uri") != url:
+            return True
+        age = self._clock.now() - kept["at"]
+        return age >= self.RETRY and (age >= 86400 or not kept["ok"] or kid not in (None, *(key[0] for key in kept["keys"])))
+
+    def _fetch_keys(self, client, url, kept):
+        now = self._clock.now()
+        try:
+            answer = self._web.get(url, 65536)
+            kept = {"uri": url, "at": now, "ok": True, "keys": public_rsa_keys(answer.json() if answer.status == 200 else None)}
+        except (FetchFailed, ValueError) as error:
+            self._log.event("warning", "client keys cannot be read", client=client.client_id, reason=str(error))
+            kept = {"uri": url, "at": now, "ok": False, "keys": kept["keys"] if kept.get("uri") == url else []}
+        self._store.keep_keys(client.client_id, kept)
+        return kept
 
 
 def check_configured_clients(settings):
@@ -2214,8 +2618,9 @@ def check_configured_clients(settings):
 class Clients:
     """Finds, registers and authenticates clients."""
 
-    def __init__(self, settings, store, log, clock, limiter):
+    def __init__(self, settings, store, log, clock, limiter, web):
         self._settings, self._store, self._log, self._clock, self._limiter = settings, store, log, clock, limiter
+        self._documents = Documents(settings, store, log, clock, limiter, web)
         check_configured_clients(settings)
         store.drop_configured_clients(item["client_id"] for item in settings.clients)
         for item in settings.clients:
@@ -2224,21 +2629,30 @@ class Clients:
                              digest(secret) if secret else None, "client_secret_basic" if secret else "none", {}, clock.now())
 
     def find(self, client_id):
-        """The client of an id, or None."""
+        """The client of an id as it was last known, or None. Nothing is fetched."""
         row = self._store.client(client_id)
-        return row and Client(row.client_id, row.name, tuple(json.loads(row.redirect_uris)), row.secret_hash)
+        usable = row and row.kind != "unreadable" and (row.kind != "document" or self._settings.client_documents)
+        return Client.from_row(row) if usable else None
+
+    def for_login(self, client_id):
+        """The client of an id, its document fetched if it has one that is due; None when it is unknown or cannot be used."""
+        client = self.find(client_id)
+        if (client and client.kind != "document") or not self._documents.may_be_one(client_id):
+            return client
+        row = self._documents.row(client_id)
+        return row and Client.from_row(row)
 
     def register(self, request):
         """POST /oauth/register: dynamic registration (RFC 7591 3). Open to all, so nothing in it is believed."""
-        self._limit(request)
+        spend(self._limiter, self._settings, "register", request)
         document = parse_json_object(request.read_body(self._settings.max_form), "invalid_client_metadata")
-        uris = self._redirect_uris(document.get("redirect_uris"))
+        uris = registrable_uris(document.get("redirect_uris"), self._settings.allowed_redirect_schemes, 10)
         method = document.get("token_endpoint_auth_method", "client_secret_basic")
         if method not in AUTH_METHODS:
             raise OAuthError("invalid_client_metadata", f"token_endpoint_auth_method must be one of {', '.join(AUTH_METHODS)}.")
         # Clients compare the answer with what they asked (clients.md 10); a refresh token is issued whatever it says.
-        grant_types = self._choose(document, "grant_types", ("authorization_code", "refresh_token"))
-        response_types = self._choose(document, "response_types", ("code",))
+        grant_types = choose(document, "grant_types", ("authorization_code", "refresh_token"))
+        response_types = choose(document, "response_types", ("code",))
         # Whatever scope was asked, a later login decides; what is echoed is all that clients read (clients.md 10, 11).
         scope = document["scope"] if isinstance(document.get("scope"), str) and document["scope"] else " ".join(SCOPES)
         client_id, secret, now = new_secret("fjd_")[:36], None if method == "none" else new_secret("fjs_"), self._clock.now()
@@ -2255,37 +2669,9 @@ class Clients:
             answer.update(client_secret=secret, client_secret_expires_at=0)
         return json_response(201, answer, NO_STORE)
 
-    def _limit(self, request):
-        if not (request.direct and is_loopback_name(request.address)):
-            self._limiter.spend("register", request.address, self._settings.rate_register)
-
-    def _redirect_uris(self, uris):
-        if not isinstance(uris, list) or not 1 <= len(uris) <= 10:
-            raise OAuthError("invalid_redirect_uri", "redirect_uris must be a list of 1 to 10 URIs.")
-        usable, unusable = [], None
-        for uri in uris:
-            try:
-                check_redirect_uri(uri, self._settings.allowed_redirect_schemes)
-                usable.append(uri)
-            except UnusableScheme as error:  # one such must not cost Cursor the other two of its set
-                unusable = error
-            except ValueError as error:
-                raise OAuthError("invalid_redirect_uri", f"A redirect URI {error}.") from None
-        if not usable:
-            raise OAuthError("invalid_redirect_uri", f"A redirect URI {unusable}.")
-        return usable
-
-    @staticmethod
-    def _choose(document, key, supported):
-        """What is served of a list that was asked for; the first that is supported must be among it, and is the default."""
-        values = document.get(key, [supported[0]])
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values) or supported[0] not in values:
-            raise OAuthError("invalid_client_metadata", f"{key} must be a list that contains {supported[0]}.")
-        return [value for value in supported if value in values]
-
     def authenticate(self, request, form):
-        """The client that speaks on /token or /revoke (RFC 6749 2.3.1): Basic or post for one with a secret, none for a public one."""
-        client_id, secret, basic = form.get("client_id"), form.get("client_secret"), False
+        """The client that speaks on /token or /revoke (RFC 6749 2.3.1): Basic, post or an assertion for one with a secret or keys."""
+        client_id, secret, basic, assertion = form.get("client_id"), form.get("client_secret"), False, form.get("client_assertion")
         authorization = request.header("authorization")
         if authorization is not None:
             basic = True
@@ -2293,7 +2679,9 @@ class Clients:
             if secret is not None or client_id not in (None, basic_id):
                 raise OAuthError("invalid_request", "Send the client's credentials in one place: the Authorization header or the body.")
             client_id, secret = basic_id, basic_secret
-        if not client_id:
+        if assertion and not client_id:  # RFC 7521 4.2: the assertion names the client; whether it may is checked below
+            client_id = jwt_claims(assertion).get("sub")
+        if not client_id or not isinstance(client_id, str):
             raise OAuthError("invalid_request", "client_id is missing.")
         client = self.find(client_id)
         if client is None:
@@ -2301,7 +2689,17 @@ class Clients:
         # A public client that sends a stray secret is let pass: it proves nothing and hurts nothing.
         if client.secret_hash and not (secret and hmac.compare_digest(client.secret_hash, digest(secret))):
             raise self._refused(basic, "The client's secret is missing or wrong.")
+        if assertion or client.auth_method == "private_key_jwt":
+            self._check_assertion(client, form, assertion or "")
         return client
+
+    def _check_assertion(self, client, form, assertion):
+        try:
+            if form.get("client_assertion_type") != "urn:ietf:params:oauth:client-assertion-type:jwt-bearer" or client.secret_hash:
+                raise ValueError("the client has a secret, or client_assertion_type is not jwt-bearer")
+            self._documents.check_assertion(client, assertion)
+        except ValueError as error:
+            raise self._refused(False, f"The client's assertion is missing or wrong: {error}.") from None
 
     @staticmethod
     def _refused(basic, sentence):
@@ -2326,6 +2724,9 @@ class Clients:
 # Owns the OAuth 2.1 endpoints: metadata, authorize, consent, callback, token, revoke; and the rules of grants and tokens.
 # Must not know sessions or children; that a grant ended is learnt by others from the store.
 # ======================================================================================================================
+
+ACCOUNT_LIFETIME = 1800  # seconds a browser stays logged in to the account page
+
 
 class PageRefusal(Exception):
     """A refusal that is shown to a person: `response` is the page. Nothing is redirected to a URI that was not validated."""
@@ -2375,25 +2776,30 @@ def canonical_resource(values, settings):
 class Authorization:
     """The authorization server. Its handlers take a Request and give a Response."""
 
-    def __init__(self, settings, store, keyring, clients, upstream, forgejo, log, clock, limiter):
+    def __init__(self, settings, store, keyring, clients, upstream, forgejo, log, clock, limiter, session_ended):
         self._settings, self._store, self._keyring, self._clients = settings, store, keyring, clients
+        self._session_ended = session_ended  # called with the name of a session whose row is gone
         self._upstream, self._forgejo, self._log, self._clock, self._limiter = upstream, forgejo, log, clock, limiter
         secure = settings.public_url.startswith("https:")
         self._cookie_name = "__Host-fjmcp" if secure else "fjmcp"
         self._cookie_flags = f"; Path=/; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}"
+        self._forgejo_host = urlsplit(settings.forgejo_url).netloc
 
     # -- metadata
 
     def metadata(self, request):
         """RFC 8414: what this authorization server offers."""
-        url = self._settings.public_url
+        url, methods = self._settings.public_url, {"methods_supported": list(AUTH_METHODS)}
+        if self._settings.client_documents:
+            methods = {"methods_supported": [*AUTH_METHODS, "private_key_jwt"], "signing_alg_values_supported": ["RS256"]}
         return json_response(200, {
             "issuer": url, "authorization_endpoint": url + "/oauth/authorize", "token_endpoint": url + "/oauth/token",
             "registration_endpoint": url + "/oauth/register", "revocation_endpoint": url + "/oauth/revoke",
             "scopes_supported": [*SCOPES, "offline_access"], "response_types_supported": ["code"], "response_modes_supported": ["query"],
             "grant_types_supported": ["authorization_code", "refresh_token"], "code_challenge_methods_supported": ["S256"],
-            "token_endpoint_auth_methods_supported": list(AUTH_METHODS), "revocation_endpoint_auth_methods_supported": list(AUTH_METHODS),
+            **{f"{endpoint}_endpoint_auth_{name}": values for endpoint in ("token", "revocation") for name, values in methods.items()},
             "authorization_response_iss_parameter_supported": True,
+            "client_id_metadata_document_supported": self._settings.client_documents,
         }, (("Cache-Control", "public, max-age=300"),))
 
     def resource_metadata(self, request):
@@ -2407,7 +2813,7 @@ class Authorization:
 
     def authorize(self, request):
         """GET /oauth/authorize: validate, then show our own consent page. Nothing is stored and nothing goes to Forgejo yet."""
-        self._spend(request, "authorize")
+        spend(self._limiter, self._settings, "authorize", request)
         try:
             form = parse_form(request.query)
         except ValueError:
@@ -2417,22 +2823,23 @@ class Authorization:
             login = self._authorization_request(form, client, redirect_uri)
         except ClientRedirect as error:
             return self._to_client(redirect_uri, form.get("state", [None])[0], error=error.error, error_description=error.description)
-        cookie = self._browser(request) or new_secret()
+        cookie, headers = self._marked_browser(request)
         box = b64url(self._keyring.seal("login", digest(cookie).hex(), {**login, "expires": self._clock.now() + self._settings.login_lifetime}))
-        set_cookie = f"{self._cookie_name}={cookie}; Max-Age={int(self._settings.login_lifetime)}{self._cookie_flags}"
         return consent_page(
-            client_name=client.name, client_id=client.client_id, redirect_uri=redirect_uri, may_write=WRITE in login["scope"],
-            forgejo_scopes=self._settings.forgejo_oauth_scopes, forgejo_host=urlsplit(self._settings.forgejo_url).netloc,
-            login_box=box, csrf=self._csrf(cookie, box), headers=(("Set-Cookie", set_cookie),))
+            client_name=client.name, client_id=client.client_id, client_host=urlsplit(client.client_id).hostname if client.kind == "document" else None,
+            redirect_uri=redirect_uri, may_write=WRITE in login["scope"],
+            forgejo_scopes=self._settings.forgejo_oauth_scopes, forgejo_host=self._forgejo_host,
+            login_box=box, csrf=self._csrf(cookie, "consent:" + box), headers=headers)
 
     def _authorized_target(self, form):
         """The client and its validated redirect URI; before these are known, errors are shown and never redirected."""
         for name in ("client_id", "redirect_uri"):
             if len(form.get(name, ())) > 1:
                 raise self._page(400, "This request cannot be trusted", f"It names {name} more than once. Start again from your application.")
-        client = self._clients.find(form.get("client_id", [""])[0])
+        client_id = form.get("client_id", [""])[0]
+        client = self._clients.for_login(client_id)
         if client is None:
-            raise PageRefusal(unknown_client_page())
+            raise PageRefusal(unreadable_client_page() if client_id.startswith("https://") else unknown_client_page())
         redirect_uri = form.get("redirect_uri", [""])[0]
         if not any(redirect_matches(registered, redirect_uri) for registered in client.redirect_uris):
             raise self._page(400, "This request cannot be trusted", "It wants the answer sent to an address (redirect_uri) that the application "
@@ -2466,11 +2873,10 @@ class Authorization:
 
     def consent(self, request):
         """POST /oauth/consent: the person's decision, believed only from the browser that was shown the page (C02 to C05)."""
-        self._spend(request, "authorize")
+        spend(self._limiter, self._settings, "authorize", request)
         form = self._posted_form(request)
-        cookie, box = self._browser(request), form.get("login", "")
-        if not cookie or not hmac.compare_digest(self._csrf(cookie, box).encode(), form.get("csrf", "").encode()):
-            raise PageRefusal(wrong_browser_page())
+        box = form.get("login", "")
+        cookie = self._proven_browser(request, form, self._cookie_name, "consent:" + box)
         try:
             login = self._keyring.unseal("login", digest(cookie).hex(), unb64url(box))
         except ValueError:
@@ -2483,26 +2889,27 @@ class Authorization:
             raise self._page(400, "Nothing was decided", "The form came without a choice. Go back and choose again.")
         # Reading is less than writing, so read only is a narrower grant even where only forgejo:write was asked.
         granted = login["scope"] if access == "full" and WRITE in login["scope"] else [READ]
-        return self._decided(login, decision, granted, cookie, box, now)
-
-    def _decided(self, login, decision, granted, cookie, box, now):
-        state, verifier = new_secret(), new_secret()
-        kept = {**login, "granted": granted, "verifier": verifier}
         denied = decision == "deny"
-        sealed = None if denied else self._keyring.seal("login", digest(state).hex(), kept)
-        if not self._store.approve_login(digest(state), digest(box), digest(cookie), "client", sealed,
-                                         now + self._settings.login_lifetime, now if denied else None):
-            raise PageRefusal(already_answered_page())
+        to_forgejo = self._start_login("client", {**login, "granted": granted}, cookie, box, now, now if denied else None)
         self._log.audit("consent refused" if denied else "consent given", client=login["client"], scope=" ".join(granted))
         if denied:
             return self._to_client(login["redirect_uri"], login["state"], error="access_denied", error_description="The person refused")
+        return to_forgejo
+
+    def _start_login(self, kind, login, cookie, box, now, taken_at=None):
+        """Keep a login that only this browser can finish, and send the browser to Forgejo."""
+        state, verifier = new_secret(), new_secret()
+        sealed = self._keyring.seal("login", digest(state).hex(), {**login, "verifier": verifier})
+        if not self._store.approve_login(digest(state), digest(box), digest(cookie), kind, None if taken_at else sealed,
+                                         now + self._settings.login_lifetime, taken_at):
+            raise PageRefusal(already_answered_page())
         return redirect(self._forgejo.authorize_url(state, b64url(hashlib.sha256(verifier.encode()).digest())))
 
     # -- callback
 
     def callback(self, request):
         """GET /oauth/callback: Forgejo's answer, taken once and only in the browser that consented."""
-        self._spend(request, "authorize")
+        spend(self._limiter, self._settings, "authorize", request)
         try:
             form = parse_form(request.query)
         except ValueError:
@@ -2513,34 +2920,40 @@ class Authorization:
         row = self._store.take_login(digest(state), now)
         if row is None:
             raise PageRefusal(expired_page())
-        cookie = self._browser(request)
+        cookie = self._cookie(request, self._cookie_name)
         if not cookie or not hmac.compare_digest(digest(cookie), row.browser_hash):
             raise PageRefusal(wrong_browser_page())
         try:
             login = self._keyring.unseal("login", digest(state).hex(), row.sealed)
         except ValueError:
             raise PageRefusal(expired_page()) from None
+        try:
+            info = self._logged_in(form, login["verifier"])
+            return self._account_opened(info, now) if row.kind == "account" else self._client_answered(login, info, now)
+        except ClientRedirect as error:
+            if row.kind == "account":
+                raise self._page(403, "You are not logged in", f"{error.description}.") from None
+            return self._to_client(login["redirect_uri"], login["state"], error=error.error, error_description=error.description)
+
+    def _logged_in(self, form, verifier):
+        """Who logged in at Forgejo; ClientRedirect with the error of RFC 6749 4.1.2.1 otherwise, in our words: Forgejo's are not shown."""
         if "error" in form:
             denied = form["error"][0] == "access_denied"
-            return self._to_client(login["redirect_uri"], login["state"], error="access_denied" if denied else "server_error",
-                                   error_description="The login at Forgejo was refused" if denied else "Forgejo could not log the person in")
-        return self._logged_in(login, form["code"][0], now)
-
-    def _logged_in(self, login, code, now):
-        failure = None
+            raise ClientRedirect("access_denied" if denied else "server_error",
+                                 "The login at Forgejo was refused" if denied else "Forgejo could not log the person in")
         try:
             with self._upstream.callback():
-                info = self._upstream.login(code, login["verifier"])
+                return self._upstream.login(form["code"][0], verifier)
         except UpstreamDown:
-            failure = ("temporarily_unavailable", "Forgejo cannot be reached just now")
+            raise ClientRedirect("temporarily_unavailable", "Forgejo cannot be reached just now") from None
         except (UpstreamRefused, UpstreamMisconfigured) as error:
             self._log.event("error", "login failed at forgejo", reason=str(error))
-            failure = ("server_error", "Forgejo refused the login; the operator's log says why")
+            raise ClientRedirect("server_error", "Forgejo refused the login; the operator's log says why") from None
         except NotAllowed as error:
             self._log.audit("access refused", user=error.sub, login=error.login, reason=error.reason)
-            failure = ("access_denied", error.reason)
-        if failure:
-            return self._to_client(login["redirect_uri"], login["state"], error=failure[0], error_description=failure[1])
+            raise ClientRedirect("access_denied", error.reason) from None
+
+    def _client_answered(self, login, info, now):
         code, code_expires = new_secret("fjc_"), now + self._settings.code_lifetime
         grant_id = self._store.finish_login(info.sub, login["client"], " ".join(login["granted"]), " ".join(login["scope"]),
                                             self._settings.resource, digest(code), login["redirect_uri"], login["challenge"], now,
@@ -2548,13 +2961,63 @@ class Authorization:
         self._log.audit("login", user=info.sub, login=info.login, client=login["client"], grant=grant_id, scope=" ".join(login["granted"]))
         return self._to_client(login["redirect_uri"], login["state"], code=code)
 
+    # -- account
+
+    def account(self, request):
+        """GET /account: what a user has connected; first a login, which is bound to this browser as every other is."""
+        spend(self._limiter, self._settings, "authorize", request)
+        cookie = self._cookie(request, self._cookie_name + "-account")
+        user = self._store.account(digest(cookie), self._clock.now()) if cookie else None
+        if user is None:
+            browser, headers = self._marked_browser(request)
+            return account_login_page(self._forgejo_host, self._csrf(browser, "account login"), headers)
+        applications = {}
+        for grant in self._store.grants_of(user.sub, self._clock.now()):  # several logins of one application are one to people
+            name, scopes, used = applications.get(grant.client_id, (grant.name, "", 0))[:3]
+            applications[grant.client_id] = (name, f"{scopes} {grant.scope}", max(used, grant.used_at))
+        sessions = [(row.hash.hex(), row.name, row.created_at, row.used_at) for row in self._store.sessions_of(user.sub)[:100]]
+        return account_page(user.login, [(key, *shown) for key, shown in applications.items()], sessions, self._csrf(cookie, "account"))
+
+    def account_login(self, request):
+        """POST /account/login: to Forgejo, and back to the account page."""
+        spend(self._limiter, self._settings, "authorize", request)
+        form = self._posted_form(request)
+        cookie = self._proven_browser(request, form, self._cookie_name, "account login")
+        return self._start_login("account", {}, cookie, new_secret(), self._clock.now())
+
+    def _account_opened(self, info, now):
+        cookie = new_secret()  # a new one at each login: one that somebody planted before is worth nothing
+        self._store.open_account(digest(cookie), info.sub, now + ACCOUNT_LIFETIME)
+        self._log.audit("account opened", user=info.sub, login=info.login)
+        response = redirect(self._settings.public_url + "/account")
+        set_cookie = f"{self._cookie_name}-account={cookie}; Max-Age={ACCOUNT_LIFETIME}{self._cookie_flags}"
+        return replace(response, headers=(*response.headers, ("Set-Cookie", set_cookie)))
+
+    def account_end(self, request):
+        """POST /account/end: end one application's grants, one session, or this login; nothing but the user's own."""
+        spend(self._limiter, self._settings, "authorize", request)
+        form, now = self._posted_form(request), self._clock.now()
+        cookie = self._proven_browser(request, form, self._cookie_name + "-account", "account")
+        user = self._store.account(digest(cookie), now)
+        if user is None:
+            raise PageRefusal(expired_page())
+        for grant in self._store.grants_of(user.sub, now):
+            if grant.client_id == form.get("client"):
+                self._end(grant.grant_id, "ended by the user", user.sub, grant.client_id, "token revoked")
+        for session in self._store.sessions_of(user.sub):
+            if session.hash.hex() == form.get("session") and self._store.end_session(session.hash):
+                self._session_ended(session.hash)
+        if form.get("leave"):
+            self._store.close_account(digest(cookie))
+        return redirect(self._settings.public_url + "/account")
+
     # -- token
 
     def token(self, request):
         """POST /oauth/token (RFC 6749 4.1.3 and 6)."""
-        self._spend(request, "token")
         values = self._token_form(request)
         form = {name: items[0] for name, items in values.items()}
+        self._spend_token(request, form.get("code") or form.get("refresh_token", ""))
         client = self._clients.authenticate(request, form)
         grant_types = {"authorization_code": self._redeem, "refresh_token": self._refresh}
         if not form.get("grant_type"):
@@ -2564,6 +3027,14 @@ class Authorization:
         if not canonical_resource(values.get("resource", ()), self._settings):
             raise OAuthError("invalid_target", f"resource must be {self._settings.resource}.")
         return json_response(200, grant_types[form["grant_type"]](client, form), NO_STORE)
+
+    def _spend_token(self, request, token):
+        """Whoever holds a token that we issued is limited by its grant, whatever address they share; all others by their address."""
+        row = self._store.code(digest(token)) or self._store.refresh_token(digest(token)) if token else None
+        if row:
+            self._limiter.spend("grant", row.grant_id, 120)
+        else:
+            spend(self._limiter, self._settings, "token", request)
 
     def _token_form(self, request):
         kind, _, parameters = (request.header("content-type") or "").partition(";")
@@ -2678,8 +3149,8 @@ class Authorization:
 
     def revoke(self, request):
         """POST /oauth/revoke (RFC 7009): a refresh token ends its grant, an access token only itself; always 200."""
-        self._spend(request, "token")
         form = {name: items[0] for name, items in self._token_form(request).items()}
+        self._spend_token(request, form.get("token", ""))
         client, token = self._clients.authenticate(request, form), form.get("token", "")
         if not token:
             raise OAuthError("invalid_request", "token is missing.")
@@ -2692,10 +3163,6 @@ class Authorization:
         return json_response(200, {}, NO_STORE)
 
     # -- shared
-
-    def _spend(self, request, kind):
-        if not (request.direct and is_loopback_name(request.address)):
-            self._limiter.spend(kind, request.address, getattr(self._settings, f"rate_{kind}"))
 
     @staticmethod
     def _page(status, title, sentence):
@@ -2712,16 +3179,28 @@ class Authorization:
         return {name: items[0] for name, items in values.items() if len(items) == 1}
 
     @staticmethod
-    def _csrf(cookie, box):
-        return b64url(hmac.digest(cookie.encode(), b"consent:" + box.encode(), "sha256"))
+    def _csrf(cookie, purpose):
+        return b64url(hmac.digest(cookie.encode(), purpose.encode(), "sha256"))
 
-    def _browser(self, request):
-        """The value of our cookie, None when it is absent or not one we made; two of the name are an attack (C16)."""
+    def _cookie(self, request, wanted):
+        """The value of a cookie, None when it is absent or not one we made; two of the name are an attack (C16)."""
         values = [value for line in request.headers.get("cookie", ()) for name, _, value in
-                  (pair.strip().partition("=") for pair in line.split(";")) if name == self._cookie_name]
+                  (pair.strip().partition("=") for pair in line.split(";")) if name == wanted]
         if len(values) > 1:
             raise self._page(400, "This browser's cookies cannot be trusted", "Clear the cookies of this site and start again.")
         return values[0] if values and re.fullmatch(r"[A-Za-z0-9_-]{43}", values[0]) else None
+
+    def _marked_browser(self, request):
+        """(the browser's cookie, made now if it has none, the headers that set it): several tabs share one (C07)."""
+        cookie = self._cookie(request, self._cookie_name) or new_secret()
+        return cookie, (("Set-Cookie", f"{self._cookie_name}={cookie}; Max-Age={int(self._settings.login_lifetime)}{self._cookie_flags}"),)
+
+    def _proven_browser(self, request, form, name, purpose):
+        """The cookie of a browser whose form carries the CSRF value that only a page shown to it can have (C03, C05)."""
+        cookie = self._cookie(request, name)
+        if not cookie or not hmac.compare_digest(self._csrf(cookie, purpose).encode(), form.get("csrf", "").encode("utf-8", "surrogatepass")):
+            raise PageRefusal(wrong_browser_page())
+        return cookie
 
     def _to_client(self, redirect_uri, state, **answer):
         """The authorization response: to the validated URI, with `iss` always (RFC 9207 2) and `state` byte for byte."""
@@ -5689,7 +6168,7 @@ EXPOSED = "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version"
 class Broker:
     """The whole program but its command line: everything built from settings, ready to serve."""
 
-    def __init__(self, settings, *, clock=None, log=None, listener=None):
+    def __init__(self, settings, *, clock=None, log=None, listener=None, web=None):
         self.settings, self.clock = settings, clock or Clock()
         self.log = log or Log(settings, clock=self.clock)
         keyring = load_keyring(settings)
@@ -5699,8 +6178,9 @@ class Broker:
         self.guardian, limiter = Guardian(), Limiter(self.clock)
         self.registry = Registry(settings, self.store, self.upstream, forgejo, self.guardian, self.log, self.clock)
         self.reaper = Reaper(settings, self.store, self.registry, self.upstream, self.log, self.clock)
-        clients = Clients(settings, self.store, self.log, self.clock, limiter)
-        authorization = Authorization(settings, self.store, keyring, clients, self.upstream, forgejo, self.log, self.clock, limiter)
+        clients = Clients(settings, self.store, self.log, self.clock, limiter, web or PublicWeb())
+        authorization = Authorization(settings, self.store, keyring, clients, self.upstream, forgejo, self.log, self.clock, limiter,
+                                      lambda name: self.registry.forget([name], "ended by the user"))
         endpoint = Endpoint(settings, self.store, keyring, self.registry, self.reaper, self.clock)
         self.routes = self._routes(clients, authorization, endpoint)
         self.server = Server(settings, self.handle, self.log, settings.listen, listener)
@@ -5715,7 +6195,9 @@ class Broker:
                   "/healthz": Route("health", {"GET": self.health}), "/mcp": mcp, "/mcp/": mcp,
                   "/mcp/.well-known/oauth-authorization-server": server_metadata,
                   "/oauth/consent": Route("form", {"POST": authorization.consent}),
-                  "/oauth/callback": Route("page", {"GET": authorization.callback})}
+                  "/oauth/callback": Route("page", {"GET": authorization.callback}), "/account": Route("page", {"GET": authorization.account}),
+                  "/account/login": Route("form", {"POST": authorization.account_login}),
+                  "/account/end": Route("form", {"POST": authorization.account_end})}
         for suffix in ("", "/mcp"):
             routes["/.well-known/oauth-authorization-server" + suffix] = server_metadata
         for suffix in ("", "/mcp", "/mcp/"):
