@@ -24,7 +24,6 @@ import contextlib
 import ctypes
 import difflib
 import email.utils
-import errno
 import fcntl
 import fnmatch
 import functools
@@ -34,7 +33,6 @@ import hmac
 import html
 import http
 import http.client
-import http.server
 import io
 import ipaddress
 import itertools
@@ -47,7 +45,6 @@ import select
 import shutil
 import signal
 import socket
-import socketserver
 import sqlite3
 import ssl
 import stat
@@ -56,6 +53,7 @@ import sys
 import threading
 import time
 import tomllib
+import traceback
 import unicodedata
 import weakref
 from dataclasses import dataclass, field, replace
@@ -5611,121 +5609,121 @@ def shared_params(params):
 # Must not know routes or what is served; it is given one function from Request to Response.
 # ======================================================================================================================
 
-REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]{1,8192}) HTTP/([0-9])\.([0-9])")
+REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]+) HTTP/([0-9]\.[0-9])")
 HEADER_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*((?:[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t !-~]*)?")
 MAX_LINE, MAX_HEAD, MAX_HEADERS = 8192, 32768, 100
-REASONS = {status.value: status.phrase for status in http.HTTPStatus} | {421: "Misdirected Request"}
+URI_TOO_LONG = (414, "uri_too_long", "The request line is too long.")
+HEADER_TOO_LARGE = (431, "header_too_large", "The request's header is too large.")
 
 
 class Gone(Exception):
     """The connection has ended, or must."""
 
 
+def bad_request(sentence):
+    """400 for what is not strictly HTTP."""
+    return Refusal(400, "bad_request", sentence)
+
+
 class Watcher:
-    """One thread that notices that clients hung up while their answers are still to come."""
+    """One thread that waits on sockets for everybody: for connections to accept, and for hang-ups while answers are still to come."""
 
     def __init__(self):
-        self._epoll, self._readers, self._lock = select.epoll(), {}, threading.Lock()  # the lock guards the dict; a leaf
-        self._end, self._end_writer = os.pipe2(os.O_CLOEXEC)
+        self._epoll, self._wake, self._ended = select.epoll(), os.eventfd(0), False
+        self._calls, self._lock = {}, threading.Lock()  # the lock guards the dict and what is registered; a leaf
 
     def start(self):
         """Begin to watch."""
-        self._epoll.register(self._end)
+        self._epoll.register(self._wake, select.EPOLLIN)
         threading.Thread(target=self._run, daemon=True, name="watcher").start()
 
     def close(self):
-        """Watch no more: closing the writer is the hang-up that ends the thread."""
-        os.close(self._end_writer)
+        """Watch no more."""
+        self._ended = True
+        os.eventfd_write(self._wake, 1)
+
+    def call(self, sock, events, function):
+        """Call `function` when one of the epoll events happens on the socket."""
+        with self._lock:
+            self._calls[sock.fileno()] = function
+            self._epoll.register(sock.fileno(), events)
 
     def watch(self, sock, reader):
         """Close the reader when the socket's peer hangs up. A half-closed connection counts as gone."""
-        with self._lock:
-            self._readers[sock.fileno()] = reader
-            self._epoll.register(sock.fileno(), select.EPOLLRDHUP | select.EPOLLONESHOT)
+        self.call(sock, select.EPOLLRDHUP | select.EPOLLONESHOT, reader.close)
 
     def forget(self, sock):
         """The answer is done."""
         with self._lock:
-            if self._readers.pop(sock.fileno(), None):
+            if self._calls.pop(sock.fileno(), None):
                 self._epoll.unregister(sock.fileno())
 
     def _run(self):
-        while True:
-            for descriptor, _ in self._epoll.poll():
-                if descriptor == self._end:
-                    os.close(self._end)
-                    return
-                with self._lock:
-                    reader = self._readers.get(descriptor)
-                if reader:
-                    reader.close()
+        happened = select.poll()
+        happened.register(self._epoll, select.POLLIN)
+        while not self._ended:
+            happened.poll()
+            with self._lock:  # what happened is asked only now: a socket may have been closed, and its number be another's
+                calls = [self._calls.get(descriptor) for descriptor, _ in self._epoll.poll(0)]
+            for call in filter(None, calls):
+                call()
+        self._epoll.close()
+        os.close(self._wake)
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections and gives each a thread, within the limits."""
-
-    request_queue_size, daemon_threads, block_on_close, allow_reuse_address = 1024, True, False, True
+class Server:
+    """Accepts connections within the limits and gives each a thread. `handle` makes a Response of a Request."""
 
     def __init__(self, settings, handle, log, address, listener=None):
         self.settings, self.handle, self.log, self.watcher = settings, handle, log, Watcher()
         self._changed = threading.Condition()  # guards connections and draining; a leaf
-        self._connections, self._addresses, self.draining = set(), collections.Counter(), False
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        socketserver.TCPServer.__init__(self, address, None, bind_and_activate=False)
-        if listener:
-            self.socket.close()
-            self.socket = listener
-        else:
-            try:
-                self.server_bind()
-                self.server_activate()
-            except OSError as error:
-                self.socket.close()
-                raise ConfigurationError([f"cannot listen on {address[0]}:{address[1]}: {error.strerror}"]) from None
+        self._connections, self.draining = set(), False
+        is_v6 = ":" in address[0]
+        try:
+            self.socket = listener or socket.create_server(
+                address, family=socket.AF_INET6 if is_v6 else socket.AF_INET, backlog=1024, dualstack_ipv6=is_v6)
+        except OSError as error:
+            raise ConfigurationError([f"cannot listen on {address[0]}:{address[1]}: {os.strerror(error.errno)}"]) from None
+        self.socket.setblocking(False)  # a process that shares it may be the faster one
         self.port = self.socket.getsockname()[1]
 
-    def server_bind(self):
-        """Bind without the look-up of our own name that http.server does."""
-        socketserver.TCPServer.server_bind(self)
-
-    def serve_forever(self, poll_interval=0.1):
+    def start(self):
         """Accept until `hurry`."""
+        self.watcher.call(self.socket, select.EPOLLIN, self._accept)
         self.watcher.start()
-        super().serve_forever(poll_interval)
 
     @property
     def open_connections(self):
         """How many connections there are."""
         return len(self._connections)
 
-    def get_request(self):
-        """Accept; without file descriptors left, wait a moment instead of spinning (H16)."""
-        try:
-            return self.socket.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                time.sleep(0.05)
-            raise
-
-    def process_request(self, sock, address):
-        """Start a thread for a connection, or drop it at once when there are too many."""
-        peer = address[0]
+    def _accept(self):
         with self._changed:
-            full = self.draining or len(self._connections) >= self.settings.max_connections or (
-                self._addresses[peer] >= self.settings.max_connections_per_address and not self.trusts(peer)
-                and not is_loopback_name(peer))
-            if not full:
-                connection = Connection(self, sock, peer)
-                self._connections.add(connection)
-                self._addresses[peer] += 1
-        if full:
-            self.shutdown_request(sock)
-            return
+            if self.draining:
+                return
+            try:
+                sock, address = self.socket.accept()
+            except BlockingIOError:
+                return
+            except OSError:
+                self._changed.wait(0.05)  # no file descriptors: until a connection ends, or a moment, instead of spinning (H16)
+                return
+            connection = Connection(self, sock, address[0].removeprefix("::ffff:"))
+            if self._is_full(connection.peer):
+                sock.close()
+                return
+            self._connections.add(connection)
         try:
             threading.Thread(target=self._serve, args=(connection,), daemon=True, name="connection").start()
         except RuntimeError:  # no thread to be had (H17)
             self._ended(connection)
-            self.shutdown_request(sock)
+
+    def _is_full(self, peer):
+        if len(self._connections) >= self.settings.max_connections:
+            return True
+        limited = not self.trusts(peer) and not is_loopback_name(peer)
+        return limited and sum(each.peer == peer for each in self._connections) >= self.settings.max_connections_per_address
 
     def _serve(self, connection):
         try:
@@ -5734,30 +5732,20 @@ class Server(http.server.ThreadingHTTPServer):
             pass
         finally:
             self._ended(connection)
-            self.shutdown_request(connection.sock)
 
     def _ended(self, connection):
+        connection.sock.close()
         with self._changed:
             self._connections.discard(connection)
-            self._addresses[connection.peer] -= 1
-            if not self._addresses[connection.peer]:
-                del self._addresses[connection.peer]
             self._changed.notify_all()
-
-    def handle_error(self, request, client_address):
-        """Never a traceback on stderr for what a peer did."""
-        self.log.event("error", "connection failed", error=sys.exc_info()[0].__name__ if sys.exc_info()[0] else None)
 
     def trusts(self, address):
         """Whether a peer's X-Forwarded-For is believed."""
-        try:
-            return any(ipaddress.ip_address(address.partition("%")[0]) in network for network in self.settings.trusted_proxies)
-        except ValueError:
-            return False
+        return any(ipaddress.ip_address(address) in network for network in self.settings.trusted_proxies)
 
     def hurry(self):
-        """Stop accepting; idle connections and idle streams end now, the others with their answer."""
-        self.shutdown()
+        """Accept no more; idle connections and idle streams end now, the others with their answer."""
+        self.watcher.forget(self.socket)
         with self._changed:
             self.draining = True
             connections = list(self._connections)
@@ -5779,21 +5767,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.watcher.close()
 
 
-_dates = (0, "")
-
-
-def http_date():
-    """The Date header of this second."""
-    global _dates
-    now = int(time.time())
-    if _dates[0] != now:
-        _dates = (now, time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now)))
-    return _dates[1]
-
-
 def write_head(status, headers):
     """The one place where headers are written. CR, LF and NUL are refused: nothing reflected can split a response (H12)."""
-    lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}", f"Date: {http_date()}", "Server: fjmcp-broker",
+    lines = [f"HTTP/1.1 {status} {http.client.responses[status]}", f"Date: {email.utils.formatdate(usegmt=True)}", "Server: fjmcp-broker",
              "X-Content-Type-Options: nosniff"]
     for name, value in headers:
         if not re.fullmatch(r"[A-Za-z0-9-]+", name) or re.search(r"[\r\n\0]", value):
@@ -5807,164 +5783,47 @@ class Connection:
 
     def __init__(self, server, sock, peer):
         self.server, self.sock, self.peer, self.settings = server, sock, peer, server.settings
-        self.buffer, self.busy, self.idle_reader, self.body_state, self.close_after = bytearray(), False, None, None, False
-        self.http11 = True
+        self.buffer, self.busy, self.idle_reader, self.close_after, self.http11 = bytearray(), False, None, False, True
+        self.unread = 0  # the body that is still to be read: its length, or "chunked"
 
     def run(self):
         """Serve requests until the connection ends."""
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         patience = self.settings.header_timeout  # a connection is worth keeping once a request has come over it
-        while not self.close_after and not self.server.draining:
+        while not self.close_after:
             try:
                 request = self._read_request(patience)
             except Refusal as error:
                 self._send(refusal_response(error), True)
-                self._linger()
-                return
-            if request is None:
-                return
+                return self._linger()
             self.busy = True
             self._respond(request)
             self.busy, patience = False, self.settings.idle_timeout
+            self.close_after |= self.server.draining  # looked at after `busy` is cleared: hurry() does it the other way round
 
     def hurry(self):
         """The server drains: an idle connection ends now, an idle stream too, anything else after its answer."""
-        self.close_after = True
         reader = self.idle_reader
         if reader:
             reader.close()
-        if not self.busy:
+        if not self.busy:  # what has arrived can still be read
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RD)
 
     # -- reading
 
-    def _receive(self, deadline):
+    def _receive(self, deadline, late=None):
         left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self.sock.settimeout(left)
-        data = self.sock.recv(65536)
+        try:
+            if left <= 0:
+                raise TimeoutError
+            self.sock.settimeout(left)
+            data = self.sock.recv(65536)
+        except TimeoutError:
+            raise late or Refusal(408, "request_timeout", "The request did not arrive in time.") from None
         if not data:
             raise Gone
         self.buffer += data
-
-    def _read_request(self, patience):
-        """The next request, None when the connection ends between two; Refusal for anything that is not strictly HTTP."""
-        try:
-            if not self.buffer:
-                self._receive(time.monotonic() + patience)
-        except (TimeoutError, Gone):
-            return None
-        deadline, searched = time.monotonic() + self.settings.header_timeout, 0
-        while (end := self.buffer.find(b"\r\n\r\n", max(0, searched - 3))) < 0:
-            searched = len(self.buffer)
-            first = self.buffer.find(b"\n")
-            if first < 0 and searched > MAX_LINE + 40:
-                raise Refusal(414, "uri_too_long", "The request line is too long.")
-            if first >= 0 and (first == 0 or self.buffer[first - 1] != 13):
-                raise Refusal(400, "bad_request", "Lines must end with CR LF.")
-            if searched > MAX_HEAD:
-                raise Refusal(431, "header_too_large", "The request's header is too large.")
-            try:
-                self._receive(deadline)
-            except TimeoutError:
-                raise Refusal(408, "request_timeout", "The request's header did not arrive in time.") from None
-        if end > MAX_HEAD:
-            raise Refusal(431, "header_too_large", "The request's header is too large.")
-        head = bytes(self.buffer[:end])
-        del self.buffer[:end + 4]
-        return self._parse(head)
-
-    def _parse(self, head):
-        first, *lines = head.split(b"\r\n")
-        match = REQUEST_LINE.fullmatch(first)
-        if not match:
-            if len(first) > MAX_LINE:
-                raise Refusal(414, "uri_too_long", "The request line is too long.")
-            if re.fullmatch(rb"[A-Z]{1,16} [!-~]+ HTTP/[0-9.]+", first):
-                raise Refusal(505, "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are served.")
-            raise Refusal(400, "bad_request", "The request line is malformed.")
-        if match[3] != b"1" or match[4] not in (b"0", b"1"):
-            raise Refusal(505, "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are served.")
-        if len(lines) > MAX_HEADERS:
-            raise Refusal(431, "header_too_large", "There are too many headers.")
-        headers = {}
-        for line in lines:
-            field = HEADER_LINE.fullmatch(line)
-            if not field:
-                raise Refusal(400, "bad_request", "A header line is malformed.")
-            headers.setdefault(field[1].decode().lower(), []).append(field[2].decode("latin-1"))
-        self.http11 = match[4] == b"1"
-        return self._request(match[1].decode(), match[2].decode(), headers)
-
-    def _request(self, method, target, headers):
-        if self.http11 and len(headers.get("host", ())) != 1 or len(headers.get("host", ())) > 1:
-            raise Refusal(400, "bad_request", "Exactly one Host header is needed.")
-        absolute = re.fullmatch(r"https?://([^/?#]+)([/?].*)?", target, re.IGNORECASE)
-        if absolute:
-            headers["host"] = [absolute[1]]
-            target = absolute[2] or "/"
-        if not target.startswith("/") and not (target == "*" and method == "OPTIONS") and not target.startswith("?"):
-            raise Refusal(400, "bad_request", "The request's target is malformed.")
-        self.body_state = self._framing(headers)
-        tokens = {token.strip().lower() for value in headers.get("connection", ()) for token in value.split(",")}
-        self.close_after |= "close" in tokens or not self.http11 and "keep-alive" not in tokens
-        expect = headers.get("expect")
-        if expect and [value.lower() for value in expect] != ["100-continue"]:
-            raise Refusal(417, "expectation_failed", "Only Expect: 100-continue is understood.")
-        path, _, query = target.partition("?")
-        address, direct = self._client_address(headers)
-        self.wants_continue = bool(expect) and self.http11
-        return Request(method, path, query, headers, address, direct, os.urandom(6).hex(), self._read_body)
-
-    def _framing(self, headers):
-        """How the body is framed: None, a length, or "chunked"; whatever could be read in two ways is refused (RFC 9112 6.3)."""
-        lengths, codings = headers.get("content-length"), headers.get("transfer-encoding")
-        if codings:
-            if lengths or not self.http11:
-                raise Refusal(400, "bad_request", "Transfer-Encoding cannot stand with Content-Length or in HTTP/1.0.")
-            if len(codings) != 1 or codings[0].lower() != "chunked":
-                raise Refusal(501, "not_implemented", "The only transfer coding understood is chunked.")
-            return "chunked"
-        if lengths is None:
-            return None
-        if len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,15}", lengths[0]):
-            raise Refusal(400, "bad_request", "Content-Length must be one plain number.")
-        return int(lengths[0]) or None
-
-    def _client_address(self, headers):
-        """The client's address, and whether no proxy spoke for it: X-Forwarded-For is read from the right, past trusted proxies."""
-        values = headers.get("x-forwarded-for")
-        if not values or not self.server.trusts(self.peer):
-            return self.peer, True
-        address = self.peer
-        for item in reversed([item.strip() for value in values for item in value.split(",")]):
-            try:
-                address = str(ipaddress.ip_address(item))
-            except ValueError:
-                break
-            if not self.server.trusts(address):
-                break
-        return address, False
-
-    def _read_body(self, limit):
-        """The request's body, read only now; 413 above `limit`, 408 when it is too slow, 400 when it is malformed."""
-        framing, self.body_state = self.body_state, None
-        if framing is None:
-            return b""
-        self.body_state = "unread"
-        if framing != "chunked" and framing > limit:
-            raise Refusal(413, "content_too_large", f"The body may have at most {limit} bytes.")
-        if self.wants_continue and not self.buffer:
-            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline = time.monotonic() + self.settings.body_timeout
-        try:
-            body = self._read_chunks(limit, deadline) if framing == "chunked" else self._exactly(framing, deadline)
-        except TimeoutError:
-            raise Refusal(408, "request_timeout", "The body did not arrive in time.") from None
-        self.body_state = None
-        return body
 
     def _exactly(self, size, deadline):
         while len(self.buffer) < size:
@@ -5973,91 +5832,172 @@ class Connection:
         del self.buffer[:size]
         return data
 
-    def _line(self, deadline):
-        while (end := self.buffer.find(b"\r\n")) < 0:
-            if len(self.buffer) > MAX_LINE:
-                raise Refusal(400, "bad_request", "A chunk's line is too long.")
+    def _line(self, deadline, limit, too_long):
+        """The bytes before the next CR LF; a bare LF ends no line (RFC 9112 2.2)."""
+        searched = 0
+        while (end := self.buffer.find(b"\n", searched)) < 0 and len(self.buffer) < limit:
+            searched = len(self.buffer)
             self._receive(deadline)
-        return self._exactly(end + 2, deadline)[:-2]
+        if not 0 <= end < limit:
+            raise Refusal(*too_long)
+        line = self._exactly(end + 1, deadline)
+        if not line.endswith(b"\r\n"):
+            raise bad_request("Lines must end with CR LF.")
+        return line[:-2]
 
-    def _read_chunks(self, limit, deadline):
-        parts, size = [], 0
-        while True:
-            match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t !-~]*)?", self._line(deadline))
-            if not match:
-                raise Refusal(400, "bad_request", "A chunk's size is malformed.")
-            length = int(match[1], 16)
-            if length == 0:
-                break
-            size += length
-            if size > limit:
-                raise Refusal(413, "content_too_large", f"The body may have at most {limit} bytes.")
-            parts.append(self._exactly(length, deadline))
-            if self._exactly(2, deadline) != b"\r\n":
-                raise Refusal(400, "bad_request", "A chunk does not end where it says.")
-        for _ in range(MAX_HEADERS):
-            line = self._line(deadline)
+    def _fields(self, deadline):
+        """Header or trailer lines up to the empty one: lower-case names to the lists of their values."""
+        fields, left = {}, MAX_HEAD
+        for _ in range(MAX_HEADERS + 1):
+            line = self._line(deadline, left, HEADER_TOO_LARGE)
             if not line:
-                return b"".join(parts)
-            if not HEADER_LINE.fullmatch(line):
+                return fields
+            field = HEADER_LINE.fullmatch(line)
+            if not field:
+                raise bad_request("A header line is malformed.")
+            fields.setdefault(field[1].decode().lower(), []).append(field[2].decode("latin-1"))
+            left -= len(line) + 2
+        raise Refusal(*HEADER_TOO_LARGE)
+
+    def _read_request(self, patience):
+        """The next request; Gone when none begins in time, Refusal for anything that is not strictly HTTP."""
+        if not self.buffer:
+            self._receive(time.monotonic() + patience, Gone())
+        deadline = time.monotonic() + self.settings.header_timeout
+        match = REQUEST_LINE.fullmatch(self._line(deadline, MAX_LINE, URI_TOO_LONG))
+        if not match:
+            raise bad_request("The request line is malformed.")
+        if match[3] not in (b"1.0", b"1.1"):
+            raise Refusal(505, "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are served.")
+        self.http11 = match[3] == b"1.1"
+        return self._request(match[1].decode(), match[2].decode(), self._fields(deadline))
+
+    def _request(self, method, target, headers):
+        hosts = len(headers.get("host", ()))
+        if hosts > 1 or self.http11 and not hosts:
+            raise bad_request("Exactly one Host header is needed.")
+        absolute = re.fullmatch(r"https?://([^/?#]+)(/.*)?", target, re.IGNORECASE)
+        if absolute:
+            headers["host"], target = [absolute[1]], absolute[2] or "/"
+        if not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
+            raise bad_request("The request's target is malformed.")
+        self.unread = self._framing(headers)
+        expect = [value.lower() for value in headers.get("expect", ())]
+        if expect not in ([], ["100-continue"]):
+            raise Refusal(417, "expectation_failed", "Only Expect: 100-continue is understood.")
+        self.wants_continue = bool(expect) and self.http11
+        tokens = {token.strip().lower() for value in headers.get("connection", ()) for token in value.split(",")}
+        self.close_after |= "close" in tokens or not self.http11 and "keep-alive" not in tokens
+        path, _, query = target.partition("?")
+        return Request(method, path, query, headers, *self._client_address(headers), os.urandom(6).hex(), self._read_body)
+
+    def _framing(self, headers):
+        """How the body is framed: a length, or "chunked"; whatever could be read in two ways is refused (RFC 9112 6.3)."""
+        lengths, codings = headers.get("content-length", ()), [coding.lower() for coding in headers.get("transfer-encoding", ())]
+        if codings and (lengths or not self.http11):
+            raise bad_request("Transfer-Encoding cannot stand with Content-Length or in HTTP/1.0.")
+        if codings not in ([], ["chunked"]):
+            raise Refusal(501, "not_implemented", "The only transfer coding understood is chunked.")
+        if len(lengths) > 1 or not all(re.fullmatch(r"[0-9]{1,15}", length) for length in lengths):
+            raise bad_request("Content-Length must be one plain number.")
+        return "chunked" if codings else int(lengths[0]) if lengths else 0
+
+    def _client_address(self, headers):
+        """The client's address, and whether no proxy spoke for it: X-Forwarded-For is read from the right, past trusted proxies."""
+        values, address = headers.get("x-forwarded-for"), self.peer
+        if not values or not self.server.trusts(self.peer):
+            return self.peer, True
+        for item in reversed(",".join(values).split(",")):
+            try:
+                address = str(ipaddress.ip_address(item.strip()))
+            except ValueError:
                 break
-        raise Refusal(400, "bad_request", "A trailer is malformed.")
+            if not self.server.trusts(address):
+                break
+        return address, False
+
+    def _read_body(self, limit):
+        """The request's body, read only now; 413 above `limit`, 408 when it is too slow, 400 when it is malformed."""
+        if not self.unread:
+            return b""
+        too_large = Refusal(413, "content_too_large", f"The body may have at most {limit} bytes.")
+        if self.unread != "chunked" and self.unread > limit:
+            raise too_large
+        if self.wants_continue and not self.buffer:
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        deadline = time.monotonic() + self.settings.body_timeout
+        body = self._chunks(limit, deadline, too_large) if self.unread == "chunked" else self._exactly(self.unread, deadline)
+        self.unread = 0
+        return body
+
+    def _chunks(self, limit, deadline, too_large):
+        body = bytearray()
+        while True:
+            match = CHUNK_LINE.fullmatch(self._line(deadline, MAX_LINE, (400, "bad_request", "A chunk's line is too long.")))
+            if not match:
+                raise bad_request("A chunk's size is malformed.")
+            size = int(match[1], 16)
+            if size == 0:
+                self._fields(deadline)
+                return bytes(body)
+            if len(body) + size > limit:
+                raise too_large
+            body += self._exactly(size, deadline)
+            if self._exactly(2, deadline) != b"\r\n":
+                raise bad_request("A chunk does not end where it says.")
 
     # -- writing
 
     def _respond(self, request):
-        started = time.monotonic()
+        started, is_head = time.monotonic(), request.method == "HEAD"
         with self.server.log.request(request.id):
             try:
                 response = self.server.handle(request)
+                close = bool(self.close_after or self.unread or self.server.draining)
+                plain = None if response.later else self._plain(response, close, is_head)
             except (Gone, OSError):
                 raise
-            except Exception as error:  # a bug: the operator learns where, the client only that
-                where = error.__traceback__
-                while where.tb_next:
-                    where = where.tb_next
-                self.server.log.event("error", "internal error", error=type(error).__name__, line=where.tb_lineno)
+            except Exception as error:
+                place = traceback.extract_tb(error.__traceback__)[-1].lineno  # for the operator; the client learns a number only
+                self.server.log.event("error", "internal error", error=type(error).__name__, line=place)
                 response = json_response(500, {"error": "server_error", "error_description": f"Internal error {request.id}."})
-            close = self.close_after or response.close or self.body_state is not None or self.server.draining
-            if response.later is not None:
-                self._pump(response, close)
+                close = True
+                plain = self._plain(response, close, is_head)
+            if plain:
+                self._write(plain)
             else:
-                self._send(response, close, request.method == "HEAD")
+                self._pump(response, close)
             self.server.log.event("debug", "request", method=request.method, path=request.path[:200], status=response.status,
                                   ms=round((time.monotonic() - started) * 1000, 1), address=request.address)
-        if close:
-            self.close_after = True
-            if self.body_state is not None:
-                self._linger()
+        self.close_after |= close
+        if self.unread:
+            self._linger()
 
     def _write(self, data):
         self.sock.settimeout(self.settings.write_timeout)
         self.sock.sendall(data)
 
-    def _send(self, response, close, head_only=False):
-        headers = list(response.headers)
+    def _plain(self, response, close, head_only):
+        headers, bare = list(response.headers), response.status in (204, 304)
         if response.content_type:
             headers.append(("Content-Type", response.content_type))
-        if response.status not in (204, 304):
+        if not bare:
             headers.append(("Content-Length", str(len(response.body))))
-        if close:
-            headers.append(("Connection", "close"))
-        elif not self.http11:
-            headers.append(("Connection", "keep-alive"))
-        head = write_head(response.status, headers)
-        self._write(head if head_only or response.status in (204, 304) else head + response.body)
+        if close or not self.http11:
+            headers.append(("Connection", "close" if close else "keep-alive"))
+        return write_head(response.status, headers) + (b"" if head_only or bare else response.body)
+
+    def _send(self, response, close):
+        self._write(self._plain(response, close, False))
 
     def _linger(self):
         """What the client still sends is read for a moment, else the reset would take our answer with it."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, Refusal):
             self.sock.shutdown(socket.SHUT_WR)
-            deadline, left = time.monotonic() + 1, 2 * self.settings.max_body
-            while left > 0 and time.monotonic() < deadline:
-                self.sock.settimeout(max(0.01, deadline - time.monotonic()))
-                data = self.sock.recv(65536)
-                if not data:
-                    return
-                left -= len(data)
+            deadline = time.monotonic() + 1
+            while True:
+                self._receive(deadline)
+                self.buffer.clear()
 
     def _take(self, reader, timeout, watch=True):
         """The next item. The hang-up watch begins only once the wait is worth it, so that fast calls pay nothing."""
@@ -6155,14 +6095,13 @@ class Connection:
 
 @dataclass(frozen=True)
 class Route:
-    """What a path serves: `methods` maps a method to its handler; `kind` is public, form, page, mcp or health."""
+    """What a path serves: `methods` maps a method to its handler; `kind` is public, page, mcp or health."""
 
     kind: str
     methods: dict
 
 
-CORS_HEADERS = "Authorization, Content-Type, Accept, MCP-Protocol-Version, Mcp-Session-Id, Last-Event-ID, Mcp-Method, Mcp-Name"
-EXPOSED = "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version"
+EXPOSED = ("Access-Control-Expose-Headers", "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version")
 
 
 class Broker:
@@ -6184,108 +6123,82 @@ class Broker:
         endpoint = Endpoint(settings, self.store, keyring, self.registry, self.reaper, self.clock)
         self.routes = self._routes(clients, authorization, endpoint)
         self.server = Server(settings, self.handle, self.log, settings.listen, listener)
-        self.metrics_server = Server(settings, self.metrics, self.log, settings.metrics_listen) if settings.metrics_listen else None
-        self._blob = git_blob_id(__file__)
+        self.servers = [self.server]
+        if settings.metrics_listen:
+            self.servers.append(Server(settings, self.metrics, self.log, settings.metrics_listen))
+        self._hosts, self._blob = own_hosts(settings.public_url, self.server.port), git_blob_id(__file__)
 
     def _routes(self, clients, authorization, endpoint):
-        mcp = Route("mcp", {"POST": endpoint.post, "GET": endpoint.get, "DELETE": endpoint.delete, "HEAD": endpoint.head})
-        server_metadata = Route("public", {"GET": authorization.metadata})
-        resource_metadata = Route("public", {"GET": authorization.resource_metadata})
-        routes = {"/": Route("page", {"GET": lambda request: home_page(self.settings.public_url, self.settings.forgejo_url)}),
-                  "/healthz": Route("health", {"GET": self.health}), "/mcp": mcp, "/mcp/": mcp,
-                  "/mcp/.well-known/oauth-authorization-server": server_metadata,
-                  "/oauth/consent": Route("form", {"POST": authorization.consent}),
-                  "/oauth/callback": Route("page", {"GET": authorization.callback}), "/account": Route("page", {"GET": authorization.account}),
-                  "/account/login": Route("form", {"POST": authorization.account_login}),
-                  "/account/end": Route("form", {"POST": authorization.account_end})}
-        for suffix in ("", "/mcp"):
-            routes["/.well-known/oauth-authorization-server" + suffix] = server_metadata
-        for suffix in ("", "/mcp", "/mcp/"):
-            routes["/.well-known/oauth-protected-resource" + suffix] = resource_metadata
-        for prefix in ("/oauth", ""):  # the root ones are for clients that ignore metadata
-            routes[prefix + "/authorize"] = Route("page", {"GET": authorization.authorize})
-            routes[prefix + "/register"] = Route("public", {"POST": clients.register})
-            routes[prefix + "/token"] = Route("public", {"POST": authorization.token})
-            routes[prefix + "/revoke"] = Route("public", {"POST": authorization.revoke})
+        server_metadata, resource_metadata = "/.well-known/oauth-authorization-server", "/.well-known/oauth-protected-resource"
+        table = (  # the paths at the root are for clients that ignore metadata
+            ("page", "GET", lambda request: home_page(self.settings.public_url, self.settings.forgejo_url), "/"),
+            ("health", "GET", self.health, "/healthz"),
+            ("public", "GET", authorization.metadata, server_metadata, server_metadata + "/mcp", "/mcp" + server_metadata),
+            ("public", "GET", authorization.resource_metadata, resource_metadata, resource_metadata + "/mcp", resource_metadata + "/mcp/"),
+            ("page", "GET", authorization.authorize, "/oauth/authorize", "/authorize"),
+            ("page", "POST", authorization.consent, "/oauth/consent"),
+            ("page", "GET", authorization.callback, "/oauth/callback"),
+            ("page", "GET", authorization.account, "/account"),
+            ("page", "POST", authorization.account_login, "/account/login"),
+            ("page", "POST", authorization.account_end, "/account/end"),
+            ("public", "POST", clients.register, "/oauth/register", "/register"),
+            ("public", "POST", authorization.token, "/oauth/token", "/token"),
+            ("public", "POST", authorization.revoke, "/oauth/revoke", "/revoke"))
+        mcp = {"POST": endpoint.post, "GET": endpoint.get, "DELETE": endpoint.delete, "HEAD": endpoint.head, "OPTIONS": self._preflight}
+        routes = {"/mcp": Route("mcp", mcp), "/mcp/": Route("mcp", mcp)}
+        for kind, method, handler, *paths in table:
+            methods = {method: handler} | ({"HEAD": handler} if method == "GET" else {}) | ({"OPTIONS": self._preflight} if kind == "public" else {})
+            routes.update((path, Route(kind, methods)) for path in paths)
         return routes
 
     def handle(self, request):
         """Request -> Response, in the order of checks of design 3: Host, route, Origin, OPTIONS, bearer, method, body."""
-        route = self.routes.get(request.path)
-        extra = self._cors(request, route)
+        route, cors = self.routes.get(request.path), ()
+        is_page = route is not None and route.kind == "page"
         try:
-            if not (route and route.kind == "health"):
-                self._check_host(request)
+            if request.headers.get("host", [""])[0].lower() not in self._hosts and not (route and route.kind == "health"):
+                is_page = False
+                raise Refusal(421, "misdirected_request", "This server does not answer for that host name.")
             if route is None:
                 raise Refusal(404, "not_found", "There is nothing at this address.")
-            self._check_origin(request, route)
-            if request.method == "OPTIONS" and route.kind in ("public", "mcp"):
-                return Response(204, headers=(*extra, *self._preflight(request, route)))
-            response = self._method(request, route)(request)
+            cors = self._cors(request, route)
+            response = self._handler(request, route)(request)
         except PageRefusal as error:
             response = error.response
         except Refusal as error:
-            response = self._refused(error, request, route)
-        return replace(response, headers=(*response.headers, *extra)) if extra else response
-
-    def _refused(self, error, request, route):
-        if error.status == 421 or (error.status == 403 and error.code == "forbidden_origin"):
-            return refusal_response(error)
-        if route and route.kind in ("page", "form"):
-            return error_page(error.status, "This did not work", error.sentence, headers=error.headers)
-        return refusal_response(error, NO_STORE[:1])
-
-    def _method(self, request, route):
-        handler = route.methods.get(request.method) or (route.methods.get("GET") if request.method == "HEAD" else None)
-        if handler is None and route.kind == "mcp":
-            handler = route.methods["HEAD"]  # bearer before method
-        if handler is None:
-            raise Refusal(405, "method_not_allowed", f"Use {' or '.join(route.methods)}.", (("Allow", ", ".join(route.methods)),))
-        return handler
-
-    def _check_host(self, request):
-        host = (request.headers.get("host") or [""])[0].lower()
-        public = urlsplit(self.settings.public_url)
-        name = f"[{public.hostname}]" if ":" in public.hostname else public.hostname
-        accepted = {public.netloc, f"{name}:{public.port or {'https': 443, 'http': 80}[public.scheme]}"}
-        accepted |= {f"{local}:{self.server.port}" for local in ("localhost", "127.0.0.1", "[::1]")}
-        if host not in accepted:
-            raise Refusal(421, "misdirected_request", "This server does not answer for that host name.")
-
-    def _own_origin(self, origin):
-        return origin == self.settings.public_url
-
-    def _listed_origin(self, origin):
-        match = re.fullmatch(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", origin)
-        return bool(match) or self._own_origin(origin) or origin in self.settings.allowed_origins
-
-    def _check_origin(self, request, route):
-        origins = request.headers.get("origin", [])
-        if route.kind == "mcp" and origins and not (len(origins) == 1 and self._listed_origin(origins[0])):
-            raise Refusal(403, "forbidden_origin", "This web origin may not call this server; the operator can add it to allowed_origins.")
-        if route.kind == "form" and request.method == "POST" and origins and not self._own_origin(origins[0]):
-            raise Refusal(403, "forbidden_origin", "This form was sent by another website.")
+            response = error_page(error.status, "This did not work", error.sentence, headers=error.headers) if is_page \
+                else refusal_response(error, NO_STORE[:1])
+        return replace(response, headers=(*response.headers, *cors)) if cors else response
 
     def _cors(self, request, route):
-        if route is None:
-            return ()
+        """The CORS headers of the answer; Refusal 403 for a web origin that may not call. Forms are judged by who reads them."""
+        origins = request.headers.get("origin")
         if route.kind == "public":
-            return (("Access-Control-Allow-Origin", "*"), ("Access-Control-Expose-Headers", EXPOSED))
-        origin = request.headers.get("origin", [""])[0]
-        if route.kind == "mcp" and origin and self._listed_origin(origin):
-            return (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), ("Access-Control-Expose-Headers", EXPOSED))
-        return ()
+            return ("Access-Control-Allow-Origin", "*"), EXPOSED
+        if route.kind != "mcp" or not origins:
+            return ()
+        listed = re.fullmatch(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", origins[0]) or \
+            origins[0] in (self.settings.public_url, *self.settings.allowed_origins)
+        if len(origins) > 1 or not listed:
+            raise Refusal(403, "forbidden_origin", "This web origin may not call this server; the operator can add it to allowed_origins.")
+        return ("Access-Control-Allow-Origin", origins[0]), ("Vary", "Origin"), EXPOSED
 
-    @staticmethod
-    def _preflight(request, route):
-        asked = (request.headers.get("access-control-request-headers") or [""])[0]
-        names = asked if re.fullmatch(r"[A-Za-z0-9_, -]{1,1000}", asked) else CORS_HEADERS
-        return (("Access-Control-Allow-Methods", ", ".join([*route.methods, "OPTIONS"])), ("Access-Control-Allow-Headers", names),
-                ("Access-Control-Max-Age", "7200"))
+    def _handler(self, request, route):
+        handler = route.methods.get(request.method)
+        if handler is None and route.kind == "mcp":
+            return route.methods["HEAD"]  # bearer before method
+        if handler is None:
+            raise Refusal(405, "method_not_allowed", f"Use {next(iter(route.methods))}.", (("Allow", ", ".join(route.methods)),))
+        return handler
+
+    def _preflight(self, request):
+        asked = re.sub(r"[^A-Za-z0-9_, -]", "", request.headers.get("access-control-request-headers", [""])[0])
+        return Response(204, headers=(("Access-Control-Allow-Methods", ", ".join(self.routes[request.path].methods)),
+                                      ("Access-Control-Allow-Headers", asked), ("Access-Control-Max-Age", "7200")))
 
     def health(self, request):
         """GET /healthz: 200, or 503 when the store fails. As an event stream it lasts a moment, which shows proxies that buffer."""
-        if any("text/event-stream" in value for value in request.headers.get("accept", ())):
+        if request.method == "GET" and any("text/event-stream" in value for value in request.headers.get("accept", ())):
             stream = Stream()
             threading.Timer(0.5, stream.end).start()
             return Response(200, later=Later(stream.open(), 0))
@@ -6293,7 +6206,7 @@ class Broker:
         sessions, children = self.registry.counts() if ok else (None, None)
         return json_response(200 if ok else 503, {"status": "ok" if ok else "failing", "version": __version__, "git": self._blob,
                                                   "store": "ok" if ok else "failing", "sessions": sessions, "children": children},
-                             (("Cache-Control", "no-store"),))
+                             NO_STORE[:1])
 
     def metrics(self, request):
         """GET /metrics on its own listener: Prometheus text, counts without names."""
@@ -6307,18 +6220,17 @@ class Broker:
     def start(self):
         """Serve and reap in daemon threads."""
         threading.Thread(target=self.reaper.run, daemon=True, name="reaper").start()
-        for server in filter(None, (self.server, self.metrics_server)):
-            threading.Thread(target=server.serve_forever, daemon=True, name="accept").start()
+        for server in self.servers:
+            server.start()
 
     def stop(self, seconds=10.0):
         """Answer what was read, with an error what takes longer; stop the children, close the store."""
-        servers = [server for server in (self.server, self.metrics_server) if server]
         self.registry.end_streams()
-        for server in servers:
+        for server in self.servers:
             server.hurry()
         self.server.wait_for_connections(seconds - 1)
         self.registry.close("broker stopping")
-        for server in servers:
+        for server in self.servers:
             server.close(1)
         deadline = time.monotonic() + self.settings.stop_timeout + 2
         while any(self.registry.places.values()) and time.monotonic() < deadline:
@@ -6332,6 +6244,14 @@ class Broker:
         with contextlib.suppress(StoreUnavailable):
             self.registry.save_uses()
         self.store.close()
+
+
+def own_hosts(public_url, port):
+    """What a Host header may say: the public name, its default port written or not, and loopback names with our port."""
+    parts = urlsplit(public_url)
+    name = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    public = f"{name}:{parts.port or {'https': 443, 'http': 80}[parts.scheme]}"
+    return {parts.netloc, public, *(f"{local}:{port}" for local in ("localhost", "127.0.0.1", "[::1]"))}
 
 
 def git_blob_id(path):
