@@ -321,7 +321,7 @@ class Server:
         elif kind == "emit":
             self.write(packed(command["message"]) + b"\n")
         elif kind == "raw":
-            self.write(command["text"].encode())
+            self.write(bytes.fromhex(command["hex"]) if "hex" in command else command["text"].encode())
         elif kind == "exit":
             self.leave(command["code"], "command")
 
