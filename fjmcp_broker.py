@@ -3216,23 +3216,23 @@ class Authorization:
 
 GUARDIAN_SCRIPT = r"""
 trap '' TERM INT HUP
-groups= announced=
+known=
 while read -r what which; do
-  case $what in
-    '?') announced="$announced $which" ;;
-    '!') left=; for each in $announced; do [ "$each" = "$which" ] || left="$left $each"; done; announced=$left ;;
-    '+') groups="$groups $which" ;;
-    '-') left=; for each in $groups; do [ "$each" = "$which" ] || left="$left $each"; done; groups=$left ;;
-    '.') exit 0 ;;
+  left=
+  for each in $known; do [ "$each" = "$which" ] || left="$left $each"; done
+  known=$left
+  [ "$what" = + ] && known="$known $which"
+done
+[ "$known" ] || exit 0
+sleep 1
+for each in $known; do
+  case $each in stdin:*)
+    for process in /proc/[0-9]*; do
+      [ "$(readlink "$process/fd/0" 2>/dev/null)" = "pipe:[${each#stdin:}]" ] && kill -KILL "-${process#/proc/}" 2>/dev/null
+    done ;;
+  *) kill -KILL "-$each" 2>/dev/null ;;
   esac
 done
-sleep 1
-for inode in $announced; do
-  for process in /proc/[0-9]*; do
-    [ "$(readlink "$process/fd/0" 2>/dev/null)" = "pipe:[$inode]" ] && groups="$groups ${process#/proc/}"
-  done
-done
-for group in $groups; do kill -KILL "-$group" 2>/dev/null; done
 """
 
 
@@ -3245,51 +3245,42 @@ class ChildFailed(Exception):
 
 
 class Guardian:
-    """A small shell that outlives the broker by a moment and kills what children it left, also after `kill -9`."""
+    """A small shell that outlives the broker by a moment and kills what children it left, also after `kill -9`.
+
+    It knows a child by its process group, and one that is about to start by the pipe of its standard input (`stdin:INODE`).
+    """
 
     def __init__(self):
-        self._lock = threading.Lock()  # guards the pipe and the two sets; a leaf
-        self._groups, self._announced, self._process = set(), set(), None
+        self._lock = threading.Lock()  # guards the pipe and the set; a leaf
+        self._known, self._process = set(), None
 
     def _tell(self, line):
         """Send a line; a guardian that has died is started anew and told everything. Under the lock."""
         with contextlib.suppress(OSError):
             if self._process and self._process.poll() is None:
-                self._process.stdin.write(line)
+                self._process.stdin.write(line.encode())
                 return
         self._process = subprocess.Popen(["/bin/sh", "-c", GUARDIAN_SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                          stderr=subprocess.DEVNULL, start_new_session=True, close_fds=True, bufsize=0, env={"PATH": os.defpath})
-        lines = [f"? {inode}\n" for inode in self._announced] + [f"+ {group}\n" for group in self._groups]
-        self._process.stdin.write("".join(lines).encode())
+        self._process.stdin.write("".join(f"+ {each}\n" for each in self._known).encode())
 
-    def announce(self, inode):
-        """A child whose stdin is this pipe is about to be started."""
+    def watch(self, child):
+        """Kill this one if the broker dies; OSError when no guardian can be had."""
         with self._lock:
-            self._announced.add(inode)
-            self._tell(f"? {inode}\n".encode())
+            self._known.add(child)
+            self._tell(f"+ {child}\n")
 
-    def started(self, inode, group):
-        """The announced child runs as this process group; None: it does not run."""
-        with self._lock:
-            self._announced.discard(inode)
-            if group:
-                self._groups.add(group)
-            self._tell((f"+ {group}\n" if group else "").encode() + f"! {inode}\n".encode())
-
-    def remove(self, group):
-        """The group is gone; told before its leader is reaped, so that a re-used number is never killed."""
-        with self._lock:
-            self._groups.discard(group)
-            self._tell(f"- {group}\n".encode())
+    def forget(self, child):
+        """It is gone; told before a group's leader is reaped, so that a re-used number is never killed."""
+        with self._lock, contextlib.suppress(OSError):
+            self._known.discard(child)
+            self._tell(f"- {child}\n")
 
     def close(self):
-        """The broker ends in order and has stopped its children."""
+        """The broker ends in order and has stopped its children; what is left is killed."""
         with self._lock:
             if self._process:
-                with contextlib.suppress(OSError):
-                    self._process.stdin.write(b".\n" if not self._groups else b"")
-                self._process.stdin.close()
-                self._process.wait()
+                self._process.communicate()
                 self._process = None
 
 
@@ -3299,9 +3290,8 @@ ENVIRONMENT_PASSED = ("PATH", "HOME", "LANG", "TZ", "SSL_CERT_FILE", "SSL_CERT_D
 
 def child_environment(settings, access_token):
     """A child's whole environment: an allow-list and the user's own token. Nothing else of ours is inherited (P01, P02)."""
-    passed = {name: os.environ[name] for name in ENVIRONMENT_PASSED if name in os.environ}
-    return {**passed, "FORGEJO_ACCESS_TOKEN": access_token, "FORGEJO_URL": settings.forgejo_url,
-            "FORGEJO_USER_AGENT": f"fjmcp-broker/{__version__}"}
+    return {**{name: os.environ[name] for name in ENVIRONMENT_PASSED if name in os.environ}, "FORGEJO_ACCESS_TOKEN": access_token,
+            "FORGEJO_URL": settings.forgejo_url, "FORGEJO_USER_AGENT": f"fjmcp-broker/{__version__}"}
 
 
 def child_command(settings):
@@ -3323,166 +3313,121 @@ class Child:
     def __init__(self, command, environment, label, guardian, settings, log, on_line, on_end):
         self._guardian, self._settings, self._log, self._label = guardian, settings, log, label
         self._on_line, self._on_end = on_line, on_end
-        self._write_lock = threading.Lock()  # one whole line at a time
-        self._stop_lock = threading.Lock()  # guards reason and the ladder; a leaf
-        self._reason, self._kill_at, self._killed, self._drop_pipes_at = None, None, False, None
-        self.reason, self.ended = None, threading.Event()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._write_lock = threading.Lock()  # one whole line at a time; guards _stdin
+        self._lock = threading.Lock()  # guards reason, _kill_at, and that nobody signals a number given back; a leaf
+        self.reason, self._kill_at, self.ended = None, float("inf"), threading.Event()
+        self.pid = self._process = self._stdin = self._exit = None
         try:
-            self._spawn(command, environment)
-        except BaseException:
-            os.close(self._wake)
-            raise
-        os.set_blocking(self._stdin, False)
-        self._stderr_thread = threading.Thread(target=self._read_stderr, daemon=True, name=f"stderr-{self.pid}")
-        try:
-            self._stderr_thread.start()
-            threading.Thread(target=self._read_stdout, daemon=True, name=f"stdout-{self.pid}").start()
-        except RuntimeError:  # no thread to be had: what was started must not stay behind
-            self._on_end = lambda child: None
-            self.kill("no thread")
-            self._finish()
-            raise ChildFailed("no thread can be started") from None
+            self._start(command, environment)
+        except (OSError, RuntimeError) as error:  # what was started must not stay behind
+            is_missing = self._process is None and isinstance(error, (FileNotFoundError, PermissionError))
+            if self._process:
+                self.kill("not started")
+            self._release()
+            raise (ChildMissing if is_missing else ChildFailed)(f"{command[0]}: {getattr(error, 'strerror', None) or error}") from None
 
-    def _spawn(self, command, environment):
-        read_end, write_end = os.pipe()
-        inode = os.fstat(read_end).st_ino
-        self._guardian.announce(inode)
-        group = None
+    def _start(self, command, environment):
+        stdin, self._stdin = os.pipe()
+        announced = f"stdin:{os.fstat(stdin).st_ino}"
         try:
-            self._process = subprocess.Popen(command, env=environment, stdin=read_end, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            self._guardian.watch(announced)
+            self._process = subprocess.Popen(command, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                              start_new_session=True, close_fds=True, bufsize=0)
-            group = self.pid = self._process.pid
-        except (FileNotFoundError, PermissionError) as error:
-            os.close(write_end)
-            raise ChildMissing(f"{command[0]}: {error.strerror}") from None
-        except OSError as error:
-            os.close(write_end)
-            raise ChildFailed(f"{command[0]}: {error.strerror}") from None
+            self.pid = self._process.pid
+            self._guardian.watch(self.pid)
         finally:
-            os.close(read_end)
-            self._guardian.started(inode, group)
-        self._stdin = write_end
+            os.close(stdin)
+            self._guardian.forget(announced)
+        os.set_blocking(self._stdin, False)
+        self._exit = os.pidfd_open(self.pid)
+        threading.Thread(target=self._run, daemon=True, name=f"stdout-{self.pid}").start()
 
     @property
     def alive(self):
         """Whether it runs and has not been told to stop."""
-        return self._reason is None and not self.ended.is_set()
+        return self.reason is None
 
     def send(self, line, deadline=10.0):
         """Write a line; False when the child is gone or does not read. Half a line cannot be taken back, so that ends the child."""
         data, end = memoryview(line + b"\n"), time.monotonic() + deadline
         with self._write_lock:
-            while data:
-                if self._stdin is None:
-                    return False
+            while data and self._stdin is not None:
                 try:
                     data = data[os.write(self._stdin, data):]
                 except BlockingIOError:
-                    poll = select.poll()
-                    poll.register(self._stdin, select.POLLOUT)
-                    if not self.alive or not poll.poll(max(0, min(1.0, end - time.monotonic())) * 1000) and time.monotonic() >= end:
+                    if time.monotonic() >= end or not self.alive:
                         self.kill("stuck")
                         return False
+                    poll = select.poll()
+                    poll.register(self._stdin, select.POLLOUT)
+                    poll.poll(100)
                 except OSError:
                     return False
-        return True
+            return not data
 
     def stop(self, reason):
         """Begin the end: close stdin, SIGTERM; tick() goes on to SIGKILL. The first reason stays."""
-        with self._stop_lock:
-            if self._reason is not None or self.ended.is_set():
+        with self._lock:
+            if self.reason is not None:
                 return
-            self._reason, self._kill_at = reason, time.monotonic() + self._settings.stop_timeout
-        with self._write_lock:
-            self._close_stdin()
+            self.reason, self._kill_at = reason, time.monotonic() + self._settings.stop_timeout
+        self._close_stdin()
         self._signal(signal.SIGTERM)
 
     def kill(self, reason):
         """End it now."""
-        with self._stop_lock:
-            if self.ended.is_set():
-                return
-            self._reason = self._reason or reason
-            self._kill_at, self._killed = time.monotonic(), True
+        with self._lock:
+            self.reason, self._kill_at = self.reason or reason, 0.0
         self._signal(signal.SIGKILL)
 
     def tick(self):
-        """Advance the end: SIGKILL when SIGTERM was not enough; free the readers when a grandchild holds the pipes of a dead child."""
-        now = time.monotonic()
-        with self._stop_lock:
-            if self.ended.is_set():
-                return
-            kill = self._kill_at is not None and now >= self._kill_at and not self._killed
-            self._killed = self._killed or kill
-        if kill:
+        """Advance the end: SIGKILL when SIGTERM was not enough."""
+        if time.monotonic() >= self._kill_at:
             self._signal(signal.SIGKILL)
-        if self._dead():
-            self._signal(signal.SIGKILL)
-            if self._drop_pipes_at is None:
-                self._drop_pipes_at = now + 1
-            elif now >= self._drop_pipes_at:
-                with self._stop_lock:
-                    if not self.ended.is_set():  # after that the number may be another file's
-                        os.eventfd_write(self._wake, 1)
-
-    def _dead(self):
-        with contextlib.suppress(ChildProcessError):
-            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        return True
 
     def _signal(self, number):
         """Signal the whole group; its number cannot be another's, since the leader is reaped last."""
-        with self._stop_lock:
+        with self._lock, contextlib.suppress(ProcessLookupError, PermissionError):
             if not self.ended.is_set():
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.pid, number)
+                os.killpg(self.pid, number)
 
     def _close_stdin(self):
-        if self._stdin is not None:
-            os.close(self._stdin)
-            self._stdin = None
+        with self._write_lock:
+            if self._stdin is not None:
+                os.close(self._stdin)
+                self._stdin = None
 
     def _chunks(self, pipe):
-        """What comes out of a pipe, until its end or until tick() gives it up."""
-        descriptor, poll = pipe.fileno(), select.poll()
-        poll.register(descriptor, select.POLLIN)
-        poll.register(self._wake, select.POLLIN)
-        while True:
-            ready = {fd for fd, _ in poll.poll()}
-            if descriptor not in ready and self._wake in ready:
-                return
-            chunk = os.read(descriptor, 65536)
-            if not chunk:
-                return
-            yield chunk
-            if self._wake in ready:
-                return
+        """What comes out of a pipe, until its end or a second after the process's: then only a grandchild holds it open."""
+        poll, until = select.poll(), None
+        poll.register(pipe, select.POLLIN)
+        poll.register(self._exit, select.POLLIN)
+        while until is None or time.monotonic() < until:
+            ready = dict(poll.poll(until and max(0.0, until - time.monotonic()) * 1000))
+            if pipe.fileno() in ready:
+                chunk = os.read(pipe.fileno(), 65536)
+                if not chunk:
+                    return
+                yield chunk
+            if self._exit in ready:
+                poll.unregister(self._exit)
+                self._signal(signal.SIGKILL)  # stragglers of its group
+                until = time.monotonic() + 1
 
     def _read_stdout(self):
-        try:
-            self._read_lines()
-        except Exception as error:
-            self._log.event("error", "reader failed", user=self._label, error=f"{type(error).__name__}: {error}")
-        self._finish()
-
-    def _read_lines(self):
         parts, size = [], 0
         for chunk in self._chunks(self._process.stdout):
-            *lines, rest = chunk.split(b"\n")
-            for line in lines:
-                parts.append(line)
-                whole, parts, size = b"".join(parts), [], 0
-                if len(whole) > self._settings.max_line:
+            pieces = chunk.split(b"\n")
+            for number, piece in enumerate(pieces, 1):
+                parts.append(piece)
+                size += len(piece)
+                if size > self._settings.max_line:
                     self.kill("line_too_long")
                     return
-                if whole.strip():
-                    self._on_line(whole)
-            parts.append(rest)
-            size += len(rest)
-            if size > self._settings.max_line:
-                self.kill("line_too_long")
-                return
+                if number < len(pieces):
+                    line, parts, size = b"".join(parts), [], 0
+                    if line.strip():
+                        self._on_line(line)
 
     def _read_stderr(self):
         window, lines = time.monotonic(), 0
@@ -3494,28 +3439,38 @@ class Child:
                 if lines <= 50:
                     self._log.event("debug", "child stderr", user=self._label, line=line[:2000].decode("utf-8", "replace"))
 
-    def _finish(self):
-        """The output has ended: so does the process. Only then is it reaped and reported, once."""
+    def _run(self):
+        """From the first line to the end of the output, which is that of the process: it is reaped and reported, once."""
+        stderr = threading.Thread(target=self._read_stderr, daemon=True, name=f"stderr-{self.pid}")
+        try:
+            stderr.start()
+            self._read_stdout()
+        except Exception as error:
+            self._log.event("error", "reader failed", user=self._label, error=f"{type(error).__name__}: {error}")
         self.stop("exited")
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        self._signal(signal.SIGKILL)  # stragglers of its group
-        self._guardian.remove(self.pid)
-        os.eventfd_write(self._wake, 1)
-        if self._stderr_thread.ident:
-            self._stderr_thread.join()
-        with self._stop_lock:
+        self._signal(signal.SIGKILL)
+        if stderr.ident:
+            stderr.join()
+        status = self._release()
+        if self.reason == "exited":
+            self.reason = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        self._on_end(self)
+
+    def _release(self):
+        """Reap the process and give back what it had of ours; its exit status."""
+        self._guardian.forget(self.pid)
+        with self._lock:
             self.ended.set()
-        status = self._process.wait()
-        if self._reason == "exited":
-            self._reason = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
-        self.reason = self._reason
-        with self._write_lock:
-            self._close_stdin()
+        self._close_stdin()
+        if self._exit is not None:
+            os.close(self._exit)
+        if self._process is None:
+            return None
         for pipe in (self._process.stdout, self._process.stderr):
             pipe.close()
-        os.close(self._wake)
-        self._on_end(self)
+        return self._process.wait()
 
 
 # ======================================================================================================================
