@@ -36,8 +36,10 @@ class NotReady(Exception):
 
 
 def toml(values):
-    """Texts and lists of texts as TOML. JSON's strings are TOML's basic strings (but for DEL, which no value has)."""
-    return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
+    """Texts, lists of texts, and lists of tables of them as TOML. JSON's strings are TOML's basic strings (but for DEL, which no value has)."""
+    tables = {key: value for key, value in values.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
+    plain = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items() if key not in tables)
+    return plain + "".join(f"[[{key}]]\n{toml(table)}" for key, entries in tables.items() for table in entries)
 
 
 def broker_environment(ready_address):

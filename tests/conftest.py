@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 
+import mcp_client
+import schemas
+
 pytest_plugins = ("real_parts",)
 PR_SET_CHILD_SUBREAPER = 36
 END_LIMIT = 10
 
 
 def pytest_configure():
-    """What a killed broker leaves behind becomes a child of this process: seen by the test that left it."""
+    """What a killed broker leaves behind becomes a child of this process, seen by the test that left it; every message is judged by its schema."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    mcp_client.judge = schemas.judge
 
 
 def child_pids():

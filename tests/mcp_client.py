@@ -37,6 +37,7 @@ METHOD_NOT_FOUND = -32601
 INTERNAL_ERROR = -32603
 NAMED_BY = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
 END = object()
+judge = None  # called with (message, revision, method of the request it answers) for each message that a client receives
 
 
 class ClientError(Exception):
@@ -393,12 +394,12 @@ class SseStream:
     """A stream that a thread reads. `next(timeout)` gives its events in order; `close()` hangs up. If the answer was
     no event stream, `response` holds it and there are no events."""
 
-    def __init__(self, connection, wire, answer, on_close=None):
+    def __init__(self, connection, wire, answer, on_close=None, received=None):
         self.status, self.headers, self.response = answer.status, answer.headers, None
         self.ended = threading.Event()
         self._connection, self._wire, self._answer, self._on_close = connection, wire, answer, on_close
         self._reader, self._queue, self._keepalive = EventReader(), queue.SimpleQueue(), threading.Semaphore(0)
-        self._thread = None
+        self._thread, self._received = None, received or (lambda message: message)
         if answer.headers.get_content_type() != EVENT_STREAM:
             self.response = Response(answer.status, answer.headers, answer.read())
             self._finish()
@@ -448,6 +449,7 @@ class SseStream:
         if event is END:
             self._queue.put(END)
             raise StreamEnded("the stream has ended")
+        self._received(event.data)
         return event
 
     def wait_comment(self, timeout=TIMEOUT):
@@ -485,6 +487,7 @@ class McpClient:
         self._ids = itertools.count(1)
         self._wire = Wire(url, routes=routes, context=context)
         self._streams, self._lock = set(), threading.Lock()
+        self._asked = {}  # the method of each request sent, by its id
 
     def __enter__(self):
         return self
@@ -581,6 +584,15 @@ class McpClient:
 
     # -- HTTP --
 
+    def received(self, message):
+        """A message of the server, judged by the revision that is spoken."""
+        if judge is not None and isinstance(message, dict) and not isinstance(message.get("error"), str):  # that is OAuth's form
+            method = self._asked.get((type(message.get("id")), message.get("id"))) if "method" not in message else None
+            opened = message.get("result", {}).get("protocolVersion") if method == "initialize" else None
+            # `initialize` is of the earlier eras, always, whatever the client speaks otherwise.
+            judge(message, opened or (LEGACY if method == "initialize" else self.version or self.protocol), method)
+        return message
+
     def headers(self, message=None):
         """The headers of a request that carries `message` (a dict, or None)."""
         headers = {"Accept": f"application/json, {EVENT_STREAM}"}
@@ -621,6 +633,8 @@ class McpClient:
                 response, found = self._read_events(wire, answer, deadline, awaited)
             else:
                 response, found = Response(answer.status, answer.headers, answer.read()), None
+                for each in response.messages():
+                    self.received(each)
         except BaseException:
             connection.close()
             raise
@@ -631,6 +645,9 @@ class McpClient:
 
     def _begin(self, method, message, headers, timeout):
         body = message if isinstance(message, bytes | None) else json.dumps(message).encode()
+        for asked in message if isinstance(message, list) else [message]:
+            if isinstance(asked, dict) and "method" in asked and isinstance(asked.get("id"), str | int):
+                self._asked[type(asked["id"]), asked["id"]] = asked["method"]
         made = self.headers(message)
         if body is not None:
             made["Content-Type"] = "application/json"
@@ -662,6 +679,7 @@ class McpClient:
                 continue
             events.append(event)
             self.events.append(event)
+            self.received(event.data)
             if awaited is not None and answers(event.data, awaited, answer.status):
                 found = event.data
             else:
@@ -713,7 +731,7 @@ class McpClient:
 
     def _stream(self, method, message, headers, timeout):
         connection, wire, answer = self._begin(method, message, headers, timeout)
-        stream = SseStream(connection, wire, answer, self._forget)
+        stream = SseStream(connection, wire, answer, self._forget, self.received)
         with self._lock:
             if not stream.ended.is_set():
                 self._streams.add(stream)

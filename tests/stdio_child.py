@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A stdio MCP server that stands in for forgejo-mcp, and misbehaves when told to.
 
-`stdio_child.py [--transport stdio] [--url URL] [--no-forgejo] [--control PATH] [--mode NAME[=ARG]]...`; the environment is
-forgejo-mcp's. Everything else on the command line is ignored; `version` prints a version.
+`stdio_child.py [--transport stdio] [--url URL] [--no-forgejo] [--control PATH] [--era modern] [--mode NAME[=ARG]]...`; the environment is
+forgejo-mcp's. It is of the era of `initialize`, as forgejo-mcp is; with `--era modern` of 2026-07-28 and of no other. Everything else on the command line is ignored; `version` prints a version.
 
 Modes (scripting is on the command line because a child's environment is an allow-list):
     exit1[=FILE]      end with status 1 at once (with FILE: only while that file exists)
@@ -13,8 +13,10 @@ Modes (scripting is on the command line because a child's environment is an allo
     flood_stderr_at_start=BYTES, junk_at_start (lines that are no JSON on stdout)
     version=X         answer every initialize with X;   instructions=TEXT  put them into that answer
     version_file=FILE answer every initialize with what is in FILE, if it exists
+    deaf              never answer server/discover, as some older servers do with what they do not know
     asks_on_init      send a roots/list request as soon as the client is initialized
     page=N            tools/list in pages of N
+    ttl=MS            what a modern one says of how long its lists may be kept
     more_tools=FILE   read at start: a JSON list of further tools (names or whole definitions), if FILE exists
 
 With --control the child reports what it sees to a test and takes commands from it: see child_control.py.
@@ -31,7 +33,12 @@ import time
 NAME, VERSION = "Forgejo MCP Server", "0.0.0-test"
 PROTOCOLS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
 LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
-VALUED = ("url", "transport", "mode", "control")
+MODERN = ("2026-07-28",)
+META = "io.modelcontextprotocol/"
+KINDS = {"elicitation/create": "elicitation", "sampling/createMessage": "sampling", "roots/list": "roots"}  # and the capability each needs
+CACHEABLE = ("server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list", "resources/read")
+STATE_KEY = b"stands in for a key of the operator's"
+VALUED = ("url", "transport", "mode", "control", "era")
 CHUNK = 65536
 GONE = {"error": {"code": -32603, "message": "the client is gone"}}
 TOOLS = {}
@@ -44,9 +51,17 @@ PROMPTS = [{"name": "summary", "description": "Sum something up",
 class Refused(Exception):
     """A JSON-RPC error as the answer."""
 
-    def __init__(self, code, message):
+    def __init__(self, code, message, data=None):
         super().__init__(message)
-        self.code = code
+        self.code, self.data = code, data
+
+
+class InputRequired(Exception):
+    """A modern call that cannot go on without its client's answers."""
+
+    def __init__(self, requests, state):
+        super().__init__("input required")
+        self.requests, self.state = requests, state
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -56,6 +71,7 @@ class Options:
 
     def __init__(self, argv):
         self.url = self.control = ""
+        self.era = "legacy"
         self.modes = {}
         self.forgejo = True
         words = iter(argv)
@@ -215,8 +231,9 @@ def as_go_number(value):
     return value
 
 
-def text_result(text):
-    return {"content": [{"type": "text", "text": text}]}
+def result_of(answer):
+    """A tool's result: the answer as it is, or a text as the only content."""
+    return answer if isinstance(answer, dict) else {"content": [{"type": "text", "text": answer}]}
 
 
 class Question:
@@ -238,14 +255,23 @@ class Call:
         self.server = server
         self.id = request_id
         self.arguments = params.get("arguments") or {}
-        self.progress_token = (params.get("_meta") or {}).get("progressToken")
+        self.meta = params.get("_meta") or {}
+        self.progress_token = self.meta.get("progressToken")
 
     def get(self, name, default=None):
         value = self.arguments.get(name)
         return default if value is None else value
 
-    def answer_line(self, text):
-        return packed({"jsonrpc": "2.0", "id": self.id, "result": text_result(text)})
+    def answer_line(self, answer):
+        return packed({"jsonrpc": "2.0", "id": self.id, "result": result_of(answer)})
+
+    def ask(self, *questions):
+        """The client's answers to (method, params) each, asked at once."""
+        return self.server.ask(*questions)
+
+    def wants_log(self, level):
+        """Whether a log message of this level is to be sent."""
+        return LEVELS.index(level) >= LEVELS.index(self.server.level or LEVELS[0])
 
     def answer(self, text):
         self.server.write(self.answer_line(text) + b"\n")
@@ -256,8 +282,66 @@ class Call:
         self.server.key(self.get("key", "")).wait(None if ms is None else ms / 1000)
 
 
+class ModernCall(Call):
+    """One try at a tools/call of 2026-07-28: what was asked and answered in earlier tries comes back in its requestState."""
+
+    def __init__(self, server, request_id, params):
+        super().__init__(server, request_id, params)
+        self.capabilities = self.meta[META + "clientCapabilities"]
+        self.given = params.get("inputResponses") or {}
+        self.rounds = unsealed(params["requestState"]) if "requestState" in params else []
+        self.round = 0
+
+    def answer_line(self, answer):
+        return packed({"jsonrpc": "2.0", "id": self.id, "result": self.server.stamped(result_of(answer))})
+
+    def answer(self, text):
+        if self.id not in self.server.cancelled:  # "MUST NOT send any further messages for it"
+            super().answer(text)
+
+    def wants_log(self, level):
+        lowest = self.meta.get(META + "logLevel")
+        return lowest is not None and LEVELS.index(level) >= LEVELS.index(lowest)
+
+    def ask(self, *questions):
+        self.round += 1
+        if self.round <= len(self.rounds):
+            return self.rounds[self.round - 1]
+        for method, params in questions:
+            if KINDS[method] not in self.capabilities:
+                raise Refused(-32021, f"needs {KINDS[method]}", {"requiredCapabilities": {KINDS[method]: {}}})
+        keys = [f"round{self.round}-{number}" for number in range(len(questions))]
+        if not all(isinstance(self.given.get(key), dict) for key in keys):
+            requests = {key: {"method": method, "params": params} for key, (method, params) in zip(keys, questions)}
+            raise InputRequired(requests, sealed(self.rounds))
+        self.rounds.append([self.given[key] for key in keys])
+        return self.rounds[-1]
+
+
+def mark_of(data):
+    import hashlib
+    import hmac
+    return hmac.new(STATE_KEY, data, hashlib.sha256).hexdigest()
+
+
+def sealed(rounds):
+    """A requestState."""
+    data = packed(rounds)
+    return f"{mark_of(data)}.{data.decode()}"
+
+
+def unsealed(state):
+    """What is in a requestState; Refused if it is none of ours."""
+    mark, _, data = str(state).partition(".")
+    if mark != mark_of(data.encode()):
+        raise Refused(-32602, "the requestState is not ours")
+    return json.loads(data)
+
+
 class Server:
     """The state of one run and what is done with each message."""
+
+    make_call = Call
 
     def __init__(self, options, forgejo, token, control):
         self.options = options
@@ -304,8 +388,12 @@ class Server:
     def send(self, **message):
         self.write(packed({"jsonrpc": "2.0", **message}) + b"\n")
 
-    def refuse(self, request_id, code, text):
-        self.send(id=request_id, error={"code": code, "message": text})
+    def refuse(self, request_id, code, text, data=None):
+        self.send(id=request_id, error={"code": code, "message": text, **({} if data is None else {"data": data})})
+
+    def announce(self, method, params=None, kind=None):
+        """A notification of what belongs to no request; `kind` is the filter of 2026-07-28 it falls under."""
+        self.send(method=method, **({"params": params} if params else {}))
 
     # Being told
 
@@ -394,6 +482,8 @@ class Server:
                 threading.Thread(target=self.ask_on_init, daemon=True).start()
 
     def take_request(self, request_id, method, params):
+        if method == "server/discover" and "deaf" in self.options.modes:
+            return None
         if method == "tools/call":
             return self.take_call(request_id, params)
         try:
@@ -401,7 +491,7 @@ class Server:
                 raise Refused(-32601, f"Method {method} not found")
             self.send(id=request_id, result=self.methods[method](params))
         except Refused as error:
-            self.refuse(request_id, error.code, str(error))
+            self.refuse(request_id, error.code, str(error), error.data)
         except Exception as error:
             self.refuse(request_id, -32602, f"{type(error).__name__}: {error}")
 
@@ -409,7 +499,7 @@ class Server:
         name = params.get("name")
         if name not in self.tools:
             return self.refuse(request_id, -32602, f"tool '{name}' not found: tool not found")
-        call = Call(self, request_id, params)
+        call = self.make_call(self, request_id, params)
         thread = threading.Thread(target=self.run_call, args=(call, name), daemon=True)
         self.running.add(thread)
         thread.start()
@@ -423,8 +513,10 @@ class Server:
             text = self.tools[name][1](call)
             if text is not None:
                 call.answer(text)
+        except InputRequired as needed:
+            self.send(id=call.id, result=self.stamped({"inputRequests": needed.requests, "requestState": needed.state}, "input_required"))
         except Refused as error:
-            self.refuse(call.id, error.code, str(error))
+            self.refuse(call.id, error.code, str(error), error.data)
         except Exception as error:
             self.refuse(call.id, -32603, f"{type(error).__name__}: {error}")
         finally:
@@ -432,10 +524,10 @@ class Server:
 
     # Asking the client
 
-    def ask(self, method, params, count=1):
-        """Send `count` requests to the client at once; its answers, each the result or {"error": ...}."""
+    def ask(self, *questions):
+        """Send requests, each (method, params), to the client at once; its answers, each the result or {"error": ...}."""
         asked = []
-        for _ in range(count):
+        for method, params in questions:
             number, question = next(self.question_ids), Question()
             self.questions[number] = question
             asked.append(question)
@@ -448,7 +540,7 @@ class Server:
                 for question in asked]
 
     def ask_on_init(self):
-        self.answer_on_init = self.ask("roots/list", {})[0]
+        self.answer_on_init = self.ask(("roots/list", {}))[0]
 
     # Methods
 
@@ -515,6 +607,80 @@ class Server:
         return {"messages": [{"role": "user", "content": {"type": "text", "text": text}}]}
 
 
+class ModernServer(Server):
+    """The same for 2026-07-28 alone: no handshake, metadata with every request, nothing asked but in a result."""
+
+    make_call = ModernCall
+
+    def __init__(self, options, forgejo, token, control):
+        super().__init__(options, forgejo, token, control)
+        self.listeners = {}
+        for gone in ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe"):
+            del self.methods[gone]
+        self.methods["server/discover"] = self.discover
+
+    def stamped(self, result, kind="complete", method=None):
+        kept = {"ttlMs": int(self.options.modes.get("ttl") or 0), "cacheScope": "private"} if method in CACHEABLE else {}
+        return {"resultType": kind, **kept, **result, "_meta": {**result.get("_meta", {}), META + "serverInfo": {"name": NAME, "version": VERSION}}}
+
+    def take_request(self, request_id, method, params):
+        try:
+            self.check_metadata(method, params.get("_meta"))
+            if method == "subscriptions/listen":
+                return self.listen(request_id, params["notifications"])
+            if method == "tools/call":
+                return self.take_call(request_id, params)
+            if method not in self.methods:
+                raise Refused(-32601, f"Method {method} not found")
+            self.send(id=request_id, result=self.stamped(self.methods[method](params), method=method))
+        except Refused as error:
+            self.refuse(request_id, error.code, str(error), error.data)
+        except Exception as error:
+            self.refuse(request_id, -32602, f"{type(error).__name__}: {error}")
+
+    def check_metadata(self, method, meta):
+        """Refused unless the request says what every request must (2026-07-28, per-request protocol fields)."""
+        version = meta.get(META + "protocolVersion") if isinstance(meta, dict) else None
+        if version is None or not isinstance(meta.get(META + "clientCapabilities"), dict):
+            raise Refused(-32602, f"{method} without its metadata; this server speaks {', '.join(MODERN)}")
+        if version not in MODERN:
+            raise Refused(-32022, "unsupported version", {"supported": list(MODERN), "requested": version})
+        if meta.get(META + "logLevel") not in (None, *LEVELS):
+            raise Refused(-32602, f"invalid level {meta[META + 'logLevel']!r}")
+        self.parameters = meta
+
+    def discover(self, _params):
+        modes = self.options.modes
+        capabilities = {"logging": {}, "resources": {"subscribe": True}, "tools": {"listChanged": True}, "prompts": {}, "completions": {}}
+        found = {"supportedVersions": list(MODERN), "capabilities": capabilities}
+        return {**found, "instructions": modes["instructions"]} if "instructions" in modes else found
+
+    def read_resource(self, params):
+        try:
+            return super().read_resource(params)
+        except Refused as error:
+            raise Refused(-32602, str(error)) from None
+
+    def listen(self, request_id, wanted):
+        """Acknowledge first; the answer comes when it is over, which for a client that cancels is never."""
+        honoured = {kind: value for kind, value in wanted.items() if kind in ("toolsListChanged", "resourceSubscriptions") and value}
+        self.seen["subscribe"] += 1
+        self.send(method="notifications/subscriptions/acknowledged",
+                  params={"_meta": {META + "subscriptionId": request_id}, "notifications": honoured})
+        self.listeners[request_id] = honoured
+
+    def take_notification(self, method, params):
+        super().take_notification(method, params)
+        if method == "notifications/cancelled" and self.listeners.pop(params.get("requestId"), None) is not None:
+            self.seen["unsubscribe"] += 1
+
+    def announce(self, method, params=None, kind=None):
+        for listener, honoured in list(self.listeners.items()):
+            wanted = honoured.get(kind)
+            if wanted is True or (wanted and params["uri"] in wanted):
+                self.send(method=method, params={**(params or {}), "_meta": {META + "subscriptionId": listener}})
+
+
 # ---- Tools ----------------------------------------------------------------------------------------------------------
 
 def definition_of(name, description="", read_only=False, properties=None):
@@ -529,7 +695,7 @@ def definition_of(name, description="", read_only=False, properties=None):
 
 
 def tool(read_only=False, **properties):
-    """Decorator: register a function of a Call. It returns the text of the answer, or None for no (further) answer.
+    """Decorator: register a function of a Call. It returns the answer (a text or a whole result), or None for no (further) answer.
 
     `properties`: {argument: JSON type}, a required one's with "!".
     """
@@ -606,32 +772,52 @@ def get_progress(call):
 @tool(text="string", level="string", n="integer")
 def get_log(call):
     """Sends n log messages unless they are below the level set, then answers"""
-    level, lowest = call.get("level", "info"), call.server.level or LEVELS[0]
+    level = call.get("level", "info")
     for _ in range(call.get("n", 1)):
-        if LEVELS.index(level) >= LEVELS.index(lowest):
+        if call.wants_log(level):
             call.server.send(method="notifications/message", params={
                 "level": level, "logger": "stdio_child", "data": call.get("text", "a log message")})
     return "logged"
 
 
 def asked(call, method, params):
-    answers = call.server.ask(method, params, call.get("count", 1))
+    answers = call.ask(*[(method, params)] * call.get("count", 1))
     return json.dumps(answers if "count" in call.arguments else answers[0])
+
+
+def elicitation(message):
+    return {"message": message,
+            "requestedSchema": {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}}
+
+
+def sampling(message):
+    return {"messages": [{"role": "user", "content": {"type": "text", "text": message}}], "maxTokens": 50}
 
 
 @tool(message="string", count="integer")
 def ask_elicit(call):
     """Asks the client to elicit something; the answer as JSON, with `count` a list of so many"""
-    return asked(call, "elicitation/create", {
-        "message": call.get("message", "Which colour?"),
-        "requestedSchema": {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}})
+    return asked(call, "elicitation/create", elicitation(call.get("message", "Which colour?")))
 
 
 @tool(message="string", count="integer")
 def ask_sampling(call):
     """Asks the client's model"""
-    content = {"type": "text", "text": call.get("message", "Say something")}
-    return asked(call, "sampling/createMessage", {"messages": [{"role": "user", "content": content}], "maxTokens": 50})
+    return asked(call, "sampling/createMessage", sampling(call.get("message", "Say something")))
+
+
+@tool()
+def ask_all(call):
+    """Asks for all three kinds of input at once; the answers as a JSON list"""
+    return json.dumps(call.ask(("elicitation/create", elicitation("Which colour?")),
+                               ("sampling/createMessage", sampling("Say something")), ("roots/list", {})))
+
+
+@tool()
+def ask_twice(call):
+    """Asks, and when that is answered asks again; the answers as a JSON list"""
+    first = call.ask(("elicitation/create", elicitation("Which colour?")))
+    return json.dumps([*first, *call.ask(("elicitation/create", elicitation(f"After {json.dumps(first)}?")))])
 
 
 @tool(count="integer")
@@ -712,8 +898,41 @@ def add_tool(server, entry):
 def change_tools(call):
     """Adds a tool and says so"""
     add_tool(call.server, call.get("name", "get_added"))
-    call.server.send(method="notifications/tools/list_changed")
+    call.server.announce("notifications/tools/list_changed", kind="toolsListChanged")
     return "changed"
+
+
+@tool(uri="string!")
+def get_touched(call):
+    """Tells whoever has subscribed to it that a resource has changed"""
+    uri = call.arguments["uri"]
+    if isinstance(call, ModernCall) or uri in call.server.subscriptions:
+        call.server.announce("notifications/resources/updated", {"uri": uri}, "resourceSubscriptions")
+    return "touched"
+
+
+@tool()
+def get_meta(call):
+    """The metadata that this call came with, as JSON"""
+    return json.dumps(call.meta)
+
+
+@tool(value="object!")
+def get_back(call):
+    """All of its arguments as they came, in JSON"""
+    return json.dumps(call.arguments, ensure_ascii=False)
+
+
+@tool(result="object!")
+def get_result(call):
+    """The result it was given"""
+    return call.arguments["result"]
+
+
+@tool(code="integer!", message="string!", data="object")
+def get_failure(call):
+    """The error it was given"""
+    raise Refused(call.arguments["code"], call.arguments["message"], call.arguments.get("data"))
 
 
 @tool()
@@ -731,7 +950,7 @@ def double_answer(call):
 @tool(answer="boolean")
 def wrong_id(call):
     """Answers a request nobody made; with `answer` its own afterwards"""
-    call.server.send(id="never-asked", result=text_result("wrong id"))
+    call.server.send(id="never-asked", result=result_of("wrong id"))
     return "right id" if call.get("answer") else None
 
 
@@ -865,7 +1084,7 @@ def main():
     options = Options(sys.argv[1:])
     control = Control(options.control)
     token = os.environ.get("FORGEJO_ACCESS_TOKEN", "")
-    server = Server(options, None, token, control)
+    server = (ModernServer if options.era == "modern" else Server)(options, None, token, control)
     take_signals(server, "ignore_term" in options.modes)
     control.tell("start")
     control.listen(server.obey)

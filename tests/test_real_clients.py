@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from browser import Browser, approve_login
+from child_control import ChildControl
 
 CLIENTS = Path(__file__).resolve().parent / "clients"
 
@@ -32,6 +33,8 @@ class LineClient:
     def __init__(self, *words):
         self.process = subprocess.Popen([*words, "--interactive-lines"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.started = self._answer()
+        if "authorize" in self.started:  # the person is here, and not in the client's program
+            self.started = self.ask(approve_login(Browser(), self.started["authorize"], "alice", "secret"))
 
     def _answer(self):
         return json.loads(self.process.stdout.readline() or '{"error": "it ended"}')
@@ -53,7 +56,7 @@ class LineClient:
 @pytest.mark.parametrize("line", [pytest.param(n, marks=pytest.mark.real(f"mcp{n}")) for n in (1, 2)])
 def test_an_sdk_client_logs_in_lists_calls_refreshes_and_answers_questions(real_part, rig, line):
     result = run_client(real_part(f"mcp{line}"), line, rig, "--calls", "get_my_user_info", "--expire-and-call", "--elicit", "--progress")
-    assert result["protocol_version"] == "2025-11-25"
+    assert result["protocol_version"] == {1: "2025-11-25", 2: "2026-07-28"}[line]  # 2.x asks for the newer era first
     assert "alice" in result["calls"][0]["text"]
     assert json.loads(result["elicit"]["text"])["action"] == "accept"
     assert result["progress"]["progress_count"] > 0
@@ -65,6 +68,7 @@ def test_an_sdk_client_logs_in_lists_calls_refreshes_and_answers_questions(real_
 def test_an_sdk_client_works_with_the_real_forgejo_mcp(real_part, make_rig, line):
     rig = make_rig(forgejo_mcp_binary=real_part("forgejo-mcp"))
     result = run_client(real_part(f"mcp{line}"), line, rig, "--calls", "get_my_user_info")
+    assert result["protocol_version"] == {1: "2025-11-25", 2: "2026-07-28"}[line]
     assert result["tools"] > 100
     assert "alice" in result["calls"][0]["text"]
 
@@ -85,6 +89,44 @@ def test_two_people_and_a_second_login_through_sdks_at_once(real_part, rig):
         rig.clock.advance(3000)  # Forgejo's token runs out: the next calls refresh it, once for both of alice's clients
         rig.tick()
         assert all("alice" in client.ask("call get_my_user_info")["call"]["text"] for client in (first, second))
+
+
+# -- every SDK before children of both eras
+
+
+SDKS = {"python 1": ("mcp1", 1, ""), "python 2": ("mcp2", 2, "auto"), "python 2 as legacy": ("mcp2", 2, "legacy"),
+        "typescript 1": ("npm", "1", ""), "typescript 2": ("npm", "2", "auto"), "typescript 2 as legacy": ("npm", "2", "legacy")}
+
+
+def sdk_command(real_part, rig, folder, name):
+    """The command of an SDK's client that takes lines, and the version that it is to come to."""
+    part, line, mode = SDKS[name]
+    version = "2026-07-28" if mode == "auto" else "2025-11-25"
+    if part != "npm":
+        return command(real_part(part), line, rig, "alice", *(["--mode", mode] if mode else [])), version
+    for script in ("ts_client.mjs", "ts_lines.mjs"):
+        shutil.copy(CLIENTS / script, folder)
+    (folder / "node_modules").symlink_to(Path(real_part(part)).parents[2])  # where an import looks is decided by where the script lies
+    return [real_part(part), folder / "ts_client.mjs", line, rig.url + "/mcp", mode], version
+
+
+@pytest.mark.parametrize("child", ["legacy", "modern"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.real(part)) for name, (part, *_) in SDKS.items()])
+def test_an_sdk_has_progress_questions_subscriptions_and_cancelling_before_either_child(real_part, make_rig, tmp_path, name, child):
+    with ChildControl() as control:
+        rig = make_rig(child=("--era", child, "--control", control.path))
+        words, version = sdk_command(real_part, rig, tmp_path, name)
+        with LineClient(*words) as client:
+            assert client.started.get("protocol_version", client.started.get("version")) == version, client.started
+            assert client.ask('call get_progress {"n": 3}')["call"]["progress_count"] == 3
+            assert json.loads(client.ask("call ask_elicit")["call"]["text"]) == {"action": "accept", "content": {"answer": "scripted"}}
+            assert len(json.loads(client.ask("call ask_twice")["call"]["text"])) == 2
+            assert client.ask("touch test://note")["touched"] == "test://note"
+            assert client.ask('start get_slow {"key": "k"}')["started"] == "get_slow"
+            called = control.wait_event(event="call", tool="get_slow")
+            assert client.ask("cancel")["cancelled"] is True
+            assert control.wait_event(event="cancelled", requestId=called["id"])
+            assert "alice" in client.ask("call get_my_user_info")["call"]["text"]
 
 
 # -- others
@@ -108,7 +150,8 @@ def browser_environment(folder, background=False):
 @pytest.mark.parametrize("line", [1, 2])
 def test_a_typescript_sdk_client_logs_in_lists_calls_refreshes_and_answers_questions(modules, rig, tmp_path, line):
     node, folder = modules
-    (tmp_path / "node_modules").symlink_to(folder)  # where an import looks is decided by where the script lies
+    (tmp_path / "node_modules").symlink_to(folder)
+    shutil.copy(CLIENTS / "ts_lines.mjs", tmp_path)
     script = shutil.copy(CLIENTS / "ts_client.mjs", tmp_path)
     with subprocess.Popen([node, script, str(line), rig.url + "/mcp"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         asked = json.loads(process.stdout.readline())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import schemas
 from child_control import ChildControl
 from fake_forgejo import FakeForgejo, status
 
@@ -788,3 +789,92 @@ def test_a_large_event_and_a_large_command_arrive_whole(start, control):
     assert control.wait_event(event="call", id=call)["args"]["text"] == "y" * 3_000_000
     control.emit({"jsonrpc": "2.0", "method": "notifications/big", "params": {"text": "z" * 3_000_000}})
     assert len(child.asked_by_child("notifications/big")["params"]["text"]) == 3_000_000
+
+
+# ---- The era of 2026-07-28
+
+META = "io.modelcontextprotocol/"
+
+
+def meta(capabilities=(), **more):
+    return {META + "protocolVersion": "2026-07-28", META + "clientCapabilities": {name: {} for name in capabilities}, **more}
+
+
+def modern_answer(child, method, params=None, *, capabilities=(), **more):
+    """The answer to a request with its metadata, which the revision's schema allows."""
+    answer = child.answer(child.request(method, {**(params or {}), "_meta": meta(capabilities, **more)}))
+    schemas.judge(answer, schemas.MODERN, method)
+    return answer
+
+
+def modern_call(child, name, capabilities=(), **params):
+    return modern_answer(child, "tools/call", {"name": name, "arguments": {}, **params}, capabilities=capabilities)
+
+
+@pytest.mark.parametrize("method, params, code", [
+    ("initialize", {"protocolVersion": "2025-11-25"}, -32602), ("tools/list", {}, -32602),
+    ("tools/list", {"_meta": {META + "protocolVersion": "2026-07-28"}}, -32602),
+    ("tools/list", {"_meta": {**meta(), META + "protocolVersion": "2099-01-01"}}, -32022),
+    ("tools/list", {"_meta": {**meta(), META + "logLevel": "loud"}}, -32602),
+    ("ping", {"_meta": meta()}, -32601), ("logging/setLevel", {"_meta": meta(), "level": "info"}, -32601)])
+def test_a_modern_child_knows_no_handshake_and_no_request_without_metadata(start, method, params, code):
+    child = start("--era", "modern")
+    answer = child.answer(child.request(method, params))
+    schemas.judge(answer, schemas.MODERN)
+    assert answer["error"]["code"] == code
+
+
+def test_a_modern_child_says_what_it_is_and_how_long_its_lists_may_be_kept(start):
+    child = start("--era", "modern", "--mode", "ttl=5000", "--mode", "instructions=read me")
+    found = modern_answer(child, "server/discover")["result"]
+    assert (found["supportedVersions"], found["instructions"], found["ttlMs"]) == (["2026-07-28"], "read me", 5000)
+    for method in ("tools/list", "prompts/list", "resources/list", "resources/templates/list"):
+        assert modern_answer(child, method)["result"]["ttlMs"] == 5000
+    assert modern_answer(child, "resources/read", {"uri": "test://none"})["error"]["code"] == -32602
+
+
+def test_a_modern_child_asks_in_its_result_and_goes_on_in_the_retry(start):
+    child, can = start("--era", "modern"), ("elicitation", "sampling", "roots")
+    asked = modern_call(child, "ask_all", can)["result"]
+    answers = {"round1-0": {"action": "decline"}, "round1-1": {"role": "assistant", "content": {"type": "text", "text": "x"}, "model": "m"},
+               "round1-2": {"roots": []}}
+    assert [request["method"] for request in asked["inputRequests"].values()] == ["elicitation/create", "sampling/createMessage", "roots/list"]
+    partly = modern_call(child, "ask_all", can, inputResponses={"round1-0": {"action": "decline"}}, requestState=asked["requestState"])
+    assert partly["result"]["resultType"] == "input_required"
+    ended = modern_call(child, "ask_all", can, inputResponses=answers, requestState=asked["requestState"])["result"]
+    assert json.loads(ended["content"][0]["text"]) == list(answers.values())
+
+
+def test_a_modern_child_asks_in_several_rounds_and_refuses_a_state_that_is_not_its_own(start):
+    child, no = start("--era", "modern"), {"action": "decline"}
+    first = modern_call(child, "ask_twice", ["elicitation"])["result"]
+    second = modern_call(child, "ask_twice", ["elicitation"], inputResponses={"round1-0": no}, requestState=first["requestState"])["result"]
+    ended = modern_call(child, "ask_twice", ["elicitation"], inputResponses={"round2-0": no}, requestState=second["requestState"])["result"]
+    assert first["requestState"] != second["requestState"] and json.loads(ended["content"][0]["text"]) == [no, no]
+    assert modern_call(child, "ask_twice", requestState="x" + second["requestState"])["error"]["code"] == -32602
+    assert modern_call(child, "ask_roots")["error"]["data"] == {"requiredCapabilities": {"roots": {}}}
+
+
+def test_a_modern_child_logs_only_for_a_request_that_says_from_which_level(start):
+    child = start("--era", "modern")
+    modern_call(child, "get_log")
+    modern_answer(child, "tools/call", {"name": "get_log", "arguments": {"text": "heard"}}, **{META + "logLevel": "info"})
+    modern_answer(child, "tools/call", {"name": "get_log", "arguments": {}}, **{META + "logLevel": "error"})
+    assert [message["params"]["data"] for message in child.messages() if message.get("method") == "notifications/message"] == ["heard"]
+
+
+def test_a_modern_child_tells_listeners_what_they_asked_for_until_they_cancel(start):
+    child = start("--era", "modern")
+    all_kinds = {"toolsListChanged": True, "promptsListChanged": True, "resourceSubscriptions": ["test://a"]}
+    first = child.request("subscriptions/listen", {"_meta": meta(), "notifications": all_kinds})
+    second = child.request("subscriptions/listen", {"_meta": meta(), "notifications": {"toolsListChanged": True}})
+    child.send(method="notifications/cancelled", params={"requestId": second})
+    modern_call(child, "get_touched", arguments={"uri": "test://a"})
+    modern_call(child, "get_touched", arguments={"uri": "test://b"})
+    modern_call(child, "change_tools")
+    told = [message for message in child.messages() if "method" in message]
+    for message in told:
+        schemas.judge(message, schemas.MODERN)
+    assert [(message["method"][14:], message["params"]["_meta"][META + "subscriptionId"]) for message in told] == [
+        ("subscriptions/acknowledged", first), ("subscriptions/acknowledged", second), ("resources/updated", first), ("tools/list_changed", first)]
+    assert told[0]["params"]["notifications"] == {"toolsListChanged": True, "resourceSubscriptions": ["test://a"]}

@@ -185,7 +185,8 @@ class Conversation:
     """Runs what the arguments ask for over one connected client.
 
     `client` is the program's adapter: list_tools() -> tool names, call(name, arguments, on_progress) -> dict with text,
-    is_error and structured, and the attributes protocol_version and server.
+    is_error and structured, updated(uri, cause) (await `cause()` while subscribed to the resource; the uri told of), start(name,
+    arguments), cancel() (of what start began), and the attributes protocol_version and server.
     """
 
     def __init__(self, arguments, client, provider, storage, login, questions):
@@ -249,6 +250,15 @@ class Conversation:
         if verb == "call":
             name, _, arguments = rest.partition(" ")
             return {"call": await self.call(name, json.loads(arguments or "{}"))}
+        if verb == "touch":
+            return {"touched": await self.client.updated(rest, lambda: self.call("get_touched", {"uri": rest}))}
+        if verb == "start":
+            name, _, arguments = rest.partition(" ")
+            await self.client.start(name, json.loads(arguments or "{}"))
+            return {"started": name}
+        if verb == "cancel":
+            await self.client.cancel()
+            return {"cancelled": True}
         if verb == "tools":
             return {"tool_names": await self.client.list_tools()}
         if verb == "refresh":

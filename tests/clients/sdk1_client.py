@@ -3,6 +3,8 @@
     sdk1_client.py URL LOGIN PASSWORD [options]
 """
 
+import asyncio
+import contextlib
 import sys
 
 from mcp import ClientSession, types
@@ -17,8 +19,8 @@ import common
 class Adapter:
     """A connected ClientSession, as common.Conversation needs it."""
 
-    def __init__(self, session, initialized):
-        self._session = session
+    def __init__(self, session, initialized, updates):
+        self._session, self._updates, self._started = session, updates, None
         self.protocol_version = initialized.protocolVersion
         self.server = initialized.serverInfo.name
 
@@ -37,6 +39,26 @@ class Adapter:
         return {"text": text, "is_error": result.isError, "structured": result.structuredContent}
 
 
+    async def updated(self, uri, cause):
+        await self._session.subscribe_resource(uri)
+        await cause()
+        told = await self._updates.get()
+        await self._session.unsubscribe_resource(uri)
+        return told
+
+    async def start(self, name, arguments):
+        # This SDK has no call for cancelling: who uses it tells the id that the next request will get.
+        self._started = self._session._request_id, asyncio.create_task(self._session.call_tool(name, arguments))
+
+    async def cancel(self):
+        request_id, task = self._started
+        params = types.CancelledNotificationParams(requestId=request_id)
+        await self._session.send_notification(types.ClientNotification(types.CancelledNotification(params=params)))
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
 def make_provider(arguments, login, storage):
     """The SDK's own OAuth provider, with the scripted browser and the loopback listener."""
 
@@ -52,7 +74,11 @@ def make_provider(arguments, login, storage):
 
 async def connect(arguments, login, storage, converse):
     """Connect as the SDK does by default and hand the session on."""
-    questions = []
+    questions, updates = [], asyncio.Queue()
+
+    async def on_message(message):
+        if isinstance(message, types.ServerNotification) and isinstance(message.root, types.ResourceUpdatedNotification):
+            await updates.put(str(message.root.params.uri))
 
     async def on_elicit(context, params):
         questions.append(params.message)
@@ -63,10 +89,10 @@ async def connect(arguments, login, storage, converse):
     async with (
         create_mcp_http_client(auth=provider) as http_client,
         streamable_http_client(arguments.url, http_client=http_client) as (read, write, _),
-        ClientSession(read, write, elicitation_callback=on_elicit) as session,
+        ClientSession(read, write, elicitation_callback=on_elicit, message_handler=on_message) as session,
     ):
         initialized = await session.initialize()
-        await converse(Adapter(session, initialized), provider, questions)
+        await converse(Adapter(session, initialized, updates), provider, questions)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
     sdk2_client.py URL LOGIN PASSWORD [options]
 """
 
+import asyncio
+import contextlib
 import sys
 
 from mcp import Client, types
@@ -17,8 +19,8 @@ import common
 class Adapter:
     """A connected Client, as common.Conversation needs it."""
 
-    def __init__(self, client):
-        self._client = client
+    def __init__(self, client, updates):
+        self._client, self._updates, self._started = client, updates, None
         self.protocol_version = client.protocol_version
         self.server = client.server_info and client.server_info.name
 
@@ -38,6 +40,26 @@ class Adapter:
         return {"text": text, "is_error": result.is_error, "structured": result.structured_content}
 
 
+    async def updated(self, uri, cause):
+        if self.protocol_version < "2026":
+            await self._client.subscribe_resource(uri)
+            await cause()
+            told = await self._updates.get()
+            await self._client.unsubscribe_resource(uri)
+            return told
+        async with self._client.listen(resource_subscriptions=[uri]) as subscription:
+            await cause()
+            return str((await anext(subscription)).uri)
+
+    async def start(self, name, arguments):
+        self._started = asyncio.create_task(self._client.call_tool(name, arguments))
+
+    async def cancel(self):
+        self._started.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._started
+
+
 def make_provider(arguments, login, storage):
     """The SDK's own OAuth provider, with the scripted browser and the loopback listener."""
 
@@ -53,7 +75,11 @@ def make_provider(arguments, login, storage):
 
 async def connect(arguments, login, storage, converse):
     """Connect in the given mode ("auto", the SDK's default, unless said otherwise) and hand the client on."""
-    questions = []
+    questions, updates = [], asyncio.Queue()
+
+    async def on_message(message):
+        if isinstance(message, types.ResourceUpdatedNotification):
+            await updates.put(str(message.params.uri))
 
     async def on_elicit(context, params):
         questions.append(params.message)
@@ -63,8 +89,8 @@ async def connect(arguments, login, storage, converse):
     provider = make_provider(arguments, login, storage)
     async with create_mcp_http_client(auth=provider) as http_client:
         transport = streamable_http_client(arguments.url, http_client=http_client)
-        async with Client(transport, mode=arguments.mode, elicitation_callback=on_elicit) as client:
-            await converse(Adapter(client), provider, questions)
+        async with Client(transport, mode=arguments.mode, elicitation_callback=on_elicit, message_handler=on_message) as client:
+            await converse(Adapter(client, updates), provider, questions)
 
 
 if __name__ == "__main__":

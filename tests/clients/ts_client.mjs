@@ -1,9 +1,10 @@
-// The MCP TypeScript SDK as a client of the broker: `ts_client.mjs 1|2 URL`, 1 for @modelcontextprotocol/sdk and 2 for
+// The MCP TypeScript SDK as a client of the broker: `ts_client.mjs 1|2 URL [MODE [--interactive-lines]]`, 1 for @modelcontextprotocol/sdk and 2 for
 // @modelcontextprotocol/client. The person is at the other end of stdin and stdout: {"authorize": URL} asks for a login,
-// the line that comes back is the callback's URL. The last line printed is the result.
+// the line that comes back is the callback's URL. The last line printed is the result; by the line, one for each command.
 import { createInterface } from 'node:readline/promises'
+import { answerLines, hearUpdates } from './ts_lines.mjs'
 
-const [line, url, mode] = process.argv.slice(2)
+const [line, url, mode, lines] = process.argv.slice(2)
 const sdk = line === '1'
     ? { ...(await import('@modelcontextprotocol/sdk/client/index.js')),
         ...(await import('@modelcontextprotocol/sdk/client/streamableHttp.js')),
@@ -38,8 +39,9 @@ const questions = []
 function newClient() {
     const options = { capabilities: { elicitation: {} }, ...(mode ? { versionNegotiation: { mode } } : {}) }
     const client = new sdk.Client({ name: 'ts' + line, version: '1' }, options)
-    const answer = async request => { questions.push(request.params.message); return { action: 'accept', content: {} } }
+    const answer = async request => { questions.push(request.params.message); return { action: 'accept', content: { answer: 'scripted' } } }
     client.setRequestHandler(line === '1' ? sdk.ElicitRequestSchema : 'elicitation/create', answer)
+    hearUpdates(sdk, client, line)
     return client
 }
 
@@ -61,6 +63,19 @@ const textOf = result => result.content.map(part => part.text ?? '').join('')
 const [client, transport] = await connect()
 const call = (name, options) =>
     line === '1' ? client.callTool({ name, arguments: {} }, undefined, options) : client.callTool({ name, arguments: {} }, options)
+if (lines) {
+    let progress = 0
+    const version = transport.protocolVersion ?? client.getNegotiatedProtocolVersion?.()
+    say({ server: client.getServerVersion()?.name, version })
+    await answerLines(client, version >= '2026', input, async (name, args, options) => {
+        progress = 0
+        const request = [{ name, arguments: args }, ...(line === '1' ? [undefined] : [])]
+        const answered = await client.callTool(...request, { ...options, onprogress: () => { progress += 1 } })
+        return { text: textOf(answered), is_error: answered.isError ?? false, progress_count: progress }
+    }, say)
+    await client.close()
+    process.exit(0)
+}
 const result = { server: client.getServerVersion()?.name, tools: (await client.listTools()).tools.length }
 result.first = textOf(await call('get_my_user_info'))
 if (result.tools < 100) {
