@@ -4203,17 +4203,14 @@ def bad_request(sentence):
     return Refusal(400, "bad_request", sentence)
 
 
-class Watcher:
+class Watcher(threading.Thread):
     """One thread that waits on sockets for everybody: for connections to accept, and for hang-ups while answers are still to come."""
 
-    def __init__(self):
-        self._epoll, self._wake, self._ended = select.epoll(), os.eventfd(0), False
+    def __init__(self, log):
+        super().__init__(daemon=True, name="watcher")
+        self._log, self._epoll, self._wake, self._ended = log, select.epoll(), os.eventfd(0), False
         self._calls, self._lock = {}, threading.Lock()  # the lock guards the dict and what is registered; a leaf
-
-    def start(self):
-        """Begin to watch."""
         self._epoll.register(self._wake, select.EPOLLIN)
-        threading.Thread(target=self._run, daemon=True, name="watcher").start()
 
     def close(self):
         """Watch no more."""
@@ -4236,7 +4233,8 @@ class Watcher:
             if self._calls.pop(sock.fileno(), None):
                 self._epoll.unregister(sock.fileno())
 
-    def _run(self):
+    def run(self):
+        """Call what is to be called, until closed."""
         happened = select.poll()
         happened.register(self._epoll, select.POLLIN)
         while not self._ended:
@@ -4244,7 +4242,10 @@ class Watcher:
             with self._lock:  # what happened is asked only now: a socket may have been closed, and its number be another's
                 calls = [self._calls.get(descriptor) for descriptor, _ in self._epoll.poll(0)]
             for call in filter(None, calls):
-                call()
+                try:
+                    call()
+                except Exception as error:  # without this thread nobody would be served any more
+                    self._log.event("error", "internal error", error=type(error).__name__)
         self._epoll.close()
         os.close(self._wake)
 
@@ -4253,9 +4254,9 @@ class Server:
     """Accepts connections within the limits and gives each a thread. `handle` makes a Response of a Request."""
 
     def __init__(self, settings, handle, log, address, listener=None):
-        self.settings, self.handle, self.log, self.watcher = settings, handle, log, Watcher()
+        self.settings, self.handle, self.log, self.watcher = settings, handle, log, Watcher(log)
         self._changed = threading.Condition()  # guards connections and draining; a leaf
-        self._connections, self.draining = set(), False
+        self.connections, self.draining = set(), False
         is_v6 = ":" in address[0]
         try:
             self.socket = listener or socket.create_server(
@@ -4270,11 +4271,6 @@ class Server:
         self.watcher.call(self.socket, select.EPOLLIN, self._accept)
         self.watcher.start()
 
-    @property
-    def open_connections(self):
-        """How many connections there are."""
-        return len(self._connections)
-
     def _accept(self):
         with self._changed:
             if self.draining:
@@ -4287,20 +4283,17 @@ class Server:
                 self._changed.wait(0.05)  # no file descriptors: until a connection ends, or a moment, instead of spinning (H16)
                 return
             connection = Connection(self, sock, address[0].removeprefix("::ffff:"))
-            if self._is_full(connection.peer):
-                sock.close()
-                return
-            self._connections.add(connection)
+            if self._is_full_for(connection.peer):
+                return sock.close()
+            self.connections.add(connection)
         try:
             threading.Thread(target=self._serve, args=(connection,), daemon=True, name="connection").start()
         except RuntimeError:  # no thread to be had (H17)
             self._ended(connection)
 
-    def _is_full(self, peer):
-        if len(self._connections) >= self.settings.max_connections:
-            return True
-        limited = not self.trusts(peer) and not is_loopback_name(peer)
-        return limited and sum(each.peer == peer for each in self._connections) >= self.settings.max_connections_per_address
+    def _is_full_for(self, peer):
+        held = 0 if self.trusts(peer) else sum(each.peer == peer for each in self.connections)
+        return len(self.connections) >= self.settings.max_connections or held >= self.settings.max_connections_per_address
 
     def _serve(self, connection):
         try:
@@ -4313,7 +4306,7 @@ class Server:
     def _ended(self, connection):
         connection.sock.close()
         with self._changed:
-            self._connections.discard(connection)
+            self.connections.discard(connection)
             self._changed.notify_all()
 
     def trusts(self, address):
@@ -4325,15 +4318,15 @@ class Server:
         self.watcher.forget(self.socket)
         with self._changed:
             self.draining = True
-            connections = list(self._connections)
+            connections = list(self.connections)
         for connection in connections:
             connection.hurry()
 
     def wait_for_connections(self, seconds):
         """Until all connections have ended, or that long; those that are left."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._connections, seconds)
-            return list(self._connections)
+            self._changed.wait_for(lambda: not self.connections, seconds)
+            return list(self.connections)
 
     def close(self, seconds):
         """Give connections that long, then cut them."""
@@ -4446,11 +4439,8 @@ class Connection:
             raise bad_request("The request line is malformed.")
         if match[3] not in (b"1.0", b"1.1"):
             raise Refusal(505, "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are served.")
-        self.http11 = match[3] == b"1.1"
-        return self._request(match[1].decode(), match[2].decode(), self._fields(deadline))
-
-    def _request(self, method, target, headers):
-        hosts = len(headers.get("host", ()))
+        method, target, headers = match[1].decode(), match[2].decode(), self._fields(deadline)
+        self.http11, hosts = match[3] == b"1.1", len(headers.get("host", ()))
         if hosts > 1 or self.http11 and not hosts:
             raise bad_request("Exactly one Host header is needed.")
         absolute = re.fullmatch(r"https?://([^/?#]+)(/.*)?", target, re.IGNORECASE)
@@ -4481,17 +4471,11 @@ class Connection:
 
     def _client_address(self, headers):
         """The client's address, and whether no proxy spoke for it: X-Forwarded-For is read from the right, past trusted proxies."""
-        values, address = headers.get("x-forwarded-for"), self.peer
-        if not values or not self.server.trusts(self.peer):
-            return self.peer, True
-        for item in reversed(",".join(values).split(",")):
-            try:
-                address = str(ipaddress.ip_address(item.strip()))
-            except ValueError:
-                break
-            if not self.server.trusts(address):
-                break
-        return address, False
+        address, hops = self.peer, ",".join(headers.get("x-forwarded-for", ())).split(",")
+        with contextlib.suppress(ValueError, IndexError):
+            while self.server.trusts(address):
+                address = str(ipaddress.ip_address(hops.pop().strip()))
+        return address, "x-forwarded-for" not in headers or not self.server.trusts(self.peer)
 
     def _read_body(self, limit):
         """The request's body, read only now; 413 above `limit`, 408 when it is too slow, 400 when it is malformed."""
@@ -4531,18 +4515,16 @@ class Connection:
             try:
                 response = self.server.handle(request)
                 close = bool(self.close_after or self.unread or self.server.draining)
-                plain = None if response.later else self._plain(response, close, is_head)
+                if not response.later:
+                    self._send(response, close, is_head)
             except (Gone, OSError):
                 raise
             except Exception as error:
                 place = traceback.extract_tb(error.__traceback__)[-1].lineno  # for the operator; the client learns a number only
                 self.server.log.event("error", "internal error", error=type(error).__name__, line=place)
-                response = json_response(500, {"error": "server_error", "error_description": f"Internal error {request.id}."})
-                close = True
-                plain = self._plain(response, close, is_head)
-            if plain:
-                self._write(plain)
-            else:
+                response, close = json_response(500, {"error": "server_error", "error_description": f"Internal error {request.id}."}), True
+                self._send(response, close, is_head)
+            if response.later:
                 self._pump(response, close)
             self.server.log.event("debug", "request", method=request.method, path=request.path[:200], status=response.status,
                                   ms=round((time.monotonic() - started) * 1000, 1), address=request.address)
@@ -4554,7 +4536,7 @@ class Connection:
         self.sock.settimeout(self.settings.write_timeout)
         self.sock.sendall(data)
 
-    def _plain(self, response, close, head_only):
+    def _send(self, response, close, head_only=False):
         headers, bare = list(response.headers), response.status in (204, 304)
         if response.content_type:
             headers.append(("Content-Type", response.content_type))
@@ -4562,10 +4544,7 @@ class Connection:
             headers.append(("Content-Length", str(len(response.body))))
         if close or not self.http11:
             headers.append(("Connection", "close" if close else "keep-alive"))
-        return write_head(response.status, headers) + (b"" if head_only or bare else response.body)
-
-    def _send(self, response, close):
-        self._write(self._plain(response, close, False))
+        self._write(write_head(response.status, headers) + (b"" if head_only or bare else response.body))
 
     def _linger(self):
         """What the client still sends is read for a moment, else the reset would take our answer with it."""
@@ -4666,14 +4645,7 @@ class Connection:
 # Owns the wiring and the route table: which path is whose, and the order of checks before a handler is asked.
 # ======================================================================================================================
 
-@dataclass(frozen=True)
-class Route:
-    """What a path serves: `methods` maps a method to its handler; `kind` is public, page, mcp or health."""
-
-    kind: str
-    methods: dict
-
-
+LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 EXPOSED = ("Access-Control-Expose-Headers", "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version")
 
 
@@ -4703,66 +4675,55 @@ class Broker:
     def _routes(self, clients, authorization, endpoint):
         server_metadata, resource_metadata = "/.well-known/oauth-authorization-server", "/.well-known/oauth-protected-resource"
         table = (  # the paths at the root are for clients that ignore metadata
-            ("page", "GET", lambda request: home_page(self.settings.public_url, self.settings.forgejo_url), "/"),
-            ("health", "GET", self.health, "/healthz"),
-            ("public", "GET", authorization.metadata, server_metadata, server_metadata + "/mcp", "/mcp" + server_metadata),
-            ("public", "GET", authorization.resource_metadata, resource_metadata, resource_metadata + "/mcp", resource_metadata + "/mcp/"),
-            ("page", "GET", authorization.authorize, "/oauth/authorize", "/authorize"),
+            ("page", "GET HEAD", lambda request: home_page(self.settings.public_url, self.settings.forgejo_url), "/"),
+            ("health", "GET HEAD", self.health, "/healthz"),
+            ("public", "GET HEAD", authorization.metadata, server_metadata, server_metadata + "/mcp", "/mcp" + server_metadata),
+            ("public", "GET HEAD", authorization.resource_metadata, resource_metadata, resource_metadata + "/mcp", resource_metadata + "/mcp/"),
+            ("page", "GET HEAD", authorization.authorize, "/oauth/authorize", "/authorize"),
             ("page", "POST", authorization.consent, "/oauth/consent"),
-            ("page", "GET", authorization.callback, "/oauth/callback"),
+            ("page", "GET HEAD", authorization.callback, "/oauth/callback"),
             ("public", "POST", clients.register, "/oauth/register", "/register"),
             ("public", "POST", authorization.token, "/oauth/token", "/token"),
             ("public", "POST", authorization.revoke, "/oauth/revoke", "/revoke"))
         mcp = {"POST": endpoint.post, "GET": endpoint.get, "DELETE": endpoint.delete, "HEAD": endpoint.head, "OPTIONS": self._preflight}
-        routes = {"/mcp": Route("mcp", mcp), "/mcp/": Route("mcp", mcp)}
-        for kind, method, handler, *paths in table:
-            methods = {method: handler} | ({"HEAD": handler} if method == "GET" else {}) | ({"OPTIONS": self._preflight} if kind == "public" else {})
-            routes.update((path, Route(kind, methods)) for path in paths)
-        return routes
+        routes = {path: (kind, dict.fromkeys(verbs.split(), handler) | ({"OPTIONS": self._preflight} if kind == "public" else {}))
+                  for kind, verbs, handler, *paths in table for path in paths}
+        return routes | dict.fromkeys(("/mcp", "/mcp/"), ("mcp", mcp))
 
     def handle(self, request):
         """Request -> Response, in the order of checks of design 3: Host, route, Origin, OPTIONS, bearer, method, body."""
-        route, cors = self.routes.get(request.path), ()
-        is_page = route is not None and route.kind == "page"
+        (kind, methods), cors = self.routes.get(request.path, ("", {})), ()
         try:
-            if request.headers.get("host", [""])[0].lower() not in self._hosts and not (route and route.kind == "health"):
-                is_page = False
+            if request.headers.get("host", [""])[0].lower() not in self._hosts and kind != "health":
                 raise Refusal(421, "misdirected_request", "This server does not answer for that host name.")
-            if route is None:
+            if not kind:
                 raise Refusal(404, "not_found", "There is nothing at this address.")
-            cors = self._cors(request, route)
-            response = self._handler(request, route)(request)
+            cors = self._cors(request, kind)
+            handler = methods.get(request.method) or (methods["HEAD"] if kind == "mcp" else None)  # there the bearer comes before the method
+            if not handler:
+                raise Refusal(405, "method_not_allowed", f"Use {next(iter(methods))}.", (("Allow", ", ".join(methods)),))
+            response = handler(request)
         except PageRefusal as error:
             response = error.response
         except Refusal as error:
-            response = error_page(error.status, "This did not work", error.sentence, headers=error.headers) if is_page \
+            response = error_page(error.status, "This did not work", error.sentence, headers=error.headers) if kind == "page" \
                 else refusal_response(error, NO_STORE[:1])
         return replace(response, headers=(*response.headers, *cors)) if cors else response
 
-    def _cors(self, request, route):
+    def _cors(self, request, kind):
         """The CORS headers of the answer; Refusal 403 for a web origin that may not call. Forms are judged by who reads them."""
-        origins = request.headers.get("origin")
-        if route.kind == "public":
+        if kind == "public":
             return ("Access-Control-Allow-Origin", "*"), EXPOSED
-        if route.kind != "mcp" or not origins:
-            return ()
-        listed = re.fullmatch(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", origins[0]) or \
-            origins[0] in (self.settings.public_url, *self.settings.allowed_origins)
-        if len(origins) > 1 or not listed:
-            raise Refusal(403, "forbidden_origin", "This web origin may not call this server; the operator can add it to allowed_origins.")
-        return ("Access-Control-Allow-Origin", origins[0]), ("Vary", "Origin"), EXPOSED
-
-    def _handler(self, request, route):
-        handler = route.methods.get(request.method)
-        if handler is None and route.kind == "mcp":
-            return route.methods["HEAD"]  # bearer before method
-        if handler is None:
-            raise Refusal(405, "method_not_allowed", f"Use {next(iter(route.methods))}.", (("Allow", ", ".join(route.methods)),))
-        return handler
+        origins = request.headers.get("origin", ()) if kind == "mcp" else ()
+        for origin in origins:
+            if len(origins) > 1 or not (LOOPBACK_ORIGIN.fullmatch(origin) or origin in (self.settings.public_url, *self.settings.allowed_origins)):
+                raise Refusal(403, "forbidden_origin", "This web origin may not call this server; the operator can add it to allowed_origins.")
+            return ("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), EXPOSED
+        return ()
 
     def _preflight(self, request):
         asked = re.sub(r"[^A-Za-z0-9_, -]", "", request.headers.get("access-control-request-headers", [""])[0])
-        return Response(204, headers=(("Access-Control-Allow-Methods", ", ".join(self.routes[request.path].methods)),
+        return Response(204, headers=(("Access-Control-Allow-Methods", ", ".join(self.routes[request.path][1])),
                                       ("Access-Control-Allow-Headers", asked), ("Access-Control-Max-Age", "7200")))
 
     def health(self, request):
@@ -4782,7 +4743,7 @@ class Broker:
         if request.path != "/metrics":
             return refusal_response(Refusal(404, "not_found", "Only /metrics is here."))
         sessions, children = self.registry.counts()
-        lines = [f"fjmcp_sessions {sessions}", f"fjmcp_children {children}", f"fjmcp_connections {self.server.open_connections}"]
+        lines = [f"fjmcp_sessions {sessions}", f"fjmcp_children {children}", f"fjmcp_connections {len(self.server.connections)}"]
         lines += [f'fjmcp_events_total{{event="{event}"}} {count}' for event, count in sorted(self.log.counters.items())]
         return Response(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
 
@@ -4800,13 +4761,8 @@ class Broker:
         self.registry.close("broker stopping")
         for server in self.servers:
             server.close(1)
-        deadline = time.monotonic() + self.settings.stop_timeout + 2
-        while any(self.registry.places.values()) and time.monotonic() < deadline:
-            for session in self.registry.all():
-                for link in filter(None, (session.link, *session.draining)):
-                    link.child.tick()
-            with self.registry.lock:
-                self.registry.lock.wait(0.1)
+        with self.registry.lock:  # the reaper still ticks
+            self.registry.lock.wait_for(lambda: not any(self.registry.places.values()), self.settings.stop_timeout + 3)
         self.reaper.stop()
         self.guardian.close()
         with contextlib.suppress(StoreUnavailable):
