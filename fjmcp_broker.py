@@ -24,6 +24,7 @@ import contextlib
 import ctypes
 import difflib
 import email.utils
+import errno
 import fcntl
 import fnmatch
 import functools
@@ -1866,9 +1867,9 @@ def result_message(request_id, result):
 
 
 def error_message(request_id, code, message, data=None):
-    """A JSON-RPC error as bytes."""
+    """A JSON-RPC error as bytes; without an id when none could be read, as MCP's schemas have it (JSON-RPC itself says null)."""
     error = {"code": code, "message": message} | ({"data": data} if data is not None else {})
-    return dump({"jsonrpc": "2.0", "id": request_id, "error": error})
+    return dump({"jsonrpc": "2.0", **({} if request_id is None else {"id": request_id}), "error": error})
 
 
 def with_id(line, message, request_id, extra=None):
@@ -3544,6 +3545,7 @@ class Link:
         self.pending = {}  # our id towards the child -> Call
         self.numbers = itertools.count(1)
         self.child, self.edge, self.bad_lines, self.stray, self.used_at = None, None, 0, 0, time.monotonic()
+        self.probed = False  # whether the handshake began by asking for its era
 
     @property
     def alive(self):
@@ -3642,6 +3644,7 @@ class Session:
         self.name, self.sub, self.client_id, self.durable = name, sub, client_id, durable
         self.initialize, self.version, self.level, self.server = initialize, version, level, None
         self.subscriptions, self.tools_hash = collections.Counter(subscriptions), tools_hash
+        self.ttl = 0  # ms for which what a modern child says of itself may be kept
         self.tools = self.binary = None  # what the child of that program last said of its tools
         self.lock = threading.Lock()
         self.link, self.draining, self.waking, self.ended, self.questions = None, set(), None, False, set()
@@ -3817,7 +3820,7 @@ class Session:
             if link and old:
                 self._stop_if_drained(old)
 
-    def _start(self):
+    def _start(self, probe=True):
         access, seq, fresh_until = self.registry.credential(self.sub)
         with self.lock:
             if self.link and self.link.alive and self.link.seq == seq:  # nothing newer was to be had
@@ -3832,12 +3835,14 @@ class Session:
             raise
         self.log.audit("child started", user=self.sub, client=self.client_id, pid=link.child.pid, replay=replay)
         try:
-            server = self.registry.connect(link)
+            server = self.registry.connect(link, probe)
         except (RpcError, Refusal):
             link.child.stop("no answer to the handshake")
             raise
         if server is None:
             link.child.stop("no answer to the handshake")
+            if link.probed:  # some older programs end at a request that they do not know
+                return self._start(probe=False)
             raise self.registry.why_not_started(self.sub, access)
         if self.version and server["protocolVersion"] != self.version:
             self.log.event("warning", "child speaks another version", user=self.sub, was=self.version, now=server["protocolVersion"])
@@ -3861,7 +3866,7 @@ class Session:
             digest_now = tools_digest(result)
             if digest_now != self.tools_hash:
                 self.remember(tools_hash=digest_now)
-                self.front.heard(link, "notifications/tools/list_changed", {})
+                self.front.heard(link, "notifications/tools/list_changed", {}, listened=True)
 
         link.start("tools/list", {}, Waiting(), 60, after=compare)
 
@@ -4177,6 +4182,7 @@ class ModernEdge:
         info = meta.get(META_SERVER) if isinstance(meta, dict) else None
         capabilities = result.get("capabilities") if isinstance(result.get("capabilities"), dict) else {}
         asked = session.version or session.initialize.get("protocolVersion")
+        session.ttl = result.get("ttlMs", 0)
         self._kinds = {f"{kind}ListChanged": True for kind in ("tools", "prompts", "resources")
                        if isinstance(capabilities.get(kind), dict) and capabilities[kind].get("listChanged") is True}
         return {"protocolVersion": asked if asked in LEGACY_VERSIONS else LEGACY_VERSIONS[0], "capabilities": capabilities,
@@ -4254,9 +4260,7 @@ class ModernEdge:
     def answered(self, question, result, error, last):
         """A client's answer; with the last one the call is tried again. A refusal ends the call: this era cannot say it."""
         call = question.call
-        if error and question.method == "elicitation/create" and not call.undeclared:
-            call.answers[question.key] = {"action": "cancel"}
-        elif error:
+        if error:
             if self._session.cancel(call):
                 call.reply.refuse(error, call.undeclared)
             return
@@ -4277,7 +4281,8 @@ class ModernEdge:
                 listening.set()
             elif listening:
                 rest = {name: value for name, value in meta.items() if name != META_SUBSCRIPTION}
-                self._session.front.heard(self._link, message.method, {k: v for k, v in params.items() if k != "_meta"} | ({"_meta": rest} if rest else {}))
+                self._session.front.heard(self._link, message.method,
+                                          {k: v for k, v in params.items() if k != "_meta"} | ({"_meta": rest} if rest else {}), listened=True)
         elif message.method != "notifications/cancelled":
             self._session.front.heard(self._link, message.method, params)
 
@@ -4413,11 +4418,12 @@ class LegacyFront:
             still_open = [call for call in calls if call.reply.streamable and call.reply.stream.is_open]
             return (still_open[-1].reply.stream if still_open else self.get_stream), one
 
-    def heard(self, link, method, params):
-        """A notification of the child."""
+    def heard(self, link, method, params, listened=False):
+        """A notification of the child; `listened`: it surely belongs to no request."""
         if method == "notifications/tools/list_changed":
             self._session.tools = None
-        self._target(link)[0].put(dump({"jsonrpc": "2.0", "method": method, **({"params": params} if params else {})}))
+        stream = self.get_stream if listened else self._target(link)[0]
+        stream.put(dump({"jsonrpc": "2.0", "method": method, **({"params": params} if params else {})}))
 
     def asked(self, link, questions, call=None):
         """Send questions to the client, where it listens; it has the less time the less likely it is that it hears them."""
@@ -4464,7 +4470,8 @@ class ModernReply:
 
     def __init__(self, session, request_id, method, hold, level=None, change=None):
         self._session, self.id, self._method, self._hold, self._level, self._change = session, request_id, method, hold, level, change
-        self.place, self.stream, self.call, self.held, self._keys = session, session.front.new_stream(1), None, False, {}
+        self.place, self.stream, self.call, self._keys = session, session.front.new_stream(1), None, {}
+        self.held = self.gone = False
 
     def notify(self, body):
         """Progress, and messages of the level that this request asked for; nothing else belongs to it."""
@@ -4478,9 +4485,11 @@ class ModernReply:
         error, result = message.body.get("error"), message.body.get("result")
         if error:
             self.refuse(error, self._missing(error))
+        elif isinstance(result, dict) and result.get("isError") is True and self.call.undeclared:
+            self.refuse({"code": MISSING_CAPABILITY, "message": "The client did not declare what this needs"}, self.call.undeclared)
         elif not isinstance(result, dict):
             self.fail(INTERNAL_ERROR, "The tool process gave a result that is no object", None)
-        elif self._change or "_meta" in result:
+        elif self._change or "_meta" in result or "cacheScope" in result:
             self.give(result)
         else:
             self.stream.put(with_id(line, message, self.id, self._stamps(result)), answer=True)
@@ -4493,14 +4502,16 @@ class ModernReply:
 
     def give(self, result):
         """A result as an answer."""
-        if self._change:  # what this caller sees is not for everybody
-            result = {**self._change(result), "cacheScope": "private"}
+        result = self._change(result) if self._change else result
+        if self._method in CACHEABLE:  # nothing is for everybody here: each user has another token
+            result = {**result, "cacheScope": "private"}
         meta = result.get("_meta") if isinstance(result.get("_meta"), dict) else {}
         result = self._stamps(result) | result | {"_meta": {**self._session.front.server_meta, **meta}}
         self.stream.put(result_message(self.id, result), answer=True)
 
     def fail(self, code, sentence, data):
-        """An error as an answer; the legacy era's own code for it is not used in this one."""
+        """An error as an answer; the legacy era's own code for it is not used in this one. A call that is held is gone with it."""
+        self.gone = self.held
         code = INTERNAL_ERROR if code == SERVER_ERROR else code
         self.stream.put(error_message(self.id, code, sentence, data), answer=True, status=STATUS_OF_ERROR.get(code, 200))
 
@@ -4615,7 +4626,7 @@ class PoolFront:
             self._session.awake()
         server = self._session.server
         capabilities = server.get("capabilities") if isinstance(server.get("capabilities"), dict) else {}
-        return {"supportedVersions": [FIRST_MODERN_VERSION, *LEGACY_VERSIONS],
+        return {"supportedVersions": [FIRST_MODERN_VERSION, *LEGACY_VERSIONS], "ttlMs": self._session.ttl,
                 "capabilities": {name: capabilities[name] for name in SERVER_CAPABILITIES if isinstance(capabilities.get(name), dict)},
                 **{name: server[name] for name in ("instructions",) if isinstance(server.get(name), str)}}
 
@@ -4658,7 +4669,7 @@ class PoolFront:
         meta = params.get("_meta") if isinstance(params.get("_meta"), dict) else {}
         return dump({"jsonrpc": "2.0", "method": method, "params": {**params, "_meta": {**meta, META_SUBSCRIPTION: request_id}}})
 
-    def heard(self, link, method, params):
+    def heard(self, link, method, params, listened=False):
         """A notification of the child: news to who listens, other things to the only request in flight."""
         if method == "notifications/tools/list_changed":
             self._session.tools = None
@@ -4667,7 +4678,7 @@ class PoolFront:
         for listener in listeners:
             if listener.hears(method, params):
                 listener.stream.put(self._tagged(method, params, listener.id))
-        if len(calls) == 1:
+        if len(calls) == 1 and not listened:
             calls[0].reply.notify({"jsonrpc": "2.0", "method": method, **({"params": params} if params else {})})
 
     def asked(self, link, questions, call=None):
@@ -4918,8 +4929,8 @@ class Registry:
             self.log.event("error", "forgejo-mcp cannot be started", reason=str(error))
             raise self._starting_failed() from None
 
-    def connect(self, link):
-        """Shake hands with a child, by the era its binary is known to be of: what connect() gives of the child."""
+    def connect(self, link, probe=True):
+        """Shake hands with a child, by the era its binary is known to be of (legacy, unless `probe`): what connect() gives of the child."""
         binary = binary_fingerprint(child_command(self.settings))
         row = self.store.binary(binary)
         known = row.era if row else ""
@@ -4927,13 +4938,14 @@ class Registry:
         if link.session.binary != binary:
             link.session.binary, link.session.tools = binary, None
         try:
-            era, server = connect(link, known or None, self.settings.start_timeout)
+            era, server = connect(link, known or (None if probe else "legacy"), self.settings.start_timeout)
         except RpcError:
             if known:  # it may be another program by now: look again next time
                 self.store.save_binary(binary, "", self.clock.now())
             raise
-        if era != known and (server or not known):  # one that ended at the probe is not probed again: it may be why
+        if server and era != known:
             self.store.save_binary(binary, era, self.clock.now())
+        link.probed = probe and not known
         return server
 
     def note_asking(self):
@@ -5349,7 +5361,7 @@ class Endpoint:
         except (ValueError, TypeError):
             raise RpcError(INVALID_PARAMS, "requestState is not one that was given for this request.") from None
         reply = self._registry.retried(held)
-        if reply is None:
+        if reply is None or reply.gone:
             raise RpcError(INVALID_PARAMS, "requestState was used before, or its call has ended; send the request anew.")
         reader = reply.retried(message.id, responses if isinstance(responses, dict) else {})
         return self._pumped(request, caller, reader, reply.place, reply.call)
@@ -5581,17 +5593,14 @@ def bad_request(sentence):
     return Refusal(400, "bad_request", sentence)
 
 
-class Watcher:
+class Watcher(threading.Thread):
     """One thread that waits on sockets for everybody: for connections to accept, and for hang-ups while answers are still to come."""
 
-    def __init__(self):
-        self._epoll, self._wake, self._ended = select.epoll(), os.eventfd(0), False
+    def __init__(self, log):
+        super().__init__(daemon=True, name="watcher")
+        self._log, self._epoll, self._wake, self._ended = log, select.epoll(), os.eventfd(0), False
         self._calls, self._lock = {}, threading.Lock()  # the lock guards the dict and what is registered; a leaf
-
-    def start(self):
-        """Begin to watch."""
         self._epoll.register(self._wake, select.EPOLLIN)
-        threading.Thread(target=self._run, daemon=True, name="watcher").start()
 
     def close(self):
         """Watch no more."""
@@ -5614,7 +5623,8 @@ class Watcher:
             if self._calls.pop(sock.fileno(), None):
                 self._epoll.unregister(sock.fileno())
 
-    def _run(self):
+    def run(self):
+        """Call what is to be called, until closed."""
         happened = select.poll()
         happened.register(self._epoll, select.POLLIN)
         while not self._ended:
@@ -5622,7 +5632,10 @@ class Watcher:
             with self._lock:  # what happened is asked only now: a socket may have been closed, and its number be another's
                 calls = [self._calls.get(descriptor) for descriptor, _ in self._epoll.poll(0)]
             for call in filter(None, calls):
-                call()
+                try:
+                    call()
+                except Exception as error:  # without this thread nobody would be served any more
+                    self._log.event("error", "internal error", error=type(error).__name__)
         self._epoll.close()
         os.close(self._wake)
 
@@ -5631,9 +5644,9 @@ class Server:
     """Accepts connections within the limits and gives each a thread. `handle` makes a Response of a Request."""
 
     def __init__(self, settings, handle, log, address, listener=None):
-        self.settings, self.handle, self.log, self.watcher = settings, handle, log, Watcher()
+        self.settings, self.handle, self.log, self.watcher = settings, handle, log, Watcher(log)
         self._changed = threading.Condition()  # guards connections and draining; a leaf
-        self._connections, self.draining = set(), False
+        self.connections, self.draining = set(), False
         is_v6 = ":" in address[0]
         try:
             self.socket = listener or socket.create_server(
@@ -5648,11 +5661,6 @@ class Server:
         self.watcher.call(self.socket, select.EPOLLIN, self._accept)
         self.watcher.start()
 
-    @property
-    def open_connections(self):
-        """How many connections there are."""
-        return len(self._connections)
-
     def _accept(self):
         with self._changed:
             if self.draining:
@@ -5665,20 +5673,17 @@ class Server:
                 self._changed.wait(0.05)  # no file descriptors: until a connection ends, or a moment, instead of spinning (H16)
                 return
             connection = Connection(self, sock, address[0].removeprefix("::ffff:"))
-            if self._is_full(connection.peer):
-                sock.close()
-                return
-            self._connections.add(connection)
+            if self._is_full_for(connection.peer):
+                return sock.close()
+            self.connections.add(connection)
         try:
             threading.Thread(target=self._serve, args=(connection,), daemon=True, name="connection").start()
         except RuntimeError:  # no thread to be had (H17)
             self._ended(connection)
 
-    def _is_full(self, peer):
-        if len(self._connections) >= self.settings.max_connections:
-            return True
-        limited = not self.trusts(peer) and not is_loopback_name(peer)
-        return limited and sum(each.peer == peer for each in self._connections) >= self.settings.max_connections_per_address
+    def _is_full_for(self, peer):
+        held = 0 if self.trusts(peer) else sum(each.peer == peer for each in self.connections)
+        return len(self.connections) >= self.settings.max_connections or held >= self.settings.max_connections_per_address
 
     def _serve(self, connection):
         try:
@@ -5691,7 +5696,7 @@ class Server:
     def _ended(self, connection):
         connection.sock.close()
         with self._changed:
-            self._connections.discard(connection)
+            self.connections.discard(connection)
             self._changed.notify_all()
 
     def trusts(self, address):
@@ -5703,15 +5708,15 @@ class Server:
         self.watcher.forget(self.socket)
         with self._changed:
             self.draining = True
-            connections = list(self._connections)
+            connections = list(self.connections)
         for connection in connections:
             connection.hurry()
 
     def wait_for_connections(self, seconds):
         """Until all connections have ended, or that long; those that are left."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._connections, seconds)
-            return list(self._connections)
+            self._changed.wait_for(lambda: not self.connections, seconds)
+            return list(self.connections)
 
     def close(self, seconds):
         """Give connections that long, then cut them."""
@@ -5759,7 +5764,7 @@ class Connection:
     def hurry(self):
         """The server drains: an idle connection ends now, an idle stream too, anything else after its answer."""
         reader = self.idle_reader
-        if reader:
+        if reader and not reader.stream.finished:  # one that is finished ends by itself, once all of it is sent
             reader.close()
         if not self.busy:  # what has arrived can still be read
             with contextlib.suppress(OSError):
@@ -5824,11 +5829,8 @@ class Connection:
             raise bad_request("The request line is malformed.")
         if match[3] not in (b"1.0", b"1.1"):
             raise Refusal(505, "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are served.")
-        self.http11 = match[3] == b"1.1"
-        return self._request(match[1].decode(), match[2].decode(), self._fields(deadline))
-
-    def _request(self, method, target, headers):
-        hosts = len(headers.get("host", ()))
+        method, target, headers = match[1].decode(), match[2].decode(), self._fields(deadline)
+        self.http11, hosts = match[3] == b"1.1", len(headers.get("host", ()))
         if hosts > 1 or self.http11 and not hosts:
             raise bad_request("Exactly one Host header is needed.")
         absolute = re.fullmatch(r"https?://([^/?#]+)(/.*)?", target, re.IGNORECASE)
@@ -5859,17 +5861,11 @@ class Connection:
 
     def _client_address(self, headers):
         """The client's address, and whether no proxy spoke for it: X-Forwarded-For is read from the right, past trusted proxies."""
-        values, address = headers.get("x-forwarded-for"), self.peer
-        if not values or not self.server.trusts(self.peer):
-            return self.peer, True
-        for item in reversed(",".join(values).split(",")):
-            try:
-                address = str(ipaddress.ip_address(item.strip()))
-            except ValueError:
-                break
-            if not self.server.trusts(address):
-                break
-        return address, False
+        address, hops = self.peer, ",".join(headers.get("x-forwarded-for", ())).split(",")
+        with contextlib.suppress(ValueError, IndexError):
+            while self.server.trusts(address):
+                address = str(ipaddress.ip_address(hops.pop().strip()))
+        return address, "x-forwarded-for" not in headers or not self.server.trusts(self.peer)
 
     def _read_body(self, limit):
         """The request's body, read only now; 413 above `limit`, 408 when it is too slow, 400 when it is malformed."""
@@ -5909,18 +5905,16 @@ class Connection:
             try:
                 response = self.server.handle(request)
                 close = bool(self.close_after or self.unread or self.server.draining)
-                plain = None if response.later else self._plain(response, close, is_head)
+                if not response.later:
+                    self._send(response, close, is_head)
             except (Gone, OSError):
                 raise
             except Exception as error:
                 place = traceback.extract_tb(error.__traceback__)[-1].lineno  # for the operator; the client learns a number only
                 self.server.log.event("error", "internal error", error=type(error).__name__, line=place)
-                response = json_response(500, {"error": "server_error", "error_description": f"Internal error {request.id}."})
-                close = True
-                plain = self._plain(response, close, is_head)
-            if plain:
-                self._write(plain)
-            else:
+                response, close = json_response(500, {"error": "server_error", "error_description": f"Internal error {request.id}."}), True
+                self._send(response, close, is_head)
+            if response.later:
                 self._pump(response, close)
             self.server.log.event("debug", "request", method=request.method, path=request.path[:200], status=response.status,
                                   ms=round((time.monotonic() - started) * 1000, 1), address=request.address)
@@ -5932,7 +5926,7 @@ class Connection:
         self.sock.settimeout(self.settings.write_timeout)
         self.sock.sendall(data)
 
-    def _plain(self, response, close, head_only):
+    def _send(self, response, close, head_only=False):
         headers, bare = list(response.headers), response.status in (204, 304)
         if response.content_type:
             headers.append(("Content-Type", response.content_type))
@@ -5940,10 +5934,7 @@ class Connection:
             headers.append(("Content-Length", str(len(response.body))))
         if close or not self.http11:
             headers.append(("Connection", "close" if close else "keep-alive"))
-        return write_head(response.status, headers) + (b"" if head_only or bare else response.body)
-
-    def _send(self, response, close):
-        self._write(self._plain(response, close, False))
+        self._write(write_head(response.status, headers) + (b"" if head_only or bare else response.body))
 
     def _linger(self):
         """What the client still sends is read for a moment, else the reset would take our answer with it."""
@@ -6048,14 +6039,7 @@ class Connection:
 # Owns the wiring and the route table: which path is whose, and the order of checks before a handler is asked.
 # ======================================================================================================================
 
-@dataclass(frozen=True)
-class Route:
-    """What a path serves: `methods` maps a method to its handler; `kind` is public, page, mcp or health."""
-
-    kind: str
-    methods: dict
-
-
+LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 EXPOSED = ("Access-Control-Expose-Headers", "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version")
 
 
@@ -6086,69 +6070,58 @@ class Broker:
     def _routes(self, clients, authorization, endpoint):
         server_metadata, resource_metadata = "/.well-known/oauth-authorization-server", "/.well-known/oauth-protected-resource"
         table = (  # the paths at the root are for clients that ignore metadata
-            ("page", "GET", lambda request: home_page(self.settings.public_url, self.settings.forgejo_url), "/"),
-            ("health", "GET", self.health, "/healthz"),
-            ("public", "GET", authorization.metadata, server_metadata, server_metadata + "/mcp", "/mcp" + server_metadata),
-            ("public", "GET", authorization.resource_metadata, resource_metadata, resource_metadata + "/mcp", resource_metadata + "/mcp/"),
-            ("page", "GET", authorization.authorize, "/oauth/authorize", "/authorize"),
+            ("page", "GET HEAD", lambda request: home_page(self.settings.public_url, self.settings.forgejo_url), "/"),
+            ("health", "GET HEAD", self.health, "/healthz"),
+            ("public", "GET HEAD", authorization.metadata, server_metadata, server_metadata + "/mcp", "/mcp" + server_metadata),
+            ("public", "GET HEAD", authorization.resource_metadata, resource_metadata, resource_metadata + "/mcp", resource_metadata + "/mcp/"),
+            ("page", "GET HEAD", authorization.authorize, "/oauth/authorize", "/authorize"),
             ("page", "POST", authorization.consent, "/oauth/consent"),
-            ("page", "GET", authorization.callback, "/oauth/callback"),
-            ("page", "GET", authorization.account, "/account"),
+            ("page", "GET HEAD", authorization.callback, "/oauth/callback"),
+            ("page", "GET HEAD", authorization.account, "/account"),
             ("page", "POST", authorization.account_login, "/account/login"),
             ("page", "POST", authorization.account_end, "/account/end"),
             ("public", "POST", clients.register, "/oauth/register", "/register"),
             ("public", "POST", authorization.token, "/oauth/token", "/token"),
             ("public", "POST", authorization.revoke, "/oauth/revoke", "/revoke"))
         mcp = {"POST": endpoint.post, "GET": endpoint.get, "DELETE": endpoint.delete, "HEAD": endpoint.head, "OPTIONS": self._preflight}
-        routes = {"/mcp": Route("mcp", mcp), "/mcp/": Route("mcp", mcp)}
-        for kind, method, handler, *paths in table:
-            methods = {method: handler} | ({"HEAD": handler} if method == "GET" else {}) | ({"OPTIONS": self._preflight} if kind == "public" else {})
-            routes.update((path, Route(kind, methods)) for path in paths)
-        return routes
+        routes = {path: (kind, dict.fromkeys(verbs.split(), handler) | ({"OPTIONS": self._preflight} if kind == "public" else {}))
+                  for kind, verbs, handler, *paths in table for path in paths}
+        return routes | dict.fromkeys(("/mcp", "/mcp/"), ("mcp", mcp))
 
     def handle(self, request):
         """Request -> Response, in the order of checks of design 3: Host, route, Origin, OPTIONS, bearer, method, body."""
-        route, cors = self.routes.get(request.path), ()
-        is_page = route is not None and route.kind == "page"
+        (kind, methods), cors = self.routes.get(request.path, ("", {})), ()
         try:
-            if request.headers.get("host", [""])[0].lower() not in self._hosts and not (route and route.kind == "health"):
-                is_page = False
+            if request.headers.get("host", [""])[0].lower() not in self._hosts and kind != "health":
                 raise Refusal(421, "misdirected_request", "This server does not answer for that host name.")
-            if route is None:
+            if not kind:
                 raise Refusal(404, "not_found", "There is nothing at this address.")
-            cors = self._cors(request, route)
-            response = self._handler(request, route)(request)
+            cors = self._cors(request, kind)
+            handler = methods.get(request.method) or (methods["HEAD"] if kind == "mcp" else None)  # there the bearer comes before the method
+            if not handler:
+                raise Refusal(405, "method_not_allowed", f"Use {next(iter(methods))}.", (("Allow", ", ".join(methods)),))
+            response = handler(request)
         except PageRefusal as error:
             response = error.response
         except Refusal as error:
-            response = error_page(error.status, "This did not work", error.sentence, headers=error.headers) if is_page \
+            response = error_page(error.status, "This did not work", error.sentence, headers=error.headers) if kind == "page" \
                 else refusal_response(error, NO_STORE[:1])
         return replace(response, headers=(*response.headers, *cors)) if cors else response
 
-    def _cors(self, request, route):
+    def _cors(self, request, kind):
         """The CORS headers of the answer; Refusal 403 for a web origin that may not call. Forms are judged by who reads them."""
-        origins = request.headers.get("origin")
-        if route.kind == "public":
+        if kind == "public":
             return ("Access-Control-Allow-Origin", "*"), EXPOSED
-        if route.kind != "mcp" or not origins:
-            return ()
-        listed = re.fullmatch(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", origins[0]) or \
-            origins[0] in (self.settings.public_url, *self.settings.allowed_origins)
-        if len(origins) > 1 or not listed:
-            raise Refusal(403, "forbidden_origin", "This web origin may not call this server; the operator can add it to allowed_origins.")
-        return ("Access-Control-Allow-Origin", origins[0]), ("Vary", "Origin"), EXPOSED
-
-    def _handler(self, request, route):
-        handler = route.methods.get(request.method)
-        if handler is None and route.kind == "mcp":
-            return route.methods["HEAD"]  # bearer before method
-        if handler is None:
-            raise Refusal(405, "method_not_allowed", f"Use {next(iter(route.methods))}.", (("Allow", ", ".join(route.methods)),))
-        return handler
+        origins = request.headers.get("origin", ()) if kind == "mcp" else ()
+        for origin in origins:
+            if len(origins) > 1 or not (LOOPBACK_ORIGIN.fullmatch(origin) or origin in (self.settings.public_url, *self.settings.allowed_origins)):
+                raise Refusal(403, "forbidden_origin", "This web origin may not call this server; the operator can add it to allowed_origins.")
+            return ("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), EXPOSED
+        return ()
 
     def _preflight(self, request):
         asked = re.sub(r"[^A-Za-z0-9_, -]", "", request.headers.get("access-control-request-headers", [""])[0])
-        return Response(204, headers=(("Access-Control-Allow-Methods", ", ".join(self.routes[request.path].methods)),
+        return Response(204, headers=(("Access-Control-Allow-Methods", ", ".join(self.routes[request.path][1])),
                                       ("Access-Control-Allow-Headers", asked), ("Access-Control-Max-Age", "7200")))
 
     def health(self, request):
@@ -6168,7 +6141,7 @@ class Broker:
         if request.path != "/metrics":
             return refusal_response(Refusal(404, "not_found", "Only /metrics is here."))
         sessions, children = self.registry.counts()
-        lines = [f"fjmcp_sessions {sessions}", f"fjmcp_children {children}", f"fjmcp_connections {self.server.open_connections}"]
+        lines = [f"fjmcp_sessions {sessions}", f"fjmcp_children {children}", f"fjmcp_connections {len(self.server.connections)}"]
         lines += [f'fjmcp_events_total{{event="{event}"}} {count}' for event, count in sorted(self.log.counters.items())]
         return Response(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
 
@@ -6187,13 +6160,8 @@ class Broker:
         self.registry.close("broker stopping")
         for server in self.servers:
             server.close(1)
-        deadline = time.monotonic() + self.settings.stop_timeout + 2
-        while any(self.registry.places.values()) and time.monotonic() < deadline:
-            for session in self.registry.all():
-                for link in filter(None, (session.link, *session.draining)):
-                    link.child.tick()
-            with self.registry.lock:
-                self.registry.lock.wait(0.1)
+        with self.registry.lock:  # the reaper still ticks
+            self.registry.lock.wait_for(lambda: not any(self.registry.places.values()), self.settings.stop_timeout + 3)
         self.reaper.stop()
         self.guardian.close()
         with contextlib.suppress(StoreUnavailable):
