@@ -4485,8 +4485,6 @@ class ModernReply:
         error, result = message.body.get("error"), message.body.get("result")
         if error:
             self.refuse(error, self._missing(error))
-        elif isinstance(result, dict) and result.get("isError") is True and self.call.undeclared:
-            self.refuse({"code": MISSING_CAPABILITY, "message": "The client did not declare what this needs"}, self.call.undeclared)
         elif not isinstance(result, dict):
             self.fail(INTERNAL_ERROR, "The tool process gave a result that is no object", None)
         elif self._change or "_meta" in result or "cacheScope" in result:
@@ -4524,9 +4522,9 @@ class ModernReply:
             self.fail(code, str(error.get("message", "")), error.get("data"))
 
     def _missing(self, error):
-        """What a child missed in its client: what it asked for in vain, or what a legacy one, with no code for it, says in words."""
-        if self.call.undeclared or not LEGACY_MISSING.search(str(error.get("message", ""))):
-            return self.call.undeclared
+        """What a legacy child missed in its client, which it has no code for and says in words."""
+        if not LEGACY_MISSING.search(str(error.get("message", ""))):
+            return {}
         named = re.findall(r"\b(sampling|elicitation|roots)\b", error["message"])
         return {name: {} for name in named if name not in self.call.capabilities}
 
@@ -4688,13 +4686,14 @@ class PoolFront:
         call, whole = call or (calls[0] if len(calls) == 1 else None), call is not None
         declared = call.capabilities if call and call.method in MAY_ASK else {}
         able = [question for question in questions if ASKS.get(question.method) in declared]
-        for question in questions:
-            if question not in able:
-                if call and question.method in ASKS:
-                    call.undeclared[ASKS[question.method]] = {}
-                self._session.hold(question, call, QUESTION_GRACE)
-                self._session.answer(question, error={"code": METHOD_NOT_FOUND, "message": "The client that asked cannot be told from others, "
-                                     "or did not say that it answers such questions"})
+        for question in set(questions) - set(able):
+            if call and question.method in ASKS:
+                call.undeclared[ASKS[question.method]] = {}
+            self._session.hold(question, call, QUESTION_GRACE)
+            self._session.answer(question, error={"code": METHOD_NOT_FOUND, "message": "The client that asked cannot be told from others, "
+                                 "or did not say that it answers such questions"})
+        if call and call.undeclared and self._session.cancel(call):
+            call.reply.refuse({"code": METHOD_NOT_FOUND, "message": "The client did not declare what this needs"}, call.undeclared)
         if able:
             call.reply.asked(able, whole)
 
