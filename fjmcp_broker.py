@@ -34,7 +34,6 @@ import hmac
 import html
 import http
 import http.client
-import http.server
 import io
 import ipaddress
 import itertools
@@ -47,7 +46,6 @@ import select
 import shutil
 import signal
 import socket
-import socketserver
 import sqlite3
 import ssl
 import stat
@@ -56,7 +54,9 @@ import sys
 import threading
 import time
 import tomllib
+import traceback
 import unicodedata
+import weakref
 from dataclasses import dataclass, field, replace
 from urllib.parse import parse_qsl, quote, unquote_plus, urlencode, urlsplit
 
@@ -230,6 +230,7 @@ SETTINGS = (
     Setting("rate_authorize", "rate", 240, "requests a minute from one address to authorize, consent and callback", reload=True),
     Setting("rate_token", "rate", 600, "requests a minute from one address to token and revoke", reload=True),
     Setting("child_keeps_state", "switch", False, "the child keeps state between calls: never put it to sleep or replace it"),
+    Setting("client_documents", "switch", True, "accept a client_id that is the https URL of the client's own description, and fetch it", reload=True),
     Setting("strict_scopes", "switch", False, "refuse a login to which Forgejo granted other scopes than asked", reload=True),
     Setting("metrics_listen", "any_address", "", "address for GET /metrics; empty: none"),
     Setting("log_format", "log_format", "json", "`json`, or `text` for people"),
@@ -237,98 +238,80 @@ SETTINGS = (
     Setting("clients", "clients", (), "[[clients]]: client_id, name, redirect_uris, client_secret (file only)"),
 )
 SETTING = {setting.name: setting for setting in SETTINGS}
+# Every key that may be given -> (its setting, whether the value names a file that holds it: for whatever is one piece of text).
+KEYS = {setting.name + "_file": (setting, True) for setting in SETTINGS if setting.kind in ("text", "forgejo_scopes")}
+KEYS |= {setting.name: (setting, False) for setting in SETTINGS}
+URL = re.compile(r'(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?(/[!"$->@-~]*)?', re.IGNORECASE)
 
 
 def _text(value):
     if not isinstance(value, str):
         raise ValueError("must be text")
-    if any(ord(character) < 32 or ord(character) == 127 for character in value.replace("\n", "").replace("\t", "")):
+    if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", value):
         raise ValueError("must not contain control characters")
     return value.strip()
 
 
 def _url(value):
-    text = _text(value).rstrip("/")
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError:
-        raise ValueError("is not a URL") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("must be a URL that starts with https:// (or http:// on loopback)")
-    if "@" in parts.netloc or parts.query or parts.fragment or not re.fullmatch(r"[\x21-\x7e]+", text):
-        raise ValueError("must be a plain URL: no user name, query or fragment")
-    host = parts.hostname.lower()
-    host = f"[{host}]" if ":" in host else host
-    if port and port != {"http": 80, "https": 443}[parts.scheme]:
-        host += f":{port}"
-    return f"{parts.scheme}://{host}{parts.path}"
+    match = URL.fullmatch(_text(value).rstrip("/"))
+    if not match or not 0 < int(match[3] or 1) < 65536:
+        raise ValueError("must be a URL that starts with https:// (or http:// on loopback), without user name, query or fragment")
+    scheme, host, port, path = match[1].lower(), match[2].lower(), int(match[3] or 0), match[4] or ""
+    return f"{scheme}://{host}{'' if port in (0, {'http': 80, 'https': 443}[scheme]) else f':{port}'}{path}"
 
 
-def _base_url(value):
+def _safe_url(value, with_path=True):
     url = _url(value)
     if url.startswith("http:") and not is_loopback_name(urlsplit(url).hostname):
         raise ValueError("must be https; http is for loopback only")
-    return url
-
-
-def _origin(value):
-    url = _base_url(value)
-    if urlsplit(url).path:
+    if not with_path and urlsplit(url).path:
         raise ValueError("must be an origin without a path, such as https://mcp.example.org")
     return url
 
 
 def _address(value):
-    host, _, port = _text(value).rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    match = re.fullmatch(r"(.+):([0-9]{1,5})", _text(value))
+    if not match or int(match[2]) > 65535:
         raise ValueError("must be HOST:PORT, such as 127.0.0.1:8080")
-    return host.strip("[]"), int(port)
+    return match[1].strip("[]"), int(match[2])
 
 
-def _integer(value, unit=""):
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,12}", value.strip()):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"must be a whole number of at least 1{unit}")
-    return value
+def _optional(parse):
+    return lambda value: parse(value) if value else ""
 
 
-def _rate(value):
-    if _integer(value) < 60:
-        raise ValueError("must be at least 60 a minute: many users of one client share addresses")
-    return _integer(value)
-
-
-def _scaled(value, units, example):
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+def _integer(least, why=""):
+    def parse(value):
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,12}", value.strip()):
+            value = int(value)
+        if type(value) is not int or value < least:
+            raise ValueError(f"must be a whole number of at least {least}{why}")
         return value
-    text = _text(value).lower().replace(" ", "")
-    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([a-z]*)", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text or any(unit not in units for _, unit in parts):
-        raise ValueError(f"must be such as {example}")
-    total = sum(float(number) * units[unit] for number, unit in parts)
-    if not 0 < total < 2**53:
-        raise ValueError(f"must be more than nothing, such as {example}")
-    return int(total) if total == int(total) else total
+    return parse
 
 
-def _duration(value):
-    return _scaled(value, {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}, "30s, 15m, 1h or 90d")
+def _scaled(example, **units):
+    def parse(value):
+        if type(value) is int and value > 0:
+            return value
+        text = _text(value).lower().replace(" ", "")
+        parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([a-z]*)", text)
+        if not parts or "".join(map("".join, parts)) != text or any(unit not in units for _, unit in parts if unit):
+            raise ValueError(f"must be such as {example}")
+        total = sum(float(number) * units.get(unit, 1) for number, unit in parts)
+        if not 0 < total < 2**53:
+            raise ValueError(f"must be more than nothing, such as {example}")
+        return int(total) if total == int(total) else total
+    return parse
 
 
-def _size(value):
-    units = {"": 1, "b": 1, "k": 1024, "kb": 1024, "kib": 1024, "m": 1 << 20, "mb": 1 << 20, "mib": 1 << 20}
-    return int(_scaled(value, units, "64KiB or 4MiB"))
-
-
-def _switch(value):
-    if isinstance(value, bool):
-        return value
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    if not isinstance(value, str) or value.strip().lower() not in words:
-        raise ValueError("must be true or false")
-    return words[value.strip().lower()]
+def _choice(sentence, **words):
+    def parse(value):
+        word = str(value).strip().lower()
+        if not isinstance(value, (str, bool)) or word not in words:
+            raise ValueError(sentence)
+        return words[word]
+    return parse
 
 
 def _list(value):
@@ -346,19 +329,10 @@ def _networks(value):
 
 
 def _command(value):
-    if isinstance(value, str) and "," not in value:
-        if not _text(value):
-            raise ValueError("must name a program")
-        return _text(value)
-    if not _list(value):
+    command = _text(value) if isinstance(value, str) and "," not in value else _list(value)
+    if not command:
         raise ValueError("must name a program")
-    return _list(value)
-
-
-def _log_format(value):
-    if value not in ("json", "text"):
-        raise ValueError("must be json or text")
-    return value
+    return command
 
 
 def _forgejo_scopes(value):
@@ -375,29 +349,28 @@ def _forgejo_scopes(value):
 def _clients(value):
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
         raise ValueError("must be written as [[clients]] tables")
-    known, seen = {"client_id", "name", "redirect_uris", "client_secret"}, set()
+    known, ids = {"client_id", "name", "redirect_uris", "client_secret"}, [item.get("client_id") for item in value]
     for item in value:
         for key in set(item) - known:
             raise ValueError(f"has the unknown key {key!r}; known are {', '.join(sorted(known))}")
-        if not isinstance(item.get("client_id"), str) or not re.fullmatch(r"[\x21-\x7e]{1,200}", item["client_id"]):
+        texts = [_text(item.get(key, "")) for key in ("client_id", "name", "client_secret")]
+        if not re.fullmatch(r"[\x21-\x7e]{1,200}", texts[0]):
             raise ValueError("needs a client_id of visible characters in each table")
-        if item["client_id"] in seen:
-            raise ValueError(f"has the client_id {item['client_id']!r} twice")
-        seen.add(item["client_id"])
+        if ids.count(texts[0]) > 1:
+            raise ValueError(f"has the client_id {texts[0]!r} twice")
         if not _list(item.get("redirect_uris") or ()):
-            raise ValueError(f"needs redirect_uris for {item['client_id']!r}")
+            raise ValueError(f"needs redirect_uris for {texts[0]!r}")
     return tuple({**item, "redirect_uris": _list(item["redirect_uris"])} for item in value)
 
 
-def _optional(parse):
-    return lambda value: parse(value) if value else ""
-
-
 KINDS = {
-    "text": _text, "path": _text, "origin": _origin, "base_url": _base_url, "any_url": _optional(_url), "address": _address,
-    "any_address": _optional(_address),
-    "count": _integer, "rate": _rate, "size": _size, "duration": _duration, "switch": _switch, "list": _list,
-    "networks": _networks, "command": _command, "log_format": _log_format, "forgejo_scopes": _forgejo_scopes, "clients": _clients,
+    "text": _text, "path": _text, "origin": functools.partial(_safe_url, with_path=False), "base_url": _safe_url, "any_url": _optional(_url),
+    "address": _address, "any_address": _optional(_address), "list": _list, "networks": _networks, "command": _command, "clients": _clients,
+    "count": _integer(1), "rate": _integer(60, " a minute: many users of one client share addresses"), "forgejo_scopes": _forgejo_scopes,
+    "duration": _scaled("30s, 15m, 1h or 90d", ms=0.001, s=1, m=60, h=3600, d=86400),
+    "size": lambda value: int(_scaled("64KiB or 4MiB", b=1, k=1024, kb=1024, kib=1024, m=1 << 20, mb=1 << 20, mib=1 << 20)(value)),
+    "switch": _choice("must be true or false", **dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)),
+    "log_format": _choice("must be json or text", json="json", text="text"),
 }
 
 
@@ -410,14 +383,9 @@ class Settings:
 
     def reload(self, newer):
         """Take over what may change while running; return the names of settings that changed but may not."""
-        refused = []
-        for setting in SETTINGS:
-            if getattr(newer, setting.name) != getattr(self, setting.name):
-                if setting.reload:
-                    setattr(self, setting.name, getattr(newer, setting.name))
-                else:
-                    refused.append(setting.name)
-        return refused
+        changed = [setting for setting in SETTINGS if getattr(newer, setting.name) != getattr(self, setting.name)]
+        self.__dict__.update((setting.name, getattr(newer, setting.name)) for setting in changed if setting.reload)
+        return [setting.name for setting in changed if not setting.reload]
 
     @property
     def resource(self):
@@ -433,22 +401,10 @@ class ConfigurationError(Exception):
         self.problems = problems
 
 
-def has_file_form(setting):
-    """Whether `<name>_file` may stand for the setting: for every setting that is one piece of text."""
-    return setting.kind in ("text", "forgejo_scopes") and setting.name + "_file" not in SETTING
-
-
-def _suggest(name, problem, problems):
-    near = difflib.get_close_matches(name, [*SETTING, *(s.name + "_file" for s in SETTINGS if has_file_form(s))], 1, 0.6)
-    problems.append(f"{problem}" + (f"; did you mean {near[0]!r}?" if near else ""))
-
-
-def _lookup(name):
-    """The setting that a key names and whether it names its file form; (None, False) for an unknown key."""
-    if name in SETTING:
-        return SETTING[name], False
-    base = SETTING.get(name.removesuffix("_file")) if name.endswith("_file") else None
-    return (base, True) if base and has_file_form(base) else (None, False)
+def did_you_mean(name):
+    """What to say after an unknown key: the nearest known one, if one is near."""
+    near = difflib.get_close_matches(name, KEYS, 1, 0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 @functools.cache
@@ -473,57 +429,54 @@ def _read_toml(path, problems):
     return {}
 
 
+def _offered(name, value, source, secrets_only):
+    """(setting, value, source) of one key that was given; ValueError says why it cannot be taken."""
+    setting, in_file = KEYS.get(name, (None, False))
+    if setting is None:
+        raise ValueError(f"unknown setting {name!r}{did_you_mean(name)}")
+    if secrets_only and not setting.secret:
+        raise ValueError(f"{name!r} is not a secret setting and does not belong here")
+    if setting.kind == "clients" and not source.startswith("file"):
+        raise ValueError(f"{name!r} can be given in the configuration file only")
+    if not in_file:
+        return setting, value, source
+    try:
+        with open(_text(value), encoding="utf-8") as file:
+            return setting, file.read().strip(), f"{source}, {value}"
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: cannot read {value!r}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def load_settings(flags, environ, config_path=None):
     """Settings from flags (name -> text), the environment and a TOML file, in that order of precedence, else defaults.
 
     Raises ConfigurationError with every problem at once, each naming its key and where the value came from.
     """
-    problems, raw = [], {}
-
-    def offer(table, source, only=None):
-        for name, value in table.items():
-            setting, in_file = _lookup(name)
-            if setting is None or (only and not only(setting)):
-                _suggest(name, f"{source}: unknown setting {name!r}" if setting is None
-                         else f"{source}: {name!r} is not a secret setting and does not belong here", problems)
-            elif setting.kind == "clients" and not source.startswith("file"):
-                problems.append(f"{source}: {name!r} can be given in the configuration file only")
-            elif in_file:
-                try:
-                    with open(value, encoding="utf-8") as file:
-                        raw[setting.name] = (file.read().strip(), f"{source}, {value}")
-                except (OSError, TypeError, UnicodeDecodeError) as error:
-                    problems.append(f"{source}: {name}: cannot read {value!r}: {getattr(error, 'strerror', None) or error}")
-            else:
-                raw[setting.name] = (value, source)
-
-    if config_path:
-        offer(_read_toml(config_path, problems), f"file {config_path}")
+    problems, given, values, sources = [], {}, {}, {}
+    in_file = _read_toml(config_path, problems) if config_path else {}
+    unreadable = bool(problems)  # a file that cannot be read is one problem, not one a setting
     variables = {key[len(ENVIRONMENT_PREFIX):].lower(): value for key, value in environ.items()
                  if key.startswith(ENVIRONMENT_PREFIX) and key != ENVIRONMENT_PREFIX + "CONFIG"}
-    for table, source in ((variables, "environment"), (flags, "flag")):
-        if "secrets_file" in table:
-            raw["secrets_file"] = (table["secrets_file"], source)
-    if raw.get("secrets_file", ("",))[0]:
-        path = raw["secrets_file"][0]
-        offer(_read_toml(path, problems), f"file {path}", only=lambda setting: setting.secret)
-    offer(variables, "environment")
-    offer(flags, "flag")
-
-    values, sources, unreadable = {}, {}, list(problems) if config_path and not raw else []
+    path = next((table["secrets_file"] for table in (flags, variables, in_file) if "secrets_file" in table), "")
+    secret_values = _read_toml(path, problems) if path and isinstance(path, str) else {}
+    for table, source in ((in_file, f"file {config_path}"), (secret_values, f"file {path}"), (variables, "environment"), (flags, "flag")):
+        for name, value in table.items():
+            try:
+                setting, *taken = _offered(name, value, source, table is secret_values)
+                given[setting.name] = taken
+            except ValueError as error:
+                problems.append(f"{source}: {error}")
     for setting in SETTINGS:
-        value, source = raw.get(setting.name, (setting.default, "default"))
+        value, source = given.get(setting.name, (setting.default, "default"))
         if value is REQUIRED or (value == "" and setting.default is REQUIRED):
-            if not unreadable:  # a file that cannot be read is one problem, not one a setting
+            if not unreadable:
                 problems.append(f"{setting.name} is missing: {setting.help}. Set it in the file, as --{setting.name.replace('_', '-')}"
                                 f" or as {ENVIRONMENT_PREFIX}{setting.name.upper()}")
             continue
         try:
-            values[setting.name] = KINDS[setting.kind](value)
+            values[setting.name], sources[setting.name] = KINDS[setting.kind](value), source
         except (ValueError, TypeError) as error:
-            shown = "" if setting.secret else f" = {value!r}"
-            problems.append(f"{source}: {setting.name}{shown}: {error}")
-        sources[setting.name] = source
+            problems.append(f"{source}: {setting.name}{'' if setting.secret else f' = {value!r}'}: {error}")
     if values.get("public_url", "").startswith("http:") and values.get("listen") and not is_loopback_name(values["listen"][0]):
         problems.append(f"{sources['listen']}: listen: with an http public_url it must be on loopback: tokens would travel in the clear")
     if problems:
@@ -635,14 +588,59 @@ def unseal_with(key, purpose, owner, box):
     return _xor_stream(keys[:32], sealed)
 
 
+def put_file(path, fill, over=None):
+    """Make a file that only its owner can read, whole or not at all: `fill` is its text, or fills the file whose name it is given.
+
+    FileExistsError unless there is what `over` says (bytes; None: nothing). On disk, with its name, when the call returns.
+    """
+    folder, fresh = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY), f"{path}.new"
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # two at once would each make a key, and the one whose key is replaced would have sealed with it
+        if (read_file(path) if os.path.lexists(path) else None) != over:
+            raise FileExistsError(errno.EEXIST, "is there already", path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fresh)
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            fill(fresh) if callable(fill) else file.write(fill)
+            file.flush()
+            if over is not None:
+                os.chown(fresh, os.stat(path).st_uid, os.stat(path).st_gid)
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_file(path):
+    """A file's bytes."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def new_key():
+    """A sealing key, as a line of a key file."""
+    return base64.b64encode(os.urandom(32)).decode() + "\n"
+
+
 class Keyring:
     """The sealing keys, newest first: the first seals, every one opens what names it."""
 
-    def __init__(self, keys, reload=None):
-        self.keys, self._reload = tuple(keys), reload
+    def __init__(self, keys, path=None):
+        self._keys, self._path, self._seen = tuple(keys), path, None
+
+    @property
+    def keys(self):
+        """The keys; those of a file are read again when rotate-key has changed it."""
+        if self._path:
+            with contextlib.suppress(OSError, ValueError):  # a file that is gone or wrong is told at the next start
+                status = os.stat(self._path)
+                if self._seen != (status.st_ino, status.st_mtime_ns):
+                    self._keys, self._seen = Keyring.parse(read_file(self._path).decode("ascii"))._keys, (status.st_ino, status.st_mtime_ns)
+        return self._keys
 
     @classmethod
-    def parse(cls, text, reload=None):
+    def parse(cls, text, path=None):
         """A keyring from lines (or comma-separated) of base64 keys of 32 bytes; ValueError says what is wrong."""
         keys = []
         for line in filter(None, map(str.strip, re.split(r"[\n,]", text))):
@@ -654,11 +652,7 @@ class Keyring:
                 raise ValueError("a sealing key must be 32 bytes, written as base64 (44 characters)")
         if not keys:
             raise ValueError("there is no sealing key")
-        return cls(keys, reload)
-
-    def text(self):
-        """What parse() reads."""
-        return "".join(base64.b64encode(key).decode() + "\n" for key in self.keys)
+        return cls(keys, path)
 
     def is_newest(self, box):
         """Whether a box was sealed with the newest key."""
@@ -671,12 +665,9 @@ class Keyring:
 
     def unseal(self, purpose, owner, box):
         """The JSON value of a box; ValueError when no key opens it for this purpose and owner."""
-        for known in (True, False):
-            for key in self.keys:
-                if bytes(box[3:7]) == _key_id(key):
-                    return json.loads(unseal_with(key, purpose, owner, bytes(box)))
-            if known and self._reload:  # rotate-key may have put a new one into the file since
-                self.keys = self._reload().keys
+        for key in self.keys:
+            if bytes(box[3:7]) == _key_id(key):
+                return json.loads(unseal_with(key, purpose, owner, bytes(box)))
         raise ValueError("box of an unknown key")
 
     def chained(self, token):
@@ -684,27 +675,28 @@ class Keyring:
         return Keyring(hkdf(token.encode(), key, b"fjmcp/v1/grace", 32) for key in self.keys)
 
 
+def key_path(settings):
+    """Where the sealing keys are, if they are not given as `key`."""
+    return settings.key_file or settings.store_path + ".key"
+
+
 def load_keyring(settings):
     """The keyring from `key`, `key_file` or the file beside the store, which is made when neither it nor the store exists.
 
     A key is never made for an existing store: it could open nothing in it. Raises ConfigurationError.
     """
-    path = settings.key_file or settings.store_path + ".key"
+    path = key_path(settings)
     try:
         if settings.key:
             return Keyring.parse(settings.key)
         if not os.path.exists(path):
             if os.path.exists(settings.store_path):
                 raise ConfigurationError([f"key_file: {path} is missing, and {settings.store_path} was sealed with it. Put the key back"])
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(base64.b64encode(os.urandom(32)).decode() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        with open(path, encoding="ascii") as file:
-            return Keyring.parse(file.read(), lambda: load_keyring(settings))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError([f"key_file: cannot use {path}: {getattr(error, 'strerror', None) or error}"]) from None
+            with contextlib.suppress(FileExistsError):  # somebody else is starting, too
+                put_file(path, new_key())
+        return Keyring.parse(read_file(path).decode("ascii"), path)
+    except OSError as error:
+        raise ConfigurationError([f"key_file: cannot use {path}: {error.strerror}"]) from None
     except ValueError as error:
         raise ConfigurationError([f"{'key' if settings.key else 'key_file: ' + path}: {error}"]) from None
 
@@ -783,6 +775,15 @@ LISTINGS = {
     "sessions": "SELECT substr(lower(hex(hash)), 1, 12) AS session, login, client_id, protocol_version, sessions.created_at, used_at"
                 " FROM sessions JOIN users USING (sub) ORDER BY used_at DESC",
 }
+SWEEPS = (  # what goes once its time is that many seconds past (None: the life of an unused client); bounded, so that no sweep takes long
+    ("DELETE FROM logins WHERE expires_at < ?", 3600), ("DELETE FROM account_logins WHERE expires_at < ?", 0),
+    ("DELETE FROM assertions WHERE expires_at < ?", 0), ("DELETE FROM access_tokens WHERE expires_at < ?", 60),
+    ("UPDATE refresh_tokens SET successor = NULL WHERE successor IS NOT NULL AND rotated_at < ?", REFRESH_GRACE),
+    ("DELETE FROM grants WHERE grant_id IN (SELECT grant_id FROM grants WHERE expires_at < ?1 OR ended_at < ?1 LIMIT 500)", 86400),
+    ("DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind = 'dynamic' AND used_at < ? AND NOT EXISTS"
+     " (SELECT 1 FROM grants g WHERE g.client_id = clients.client_id AND g.ended_at IS NULL) LIMIT 500)", None),
+)
+BUSY_WAIT = 5  # seconds to wait for a process that keeps the database locked
 
 
 class StoreUnavailable(Refusal):
@@ -808,22 +809,22 @@ class Store:
 
     def __init__(self, path, keyring, alone=True):
         """Open, make or migrate the store; `alone` keeps a second broker out, operators' commands come beside one."""
-        self.path, self._lock_file = path, None
+        self.path, self._lock_file, self._writer, self._reader = path, None, None, None
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()  # guard a connection each; leaves
-        if alone:
-            self._claim(path)
-        self._writer = self._reader = None
         try:
+            if alone:
+                self._claim(path)
             self._writer, self._reader = self._connect(path), self._connect(path)
+            if (problem := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(problem)
             self._migrate()
             self._check_key(keyring)
-        except (sqlite3.Error, StoreUnavailable) as error:
+        except BaseException as error:
             self.close()
+            if not isinstance(error, (sqlite3.Error, StoreUnavailable)):
+                raise
             reason = getattr(error, "reason", error)
             raise ConfigurationError([f"store_path: {path} cannot be used: {reason}. Restore a backup; it is never made anew"]) from None
-        except ConfigurationError:
-            self.close()
-            raise
 
     def _claim(self, path):
         """Take the store for this process; files are made 0600 before SQLite could make them otherwise."""
@@ -831,9 +832,8 @@ class Store:
             self._lock_file = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-            for name in (path, path + "-wal", path + "-shm"):
-                if os.path.exists(name):
-                    os.chmod(name, 0o600)
+            for name in filter(os.path.exists, (path, path + "-wal", path + "-shm")):
+                os.chmod(name, 0o600)
         except BlockingIOError:
             raise ConfigurationError([f"store_path: another broker is using {path}"]) from None
         except OSError as error:
@@ -841,7 +841,7 @@ class Store:
 
     @staticmethod
     def _connect(path):
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5, cached_statements=256)
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_WAIT, cached_statements=256)
         connection.row_factory = _row_factory
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON", "trusted_schema=OFF"):
             connection.execute(f"PRAGMA {pragma}")
@@ -853,47 +853,54 @@ class Store:
             raise ConfigurationError([f"store_path: {self.path} was written by a newer version of this program (schema {version})"])
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
             with self._batch() as db:
-                for statement in filter(str.strip, script.split(";\n")):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {number}")
+                if db.execute("PRAGMA user_version").fetchone()[0] < number:  # a command beside us may have been faster
+                    for statement in filter(str.strip, script.split(";\n")):
+                        db.execute(statement)
+                    db.execute(f"PRAGMA user_version = {number}")
 
     def _check_key(self, keyring):
         """Refuse a wrong key at the start rather than at each user's next call."""
-        probe = self._one("SELECT value FROM meta WHERE name = 'key_probe'")
-        if probe is None:
-            with self._batch() as db:
-                db.execute("INSERT OR IGNORE INTO meta VALUES ('key_probe', ?)", (keyring.seal("probe", "store", "ok"),))
-            return
+        if not self.boxes():
+            self._write("INSERT OR IGNORE INTO meta VALUES ('key_probe', ?)", (keyring.seal("probe", "store", "ok"),))
         try:
-            keyring.unseal("probe", "store", probe.value)
+            keyring.unseal("probe", "store", self._one("SELECT value FROM meta WHERE name = 'key_probe'").value)
         except ValueError:
             raise ConfigurationError([f"key_file: the key does not belong to {self.path}"]) from None
 
     @contextlib.contextmanager
     def _batch(self):
         """One transaction: everything within is committed to disk together, or nothing is."""
-        with self._write_lock:
+        if not self._write_lock.acquire(timeout=BUSY_WAIT):  # else threads would queue behind one that waits for another process
+            raise StoreUnavailable("another process keeps it locked")
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
             try:
-                self._writer.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._writer
-                    self._writer.execute("COMMIT")
-                except BaseException:
-                    with contextlib.suppress(sqlite3.Error):
-                        self._writer.execute("ROLLBACK")
-                    raise
-            except sqlite3.Error as error:
-                raise StoreUnavailable(str(error)) from error
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._writer.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise StoreUnavailable(str(error)) from error
+        finally:
+            self._write_lock.release()
 
-    def _all(self, sql, *parameters):
+    def _write(self, sql, parameters):
+        """One statement that is a batch of its own: the rows it returns, or how many it changed."""
+        with self._batch() as db:
+            cursor = db.execute(sql, parameters)
+            return cursor.fetchall() if cursor.description else cursor.rowcount
+
+    def _all(self, sql, parameters=()):
         with self._read_lock:
             try:
-                return self._reader.execute(sql, *parameters).fetchall()
+                return self._reader.execute(sql, parameters).fetchall()
             except sqlite3.Error as error:
                 raise StoreUnavailable(str(error)) from error
 
-    def _one(self, sql, *parameters):
-        return next(iter(self._all(sql, *parameters)), None)
+    def _one(self, sql, parameters=()):
+        return next(iter(self._all(sql, parameters)), None)
 
     def healthy(self):
         """Whether the store answers."""
@@ -916,12 +923,10 @@ class Store:
 
     def add_client(self, client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, now):
         """Keep a client; one with the same id (a pre-registered one at the next start) is replaced."""
-        with self._batch() as db:
-            db.execute(
-                "INSERT INTO clients (client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, created_at, used_at)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (client_id) DO UPDATE SET kind = excluded.kind, name = excluded.name,"
-                " redirect_uris = excluded.redirect_uris, secret_hash = excluded.secret_hash, auth_method = excluded.auth_method",
-                (client_id, kind, name, json.dumps(redirect_uris), secret_hash, auth_method, json.dumps(metadata), now, now))
+        self._write("INSERT INTO clients (client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, created_at, used_at)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (client_id) DO UPDATE SET kind = excluded.kind, name = excluded.name,"
+                    " redirect_uris = excluded.redirect_uris, secret_hash = excluded.secret_hash, auth_method = excluded.auth_method",
+                    (client_id, kind, name, json.dumps(redirect_uris), secret_hash, auth_method, json.dumps(metadata), now, now))
 
     def client(self, client_id):
         """A client's row, or None."""
@@ -929,17 +934,73 @@ class Store:
 
     def drop_configured_clients(self, still_configured):
         """Forget pre-registered clients that the configuration no longer names."""
+        self._write("DELETE FROM clients WHERE kind = 'configured' AND client_id NOT IN (SELECT value FROM json_each(?))",
+                    (json.dumps(list(still_configured)),))
+
+    # -- client documents
+
+    def keep_document(self, url, name, redirect_uris, auth_method, metadata, now, fresh_until, keep=1000):
+        """Keep what a client_id's own document says, or (without a name) that it could not be used; an older good one stays on file.
+
+        Bounded: above `keep` the longest unused go, but never one with a live grant.
+        """
         with self._batch() as db:
-            db.execute("DELETE FROM clients WHERE kind = 'configured' AND client_id NOT IN (SELECT value FROM json_each(?))",
-                       (json.dumps(list(still_configured)),))
+            db.execute(
+                "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, fetched_at, fresh_until, created_at, used_at)"
+                " VALUES (:url, iif(:name = '', 'unreadable', 'document'), :name, :uris, :method, :metadata, :now, :fresh, :now, :now)"
+                " ON CONFLICT (client_id) DO UPDATE SET fetched_at = :now, fresh_until = :fresh",
+                {"url": url, "name": name, "uris": json.dumps(redirect_uris), "method": auth_method, "metadata": json.dumps(metadata),
+                 "now": now, "fresh": fresh_until})
+            if name:
+                db.execute("UPDATE clients SET kind = 'document', name = ?, redirect_uris = ?, auth_method = ?, metadata = ? WHERE client_id = ?",
+                           (name, json.dumps(redirect_uris), auth_method, json.dumps(metadata), url))
+            db.execute("DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind IN ('document', 'unreadable') AND NOT"
+                       f" EXISTS (SELECT 1 FROM grants WHERE grants.client_id = clients.client_id AND {LIVE_GRANT})"
+                       " ORDER BY used_at DESC LIMIT -1 OFFSET :keep)", {"now": now, "keep": keep})
+
+    def keep_keys(self, url, keys):
+        """Keep the public keys that a document's jwks_uri named."""
+        with self._batch() as db:
+            db.execute("UPDATE clients SET keys = ? WHERE client_id = ?", (json.dumps(keys), url))
+
+    def spend_assertion(self, assertion_hash, expires_at):
+        """Whether a client's assertion comes for the first time (RFC 7523 3, jti)."""
+        with self._batch() as db:
+            return db.execute("INSERT OR IGNORE INTO assertions VALUES (?, ?)", (assertion_hash, expires_at)).rowcount == 1
+
+    # -- account
+
+    def open_account(self, browser_hash, sub, expires_at):
+        """A browser may see and end what its user has connected."""
+        with self._batch() as db:
+            db.execute("INSERT INTO account_logins VALUES (?, ?, ?)", (browser_hash, sub, expires_at))
+
+    def account(self, browser_hash, now):
+        """The user (sub, login) that a browser has logged in to the account page, or None."""
+        return self._one("SELECT sub, login FROM account_logins JOIN users USING (sub) WHERE browser_hash = ? AND expires_at > ?"
+                         " AND state = 'active'", (browser_hash, now))
+
+    def close_account(self, browser_hash):
+        """A browser's login to the account page ends."""
+        with self._batch() as db:
+            db.execute("DELETE FROM account_logins WHERE browser_hash = ?", (browser_hash,))
+
+    def grants_of(self, sub, now):
+        """A user's live grants with their client's name, newest first."""
+        return self._all("SELECT grant_id, sub, client_id, name, scope, grants.created_at, grants.used_at FROM grants LEFT JOIN clients"
+                         f" USING (client_id) WHERE sub = :sub AND {LIVE_GRANT} ORDER BY grants.used_at DESC", {"sub": sub, "now": now})
+
+    def sessions_of(self, sub):
+        """A user's sessions with their client's name, the last used first."""
+        return self._all("SELECT hash, client_id, name, sessions.created_at, sessions.used_at FROM sessions LEFT JOIN clients USING (client_id)"
+                         " WHERE sub = ? ORDER BY sessions.used_at DESC", (sub,))
 
     # -- logins
 
     def approve_login(self, state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at=None):
         """Keep an approved (or, with taken_at, a refused) login; False when this form was answered before."""
-        with self._batch() as db:
-            return db.execute("INSERT OR IGNORE INTO logins VALUES (?, ?, ?, ?, ?, ?, ?)",
-                              (state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at)).rowcount == 1
+        return self._write("INSERT OR IGNORE INTO logins VALUES (?, ?, ?, ?, ?, ?, ?)",
+                           (state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at)) == 1
 
     def take_login(self, state_hash, now):
         """The login of a state, once: (browser_hash, kind, sealed), or None when unknown, expired or taken."""
@@ -973,16 +1034,15 @@ class Store:
 
         `access`, `refresh`: (hash, expires_at). RFC 6749 4.1.3, RFC 7636 4.6.
         """
+        given = {"now": now, "hash": code_hash, "client": client_id, "uri": redirect_uri, "challenge": challenge, "attempts": attempts}
+        theirs = "hash = :hash AND client_id = :client AND redirect_uri = :uri"
         with self._batch() as db:
             row = db.execute(
-                "UPDATE codes SET used_at = :now WHERE hash = :hash AND client_id = :client AND redirect_uri = :uri AND challenge = :challenge"
-                " AND used_at IS NULL AND expires_at > :now AND attempts < :attempts"
-                f" AND EXISTS (SELECT 1 FROM grants WHERE grant_id = codes.grant_id AND {LIVE_GRANT}) RETURNING grant_id",
-                {"now": now, "hash": code_hash, "client": client_id, "uri": redirect_uri, "challenge": challenge,
-                 "attempts": attempts}).fetchone()
+                f"UPDATE codes SET used_at = :now WHERE {theirs} AND challenge = :challenge AND used_at IS NULL AND expires_at > :now AND"
+                f" attempts < :attempts AND EXISTS (SELECT 1 FROM grants WHERE grant_id = codes.grant_id AND {LIVE_GRANT})"
+                " RETURNING grant_id", given).fetchone()
             if row is None:
-                db.execute("UPDATE codes SET attempts = attempts + 1 WHERE hash = ? AND client_id = ? AND redirect_uri = ?"
-                           " AND challenge != ?", (code_hash, client_id, redirect_uri, challenge))
+                db.execute(f"UPDATE codes SET attempts = attempts + 1 WHERE {theirs} AND challenge != :challenge", given)
                 return None
             return self._issue(db, row.grant_id, None, now, access, refresh)
 
@@ -1022,8 +1082,7 @@ class Store:
 
     def drop_access_token(self, token_hash):
         """Revoke one access token (RFC 7009)."""
-        with self._batch() as db:
-            db.execute("DELETE FROM access_tokens WHERE hash = ?", (token_hash,))
+        self._write("DELETE FROM access_tokens WHERE hash = ?", (token_hash,))
 
     def end_grant(self, grant_id, reason, now):
         """End a grant with all its tokens, and its owner's sessions if it was their last; None when it had ended before."""
@@ -1056,40 +1115,35 @@ class Store:
 
     def update_user(self, sub, login, name, groups, now):
         """Make or refresh what userinfo says of a user; the state and the credential stay."""
-        with self._batch() as db:
-            db.execute("INSERT INTO users (sub, login, name, groups, state, checked_at, created_at) VALUES (?, ?, ?, ?, 'logged_out', ?, ?)"
-                       " ON CONFLICT (sub) DO UPDATE SET login = excluded.login, name = excluded.name, groups = excluded.groups,"
-                       " checked_at = excluded.checked_at", (sub, login, name, json.dumps(list(groups)), now, now))
+        self._write("INSERT INTO users (sub, login, name, groups, state, checked_at, created_at) VALUES (?, ?, ?, ?, 'logged_out', ?, ?)"
+                    " ON CONFLICT (sub) DO UPDATE SET login = excluded.login, name = excluded.name, groups = excluded.groups,"
+                    " checked_at = excluded.checked_at", (sub, login, name, json.dumps(list(groups)), now, now))
 
     def set_upstream_scope(self, sub, scope):
         """What Forgejo really granted, as introspection tells; None when unknown."""
-        with self._batch() as db:
-            db.execute("UPDATE users SET upstream_scope = ? WHERE sub = ?", (scope, sub))
+        self._write("UPDATE users SET upstream_scope = ? WHERE sub = ?", (scope, sub))
 
     def refresh_started(self, sub, now):
         """Note that the stored refresh token is about to be spent: after a crash its refusal is known to be ours."""
-        with self._batch() as db:
-            db.execute("UPDATE users SET refreshing_since = ? WHERE sub = ?", (now, sub))
+        self._write("UPDATE users SET refreshing_since = ? WHERE sub = ?", (now, sub))
 
     def save_credential(self, sub, box, grant, count, expires_at, obtained_at):
         """Replace a known user's credential, whatever their state; the new sequence number, None when a newer one is stored.
 
         Newer is what Forgejo counted later: its grant's number, then the grant's counter. Equal or unreadable: the last one saved.
         """
-        with self._batch() as db:
-            row = db.execute(
-                "UPDATE users SET credential = :box, credential_grant = :grant, credential_count = :count, access_expires_at = :expires,"
-                " obtained_at = :obtained, credential_seq = credential_seq + 1, refreshing_since = NULL"
-                " WHERE sub = :sub AND (:grant = 0 OR credential_grant < :grant"
-                " OR (credential_grant = :grant AND credential_count <= :count)) RETURNING credential_seq",
-                {"box": box, "grant": grant, "count": count, "expires": expires_at, "obtained": obtained_at, "sub": sub}).fetchone()
-            return row and row.credential_seq
+        rows = self._write(
+            "UPDATE users SET credential = :box, credential_grant = :grant, credential_count = :count, access_expires_at = :expires,"
+            " obtained_at = :obtained, credential_seq = credential_seq + 1, refreshing_since = NULL"
+            " WHERE sub = :sub AND (:grant = 0 OR credential_grant < :grant"
+            " OR (credential_grant = :grant AND credential_count <= :count)) RETURNING credential_seq",
+            {"box": box, "grant": grant, "count": count, "expires": expires_at, "obtained": obtained_at, "sub": sub})
+        return rows[0].credential_seq if rows else None
 
     def set_user_state(self, sub, state, if_seq=None):
         """Set a user's state, if wanted only while a credential is still the stored one; whether it was set."""
-        with self._batch() as db:
-            return db.execute("UPDATE users SET state = ?, refreshing_since = NULL WHERE sub = ? AND (? IS NULL OR credential_seq = ?)"
-                              " AND state != ?", (state, sub, if_seq, if_seq, state)).rowcount == 1
+        return self._write("UPDATE users SET state = ?, refreshing_since = NULL WHERE sub = ? AND (? IS NULL OR credential_seq = ?)"
+                           " AND state != ?", (state, sub, if_seq, if_seq, state)) == 1
 
     def users_to_refresh(self, obtained_before, now):
         """The users with a live grant whose credential is older than that: Forgejo's refresh token dies after 730 h unused."""
@@ -1175,33 +1229,22 @@ class Store:
         with self._read_lock, contextlib.closing(sqlite3.connect(path)) as copy:
             self._reader.backup(copy)
 
-    def credentials(self):
-        """(sub, box) of every credential."""
-        return [(row.sub, bytes(row.credential)) for row in self._all("SELECT sub, credential FROM users WHERE credential IS NOT NULL")]
+    def boxes(self):
+        """(purpose, owner, box) of all that stays sealed here: the key's probe and the credentials."""
+        return self._all("SELECT 'probe' AS purpose, 'store' AS owner, value AS box FROM meta WHERE name = 'key_probe' UNION ALL"
+                         " SELECT 'upstream', 'user:' || sub, credential FROM users WHERE credential IS NOT NULL")
 
-    def reseal(self, sub, old_box, new_box):
-        """Replace a box by one of the same content; 0 when it is no longer the stored one."""
+    def replace_box(self, old, new):
+        """Replace a box by one of the same content; whether it was still there. No two boxes are equal: each has its own salt."""
         with self._batch() as db:
-            return db.execute("UPDATE users SET credential = ? WHERE sub = ? AND credential = ?", (new_box, sub, old_box)).rowcount
-
-    def set_key_probe(self, box):
-        """What tells at the next start whether the key is right."""
-        with self._batch() as db:
-            db.execute("UPDATE meta SET value = ? WHERE name = 'key_probe'", (box,))
+            return 0 < sum(db.execute(f"UPDATE {place} = ?", (new, old)).rowcount for place in (
+                "meta SET value = ? WHERE name = 'key_probe' AND value", "users SET credential = ? WHERE credential"))
 
     def sweep(self, now, session_lifetime, client_lifetime=30 * 86400):
         """Drop what has had its time; tombstones that reuse detection needs stay as long as their grant. Returns ended sessions."""
         with self._batch() as db:
-            db.execute("DELETE FROM logins WHERE expires_at < ?", (now - 3600,))
-            db.execute("DELETE FROM account_logins WHERE expires_at < ?", (now,))
-            db.execute("DELETE FROM assertions WHERE expires_at < ?", (now,))
-            db.execute("DELETE FROM access_tokens WHERE expires_at < ?", (now - 60,))
-            db.execute("UPDATE refresh_tokens SET successor = NULL WHERE successor IS NOT NULL AND rotated_at < ?", (now - REFRESH_GRACE,))
-            db.execute("DELETE FROM grants WHERE grant_id IN (SELECT grant_id FROM grants WHERE expires_at < ?1 OR ended_at < ?1 LIMIT 500)",
-                       (now - 86400,))
-            db.execute("DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind = 'dynamic' AND used_at < ?"
-                       " AND NOT EXISTS (SELECT 1 FROM grants g WHERE g.client_id = clients.client_id AND g.ended_at IS NULL) LIMIT 500)",
-                       (now - client_lifetime,))
+            for statement, before in SWEEPS:
+                db.execute(statement, (now - (client_lifetime if before is None else before),))
             return [row.hash for row in db.execute("DELETE FROM sessions WHERE used_at < ? RETURNING hash",
                                                    (now - session_lifetime,)).fetchall()]
 
@@ -1253,14 +1296,22 @@ class Fetched:
     body: bytes
 
     def json(self):
-        """The JSON object in the body of a 200 application/json, else None."""
-        if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        """The JSON object in a body that says it is JSON, else None."""
+        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not re.fullmatch(r"application/([a-z0-9.-]+\+)?json", kind):
             return None
         try:
             value = read_json(self.body)
         except (ValueError, RecursionError):
             return None
         return value if isinstance(value, dict) else None
+
+
+def _time_left(deadline):
+    left = deadline - time.monotonic()
+    if left <= 0:  # asked even when data is there: an answer that never ends would never let a time-out happen
+        raise TimeoutError("the answer took too long")
+    return left
 
 
 class _Deadline(io.RawIOBase):
@@ -1273,7 +1324,7 @@ class _Deadline(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        self._sock.settimeout(_time_left(self._deadline))
         return self._sock.recv_into(buffer)
 
 
@@ -1287,29 +1338,29 @@ class _Socket:
         return io.BufferedReader(_Deadline(self._sock, self._deadline))
 
     def sendall(self, data):
-        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        self._sock.settimeout(_time_left(self._deadline))
         self._sock.sendall(data)
 
     def close(self):
         """Nothing: http.client closes before the answer is read; fetch() closes after."""
 
 
-def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_file="", address=None, on_data=None):
+def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_file="", connect=None, on_data=None):
     """One HTTP request without proxies or redirects, all of it within `deadline` seconds and `cap` bytes; FetchFailed otherwise.
 
-    `address`: connect there instead of resolving the name; TLS and Host stay the name's. `on_data` is called when the body begins.
+    `connect(timeout)` gives another socket than the name's; TLS and Host stay the name's. `on_data` is called when the body begins.
     """
     parts, end = urlsplit(url), time.monotonic() + deadline
     port = parts.port or {"https": 443, "http": 80}[parts.scheme]
     connection, sock = http.client.HTTPConnection(parts.hostname, port), None
     try:
-        sock = socket.create_connection((address or parts.hostname, port), timeout=deadline)
+        sock = connect(deadline) if connect else socket.create_connection((parts.hostname, port), timeout=deadline)
         if parts.scheme == "https":
-            sock.settimeout(max(0.001, end - time.monotonic()))
+            sock.settimeout(_time_left(end))
             sock = ssl.create_default_context(cafile=ca_file or None).wrap_socket(sock, server_hostname=parts.hostname)
         connection.sock = _Socket(sock, end)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request(method, target, body or None, {"User-Agent": f"fjmcp-broker/{__version__}", "Accept": "application/json",
+        connection.request(method, target, body or None, {"Host": parts.netloc, "User-Agent": f"fjmcp-broker/{__version__}", "Accept": "application/json",
                                                           "Accept-Encoding": "identity", "Connection": "close", **dict(headers)})
         response = connection.getresponse()
         data = response.read(1)
@@ -1324,6 +1375,51 @@ def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_fi
     finally:
         if sock:
             sock.close()
+
+
+# An explicit list, because `is_global` lets NAT64, 6to4, site-local and multicast addresses through. Of IPv6 only 2000::/3 is in use.
+NOT_PUBLIC = tuple(map(ipaddress.ip_network, (
+    "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16"
+    " 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3 ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 2002::/16 3fff::/20").split()))
+
+
+def is_public(address):
+    """Whether an IP address, as text, is one of the public internet."""
+    address = ipaddress.ip_address(address)
+    return not any(address in network for network in NOT_PUBLIC)
+
+
+def resolve_name(host):
+    """The addresses of a host name, as texts."""
+    return list(dict.fromkeys(entry[4][0] for entry in socket.getaddrinfo(host, 443, type=socket.SOCK_STREAM)))
+
+
+class PublicWeb:
+    """GETs what strangers name: from the public internet only, on port 443, with strict limits (OWASP SSRF; security.md finding 9)."""
+
+    def __init__(self, resolve=resolve_name, connect=socket.create_connection, ca_file=""):
+        self._resolve, self._connect, self._ca_file = resolve, connect, ca_file
+
+    def get(self, url, cap):
+        """A Fetched of at most `cap` bytes within 5 s; FetchFailed otherwise. One bad address among a name's refuses them all."""
+        started = time.monotonic()
+        try:
+            addresses = self._resolve(urlsplit(url).hostname)
+        except (OSError, ValueError) as error:
+            raise FetchFailed(f"the name does not resolve: {error}") from None
+        if not addresses or not all(map(is_public, addresses)):
+            raise FetchFailed("the name is not of the public internet")
+        return fetch("GET", url, cap=cap, ca_file=self._ca_file, deadline=5.0 - (time.monotonic() - started),
+                     connect=lambda timeout: self._to_one_of(addresses[:2], timeout))
+
+    def _to_one_of(self, addresses, timeout):
+        # To the address that was checked: a name that resolves anew may resolve otherwise (DNS rebinding).
+        for address in addresses:
+            try:
+                return self._connect((address, 443), timeout=max(0.001, timeout / len(addresses)))
+            except OSError as error:
+                failure = error
+        raise failure
 
 
 def jwt_claims(token):
@@ -1516,7 +1612,7 @@ class Upstream:
         if credential.subject is not None and credential.subject != info.sub:
             raise UpstreamDown("userinfo and id_token name different users")
         if not allowed(self._settings, info):
-            self._store.set_user_state(info.sub, "refused")
+            self._shut_out(info.sub, "refused", "not among the allowed users and groups")
             raise NotAllowed(info.sub, info.login, "This account may not use this server")
         scope = self._forgejo.introspect(credential.access)
         asked = set(self._settings.forgejo_oauth_scopes.split())
@@ -1633,6 +1729,9 @@ class Upstream:
     def _shut_out(self, sub, state, reason):
         if self._store.set_user_state(sub, state):
             self._log.audit("access refused", user=sub, reason=reason)
+        now = self._clock.now()
+        for grant in self._store.grants_of(sub, now) if state == "refused" else ():  # a suspension may be lifted again
+            self._store.end_grant(grant.grant_id, reason, now)
 
     def may_ask(self, sub):
         """Whether the API may be asked (again) about a user's token: at most once a minute. It counts as asked."""
@@ -1768,9 +1867,9 @@ def result_message(request_id, result):
 
 
 def error_message(request_id, code, message, data=None):
-    """A JSON-RPC error as bytes."""
+    """A JSON-RPC error as bytes; without an id when none could be read, as MCP's schemas have it (JSON-RPC itself says null)."""
     error = {"code": code, "message": message} | ({"data": data} if data is not None else {})
-    return dump({"jsonrpc": "2.0", "id": request_id, "error": error})
+    return dump({"jsonrpc": "2.0", **({} if request_id is None else {"id": request_id}), "error": error})
 
 
 def with_id(line, message, request_id, extra=None):
@@ -2003,7 +2102,7 @@ class Limiter:
             left = min(rate, left + max(0, now - since) * rate / 60)
             self._buckets[kind, key] = (left - 1 if left >= 1 else left, now)
         if left < 1:
-            raise Refusal(429, "too_many_requests", "Too many requests from this address; try again in a moment.",
+            raise Refusal(429, "too_many_requests", "Too many requests; try again in a moment.",
                           (("Retry-After", str(max(1, round((1 - left) * 60 / rate)))),))
 
 
@@ -2074,6 +2173,12 @@ def unknown_client_page():
                           "Others: remove the server and add it again."))
 
 
+def unreadable_client_page():
+    """For an application whose client_id is a URL at which there is no description of it that can be used."""
+    return error_page(400, "This application cannot be looked up", "The address by which it introduces itself could not be read just now, or "
+                      "what stands there does not describe it. Try again in a minute; if that does not help, ask who makes the application.")
+
+
 def expired_page():
     """For a login that took too long, or is not known."""
     return error_page(400, "This login has expired", "It took too long, or was finished already. Start again from your application.")
@@ -2098,7 +2203,7 @@ def destination(redirect_uri):
     return parts.hostname if parts.scheme == "https" else f"the application on this device that opens {parts.scheme}: links"
 
 
-def consent_page(*, client_name, client_id, redirect_uri, may_write, forgejo_scopes, forgejo_host, login_box, csrf, headers=()):
+def consent_page(*, client_name, client_id, client_host, redirect_uri, may_write, forgejo_scopes, forgejo_host, login_box, csrf, headers=()):
     """The broker's own consent: who asks, where the answer goes, what is allowed; the person chooses or refuses."""
     name, where = html.escape(client_name), html.escape(destination(redirect_uri))
     meanings = "".join(f"<li>{html.escape(meaning)}</li>" for meaning in filter(None, map(scope_meaning, forgejo_scopes.split())))
@@ -2106,10 +2211,14 @@ def consent_page(*, client_name, client_id, redirect_uri, may_write, forgejo_sco
             "also those that change things</label>") if may_write else ""
     read = (f'<label><input type="radio" name="access" value="read"{"" if may_write else " checked"}><strong>Read only</strong>: '
             "use only tools that look things up</label>")
+    known = (f"The application calls itself that in its description at <strong>{html.escape(client_host)}</strong>." if client_host
+             else "The application calls itself that; the name is not verified.")
+    local = ("<p>Any program on this device can ask in an application's name: make sure that it is the one you started.</p>"
+             if urlsplit(redirect_uri).scheme != "https" else "")
     body = f"""
 <div class="box"><p><span class="big">{name}</span> wants to use <span class="big">{html.escape(forgejo_host)}</span> as you.</p>
-<p class="quiet">The application calls itself that; the name is not verified.</p>
-<p>The answer goes to <strong>{where}</strong><br><code class="quiet">{html.escape(redirect_uri)}</code></p></div>
+<p class="quiet">{known}</p>
+<p>The answer goes to <strong>{where}</strong><br><code class="quiet">{html.escape(redirect_uri)}</code></p>{local}</div>
 <p class="box warn">Go on only if you started this yourself, just now, in an application you trust.</p>
 <h2>What it will be able to do</h2><ul>{meanings}</ul>
 <form method="post" action="/oauth/consent">
@@ -2120,6 +2229,40 @@ allows all of the above.</p>
 <div class="row"><button name="decision" value="deny">Refuse</button><button class="main" name="decision" value="approve">Allow</button></div>
 </form><p class="quiet">Next you log in at {html.escape(forgejo_host)}. Application id: <code>{html.escape(client_id)}</code></p>"""
     return page(200, "Connect an application?", body, form=True, headers=headers)
+
+
+def account_login_page(forgejo_host, csrf, headers=()):
+    """Before the account page: who are you?"""
+    body = f"""
+<p>Here you see which applications may use {html.escape(forgejo_host)} as you, and can end that.</p>
+<form method="post" action="/account/login"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
+<div class="row"><button class="main">Log in at {html.escape(forgejo_host)}</button></div></form>"""
+    return page(200, "Your applications", body, form=True, headers=headers)
+
+
+def account_page(login, applications, sessions, csrf):
+    """What a user has connected. `applications`: (client id, name, scopes, when used); `sessions`: (id, name, when begun, when used)."""
+    def items(rows, field, action):
+        forms = (f"""<li><form method="post" action="/account/end"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
+<strong>{html.escape(name)}</strong><br><span class="quiet">{html.escape(text)}</span>
+<div class="row"><button name="{field}" value="{html.escape(key)}">{action}</button></div></form></li>""" for key, name, text in rows)
+        return f"<ul>{''.join(forms)}</ul>" if rows else '<p class="quiet">None.</p>'
+
+    shown_apps = [(key, name or key, f"{'reads and writes' if WRITE in scopes else 'reads only'}, last used {moment(used)}, id {key}")
+                  for key, name, scopes, used in applications]
+    shown_sessions = [(key, name or "An application", f"since {moment(begun)}, last used {moment(used)}") for key, name, begun, used in sessions]
+    body = f"""
+<p>You are <strong>{html.escape(login)}</strong>.</p>
+<h2>Connected applications</h2>{items(shown_apps, "client", "Disconnect")}
+<h2>Open sessions</h2>{items(shown_sessions, "session", "End session")}
+<form method="post" action="/account/end"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
+<div class="row"><button name="leave" value="1">Log out of this page</button></div></form>"""
+    return page(200, "Your applications", body, form=True)
+
+
+def moment(seconds):
+    """A time for people."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
 def home_page(public_url, forgejo_url):
@@ -2134,7 +2277,8 @@ def home_page(public_url, forgejo_url):
 <li><strong>ChatGPT</strong>: Settings, Connectors, Create; paste the address, authentication OAuth.</li>
 <li><strong>VS Code</strong>: command “MCP: Add Server”, HTTP; paste the address.</li>
 <li><strong>Cursor</strong>: Settings, MCP, Add: <code>{{"url": "{url}"}}</code>.</li>
-<li><strong>Others</strong>: a remote MCP server (Streamable HTTP) with OAuth; or <code>npx mcp-remote {url}</code>.</li></ul>"""
+<li><strong>Others</strong>: a remote MCP server (Streamable HTTP) with OAuth; or <code>npx mcp-remote {url}</code>.</li></ul>
+<p><a href="/account">See and end what you have connected</a>.</p>"""
     return page(200, "Forgejo for AI assistants", body)
 
 
@@ -2147,8 +2291,8 @@ def clean_name(text, limit=100):
 
 # ======================================================================================================================
 # Clients
-# Owns who may ask for a login: registration (RFC 7591), pre-registered clients, redirect URIs, client authentication.
-# Must not know users, tokens or Forgejo.
+# Owns who may ask for a login: registration (RFC 7591), pre-registered clients, clients that describe themselves at their own URL,
+# redirect URIs, client authentication. Must not know users, tokens or Forgejo.
 # ======================================================================================================================
 
 AUTH_METHODS = ("none", "client_secret_post", "client_secret_basic")
@@ -2205,12 +2349,255 @@ def redirect_matches(registered, asked):
 
 @dataclass(frozen=True)
 class Client:
-    """A registered client; `secret_hash` is None for a public one."""
+    """A client: `secret_hash` is None for one without a secret; `metadata` and `keys` (see Documents) are for those that have a URL."""
 
     client_id: str
+    kind: str
     name: str
     redirect_uris: tuple
     secret_hash: object
+    auth_method: str
+    metadata: dict
+    keys: dict
+    in_use: bool
+
+    @classmethod
+    def from_row(cls, row):
+        """From the store's row."""
+        return cls(row.client_id, row.kind, row.name, tuple(json.loads(row.redirect_uris)), row.secret_hash, row.auth_method,
+                   json.loads(row.metadata), json.loads(row.keys or "{}"), row.used_at > row.created_at)
+
+
+def registrable_uris(uris, schemes, limit):
+    """Of a client's redirect URIs those that may be used here; OAuthError when there is none, or one that deceives."""
+    if not isinstance(uris, list) or not 1 <= len(uris) <= limit:
+        raise OAuthError("invalid_redirect_uri", f"redirect_uris must be a list of 1 to {limit} URIs.")
+    usable, unusable = [], None
+    for uri in uris:
+        try:
+            check_redirect_uri(uri, schemes)
+            usable.append(uri)
+        except UnusableScheme as error:  # one such must not cost Cursor the other two of its set
+            unusable = error
+        except ValueError as error:
+            raise OAuthError("invalid_redirect_uri", f"A redirect URI {error}.") from None
+    if not usable:
+        raise OAuthError("invalid_redirect_uri", f"A redirect URI {unusable}.")
+    return usable
+
+
+def choose(document, key, supported):
+    """What is served of a list that was asked for; the first that is supported must be among it, and is the default."""
+    values = document.get(key, [supported[0]])
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values) or supported[0] not in values:
+        raise OAuthError("invalid_client_metadata", f"{key} must be a list that contains {supported[0]}.")
+    return [value for value in supported if value in values]
+
+
+def spend(limiter, settings, kind, request):
+    """Refusal 429 above the `rate_<kind>` of the request's address, or twenty times that of all together.
+
+    A loopback peer that speaks for nobody is the operator, or a proxy that hides who asks: no limit could be fair (clients.md 17).
+    """
+    if request.direct and is_loopback_name(request.address):
+        return
+    rate, address = getattr(settings, f"rate_{kind}"), request.address
+    if ":" in address:  # whoever has one IPv6 address has the other 2^64 of its network too
+        address = str(ipaddress.ip_network(f"{address.partition('%')[0]}/64", strict=False))
+    limiter.spend(kind, address, rate)
+    limiter.spend(kind, "all", 20 * rate)
+
+
+# A name in lower case with a last label that is no number, so no spelling of an IP address; no port, user name, fragment or dot segment.
+DOCUMENT_URL = re.compile(
+    r"https://((?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?)"
+    r"(?!/*(?:\?|$))(?!\S*/(?:\.|%2[eE]){1,2}(?:[/?]|$))/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*(?:\?[A-Za-z0-9._~!$&'()*+,;=:@%/?-]*)?")
+SHA256_PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")  # DigestInfo of RFC 8017 9.2 note 1
+
+
+def verify_rs256(message, signature, n, e):
+    """Whether a signature is RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017 8.2.2). The whole block is compared, never parsed."""
+    size = (n.bit_length() + 7) // 8
+    number = int.from_bytes(signature, "big")
+    if len(signature) != size or number >= n:
+        return False
+    info = SHA256_PREFIX + hashlib.sha256(message).digest()
+    block = b"\0\1" + b"\xff" * (size - 3 - len(info)) + b"\0" + info
+    return hmac.compare_digest(pow(number, e, n).to_bytes(size, "big"), block)
+
+
+def public_rsa_keys(jwks):
+    """[(kid, n, e)] of the usable keys of a JWK set (RFC 7517): RSA, 2048 to 4096 bits. ValueError for a secret or private one."""
+    keys = jwks.get("keys") if isinstance(jwks, dict) else None
+    if not isinstance(keys, list) or not all(isinstance(key, dict) for key in keys):
+        raise ValueError("the keys are no JWK set")
+    if any("d" in key or "k" in key for key in keys):
+        raise ValueError("a private or symmetric key is published")
+    usable = []
+    for key in keys[:20]:
+        if key.get("kty") == "RSA" and key.get("use", "sig") == "sig" and key.get("alg", "RS256") == "RS256":
+            n, e = (int.from_bytes(unb64url(str(key.get(part, ""))), "big") for part in "ne")
+            if 2048 <= n.bit_length() <= 4096 and n % 2 and 3 <= e < 2**32 and e % 2:
+                usable.append((str(key["kid"]) if "kid" in key else None, n, e))
+    return usable
+
+
+def read_client_document(url, answer, schemes):
+    """What a Client ID Metadata Document says, as (name, redirect URIs, auth method, what else is kept); ValueError or OAuthError.
+
+    draft-ietf-oauth-client-id-metadata-document 4: its client_id is its own URL, byte for byte, and it has no secret.
+    """
+    document = answer.json() if answer.status == 200 else None
+    if document is None:
+        raise ValueError(f"status {answer.status}, or no JSON object")
+    if document.get("client_id") != url:
+        raise ValueError("its client_id is not its URL")
+    method = document.get("token_endpoint_auth_method", "none")
+    if any(name.startswith("client_secret") for name in document) or method not in ("none", "private_key_jwt"):
+        raise ValueError("it relies on a secret")
+    choose(document, "grant_types", ("authorization_code",))
+    choose(document, "response_types", ("code",))
+    also = document.get("token_endpoint_auth_methods_supported")
+    if isinstance(also, list) and "none" in also:
+        method = "none"
+    kept = {name: document[name] for name in ("jwks", "jwks_uri") if name in document}
+    if "jwks" in kept:
+        public_rsa_keys(kept["jwks"])
+    name = clean_name(document["client_name"] if isinstance(document.get("client_name"), str) else "")
+    return name, registrable_uris(document.get("redirect_uris"), schemes, 100), method, kept
+
+
+def freshness(answer):
+    """Seconds for which a document may be used, by its Cache-Control: an hour if that is silent, at least a minute, at most a day."""
+    control = answer.headers.get("cache-control", "").lower()
+    age = re.search(r"(?<![a-z-])max-age=\"?([0-9]{1,9})", control)
+    return 60 if re.search("no-store|no-cache", control) else min(86400, max(60, int(age[1]))) if age else 3600
+
+
+class Documents:
+    """Client ID Metadata Documents: a client_id that is the https URL of the client's own description.
+
+    A stranger chooses the URL. So it is fetched from the public internet only, few at a time, and what came of it, good or bad, is
+    kept: a good one as long as its origin says, a failure for a minute. /token never fetches one; it uses what the login used.
+    """
+
+    RETRY = 60
+
+    def __init__(self, settings, store, log, clock, limiter, web):
+        self._settings, self._store, self._log, self._clock, self._limiter, self._web = settings, store, log, clock, limiter, web
+        # Strangers' documents never hold up those of applications that people have logged in to.
+        self._slots = {in_use: threading.BoundedSemaphore(4) for in_use in (True, False)}
+        self._flights, self._lock = weakref.WeakValueDictionary(), threading.Lock()  # the lock guards the dict; a leaf
+
+    def may_be_one(self, client_id):
+        """Whether a client_id is the URL of a document that we would fetch: not our own host's, nor Forgejo's."""
+        match = DOCUMENT_URL.fullmatch(client_id) if len(client_id) <= 2000 and self._settings.client_documents else None
+        ours = (self._settings.public_url, self._settings.forgejo_url, self._settings.forgejo_internal_url or self._settings.forgejo_url)
+        return bool(match) and match[1] not in {urlsplit(url).hostname for url in ours}
+
+    def row(self, url):
+        """The client's row for a login, fetched if need be; None when its document cannot be used."""
+        row = self._store.client(url)
+        if self._is_due(row):
+            with self._turn(url, row is not None and row.used_at > row.created_at):
+                if self._is_due(self._store.client(url)):
+                    self._fetch(url)
+            row = self._store.client(url)
+        return row if row and row.fresh_until > self._clock.now() else None
+
+    def _is_due(self, row):
+        return row is None or row.fresh_until <= self._clock.now() >= row.fetched_at + self.RETRY
+
+    @contextlib.contextmanager
+    def _turn(self, url, in_use):
+        """One fetch of a URL at a time, few of all, and a stranger's not too often from one host: nobody is flooded through us."""
+        if not in_use:
+            self._limiter.spend("document", urlsplit(url).hostname, 60)
+        with self._lock:
+            flight = self._flights.setdefault(url, threading.Lock())
+        if not flight.acquire(timeout=15):
+            raise self._busy()
+        try:
+            if not self._slots[in_use].acquire(timeout=5):
+                raise self._busy()
+            try:
+                yield
+            finally:
+                self._slots[in_use].release()
+        finally:
+            flight.release()
+
+    @staticmethod
+    def _busy():
+        return Refusal(503, "temporarily_unavailable", "Too many applications introduce themselves just now; try again in a moment.",
+                       (("Retry-After", "5"),))
+
+    def _fetch(self, url):
+        now = self._clock.now()
+        try:
+            answer = self._web.get(url, 5120)
+            self._store.keep_document(url, *read_client_document(url, answer, self._settings.allowed_redirect_schemes), now, now + freshness(answer))
+        except (FetchFailed, ValueError, OAuthError) as error:
+            self._store.keep_document(url, "", [], "none", {}, now, 0)
+            self._log.event("info", "client document refused", client=url, reason=str(error))
+
+    def check_assertion(self, client, assertion):
+        """ValueError, with the reason, unless a JWT proves that the client made it, for us, just now (RFC 7523 3; RS256 only)."""
+        try:
+            signed, _, signature = assertion.rpartition(".")
+            header, claims = (read_json(unb64url(part)) for part in signed.split("."))
+            kid, now = header.get("kid"), self._clock.now()
+            if header.get("alg") != "RS256" or "crit" in header or len(assertion) > 8192:
+                raise ValueError("it is not signed with RS256")
+            if claims.get("iss") != client.client_id or claims.get("sub") != client.client_id:
+                raise ValueError("iss and sub are not the client_id")
+            url, audience = self._settings.public_url, claims.get("aud")
+            if not audience or not set([audience] if isinstance(audience, str) else audience) <= {url, url + "/oauth/token", url + "/token"}:
+                raise ValueError("aud is not this server")
+            expires, begins = claims.get("exp"), claims.get("nbf", 0)
+            if not all(isinstance(moment, (int, float)) for moment in (expires, begins)) or not now < expires <= now + 3660 or begins > now + 60:
+                raise ValueError("it has expired, is not valid yet, or lasts for more than an hour")
+        except (AttributeError, TypeError, RecursionError):
+            raise ValueError("it is not a JWT") from None
+        if not any(verify_rs256(signed.encode(), unb64url(signature), n, e) for name, n, e in self._keys(client, kid) if kid in (None, name)):
+            raise ValueError("its signature is not the client's")
+        # Without a jti what was signed stands for it; the signature could be spelled in two ways.
+        if not self._store.spend_assertion(digest(f"{client.client_id} {json.dumps(claims.get('jti')) if claims.get('jti') else signed}"), expires):
+            raise ValueError("it was used before")
+
+    def _keys(self, client, kid):
+        """The client's keys; from its jwks_uri anew when `kid` is none of them, or after a day, but at most once a minute."""
+        if "jwks" in client.metadata:
+            return public_rsa_keys(client.metadata["jwks"])
+        url = client.metadata.get("jwks_uri")
+        if not isinstance(url, str) or not self.may_be_one(url):
+            raise ValueError("the client publishes no keys")
+        kept = client.keys
+        if self._keys_due(kept, url, kid):
+            with self._turn(url, client.in_use):
+                kept = json.loads(self._store.client(client.client_id).keys or "{}")  # another may have fetched them meanwhile
+                if self._keys_due(kept, url, kid):
+                    kept = self._fetch_keys(client, url, kept)
+        if not kept["ok"] and kid not in (key[0] for key in kept["keys"]):  # our trouble must not look like the client's fault
+            raise Refusal(503, "temporarily_unavailable", "The client's keys cannot be read just now.", (("Retry-After", str(self.RETRY)),))
+        return kept["keys"]
+
+    def _keys_due(self, kept, url, kid):
+        if kept.get("uri") != url:
+            return True
+        age = self._clock.now() - kept["at"]
+        return age >= self.RETRY and (age >= 86400 or not kept["ok"] or kid not in (None, *(key[0] for key in kept["keys"])))
+
+    def _fetch_keys(self, client, url, kept):
+        now = self._clock.now()
+        try:
+            answer = self._web.get(url, 65536)
+            kept = {"uri": url, "at": now, "ok": True, "keys": public_rsa_keys(answer.json() if answer.status == 200 else None)}
+        except (FetchFailed, ValueError) as error:
+            self._log.event("warning", "client keys cannot be read", client=client.client_id, reason=str(error))
+            kept = {"uri": url, "at": now, "ok": False, "keys": kept["keys"] if kept.get("uri") == url else []}
+        self._store.keep_keys(client.client_id, kept)
+        return kept
 
 
 def check_configured_clients(settings):
@@ -2230,8 +2617,9 @@ def check_configured_clients(settings):
 class Clients:
     """Finds, registers and authenticates clients."""
 
-    def __init__(self, settings, store, log, clock, limiter):
+    def __init__(self, settings, store, log, clock, limiter, web):
         self._settings, self._store, self._log, self._clock, self._limiter = settings, store, log, clock, limiter
+        self._documents = Documents(settings, store, log, clock, limiter, web)
         check_configured_clients(settings)
         store.drop_configured_clients(item["client_id"] for item in settings.clients)
         for item in settings.clients:
@@ -2240,21 +2628,30 @@ class Clients:
                              digest(secret) if secret else None, "client_secret_basic" if secret else "none", {}, clock.now())
 
     def find(self, client_id):
-        """The client of an id, or None."""
+        """The client of an id as it was last known, or None. Nothing is fetched."""
         row = self._store.client(client_id)
-        return row and Client(row.client_id, row.name, tuple(json.loads(row.redirect_uris)), row.secret_hash)
+        usable = row and row.kind != "unreadable" and (row.kind != "document" or self._settings.client_documents)
+        return Client.from_row(row) if usable else None
+
+    def for_login(self, client_id):
+        """The client of an id, its document fetched if it has one that is due; None when it is unknown or cannot be used."""
+        client = self.find(client_id)
+        if (client and client.kind != "document") or not self._documents.may_be_one(client_id):
+            return client
+        row = self._documents.row(client_id)
+        return row and Client.from_row(row)
 
     def register(self, request):
         """POST /oauth/register: dynamic registration (RFC 7591 3). Open to all, so nothing in it is believed."""
-        self._limit(request)
+        spend(self._limiter, self._settings, "register", request)
         document = parse_json_object(request.read_body(self._settings.max_form), "invalid_client_metadata")
-        uris = self._redirect_uris(document.get("redirect_uris"))
+        uris = registrable_uris(document.get("redirect_uris"), self._settings.allowed_redirect_schemes, 10)
         method = document.get("token_endpoint_auth_method", "client_secret_basic")
         if method not in AUTH_METHODS:
             raise OAuthError("invalid_client_metadata", f"token_endpoint_auth_method must be one of {', '.join(AUTH_METHODS)}.")
         # Clients compare the answer with what they asked (clients.md 10); a refresh token is issued whatever it says.
-        grant_types = self._choose(document, "grant_types", ("authorization_code", "refresh_token"))
-        response_types = self._choose(document, "response_types", ("code",))
+        grant_types = choose(document, "grant_types", ("authorization_code", "refresh_token"))
+        response_types = choose(document, "response_types", ("code",))
         # Whatever scope was asked, a later login decides; what is echoed is all that clients read (clients.md 10, 11).
         scope = document["scope"] if isinstance(document.get("scope"), str) and document["scope"] else " ".join(SCOPES)
         client_id, secret, now = new_secret("fjd_")[:36], None if method == "none" else new_secret("fjs_"), self._clock.now()
@@ -2271,37 +2668,9 @@ class Clients:
             answer.update(client_secret=secret, client_secret_expires_at=0)
         return json_response(201, answer, NO_STORE)
 
-    def _limit(self, request):
-        if not (request.direct and is_loopback_name(request.address)):
-            self._limiter.spend("register", request.address, self._settings.rate_register)
-
-    def _redirect_uris(self, uris):
-        if not isinstance(uris, list) or not 1 <= len(uris) <= 10:
-            raise OAuthError("invalid_redirect_uri", "redirect_uris must be a list of 1 to 10 URIs.")
-        usable, unusable = [], None
-        for uri in uris:
-            try:
-                check_redirect_uri(uri, self._settings.allowed_redirect_schemes)
-                usable.append(uri)
-            except UnusableScheme as error:  # one such must not cost Cursor the other two of its set
-                unusable = error
-            except ValueError as error:
-                raise OAuthError("invalid_redirect_uri", f"A redirect URI {error}.") from None
-        if not usable:
-            raise OAuthError("invalid_redirect_uri", f"A redirect URI {unusable}.")
-        return usable
-
-    @staticmethod
-    def _choose(document, key, supported):
-        """What is served of a list that was asked for; the first that is supported must be among it, and is the default."""
-        values = document.get(key, [supported[0]])
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values) or supported[0] not in values:
-            raise OAuthError("invalid_client_metadata", f"{key} must be a list that contains {supported[0]}.")
-        return [value for value in supported if value in values]
-
     def authenticate(self, request, form):
-        """The client that speaks on /token or /revoke (RFC 6749 2.3.1): Basic or post for one with a secret, none for a public one."""
-        client_id, secret, basic = form.get("client_id"), form.get("client_secret"), False
+        """The client that speaks on /token or /revoke (RFC 6749 2.3.1): Basic, post or an assertion for one with a secret or keys."""
+        client_id, secret, basic, assertion = form.get("client_id"), form.get("client_secret"), False, form.get("client_assertion")
         authorization = request.header("authorization")
         if authorization is not None:
             basic = True
@@ -2309,7 +2678,9 @@ class Clients:
             if secret is not None or client_id not in (None, basic_id):
                 raise OAuthError("invalid_request", "Send the client's credentials in one place: the Authorization header or the body.")
             client_id, secret = basic_id, basic_secret
-        if not client_id:
+        if assertion and not client_id:  # RFC 7521 4.2: the assertion names the client; whether it may is checked below
+            client_id = jwt_claims(assertion).get("sub")
+        if not client_id or not isinstance(client_id, str):
             raise OAuthError("invalid_request", "client_id is missing.")
         client = self.find(client_id)
         if client is None:
@@ -2317,7 +2688,17 @@ class Clients:
         # A public client that sends a stray secret is let pass: it proves nothing and hurts nothing.
         if client.secret_hash and not (secret and hmac.compare_digest(client.secret_hash, digest(secret))):
             raise self._refused(basic, "The client's secret is missing or wrong.")
+        if assertion or client.auth_method == "private_key_jwt":
+            self._check_assertion(client, form, assertion or "")
         return client
+
+    def _check_assertion(self, client, form, assertion):
+        try:
+            if form.get("client_assertion_type") != "urn:ietf:params:oauth:client-assertion-type:jwt-bearer" or client.secret_hash:
+                raise ValueError("the client has a secret, or client_assertion_type is not jwt-bearer")
+            self._documents.check_assertion(client, assertion)
+        except ValueError as error:
+            raise self._refused(False, f"The client's assertion is missing or wrong: {error}.") from None
 
     @staticmethod
     def _refused(basic, sentence):
@@ -2342,6 +2723,9 @@ class Clients:
 # Owns the OAuth 2.1 endpoints: metadata, authorize, consent, callback, token, revoke; and the rules of grants and tokens.
 # Must not know sessions or children; that a grant ended is learnt by others from the store.
 # ======================================================================================================================
+
+ACCOUNT_LIFETIME = 1800  # seconds a browser stays logged in to the account page
+
 
 class PageRefusal(Exception):
     """A refusal that is shown to a person: `response` is the page. Nothing is redirected to a URI that was not validated."""
@@ -2391,25 +2775,30 @@ def canonical_resource(values, settings):
 class Authorization:
     """The authorization server. Its handlers take a Request and give a Response."""
 
-    def __init__(self, settings, store, keyring, clients, upstream, forgejo, log, clock, limiter):
+    def __init__(self, settings, store, keyring, clients, upstream, forgejo, log, clock, limiter, session_ended):
         self._settings, self._store, self._keyring, self._clients = settings, store, keyring, clients
+        self._session_ended = session_ended  # called with the name of a session whose row is gone
         self._upstream, self._forgejo, self._log, self._clock, self._limiter = upstream, forgejo, log, clock, limiter
         secure = settings.public_url.startswith("https:")
         self._cookie_name = "__Host-fjmcp" if secure else "fjmcp"
         self._cookie_flags = f"; Path=/; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}"
+        self._forgejo_host = urlsplit(settings.forgejo_url).netloc
 
     # -- metadata
 
     def metadata(self, request):
         """RFC 8414: what this authorization server offers."""
-        url = self._settings.public_url
+        url, methods = self._settings.public_url, {"methods_supported": list(AUTH_METHODS)}
+        if self._settings.client_documents:
+            methods = {"methods_supported": [*AUTH_METHODS, "private_key_jwt"], "signing_alg_values_supported": ["RS256"]}
         return json_response(200, {
             "issuer": url, "authorization_endpoint": url + "/oauth/authorize", "token_endpoint": url + "/oauth/token",
             "registration_endpoint": url + "/oauth/register", "revocation_endpoint": url + "/oauth/revoke",
             "scopes_supported": [*SCOPES, "offline_access"], "response_types_supported": ["code"], "response_modes_supported": ["query"],
             "grant_types_supported": ["authorization_code", "refresh_token"], "code_challenge_methods_supported": ["S256"],
-            "token_endpoint_auth_methods_supported": list(AUTH_METHODS), "revocation_endpoint_auth_methods_supported": list(AUTH_METHODS),
+            **{f"{endpoint}_endpoint_auth_{name}": values for endpoint in ("token", "revocation") for name, values in methods.items()},
             "authorization_response_iss_parameter_supported": True,
+            "client_id_metadata_document_supported": self._settings.client_documents,
         }, (("Cache-Control", "public, max-age=300"),))
 
     def resource_metadata(self, request):
@@ -2423,7 +2812,7 @@ class Authorization:
 
     def authorize(self, request):
         """GET /oauth/authorize: validate, then show our own consent page. Nothing is stored and nothing goes to Forgejo yet."""
-        self._spend(request, "authorize")
+        spend(self._limiter, self._settings, "authorize", request)
         try:
             form = parse_form(request.query)
         except ValueError:
@@ -2433,22 +2822,23 @@ class Authorization:
             login = self._authorization_request(form, client, redirect_uri)
         except ClientRedirect as error:
             return self._to_client(redirect_uri, form.get("state", [None])[0], error=error.error, error_description=error.description)
-        cookie = self._browser(request) or new_secret()
+        cookie, headers = self._marked_browser(request)
         box = b64url(self._keyring.seal("login", digest(cookie).hex(), {**login, "expires": self._clock.now() + self._settings.login_lifetime}))
-        set_cookie = f"{self._cookie_name}={cookie}; Max-Age={int(self._settings.login_lifetime)}{self._cookie_flags}"
         return consent_page(
-            client_name=client.name, client_id=client.client_id, redirect_uri=redirect_uri, may_write=WRITE in login["scope"],
-            forgejo_scopes=self._settings.forgejo_oauth_scopes, forgejo_host=urlsplit(self._settings.forgejo_url).netloc,
-            login_box=box, csrf=self._csrf(cookie, box), headers=(("Set-Cookie", set_cookie),))
+            client_name=client.name, client_id=client.client_id, client_host=urlsplit(client.client_id).hostname if client.kind == "document" else None,
+            redirect_uri=redirect_uri, may_write=WRITE in login["scope"],
+            forgejo_scopes=self._settings.forgejo_oauth_scopes, forgejo_host=self._forgejo_host,
+            login_box=box, csrf=self._csrf(cookie, "consent:" + box), headers=headers)
 
     def _authorized_target(self, form):
         """The client and its validated redirect URI; before these are known, errors are shown and never redirected."""
         for name in ("client_id", "redirect_uri"):
             if len(form.get(name, ())) > 1:
                 raise self._page(400, "This request cannot be trusted", f"It names {name} more than once. Start again from your application.")
-        client = self._clients.find(form.get("client_id", [""])[0])
+        client_id = form.get("client_id", [""])[0]
+        client = self._clients.for_login(client_id)
         if client is None:
-            raise PageRefusal(unknown_client_page())
+            raise PageRefusal(unreadable_client_page() if client_id.startswith("https://") else unknown_client_page())
         redirect_uri = form.get("redirect_uri", [""])[0]
         if not any(redirect_matches(registered, redirect_uri) for registered in client.redirect_uris):
             raise self._page(400, "This request cannot be trusted", "It wants the answer sent to an address (redirect_uri) that the application "
@@ -2482,11 +2872,10 @@ class Authorization:
 
     def consent(self, request):
         """POST /oauth/consent: the person's decision, believed only from the browser that was shown the page (C02 to C05)."""
-        self._spend(request, "authorize")
+        spend(self._limiter, self._settings, "authorize", request)
         form = self._posted_form(request)
-        cookie, box = self._browser(request), form.get("login", "")
-        if not cookie or not hmac.compare_digest(self._csrf(cookie, box).encode(), form.get("csrf", "").encode()):
-            raise PageRefusal(wrong_browser_page())
+        box = form.get("login", "")
+        cookie = self._proven_browser(request, form, self._cookie_name, "consent:" + box)
         try:
             login = self._keyring.unseal("login", digest(cookie).hex(), unb64url(box))
         except ValueError:
@@ -2499,26 +2888,27 @@ class Authorization:
             raise self._page(400, "Nothing was decided", "The form came without a choice. Go back and choose again.")
         # Reading is less than writing, so read only is a narrower grant even where only forgejo:write was asked.
         granted = login["scope"] if access == "full" and WRITE in login["scope"] else [READ]
-        return self._decided(login, decision, granted, cookie, box, now)
-
-    def _decided(self, login, decision, granted, cookie, box, now):
-        state, verifier = new_secret(), new_secret()
-        kept = {**login, "granted": granted, "verifier": verifier}
         denied = decision == "deny"
-        sealed = None if denied else self._keyring.seal("login", digest(state).hex(), kept)
-        if not self._store.approve_login(digest(state), digest(box), digest(cookie), "client", sealed,
-                                         now + self._settings.login_lifetime, now if denied else None):
-            raise PageRefusal(already_answered_page())
+        to_forgejo = self._start_login("client", {**login, "granted": granted}, cookie, box, now, now if denied else None)
         self._log.audit("consent refused" if denied else "consent given", client=login["client"], scope=" ".join(granted))
         if denied:
             return self._to_client(login["redirect_uri"], login["state"], error="access_denied", error_description="The person refused")
+        return to_forgejo
+
+    def _start_login(self, kind, login, cookie, box, now, taken_at=None):
+        """Keep a login that only this browser can finish, and send the browser to Forgejo."""
+        state, verifier = new_secret(), new_secret()
+        sealed = self._keyring.seal("login", digest(state).hex(), {**login, "verifier": verifier})
+        if not self._store.approve_login(digest(state), digest(box), digest(cookie), kind, None if taken_at else sealed,
+                                         now + self._settings.login_lifetime, taken_at):
+            raise PageRefusal(already_answered_page())
         return redirect(self._forgejo.authorize_url(state, b64url(hashlib.sha256(verifier.encode()).digest())))
 
     # -- callback
 
     def callback(self, request):
         """GET /oauth/callback: Forgejo's answer, taken once and only in the browser that consented."""
-        self._spend(request, "authorize")
+        spend(self._limiter, self._settings, "authorize", request)
         try:
             form = parse_form(request.query)
         except ValueError:
@@ -2529,34 +2919,40 @@ class Authorization:
         row = self._store.take_login(digest(state), now)
         if row is None:
             raise PageRefusal(expired_page())
-        cookie = self._browser(request)
+        cookie = self._cookie(request, self._cookie_name)
         if not cookie or not hmac.compare_digest(digest(cookie), row.browser_hash):
             raise PageRefusal(wrong_browser_page())
         try:
             login = self._keyring.unseal("login", digest(state).hex(), row.sealed)
         except ValueError:
             raise PageRefusal(expired_page()) from None
+        try:
+            info = self._logged_in(form, login["verifier"])
+            return self._account_opened(info, now) if row.kind == "account" else self._client_answered(login, info, now)
+        except ClientRedirect as error:
+            if row.kind == "account":
+                raise self._page(403, "You are not logged in", f"{error.description}.") from None
+            return self._to_client(login["redirect_uri"], login["state"], error=error.error, error_description=error.description)
+
+    def _logged_in(self, form, verifier):
+        """Who logged in at Forgejo; ClientRedirect with the error of RFC 6749 4.1.2.1 otherwise, in our words: Forgejo's are not shown."""
         if "error" in form:
             denied = form["error"][0] == "access_denied"
-            return self._to_client(login["redirect_uri"], login["state"], error="access_denied" if denied else "server_error",
-                                   error_description="The login at Forgejo was refused" if denied else "Forgejo could not log the person in")
-        return self._logged_in(login, form["code"][0], now)
-
-    def _logged_in(self, login, code, now):
-        failure = None
+            raise ClientRedirect("access_denied" if denied else "server_error",
+                                 "The login at Forgejo was refused" if denied else "Forgejo could not log the person in")
         try:
             with self._upstream.callback():
-                info = self._upstream.login(code, login["verifier"])
+                return self._upstream.login(form["code"][0], verifier)
         except UpstreamDown:
-            failure = ("temporarily_unavailable", "Forgejo cannot be reached just now")
+            raise ClientRedirect("temporarily_unavailable", "Forgejo cannot be reached just now") from None
         except (UpstreamRefused, UpstreamMisconfigured) as error:
             self._log.event("error", "login failed at forgejo", reason=str(error))
-            failure = ("server_error", "Forgejo refused the login; the operator's log says why")
+            raise ClientRedirect("server_error", "Forgejo refused the login; the operator's log says why") from None
         except NotAllowed as error:
             self._log.audit("access refused", user=error.sub, login=error.login, reason=error.reason)
-            failure = ("access_denied", error.reason)
-        if failure:
-            return self._to_client(login["redirect_uri"], login["state"], error=failure[0], error_description=failure[1])
+            raise ClientRedirect("access_denied", error.reason) from None
+
+    def _client_answered(self, login, info, now):
         code, code_expires = new_secret("fjc_"), now + self._settings.code_lifetime
         grant_id = self._store.finish_login(info.sub, login["client"], " ".join(login["granted"]), " ".join(login["scope"]),
                                             self._settings.resource, digest(code), login["redirect_uri"], login["challenge"], now,
@@ -2564,13 +2960,63 @@ class Authorization:
         self._log.audit("login", user=info.sub, login=info.login, client=login["client"], grant=grant_id, scope=" ".join(login["granted"]))
         return self._to_client(login["redirect_uri"], login["state"], code=code)
 
+    # -- account
+
+    def account(self, request):
+        """GET /account: what a user has connected; first a login, which is bound to this browser as every other is."""
+        spend(self._limiter, self._settings, "authorize", request)
+        cookie = self._cookie(request, self._cookie_name + "-account")
+        user = self._store.account(digest(cookie), self._clock.now()) if cookie else None
+        if user is None:
+            browser, headers = self._marked_browser(request)
+            return account_login_page(self._forgejo_host, self._csrf(browser, "account login"), headers)
+        applications = {}
+        for grant in self._store.grants_of(user.sub, self._clock.now()):  # several logins of one application are one to people
+            name, scopes, used = applications.get(grant.client_id, (grant.name, "", 0))[:3]
+            applications[grant.client_id] = (name, f"{scopes} {grant.scope}", max(used, grant.used_at))
+        sessions = [(row.hash.hex(), row.name, row.created_at, row.used_at) for row in self._store.sessions_of(user.sub)[:100]]
+        return account_page(user.login, [(key, *shown) for key, shown in applications.items()], sessions, self._csrf(cookie, "account"))
+
+    def account_login(self, request):
+        """POST /account/login: to Forgejo, and back to the account page."""
+        spend(self._limiter, self._settings, "authorize", request)
+        form = self._posted_form(request)
+        cookie = self._proven_browser(request, form, self._cookie_name, "account login")
+        return self._start_login("account", {}, cookie, new_secret(), self._clock.now())
+
+    def _account_opened(self, info, now):
+        cookie = new_secret()  # a new one at each login: one that somebody planted before is worth nothing
+        self._store.open_account(digest(cookie), info.sub, now + ACCOUNT_LIFETIME)
+        self._log.audit("account opened", user=info.sub, login=info.login)
+        response = redirect(self._settings.public_url + "/account")
+        set_cookie = f"{self._cookie_name}-account={cookie}; Max-Age={ACCOUNT_LIFETIME}{self._cookie_flags}"
+        return replace(response, headers=(*response.headers, ("Set-Cookie", set_cookie)))
+
+    def account_end(self, request):
+        """POST /account/end: end one application's grants, one session, or this login; nothing but the user's own."""
+        spend(self._limiter, self._settings, "authorize", request)
+        form, now = self._posted_form(request), self._clock.now()
+        cookie = self._proven_browser(request, form, self._cookie_name + "-account", "account")
+        user = self._store.account(digest(cookie), now)
+        if user is None:
+            raise PageRefusal(expired_page())
+        for grant in self._store.grants_of(user.sub, now):
+            if grant.client_id == form.get("client"):
+                self._end(grant.grant_id, "ended by the user", user.sub, grant.client_id, "token revoked")
+        for session in self._store.sessions_of(user.sub):
+            if session.hash.hex() == form.get("session") and self._store.end_session(session.hash):
+                self._session_ended(session.hash)
+        if form.get("leave"):
+            self._store.close_account(digest(cookie))
+        return redirect(self._settings.public_url + "/account")
+
     # -- token
 
     def token(self, request):
         """POST /oauth/token (RFC 6749 4.1.3 and 6)."""
-        self._spend(request, "token")
         values = self._token_form(request)
         form = {name: items[0] for name, items in values.items()}
+        self._spend_token(request, form.get("code") or form.get("refresh_token", ""))
         client = self._clients.authenticate(request, form)
         grant_types = {"authorization_code": self._redeem, "refresh_token": self._refresh}
         if not form.get("grant_type"):
@@ -2580,6 +3026,14 @@ class Authorization:
         if not canonical_resource(values.get("resource", ()), self._settings):
             raise OAuthError("invalid_target", f"resource must be {self._settings.resource}.")
         return json_response(200, grant_types[form["grant_type"]](client, form), NO_STORE)
+
+    def _spend_token(self, request, token):
+        """Whoever holds a token that we issued is limited by its grant, whatever address they share; all others by their address."""
+        row = self._store.code(digest(token)) or self._store.refresh_token(digest(token)) if token else None
+        if row:
+            self._limiter.spend("grant", row.grant_id, 120)
+        else:
+            spend(self._limiter, self._settings, "token", request)
 
     def _token_form(self, request):
         kind, _, parameters = (request.header("content-type") or "").partition(";")
@@ -2694,8 +3148,8 @@ class Authorization:
 
     def revoke(self, request):
         """POST /oauth/revoke (RFC 7009): a refresh token ends its grant, an access token only itself; always 200."""
-        self._spend(request, "token")
         form = {name: items[0] for name, items in self._token_form(request).items()}
+        self._spend_token(request, form.get("token", ""))
         client, token = self._clients.authenticate(request, form), form.get("token", "")
         if not token:
             raise OAuthError("invalid_request", "token is missing.")
@@ -2708,10 +3162,6 @@ class Authorization:
         return json_response(200, {}, NO_STORE)
 
     # -- shared
-
-    def _spend(self, request, kind):
-        if not (request.direct and is_loopback_name(request.address)):
-            self._limiter.spend(kind, request.address, getattr(self._settings, f"rate_{kind}"))
 
     @staticmethod
     def _page(status, title, sentence):
@@ -2728,16 +3178,28 @@ class Authorization:
         return {name: items[0] for name, items in values.items() if len(items) == 1}
 
     @staticmethod
-    def _csrf(cookie, box):
-        return b64url(hmac.digest(cookie.encode(), b"consent:" + box.encode(), "sha256"))
+    def _csrf(cookie, purpose):
+        return b64url(hmac.digest(cookie.encode(), purpose.encode(), "sha256"))
 
-    def _browser(self, request):
-        """The value of our cookie, None when it is absent or not one we made; two of the name are an attack (C16)."""
+    def _cookie(self, request, wanted):
+        """The value of a cookie, None when it is absent or not one we made; two of the name are an attack (C16)."""
         values = [value for line in request.headers.get("cookie", ()) for name, _, value in
-                  (pair.strip().partition("=") for pair in line.split(";")) if name == self._cookie_name]
+                  (pair.strip().partition("=") for pair in line.split(";")) if name == wanted]
         if len(values) > 1:
             raise self._page(400, "This browser's cookies cannot be trusted", "Clear the cookies of this site and start again.")
         return values[0] if values and re.fullmatch(r"[A-Za-z0-9_-]{43}", values[0]) else None
+
+    def _marked_browser(self, request):
+        """(the browser's cookie, made now if it has none, the headers that set it): several tabs share one (C07)."""
+        cookie = self._cookie(request, self._cookie_name) or new_secret()
+        return cookie, (("Set-Cookie", f"{self._cookie_name}={cookie}; Max-Age={int(self._settings.login_lifetime)}{self._cookie_flags}"),)
+
+    def _proven_browser(self, request, form, name, purpose):
+        """The cookie of a browser whose form carries the CSRF value that only a page shown to it can have (C03, C05)."""
+        cookie = self._cookie(request, name)
+        if not cookie or not hmac.compare_digest(self._csrf(cookie, purpose).encode(), form.get("csrf", "").encode("utf-8", "surrogatepass")):
+            raise PageRefusal(wrong_browser_page())
+        return cookie
 
     def _to_client(self, redirect_uri, state, **answer):
         """The authorization response: to the validated URI, with `iss` always (RFC 9207 2) and `state` byte for byte."""
@@ -2755,23 +3217,23 @@ class Authorization:
 
 GUARDIAN_SCRIPT = r"""
 trap '' TERM INT HUP
-groups= announced=
+known=
 while read -r what which; do
-  case $what in
-    '?') announced="$announced $which" ;;
-    '!') left=; for each in $announced; do [ "$each" = "$which" ] || left="$left $each"; done; announced=$left ;;
-    '+') groups="$groups $which" ;;
-    '-') left=; for each in $groups; do [ "$each" = "$which" ] || left="$left $each"; done; groups=$left ;;
-    '.') exit 0 ;;
+  left=
+  for each in $known; do [ "$each" = "$which" ] || left="$left $each"; done
+  known=$left
+  [ "$what" = + ] && known="$known $which"
+done
+[ "$known" ] || exit 0
+sleep 1
+for each in $known; do
+  case $each in stdin:*)
+    for process in /proc/[0-9]*; do
+      [ "$(readlink "$process/fd/0" 2>/dev/null)" = "pipe:[${each#stdin:}]" ] && kill -KILL "-${process#/proc/}" 2>/dev/null
+    done ;;
+  *) kill -KILL "-$each" 2>/dev/null ;;
   esac
 done
-sleep 1
-for inode in $announced; do
-  for process in /proc/[0-9]*; do
-    [ "$(readlink "$process/fd/0" 2>/dev/null)" = "pipe:[$inode]" ] && groups="$groups ${process#/proc/}"
-  done
-done
-for group in $groups; do kill -KILL "-$group" 2>/dev/null; done
 """
 
 
@@ -2784,51 +3246,42 @@ class ChildFailed(Exception):
 
 
 class Guardian:
-    """A small shell that outlives the broker by a moment and kills what children it left, also after `kill -9`."""
+    """A small shell that outlives the broker by a moment and kills what children it left, also after `kill -9`.
+
+    It knows a child by its process group, and one that is about to start by the pipe of its standard input (`stdin:INODE`).
+    """
 
     def __init__(self):
-        self._lock = threading.Lock()  # guards the pipe and the two sets; a leaf
-        self._groups, self._announced, self._process = set(), set(), None
+        self._lock = threading.Lock()  # guards the pipe and the set; a leaf
+        self._known, self._process = set(), None
 
     def _tell(self, line):
         """Send a line; a guardian that has died is started anew and told everything. Under the lock."""
         with contextlib.suppress(OSError):
             if self._process and self._process.poll() is None:
-                self._process.stdin.write(line)
+                self._process.stdin.write(line.encode())
                 return
         self._process = subprocess.Popen(["/bin/sh", "-c", GUARDIAN_SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                          stderr=subprocess.DEVNULL, start_new_session=True, close_fds=True, bufsize=0, env={"PATH": os.defpath})
-        lines = [f"? {inode}\n" for inode in self._announced] + [f"+ {group}\n" for group in self._groups]
-        self._process.stdin.write("".join(lines).encode())
+        self._process.stdin.write("".join(f"+ {each}\n" for each in self._known).encode())
 
-    def announce(self, inode):
-        """A child whose stdin is this pipe is about to be started."""
+    def watch(self, child):
+        """Kill this one if the broker dies; OSError when no guardian can be had."""
         with self._lock:
-            self._announced.add(inode)
-            self._tell(f"? {inode}\n".encode())
+            self._known.add(child)
+            self._tell(f"+ {child}\n")
 
-    def started(self, inode, group):
-        """The announced child runs as this process group; None: it does not run."""
-        with self._lock:
-            self._announced.discard(inode)
-            if group:
-                self._groups.add(group)
-            self._tell((f"+ {group}\n" if group else "").encode() + f"! {inode}\n".encode())
-
-    def remove(self, group):
-        """The group is gone; told before its leader is reaped, so that a re-used number is never killed."""
-        with self._lock:
-            self._groups.discard(group)
-            self._tell(f"- {group}\n".encode())
+    def forget(self, child):
+        """It is gone; told before a group's leader is reaped, so that a re-used number is never killed."""
+        with self._lock, contextlib.suppress(OSError):
+            self._known.discard(child)
+            self._tell(f"- {child}\n")
 
     def close(self):
-        """The broker ends in order and has stopped its children."""
+        """The broker ends in order and has stopped its children; what is left is killed."""
         with self._lock:
             if self._process:
-                with contextlib.suppress(OSError):
-                    self._process.stdin.write(b".\n" if not self._groups else b"")
-                self._process.stdin.close()
-                self._process.wait()
+                self._process.communicate()
                 self._process = None
 
 
@@ -2838,9 +3291,8 @@ ENVIRONMENT_PASSED = ("PATH", "HOME", "LANG", "TZ", "SSL_CERT_FILE", "SSL_CERT_D
 
 def child_environment(settings, access_token):
     """A child's whole environment: an allow-list and the user's own token. Nothing else of ours is inherited (P01, P02)."""
-    passed = {name: os.environ[name] for name in ENVIRONMENT_PASSED if name in os.environ}
-    return {**passed, "FORGEJO_ACCESS_TOKEN": access_token, "FORGEJO_URL": settings.forgejo_url,
-            "FORGEJO_USER_AGENT": f"fjmcp-broker/{__version__}"}
+    return {**{name: os.environ[name] for name in ENVIRONMENT_PASSED if name in os.environ}, "FORGEJO_ACCESS_TOKEN": access_token,
+            "FORGEJO_URL": settings.forgejo_url, "FORGEJO_USER_AGENT": f"fjmcp-broker/{__version__}"}
 
 
 def child_command(settings):
@@ -2862,166 +3314,121 @@ class Child:
     def __init__(self, command, environment, label, guardian, settings, log, on_line, on_end):
         self._guardian, self._settings, self._log, self._label = guardian, settings, log, label
         self._on_line, self._on_end = on_line, on_end
-        self._write_lock = threading.Lock()  # one whole line at a time
-        self._stop_lock = threading.Lock()  # guards reason and the ladder; a leaf
-        self._reason, self._kill_at, self._killed, self._drop_pipes_at = None, None, False, None
-        self.reason, self.ended = None, threading.Event()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._write_lock = threading.Lock()  # one whole line at a time; guards _stdin
+        self._lock = threading.Lock()  # guards reason, _kill_at, and that nobody signals a number given back; a leaf
+        self.reason, self._kill_at, self.ended = None, float("inf"), threading.Event()
+        self.pid = self._process = self._stdin = self._exit = None
         try:
-            self._spawn(command, environment)
-        except BaseException:
-            os.close(self._wake)
-            raise
-        os.set_blocking(self._stdin, False)
-        self._stderr_thread = threading.Thread(target=self._read_stderr, daemon=True, name=f"stderr-{self.pid}")
-        try:
-            self._stderr_thread.start()
-            threading.Thread(target=self._read_stdout, daemon=True, name=f"stdout-{self.pid}").start()
-        except RuntimeError:  # no thread to be had: what was started must not stay behind
-            self._on_end = lambda child: None
-            self.kill("no thread")
-            self._finish()
-            raise ChildFailed("no thread can be started") from None
+            self._start(command, environment)
+        except (OSError, RuntimeError) as error:  # what was started must not stay behind
+            is_missing = self._process is None and isinstance(error, (FileNotFoundError, PermissionError))
+            if self._process:
+                self.kill("not started")
+            self._release()
+            raise (ChildMissing if is_missing else ChildFailed)(f"{command[0]}: {getattr(error, 'strerror', None) or error}") from None
 
-    def _spawn(self, command, environment):
-        read_end, write_end = os.pipe()
-        inode = os.fstat(read_end).st_ino
-        self._guardian.announce(inode)
-        group = None
+    def _start(self, command, environment):
+        stdin, self._stdin = os.pipe()
+        announced = f"stdin:{os.fstat(stdin).st_ino}"
         try:
-            self._process = subprocess.Popen(command, env=environment, stdin=read_end, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            self._guardian.watch(announced)
+            self._process = subprocess.Popen(command, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                              start_new_session=True, close_fds=True, bufsize=0)
-            group = self.pid = self._process.pid
-        except (FileNotFoundError, PermissionError) as error:
-            os.close(write_end)
-            raise ChildMissing(f"{command[0]}: {error.strerror}") from None
-        except OSError as error:
-            os.close(write_end)
-            raise ChildFailed(f"{command[0]}: {error.strerror}") from None
+            self.pid = self._process.pid
+            self._guardian.watch(self.pid)
         finally:
-            os.close(read_end)
-            self._guardian.started(inode, group)
-        self._stdin = write_end
+            os.close(stdin)
+            self._guardian.forget(announced)
+        os.set_blocking(self._stdin, False)
+        self._exit = os.pidfd_open(self.pid)
+        threading.Thread(target=self._run, daemon=True, name=f"stdout-{self.pid}").start()
 
     @property
     def alive(self):
         """Whether it runs and has not been told to stop."""
-        return self._reason is None and not self.ended.is_set()
+        return self.reason is None
 
     def send(self, line, deadline=10.0):
         """Write a line; False when the child is gone or does not read. Half a line cannot be taken back, so that ends the child."""
         data, end = memoryview(line + b"\n"), time.monotonic() + deadline
         with self._write_lock:
-            while data:
-                if self._stdin is None:
-                    return False
+            while data and self._stdin is not None:
                 try:
                     data = data[os.write(self._stdin, data):]
                 except BlockingIOError:
-                    poll = select.poll()
-                    poll.register(self._stdin, select.POLLOUT)
-                    if not self.alive or not poll.poll(max(0, min(1.0, end - time.monotonic())) * 1000) and time.monotonic() >= end:
+                    if time.monotonic() >= end or not self.alive:
                         self.kill("stuck")
                         return False
+                    poll = select.poll()
+                    poll.register(self._stdin, select.POLLOUT)
+                    poll.poll(100)
                 except OSError:
                     return False
-        return True
+            return not data
 
     def stop(self, reason):
         """Begin the end: close stdin, SIGTERM; tick() goes on to SIGKILL. The first reason stays."""
-        with self._stop_lock:
-            if self._reason is not None or self.ended.is_set():
+        with self._lock:
+            if self.reason is not None:
                 return
-            self._reason, self._kill_at = reason, time.monotonic() + self._settings.stop_timeout
-        with self._write_lock:
-            self._close_stdin()
+            self.reason, self._kill_at = reason, time.monotonic() + self._settings.stop_timeout
+        self._close_stdin()
         self._signal(signal.SIGTERM)
 
     def kill(self, reason):
         """End it now."""
-        with self._stop_lock:
-            if self.ended.is_set():
-                return
-            self._reason = self._reason or reason
-            self._kill_at, self._killed = time.monotonic(), True
+        with self._lock:
+            self.reason, self._kill_at = self.reason or reason, 0.0
         self._signal(signal.SIGKILL)
 
     def tick(self):
-        """Advance the end: SIGKILL when SIGTERM was not enough; free the readers when a grandchild holds the pipes of a dead child."""
-        now = time.monotonic()
-        with self._stop_lock:
-            if self.ended.is_set():
-                return
-            kill = self._kill_at is not None and now >= self._kill_at and not self._killed
-            self._killed = self._killed or kill
-        if kill:
+        """Advance the end: SIGKILL when SIGTERM was not enough."""
+        if time.monotonic() >= self._kill_at:
             self._signal(signal.SIGKILL)
-        if self._dead():
-            self._signal(signal.SIGKILL)
-            if self._drop_pipes_at is None:
-                self._drop_pipes_at = now + 1
-            elif now >= self._drop_pipes_at:
-                with self._stop_lock:
-                    if not self.ended.is_set():  # after that the number may be another file's
-                        os.eventfd_write(self._wake, 1)
-
-    def _dead(self):
-        with contextlib.suppress(ChildProcessError):
-            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        return True
 
     def _signal(self, number):
         """Signal the whole group; its number cannot be another's, since the leader is reaped last."""
-        with self._stop_lock:
+        with self._lock, contextlib.suppress(ProcessLookupError, PermissionError):
             if not self.ended.is_set():
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.pid, number)
+                os.killpg(self.pid, number)
 
     def _close_stdin(self):
-        if self._stdin is not None:
-            os.close(self._stdin)
-            self._stdin = None
+        with self._write_lock:
+            if self._stdin is not None:
+                os.close(self._stdin)
+                self._stdin = None
 
     def _chunks(self, pipe):
-        """What comes out of a pipe, until its end or until tick() gives it up."""
-        descriptor, poll = pipe.fileno(), select.poll()
-        poll.register(descriptor, select.POLLIN)
-        poll.register(self._wake, select.POLLIN)
-        while True:
-            ready = {fd for fd, _ in poll.poll()}
-            if descriptor not in ready and self._wake in ready:
-                return
-            chunk = os.read(descriptor, 65536)
-            if not chunk:
-                return
-            yield chunk
-            if self._wake in ready:
-                return
+        """What comes out of a pipe, until its end or a second after the process's: then only a grandchild holds it open."""
+        poll, until = select.poll(), None
+        poll.register(pipe, select.POLLIN)
+        poll.register(self._exit, select.POLLIN)
+        while until is None or time.monotonic() < until:
+            ready = dict(poll.poll(until and max(0.0, until - time.monotonic()) * 1000))
+            if pipe.fileno() in ready:
+                chunk = os.read(pipe.fileno(), 65536)
+                if not chunk:
+                    return
+                yield chunk
+            if self._exit in ready:
+                poll.unregister(self._exit)
+                self._signal(signal.SIGKILL)  # stragglers of its group
+                until = time.monotonic() + 1
 
     def _read_stdout(self):
-        try:
-            self._read_lines()
-        except Exception as error:
-            self._log.event("error", "reader failed", user=self._label, error=f"{type(error).__name__}: {error}")
-        self._finish()
-
-    def _read_lines(self):
         parts, size = [], 0
         for chunk in self._chunks(self._process.stdout):
-            *lines, rest = chunk.split(b"\n")
-            for line in lines:
-                parts.append(line)
-                whole, parts, size = b"".join(parts), [], 0
-                if len(whole) > self._settings.max_line:
+            pieces = chunk.split(b"\n")
+            for number, piece in enumerate(pieces, 1):
+                parts.append(piece)
+                size += len(piece)
+                if size > self._settings.max_line:
                     self.kill("line_too_long")
                     return
-                if whole.strip():
-                    self._on_line(whole)
-            parts.append(rest)
-            size += len(rest)
-            if size > self._settings.max_line:
-                self.kill("line_too_long")
-                return
+                if number < len(pieces):
+                    line, parts, size = b"".join(parts), [], 0
+                    if line.strip():
+                        self._on_line(line)
 
     def _read_stderr(self):
         window, lines = time.monotonic(), 0
@@ -3033,28 +3440,38 @@ class Child:
                 if lines <= 50:
                     self._log.event("debug", "child stderr", user=self._label, line=line[:2000].decode("utf-8", "replace"))
 
-    def _finish(self):
-        """The output has ended: so does the process. Only then is it reaped and reported, once."""
+    def _run(self):
+        """From the first line to the end of the output, which is that of the process: it is reaped and reported, once."""
+        stderr = threading.Thread(target=self._read_stderr, daemon=True, name=f"stderr-{self.pid}")
+        try:
+            stderr.start()
+            self._read_stdout()
+        except Exception as error:
+            self._log.event("error", "reader failed", user=self._label, error=f"{type(error).__name__}: {error}")
         self.stop("exited")
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        self._signal(signal.SIGKILL)  # stragglers of its group
-        self._guardian.remove(self.pid)
-        os.eventfd_write(self._wake, 1)
-        if self._stderr_thread.ident:
-            self._stderr_thread.join()
-        with self._stop_lock:
+        self._signal(signal.SIGKILL)
+        if stderr.ident:
+            stderr.join()
+        status = self._release()
+        if self.reason == "exited":
+            self.reason = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        self._on_end(self)
+
+    def _release(self):
+        """Reap the process and give back what it had of ours; its exit status."""
+        self._guardian.forget(self.pid)
+        with self._lock:
             self.ended.set()
-        status = self._process.wait()
-        if self._reason == "exited":
-            self._reason = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
-        self.reason = self._reason
-        with self._write_lock:
-            self._close_stdin()
+        self._close_stdin()
+        if self._exit is not None:
+            os.close(self._exit)
+        if self._process is None:
+            return None
         for pipe in (self._process.stdout, self._process.stderr):
             pipe.close()
-        os.close(self._wake)
-        self._on_end(self)
+        return self._process.wait()
 
 
 # ======================================================================================================================
@@ -3128,6 +3545,7 @@ class Link:
         self.pending = {}  # our id towards the child -> Call
         self.numbers = itertools.count(1)
         self.child, self.edge, self.bad_lines, self.stray, self.used_at = None, None, 0, 0, time.monotonic()
+        self.probed = False  # whether the handshake began by asking for its era
 
     @property
     def alive(self):
@@ -3199,7 +3617,7 @@ class Link:
                 call.reply.notify({**message.body, "params": {**params, "progressToken": call.token}})
         elif message.method == "ping" and message.kind == "request":
             self.send({"id": message.id, "result": {}})
-        else:
+        elif self.edge:
             self.edge.said(message)
 
     def on_end(self, child):
@@ -3225,7 +3643,9 @@ class Session:
         self.registry, self.settings, self.log = registry, registry.settings, registry.log
         self.name, self.sub, self.client_id, self.durable = name, sub, client_id, durable
         self.initialize, self.version, self.level, self.server = initialize, version, level, None
-        self.subscriptions, self.tools_hash, self.tools = collections.Counter(subscriptions), tools_hash, None
+        self.subscriptions, self.tools_hash = collections.Counter(subscriptions), tools_hash
+        self.ttl = 0  # ms for which what a modern child says of itself may be kept
+        self.tools = self.binary = None  # what the child of that program last said of its tools
         self.lock = threading.Lock()
         self.link, self.draining, self.waking, self.ended, self.questions = None, set(), None, False, set()
         self.failures, self.retry_at, self.failure = 0, 0.0, None
@@ -3391,15 +3811,16 @@ class Session:
                 if link:
                     self.link, self.failures = link, 0
                     self.draining |= {old} - {None}
-                elif isinstance(error, RpcError):
-                    self.failures, self.failure = self.failures + 1, error
+                else:
+                    if isinstance(error, RpcError):
+                        self.failures, self.failure = self.failures + 1, error
                     self.retry_at = time.monotonic() + min(60, 2 ** max(0, self.failures - 3))
                 wake.link, wake.error = link, error
             wake.done.set()
             if link and old:
                 self._stop_if_drained(old)
 
-    def _start(self):
+    def _start(self, probe=True):
         access, seq, fresh_until = self.registry.credential(self.sub)
         with self.lock:
             if self.link and self.link.alive and self.link.seq == seq:  # nothing newer was to be had
@@ -3414,12 +3835,14 @@ class Session:
             raise
         self.log.audit("child started", user=self.sub, client=self.client_id, pid=link.child.pid, replay=replay)
         try:
-            server = self.registry.connect(link)
+            server = self.registry.connect(link, probe)
         except (RpcError, Refusal):
             link.child.stop("no answer to the handshake")
             raise
         if server is None:
             link.child.stop("no answer to the handshake")
+            if link.probed:  # some older programs end at a request that they do not know
+                return self._start(probe=False)
             raise self.registry.why_not_started(self.sub, access)
         if self.version and server["protocolVersion"] != self.version:
             self.log.event("warning", "child speaks another version", user=self.sub, was=self.version, now=server["protocolVersion"])
@@ -3443,9 +3866,8 @@ class Session:
             digest_now = tools_digest(result)
             if digest_now != self.tools_hash:
                 self.remember(tools_hash=digest_now)
-                self.front.heard(link, "notifications/tools/list_changed", {})
+                self.front.heard(link, "notifications/tools/list_changed", {}, listened=True)
 
-        self.tools = None
         link.start("tools/list", {}, Waiting(), 60, after=compare)
 
     def replace(self):
@@ -3456,23 +3878,23 @@ class Session:
     def wake_in_background(self, only_if=lambda: True):
         """Start a child without waiting for it."""
         with self.lock:
-            if self.ended or self.waking or not only_if() or (self.failures and time.monotonic() < self.retry_at):
+            if self.ended or self.waking or not only_if() or time.monotonic() < self.retry_at:
                 return
             self.waking = wake = Wake()
         threading.Thread(target=self._wake, args=(wake,), daemon=True).start()
 
-    def sleep(self, reason):
+    def sleep(self, reason, though_listening=False):
         """Stop an idle child, keep the session; False when it is busy or there is none."""
         with self.lock:
             link = self.link
-            if not link or self.waking or self._busy(link):
+            if not link or self.waking or self._busy(link) or self.front.listening and not though_listening:
                 return False
             self.link = None
         link.child.stop(reason)
         return True
 
     def _busy(self, link):
-        return bool(link.pending) or any(question.link is link for question in self.questions) or link is self.link and self.front.listening
+        return bool(link.pending) or any(question.link is link for question in self.questions)
 
     @property
     def keeps_nothing(self):
@@ -3482,7 +3904,8 @@ class Session:
     def idle_since(self):
         """Since when (monotonic) the child has had nothing to do; None while it is busy or asleep."""
         with self.lock:
-            return self.link.used_at if self.link and not self.waking and not self._busy(self.link) else None
+            idle = self.link and not self.waking and not self._busy(self.link) and not self.front.listening
+            return self.link.used_at if idle else None
 
     def call_ended(self, link, call, message):
         """A call is over: drained children go, waiting requests may get the place, a refusal by Forgejo is looked into."""
@@ -3524,19 +3947,23 @@ class Session:
             late = [call for link in links for call in link.pending.values() if call.deadline <= now and call.paused_at is None]
             stale = [question for question in self.questions if question.deadline <= now]
             self.front.tick()
-        for question in stale:
-            if question.call and question.call.reply.held:  # nobody came back for the call
-                self.cancel(question.call, {"reason": "no retry came"})
-            self.answer(question, error={"code": SERVER_ERROR, "message": "The client did not answer in time"})
-        for call in late:
-            if self.cancel(call, {"reason": "timed out"}):
-                call.fail("timed_out", "The tool did not answer in time; whether it did anything is not known.", retryable=False)
+        if stale or late:  # in a thread of its own: a child that does not read must not hold up the clock of all
+            threading.Thread(target=self._give_up, args=(stale, late), daemon=True).start()
         for link in links:
             link.child.tick()
             if link is not self.link:
                 self._stop_if_drained(link)
         if not links and self.front.listening:  # its child died: what it listens to must go on
             self.wake_in_background()
+
+    def _give_up(self, questions, calls):
+        for question in questions:
+            if question.call and question.call.reply.held:  # nobody came back for the call
+                self.cancel(question.call, {"reason": "no retry came"})
+            self.answer(question, error={"code": SERVER_ERROR, "message": "The client did not answer in time"})
+        for call in calls:
+            if self.cancel(call, {"reason": "timed out"}):
+                call.fail("timed_out", "The tool did not answer in time; whether it did anything is not known.", retryable=False)
 
     def end(self, reason):
         """The session is over: its child stops, its streams end, what is in flight is answered."""
@@ -3562,16 +3989,16 @@ class Session:
         """What the child says of a tool, None when it has none of that name: the list is fetched once, until it changes."""
         if self.tools is None:
             self.tools = self._read_tools()
-        return self.tools.get(name)
+        return (self.tools or {}).get(name)
 
     def _read_tools(self):
+        """{name: tool} over all pages; None when the child does not give them."""
         link, cursor, tools = self._awake(), None, {}
         for _ in range(100):
-            answer = link.call("tools/list", {"cursor": cursor} if cursor else {}, QUESTION_GRACE)
-            result = (answer or {}).get("result")
-            if not isinstance(result, dict):
-                break
-            tools.update((tool["name"], tool) for tool in result.get("tools", ()) if isinstance(tool, dict) and isinstance(tool.get("name"), str))
+            result = (link.call("tools/list", {"cursor": cursor} if cursor else {}, QUESTION_GRACE) or {}).get("result")
+            if not isinstance(result, dict) or not isinstance(result.get("tools"), list):
+                return None
+            tools.update((tool["name"], tool) for tool in result["tools"] if isinstance(tool, dict) and isinstance(tool.get("name"), str))
             cursor = result.get("nextCursor")
             if not isinstance(cursor, str):
                 break
@@ -3609,9 +4036,11 @@ STATUS_OF_ERROR = {METHOD_NOT_FOUND: 404, HEADER_MISMATCH: 400, MISSING_CAPABILI
 CACHEABLE = {"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list", "resources/read"}
 STAMPS = {"resultType", "ttlMs", "cacheScope"}
 ASKS = {"elicitation/create": "elicitation", "sampling/createMessage": "sampling", "roots/list": "roots"}
+MAY_ASK = ("tools/call", "prompts/get", "resources/read")  # the requests that may be answered by `input_required`
 LEGACY_ONLY = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
 LIST_CHANGES = {f"notifications/{kind}/list_changed": f"{kind}ListChanged" for kind in ("tools", "prompts", "resources")}
 SERVER_CAPABILITIES = ("experimental", "extensions", "logging", "completions", "prompts", "resources", "tools")
+LEGACY_MISSING = re.compile(r"client does not support|\bcapabilit", re.IGNORECASE)
 COLLECT_WAIT = 0.05  # seconds in which a legacy child may ask more, so that all goes out in one answer
 PROBE_WAIT = 5.0  # seconds a child may keep silent when it is asked for its era; then it is legacy
 
@@ -3744,7 +4173,8 @@ class ModernEdge:
     """Speaks with a child that takes its client's metadata with each request, and asks by answering `input_required`."""
 
     def __init__(self, link):
-        self._link, self._session, self._listen, self._listens, self._kinds = link, link.session, None, {}, {}
+        self._link, self._session, self._listen, self._listens = link, link.session, None, {}
+        self._kinds, self._honoured = {}, set()
 
     def server(self, result):
         """A DiscoverResult in the form of an initialize result, with the version that this session's client negotiates."""
@@ -3752,6 +4182,7 @@ class ModernEdge:
         info = meta.get(META_SERVER) if isinstance(meta, dict) else None
         capabilities = result.get("capabilities") if isinstance(result.get("capabilities"), dict) else {}
         asked = session.version or session.initialize.get("protocolVersion")
+        session.ttl = result.get("ttlMs", 0)
         self._kinds = {f"{kind}ListChanged": True for kind in ("tools", "prompts", "resources")
                        if isinstance(capabilities.get(kind), dict) and capabilities[kind].get("listChanged") is True}
         return {"protocolVersion": asked if asked in LEGACY_VERSIONS else LEGACY_VERSIONS[0], "capabilities": capabilities,
@@ -3829,9 +4260,7 @@ class ModernEdge:
     def answered(self, question, result, error, last):
         """A client's answer; with the last one the call is tried again. A refusal ends the call: this era cannot say it."""
         call = question.call
-        if error and question.method == "elicitation/create" and not call.undeclared:
-            call.answers[question.key] = {"action": "cancel"}
-        elif error:
+        if error:
             if self._session.cancel(call):
                 call.reply.refuse(error, call.undeclared)
             return
@@ -3847,10 +4276,13 @@ class ModernEdge:
         elif META_SUBSCRIPTION in meta:
             listening = self._listens.get(meta[META_SUBSCRIPTION]) if isinstance(meta[META_SUBSCRIPTION], int) else None
             if listening and message.method == "notifications/subscriptions/acknowledged":
+                honoured = (params.get("notifications") or {}).get("resourceSubscriptions")
+                self._honoured = set(honoured) if isinstance(honoured, list) else set()
                 listening.set()
             elif listening:
                 rest = {name: value for name, value in meta.items() if name != META_SUBSCRIPTION}
-                self._session.front.heard(self._link, message.method, {k: v for k, v in params.items() if k != "_meta"} | ({"_meta": rest} if rest else {}))
+                self._session.front.heard(self._link, message.method,
+                                          {k: v for k, v in params.items() if k != "_meta"} | ({"_meta": rest} if rest else {}), listened=True)
         elif message.method != "notifications/cancelled":
             self._session.front.heard(self._link, message.method, params)
 
@@ -3883,7 +4315,7 @@ class ModernEdge:
         if old is not None:
             self._listens.pop(old, None)
             self.cancel(old, None)
-        return set(uris) if wanted and not acknowledged.is_set() else set()
+        return set(uris) - (self._honoured if acknowledged.is_set() else set())
 
 
 # -- legacy clients
@@ -3986,11 +4418,12 @@ class LegacyFront:
             still_open = [call for call in calls if call.reply.streamable and call.reply.stream.is_open]
             return (still_open[-1].reply.stream if still_open else self.get_stream), one
 
-    def heard(self, link, method, params):
-        """A notification of the child."""
+    def heard(self, link, method, params, listened=False):
+        """A notification of the child; `listened`: it surely belongs to no request."""
         if method == "notifications/tools/list_changed":
             self._session.tools = None
-        self._target(link)[0].put(dump({"jsonrpc": "2.0", "method": method, **({"params": params} if params else {})}))
+        stream = self.get_stream if listened else self._target(link)[0]
+        stream.put(dump({"jsonrpc": "2.0", "method": method, **({"params": params} if params else {})}))
 
     def asked(self, link, questions, call=None):
         """Send questions to the client, where it listens; it has the less time the less likely it is that it hears them."""
@@ -4037,7 +4470,8 @@ class ModernReply:
 
     def __init__(self, session, request_id, method, hold, level=None, change=None):
         self._session, self.id, self._method, self._hold, self._level, self._change = session, request_id, method, hold, level, change
-        self.place, self.stream, self.call, self.held, self._keys = session, session.front.new_stream(1), None, False, {}
+        self.place, self.stream, self.call, self._keys = session, session.front.new_stream(1), None, {}
+        self.held = self.gone = False
 
     def notify(self, body):
         """Progress, and messages of the level that this request asked for; nothing else belongs to it."""
@@ -4053,7 +4487,7 @@ class ModernReply:
             self.refuse(error, self._missing(error))
         elif not isinstance(result, dict):
             self.fail(INTERNAL_ERROR, "The tool process gave a result that is no object", None)
-        elif self._change or "_meta" in result:
+        elif self._change or "_meta" in result or "cacheScope" in result:
             self.give(result)
         else:
             self.stream.put(with_id(line, message, self.id, self._stamps(result)), answer=True)
@@ -4066,32 +4500,33 @@ class ModernReply:
 
     def give(self, result):
         """A result as an answer."""
-        if self._change:  # what this caller sees is not for everybody
-            result = {**self._change(result), "cacheScope": "private"}
+        result = self._change(result) if self._change else result
+        if self._method in CACHEABLE:  # nothing is for everybody here: each user has another token
+            result = {**result, "cacheScope": "private"}
         meta = result.get("_meta") if isinstance(result.get("_meta"), dict) else {}
         result = self._stamps(result) | result | {"_meta": {**self._session.front.server_meta, **meta}}
         self.stream.put(result_message(self.id, result), answer=True)
 
     def fail(self, code, sentence, data):
-        """An error as an answer; the legacy era's own code for it is not used in this one."""
+        """An error as an answer; the legacy era's own code for it is not used in this one. A call that is held is gone with it."""
+        self.gone = self.held
         code = INTERNAL_ERROR if code == SERVER_ERROR else code
         self.stream.put(error_message(self.id, code, sentence, data), answer=True, status=STATUS_OF_ERROR.get(code, 200))
 
     def refuse(self, error, undeclared):
         """An error as an answer, of a child or of a client; `undeclared`: what was missed in the client."""
         if undeclared:
-            self.fail(MISSING_CAPABILITY, "The client did not declare what this needs", {"requiredCapabilities": undeclared})
+            self.fail(MISSING_CAPABILITY, str(error.get("message", "")), {"requiredCapabilities": undeclared})
         else:
             code = {LEGACY_NOT_FOUND: INVALID_PARAMS, LEGACY_URL_REQUIRED: INTERNAL_ERROR}.get(error["code"], error["code"])
             self.fail(code, str(error.get("message", "")), error.get("data"))
 
     def _missing(self, error):
-        """What a child missed in its client: what it asked for in vain, or what a legacy one, with no code for it, says in words."""
-        if self.call.undeclared or error["code"] == MISSING_CAPABILITY:
-            return self.call.undeclared
-        text = str(error.get("message", "")).lower()
-        named = {name: {} for name in ASKS.values() if name in text and name not in (self.call.capabilities or {})}
-        return named if "capabilit" in text or "not support" in text else {}
+        """What a legacy child missed in its client, which it has no code for and says in words."""
+        if not LEGACY_MISSING.search(str(error.get("message", ""))):
+            return {}
+        named = re.findall(r"\b(sampling|elicitation|roots)\b", error["message"])
+        return {name: {} for name in named if name not in self.call.capabilities}
 
     def asked(self, questions, whole):
         """Questions of the child on this call; `whole`: these are all, else others may follow at once."""
@@ -4189,7 +4624,7 @@ class PoolFront:
             self._session.awake()
         server = self._session.server
         capabilities = server.get("capabilities") if isinstance(server.get("capabilities"), dict) else {}
-        return {"supportedVersions": [FIRST_MODERN_VERSION, *LEGACY_VERSIONS],
+        return {"supportedVersions": [FIRST_MODERN_VERSION, *LEGACY_VERSIONS], "ttlMs": self._session.ttl,
                 "capabilities": {name: capabilities[name] for name in SERVER_CAPABILITIES if isinstance(capabilities.get(name), dict)},
                 **{name: server[name] for name in ("instructions",) if isinstance(server.get(name), str)}}
 
@@ -4232,7 +4667,7 @@ class PoolFront:
         meta = params.get("_meta") if isinstance(params.get("_meta"), dict) else {}
         return dump({"jsonrpc": "2.0", "method": method, "params": {**params, "_meta": {**meta, META_SUBSCRIPTION: request_id}}})
 
-    def heard(self, link, method, params):
+    def heard(self, link, method, params, listened=False):
         """A notification of the child: news to who listens, other things to the only request in flight."""
         if method == "notifications/tools/list_changed":
             self._session.tools = None
@@ -4241,7 +4676,7 @@ class PoolFront:
         for listener in listeners:
             if listener.hears(method, params):
                 listener.stream.put(self._tagged(method, params, listener.id))
-        if len(calls) == 1:
+        if len(calls) == 1 and not listened:
             calls[0].reply.notify({"jsonrpc": "2.0", "method": method, **({"params": params} if params else {})})
 
     def asked(self, link, questions, call=None):
@@ -4249,15 +4684,16 @@ class PoolFront:
         with self._session.lock:
             calls = self._session.calls(link)
         call, whole = call or (calls[0] if len(calls) == 1 else None), call is not None
-        declared = (call.capabilities or {}) if call else {}
+        declared = call.capabilities if call and call.method in MAY_ASK else {}
         able = [question for question in questions if ASKS.get(question.method) in declared]
-        for question in questions:
-            if question not in able:
-                if call and question.method in ASKS:
-                    call.undeclared[ASKS[question.method]] = {}
-                self._session.hold(question, call, QUESTION_GRACE)
-                self._session.answer(question, error={"code": METHOD_NOT_FOUND, "message": "The client that asked cannot be told from others, "
-                                     "or did not say that it answers such questions"})
+        for question in set(questions) - set(able):
+            if call and question.method in ASKS:
+                call.undeclared[ASKS[question.method]] = {}
+            self._session.hold(question, call, QUESTION_GRACE)
+            self._session.answer(question, error={"code": METHOD_NOT_FOUND, "message": "The client that asked cannot be told from others, "
+                                 "or did not say that it answers such questions"})
+        if call and call.undeclared and self._session.cancel(call):
+            call.reply.refuse({"code": METHOD_NOT_FOUND, "message": "The client did not declare what this needs"}, call.undeclared)
         if able:
             call.reply.asked(able, whole)
 
@@ -4492,20 +4928,23 @@ class Registry:
             self.log.event("error", "forgejo-mcp cannot be started", reason=str(error))
             raise self._starting_failed() from None
 
-    def connect(self, link):
-        """Shake hands with a child, by the era its binary is known to be of: what connect() gives of the child."""
+    def connect(self, link, probe=True):
+        """Shake hands with a child, by the era its binary is known to be of (legacy, unless `probe`): what connect() gives of the child."""
         binary = binary_fingerprint(child_command(self.settings))
         row = self.store.binary(binary)
         known = row.era if row else ""
         self._binary, self.asking = binary, bool(row and row.asks)
+        if link.session.binary != binary:
+            link.session.binary, link.session.tools = binary, None
         try:
-            era, server = connect(link, known or None, self.settings.start_timeout)
+            era, server = connect(link, known or (None if probe else "legacy"), self.settings.start_timeout)
         except RpcError:
             if known:  # it may be another program by now: look again next time
                 self.store.save_binary(binary, "", self.clock.now())
             raise
-        if era != known and (server or not known):  # one that ended at the probe is not probed again: it may be why
+        if server and era != known:
             self.store.save_binary(binary, era, self.clock.now())
+        link.probed = probe and not known
         return server
 
     def note_asking(self):
@@ -4648,7 +5087,7 @@ class Reaper:
             for session in sessions:
                 link = session.link
                 if seq is None:
-                    session.sleep("logged out")
+                    session.sleep("logged out", though_listening=True)
                 elif link and link.seq != seq:
                     session.replace()
         if now >= self._next_refresh:
@@ -4921,7 +5360,7 @@ class Endpoint:
         except (ValueError, TypeError):
             raise RpcError(INVALID_PARAMS, "requestState is not one that was given for this request.") from None
         reply = self._registry.retried(held)
-        if reply is None:
+        if reply is None or reply.gone:
             raise RpcError(INVALID_PARAMS, "requestState was used before, or its call has ended; send the request anew.")
         reader = reply.retried(message.id, responses if isinstance(responses, dict) else {})
         return self._pumped(request, caller, reader, reply.place, reply.call)
@@ -5136,121 +5575,114 @@ def shared_params(params):
 # Must not know routes or what is served; it is given one function from Request to Response.
 # ======================================================================================================================
 
-REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]{1,8192}) HTTP/([0-9])\.([0-9])")
+REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]+) HTTP/([0-9]\.[0-9])")
 HEADER_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*((?:[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t !-~]*)?")
 MAX_LINE, MAX_HEAD, MAX_HEADERS = 8192, 32768, 100
-REASONS = {status.value: status.phrase for status in http.HTTPStatus} | {421: "Misdirected Request"}
+URI_TOO_LONG = (414, "uri_too_long", "The request line is too long.")
+HEADER_TOO_LARGE = (431, "header_too_large", "The request's header is too large.")
 
 
 class Gone(Exception):
     """The connection has ended, or must."""
 
 
-class Watcher:
-    """One thread that notices that clients hung up while their answers are still to come."""
+def bad_request(sentence):
+    """400 for what is not strictly HTTP."""
+    return Refusal(400, "bad_request", sentence)
 
-    def __init__(self):
-        self._epoll, self._readers, self._lock = select.epoll(), {}, threading.Lock()  # the lock guards the dict; a leaf
-        self._end, self._end_writer = os.pipe2(os.O_CLOEXEC)
 
-    def start(self):
-        """Begin to watch."""
-        self._epoll.register(self._end)
-        threading.Thread(target=self._run, daemon=True, name="watcher").start()
+class Watcher(threading.Thread):
+    """One thread that waits on sockets for everybody: for connections to accept, and for hang-ups while answers are still to come."""
+
+    def __init__(self, log):
+        super().__init__(daemon=True, name="watcher")
+        self._log, self._epoll, self._wake, self._ended = log, select.epoll(), os.eventfd(0), False
+        self._calls, self._lock = {}, threading.Lock()  # the lock guards the dict and what is registered; a leaf
+        self._epoll.register(self._wake, select.EPOLLIN)
 
     def close(self):
-        """Watch no more: closing the writer is the hang-up that ends the thread."""
-        os.close(self._end_writer)
+        """Watch no more."""
+        self._ended = True
+        os.eventfd_write(self._wake, 1)
+
+    def call(self, sock, events, function):
+        """Call `function` when one of the epoll events happens on the socket."""
+        with self._lock:
+            self._calls[sock.fileno()] = function
+            self._epoll.register(sock.fileno(), events)
 
     def watch(self, sock, reader):
         """Close the reader when the socket's peer hangs up. A half-closed connection counts as gone."""
-        with self._lock:
-            self._readers[sock.fileno()] = reader
-            self._epoll.register(sock.fileno(), select.EPOLLRDHUP | select.EPOLLONESHOT)
+        self.call(sock, select.EPOLLRDHUP | select.EPOLLONESHOT, reader.close)
 
     def forget(self, sock):
         """The answer is done."""
         with self._lock:
-            if self._readers.pop(sock.fileno(), None):
+            if self._calls.pop(sock.fileno(), None):
                 self._epoll.unregister(sock.fileno())
 
-    def _run(self):
-        while True:
-            for descriptor, _ in self._epoll.poll():
-                if descriptor == self._end:
-                    os.close(self._end)
-                    return
-                with self._lock:
-                    reader = self._readers.get(descriptor)
-                if reader:
-                    reader.close()
+    def run(self):
+        """Call what is to be called, until closed."""
+        happened = select.poll()
+        happened.register(self._epoll, select.POLLIN)
+        while not self._ended:
+            happened.poll()
+            with self._lock:  # what happened is asked only now: a socket may have been closed, and its number be another's
+                calls = [self._calls.get(descriptor) for descriptor, _ in self._epoll.poll(0)]
+            for call in filter(None, calls):
+                try:
+                    call()
+                except Exception as error:  # without this thread nobody would be served any more
+                    self._log.event("error", "internal error", error=type(error).__name__)
+        self._epoll.close()
+        os.close(self._wake)
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections and gives each a thread, within the limits."""
-
-    request_queue_size, daemon_threads, block_on_close, allow_reuse_address = 1024, True, False, True
+class Server:
+    """Accepts connections within the limits and gives each a thread. `handle` makes a Response of a Request."""
 
     def __init__(self, settings, handle, log, address, listener=None):
-        self.settings, self.handle, self.log, self.watcher = settings, handle, log, Watcher()
+        self.settings, self.handle, self.log, self.watcher = settings, handle, log, Watcher(log)
         self._changed = threading.Condition()  # guards connections and draining; a leaf
-        self._connections, self._addresses, self.draining = set(), collections.Counter(), False
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        socketserver.TCPServer.__init__(self, address, None, bind_and_activate=False)
-        if listener:
-            self.socket.close()
-            self.socket = listener
-        else:
-            try:
-                self.server_bind()
-                self.server_activate()
-            except OSError as error:
-                self.socket.close()
-                raise ConfigurationError([f"cannot listen on {address[0]}:{address[1]}: {error.strerror}"]) from None
+        self.connections, self.draining = set(), False
+        is_v6 = ":" in address[0]
+        try:
+            self.socket = listener or socket.create_server(
+                address, family=socket.AF_INET6 if is_v6 else socket.AF_INET, backlog=1024, dualstack_ipv6=is_v6)
+        except OSError as error:
+            raise ConfigurationError([f"cannot listen on {address[0]}:{address[1]}: {os.strerror(error.errno)}"]) from None
+        self.socket.setblocking(False)  # a process that shares it may be the faster one
         self.port = self.socket.getsockname()[1]
 
-    def server_bind(self):
-        """Bind without the look-up of our own name that http.server does."""
-        socketserver.TCPServer.server_bind(self)
-
-    def serve_forever(self, poll_interval=0.1):
+    def start(self):
         """Accept until `hurry`."""
+        self.watcher.call(self.socket, select.EPOLLIN, self._accept)
         self.watcher.start()
-        super().serve_forever(poll_interval)
 
-    @property
-    def open_connections(self):
-        """How many connections there are."""
-        return len(self._connections)
-
-    def get_request(self):
-        """Accept; without file descriptors left, wait a moment instead of spinning (H16)."""
-        try:
-            return self.socket.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                time.sleep(0.05)
-            raise
-
-    def process_request(self, sock, address):
-        """Start a thread for a connection, or drop it at once when there are too many."""
-        peer = address[0]
+    def _accept(self):
         with self._changed:
-            full = self.draining or len(self._connections) >= self.settings.max_connections or (
-                self._addresses[peer] >= self.settings.max_connections_per_address and not self.trusts(peer)
-                and not is_loopback_name(peer))
-            if not full:
-                connection = Connection(self, sock, peer)
-                self._connections.add(connection)
-                self._addresses[peer] += 1
-        if full:
-            self.shutdown_request(sock)
-            return
+            if self.draining:
+                return
+            try:
+                sock, address = self.socket.accept()
+            except BlockingIOError:
+                return
+            except OSError:
+                self._changed.wait(0.05)  # no file descriptors: until a connection ends, or a moment, instead of spinning (H16)
+                return
+            connection = Connection(self, sock, address[0].removeprefix("::ffff:"))
+            if self._is_full_for(connection.peer):
+                return sock.close()
+            self.connections.add(connection)
         try:
             threading.Thread(target=self._serve, args=(connection,), daemon=True, name="connection").start()
         except RuntimeError:  # no thread to be had (H17)
             self._ended(connection)
-            self.shutdown_request(sock)
+
+    def _is_full_for(self, peer):
+        held = 0 if self.trusts(peer) else sum(each.peer == peer for each in self.connections)
+        return len(self.connections) >= self.settings.max_connections or held >= self.settings.max_connections_per_address
 
     def _serve(self, connection):
         try:
@@ -5259,41 +5691,31 @@ class Server(http.server.ThreadingHTTPServer):
             pass
         finally:
             self._ended(connection)
-            self.shutdown_request(connection.sock)
 
     def _ended(self, connection):
+        connection.sock.close()
         with self._changed:
-            self._connections.discard(connection)
-            self._addresses[connection.peer] -= 1
-            if not self._addresses[connection.peer]:
-                del self._addresses[connection.peer]
+            self.connections.discard(connection)
             self._changed.notify_all()
-
-    def handle_error(self, request, client_address):
-        """Never a traceback on stderr for what a peer did."""
-        self.log.event("error", "connection failed", error=sys.exc_info()[0].__name__ if sys.exc_info()[0] else None)
 
     def trusts(self, address):
         """Whether a peer's X-Forwarded-For is believed."""
-        try:
-            return any(ipaddress.ip_address(address.partition("%")[0]) in network for network in self.settings.trusted_proxies)
-        except ValueError:
-            return False
+        return any(ipaddress.ip_address(address) in network for network in self.settings.trusted_proxies)
 
     def hurry(self):
-        """Stop accepting; idle connections and idle streams end now, the others with their answer."""
-        self.shutdown()
+        """Accept no more; idle connections and idle streams end now, the others with their answer."""
+        self.watcher.forget(self.socket)
         with self._changed:
             self.draining = True
-            connections = list(self._connections)
+            connections = list(self.connections)
         for connection in connections:
             connection.hurry()
 
     def wait_for_connections(self, seconds):
         """Until all connections have ended, or that long; those that are left."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._connections, seconds)
-            return list(self._connections)
+            self._changed.wait_for(lambda: not self.connections, seconds)
+            return list(self.connections)
 
     def close(self, seconds):
         """Give connections that long, then cut them."""
@@ -5304,21 +5726,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.watcher.close()
 
 
-_dates = (0, "")
-
-
-def http_date():
-    """The Date header of this second."""
-    global _dates
-    now = int(time.time())
-    if _dates[0] != now:
-        _dates = (now, time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now)))
-    return _dates[1]
-
-
 def write_head(status, headers):
     """The one place where headers are written. CR, LF and NUL are refused: nothing reflected can split a response (H12)."""
-    lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}", f"Date: {http_date()}", "Server: fjmcp-broker",
+    lines = [f"HTTP/1.1 {status} {http.client.responses[status]}", f"Date: {email.utils.formatdate(usegmt=True)}", "Server: fjmcp-broker",
              "X-Content-Type-Options: nosniff"]
     for name, value in headers:
         if not re.fullmatch(r"[A-Za-z0-9-]+", name) or re.search(r"[\r\n\0]", value):
@@ -5332,164 +5742,47 @@ class Connection:
 
     def __init__(self, server, sock, peer):
         self.server, self.sock, self.peer, self.settings = server, sock, peer, server.settings
-        self.buffer, self.busy, self.idle_reader, self.body_state, self.close_after = bytearray(), False, None, None, False
-        self.http11 = True
+        self.buffer, self.busy, self.idle_reader, self.close_after, self.http11 = bytearray(), False, None, False, True
+        self.unread = 0  # the body that is still to be read: its length, or "chunked"
 
     def run(self):
         """Serve requests until the connection ends."""
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         patience = self.settings.header_timeout  # a connection is worth keeping once a request has come over it
-        while not self.close_after and not self.server.draining:
+        while not self.close_after:
             try:
                 request = self._read_request(patience)
             except Refusal as error:
                 self._send(refusal_response(error), True)
-                self._linger()
-                return
-            if request is None:
-                return
+                return self._linger()
             self.busy = True
             self._respond(request)
             self.busy, patience = False, self.settings.idle_timeout
+            self.close_after |= self.server.draining  # looked at after `busy` is cleared: hurry() does it the other way round
 
     def hurry(self):
         """The server drains: an idle connection ends now, an idle stream too, anything else after its answer."""
-        self.close_after = True
         reader = self.idle_reader
-        if reader:
+        if reader and not reader.stream.finished:  # one that is finished ends by itself, once all of it is sent
             reader.close()
-        if not self.busy:
+        if not self.busy:  # what has arrived can still be read
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RD)
 
     # -- reading
 
-    def _receive(self, deadline):
+    def _receive(self, deadline, late=None):
         left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self.sock.settimeout(left)
-        data = self.sock.recv(65536)
+        try:
+            if left <= 0:
+                raise TimeoutError
+            self.sock.settimeout(left)
+            data = self.sock.recv(65536)
+        except TimeoutError:
+            raise late or Refusal(408, "request_timeout", "The request did not arrive in time.") from None
         if not data:
             raise Gone
         self.buffer += data
-
-    def _read_request(self, patience):
-        """The next request, None when the connection ends between two; Refusal for anything that is not strictly HTTP."""
-        try:
-            if not self.buffer:
-                self._receive(time.monotonic() + patience)
-        except (TimeoutError, Gone):
-            return None
-        deadline, searched = time.monotonic() + self.settings.header_timeout, 0
-        while (end := self.buffer.find(b"\r\n\r\n", max(0, searched - 3))) < 0:
-            searched = len(self.buffer)
-            first = self.buffer.find(b"\n")
-            if first < 0 and searched > MAX_LINE + 40:
-                raise Refusal(414, "uri_too_long", "The request line is too long.")
-            if first >= 0 and (first == 0 or self.buffer[first - 1] != 13):
-                raise Refusal(400, "bad_request", "Lines must end with CR LF.")
-            if searched > MAX_HEAD:
-                raise Refusal(431, "header_too_large", "The request's header is too large.")
-            try:
-                self._receive(deadline)
-            except TimeoutError:
-                raise Refusal(408, "request_timeout", "The request's header did not arrive in time.") from None
-        if end > MAX_HEAD:
-            raise Refusal(431, "header_too_large", "The request's header is too large.")
-        head = bytes(self.buffer[:end])
-        del self.buffer[:end + 4]
-        return self._parse(head)
-
-    def _parse(self, head):
-        first, *lines = head.split(b"\r\n")
-        match = REQUEST_LINE.fullmatch(first)
-        if not match:
-            if len(first) > MAX_LINE:
-                raise Refusal(414, "uri_too_long", "The request line is too long.")
-            if re.fullmatch(rb"[A-Z]{1,16} [!-~]+ HTTP/[0-9.]+", first):
-                raise Refusal(505, "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are served.")
-            raise Refusal(400, "bad_request", "The request line is malformed.")
-        if match[3] != b"1" or match[4] not in (b"0", b"1"):
-            raise Refusal(505, "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are served.")
-        if len(lines) > MAX_HEADERS:
-            raise Refusal(431, "header_too_large", "There are too many headers.")
-        headers = {}
-        for line in lines:
-            field = HEADER_LINE.fullmatch(line)
-            if not field:
-                raise Refusal(400, "bad_request", "A header line is malformed.")
-            headers.setdefault(field[1].decode().lower(), []).append(field[2].decode("latin-1"))
-        self.http11 = match[4] == b"1"
-        return self._request(match[1].decode(), match[2].decode(), headers)
-
-    def _request(self, method, target, headers):
-        if self.http11 and len(headers.get("host", ())) != 1 or len(headers.get("host", ())) > 1:
-            raise Refusal(400, "bad_request", "Exactly one Host header is needed.")
-        absolute = re.fullmatch(r"https?://([^/?#]+)([/?].*)?", target, re.IGNORECASE)
-        if absolute:
-            headers["host"] = [absolute[1]]
-            target = absolute[2] or "/"
-        if not target.startswith("/") and not (target == "*" and method == "OPTIONS") and not target.startswith("?"):
-            raise Refusal(400, "bad_request", "The request's target is malformed.")
-        self.body_state = self._framing(headers)
-        tokens = {token.strip().lower() for value in headers.get("connection", ()) for token in value.split(",")}
-        self.close_after |= "close" in tokens or not self.http11 and "keep-alive" not in tokens
-        expect = headers.get("expect")
-        if expect and [value.lower() for value in expect] != ["100-continue"]:
-            raise Refusal(417, "expectation_failed", "Only Expect: 100-continue is understood.")
-        path, _, query = target.partition("?")
-        address, direct = self._client_address(headers)
-        self.wants_continue = bool(expect) and self.http11
-        return Request(method, path, query, headers, address, direct, os.urandom(6).hex(), self._read_body)
-
-    def _framing(self, headers):
-        """How the body is framed: None, a length, or "chunked"; whatever could be read in two ways is refused (RFC 9112 6.3)."""
-        lengths, codings = headers.get("content-length"), headers.get("transfer-encoding")
-        if codings:
-            if lengths or not self.http11:
-                raise Refusal(400, "bad_request", "Transfer-Encoding cannot stand with Content-Length or in HTTP/1.0.")
-            if len(codings) != 1 or codings[0].lower() != "chunked":
-                raise Refusal(501, "not_implemented", "The only transfer coding understood is chunked.")
-            return "chunked"
-        if lengths is None:
-            return None
-        if len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,15}", lengths[0]):
-            raise Refusal(400, "bad_request", "Content-Length must be one plain number.")
-        return int(lengths[0]) or None
-
-    def _client_address(self, headers):
-        """The client's address, and whether no proxy spoke for it: X-Forwarded-For is read from the right, past trusted proxies."""
-        values = headers.get("x-forwarded-for")
-        if not values or not self.server.trusts(self.peer):
-            return self.peer, True
-        address = self.peer
-        for item in reversed([item.strip() for value in values for item in value.split(",")]):
-            try:
-                address = str(ipaddress.ip_address(item))
-            except ValueError:
-                break
-            if not self.server.trusts(address):
-                break
-        return address, False
-
-    def _read_body(self, limit):
-        """The request's body, read only now; 413 above `limit`, 408 when it is too slow, 400 when it is malformed."""
-        framing, self.body_state = self.body_state, None
-        if framing is None:
-            return b""
-        self.body_state = "unread"
-        if framing != "chunked" and framing > limit:
-            raise Refusal(413, "content_too_large", f"The body may have at most {limit} bytes.")
-        if self.wants_continue and not self.buffer:
-            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline = time.monotonic() + self.settings.body_timeout
-        try:
-            body = self._read_chunks(limit, deadline) if framing == "chunked" else self._exactly(framing, deadline)
-        except TimeoutError:
-            raise Refusal(408, "request_timeout", "The body did not arrive in time.") from None
-        self.body_state = None
-        return body
 
     def _exactly(self, size, deadline):
         while len(self.buffer) < size:
@@ -5498,91 +5791,158 @@ class Connection:
         del self.buffer[:size]
         return data
 
-    def _line(self, deadline):
-        while (end := self.buffer.find(b"\r\n")) < 0:
-            if len(self.buffer) > MAX_LINE:
-                raise Refusal(400, "bad_request", "A chunk's line is too long.")
+    def _line(self, deadline, limit, too_long):
+        """The bytes before the next CR LF; a bare LF ends no line (RFC 9112 2.2)."""
+        searched = 0
+        while (end := self.buffer.find(b"\n", searched)) < 0 and len(self.buffer) < limit:
+            searched = len(self.buffer)
             self._receive(deadline)
-        return self._exactly(end + 2, deadline)[:-2]
+        if not 0 <= end < limit:
+            raise Refusal(*too_long)
+        line = self._exactly(end + 1, deadline)
+        if not line.endswith(b"\r\n"):
+            raise bad_request("Lines must end with CR LF.")
+        return line[:-2]
 
-    def _read_chunks(self, limit, deadline):
-        parts, size = [], 0
-        while True:
-            match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t !-~]*)?", self._line(deadline))
-            if not match:
-                raise Refusal(400, "bad_request", "A chunk's size is malformed.")
-            length = int(match[1], 16)
-            if length == 0:
-                break
-            size += length
-            if size > limit:
-                raise Refusal(413, "content_too_large", f"The body may have at most {limit} bytes.")
-            parts.append(self._exactly(length, deadline))
-            if self._exactly(2, deadline) != b"\r\n":
-                raise Refusal(400, "bad_request", "A chunk does not end where it says.")
-        for _ in range(MAX_HEADERS):
-            line = self._line(deadline)
+    def _fields(self, deadline):
+        """Header or trailer lines up to the empty one: lower-case names to the lists of their values."""
+        fields, left = {}, MAX_HEAD
+        for _ in range(MAX_HEADERS + 1):
+            line = self._line(deadline, left, HEADER_TOO_LARGE)
             if not line:
-                return b"".join(parts)
-            if not HEADER_LINE.fullmatch(line):
-                break
-        raise Refusal(400, "bad_request", "A trailer is malformed.")
+                return fields
+            field = HEADER_LINE.fullmatch(line)
+            if not field:
+                raise bad_request("A header line is malformed.")
+            fields.setdefault(field[1].decode().lower(), []).append(field[2].decode("latin-1"))
+            left -= len(line) + 2
+        raise Refusal(*HEADER_TOO_LARGE)
+
+    def _read_request(self, patience):
+        """The next request; Gone when none begins in time, Refusal for anything that is not strictly HTTP."""
+        if not self.buffer:
+            self._receive(time.monotonic() + patience, Gone())
+        deadline = time.monotonic() + self.settings.header_timeout
+        match = REQUEST_LINE.fullmatch(self._line(deadline, MAX_LINE, URI_TOO_LONG))
+        if not match:
+            raise bad_request("The request line is malformed.")
+        if match[3] not in (b"1.0", b"1.1"):
+            raise Refusal(505, "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are served.")
+        method, target, headers = match[1].decode(), match[2].decode(), self._fields(deadline)
+        self.http11, hosts = match[3] == b"1.1", len(headers.get("host", ()))
+        if hosts > 1 or self.http11 and not hosts:
+            raise bad_request("Exactly one Host header is needed.")
+        absolute = re.fullmatch(r"https?://([^/?#]+)(/.*)?", target, re.IGNORECASE)
+        if absolute:
+            headers["host"], target = [absolute[1]], absolute[2] or "/"
+        if not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
+            raise bad_request("The request's target is malformed.")
+        self.unread = self._framing(headers)
+        expect = [value.lower() for value in headers.get("expect", ())]
+        if expect not in ([], ["100-continue"]):
+            raise Refusal(417, "expectation_failed", "Only Expect: 100-continue is understood.")
+        self.wants_continue = bool(expect) and self.http11
+        tokens = {token.strip().lower() for value in headers.get("connection", ()) for token in value.split(",")}
+        self.close_after |= "close" in tokens or not self.http11 and "keep-alive" not in tokens
+        path, _, query = target.partition("?")
+        return Request(method, path, query, headers, *self._client_address(headers), os.urandom(6).hex(), self._read_body)
+
+    def _framing(self, headers):
+        """How the body is framed: a length, or "chunked"; whatever could be read in two ways is refused (RFC 9112 6.3)."""
+        lengths, codings = headers.get("content-length", ()), [coding.lower() for coding in headers.get("transfer-encoding", ())]
+        if codings and (lengths or not self.http11):
+            raise bad_request("Transfer-Encoding cannot stand with Content-Length or in HTTP/1.0.")
+        if codings not in ([], ["chunked"]):
+            raise Refusal(501, "not_implemented", "The only transfer coding understood is chunked.")
+        if len(lengths) > 1 or not all(re.fullmatch(r"[0-9]{1,15}", length) for length in lengths):
+            raise bad_request("Content-Length must be one plain number.")
+        return "chunked" if codings else int(lengths[0]) if lengths else 0
+
+    def _client_address(self, headers):
+        """The client's address, and whether no proxy spoke for it: X-Forwarded-For is read from the right, past trusted proxies."""
+        address, hops = self.peer, ",".join(headers.get("x-forwarded-for", ())).split(",")
+        with contextlib.suppress(ValueError, IndexError):
+            while self.server.trusts(address):
+                address = str(ipaddress.ip_address(hops.pop().strip()))
+        return address, "x-forwarded-for" not in headers or not self.server.trusts(self.peer)
+
+    def _read_body(self, limit):
+        """The request's body, read only now; 413 above `limit`, 408 when it is too slow, 400 when it is malformed."""
+        if not self.unread:
+            return b""
+        too_large = Refusal(413, "content_too_large", f"The body may have at most {limit} bytes.")
+        if self.unread != "chunked" and self.unread > limit:
+            raise too_large
+        if self.wants_continue and not self.buffer:
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        deadline = time.monotonic() + self.settings.body_timeout
+        body = self._chunks(limit, deadline, too_large) if self.unread == "chunked" else self._exactly(self.unread, deadline)
+        self.unread = 0
+        return body
+
+    def _chunks(self, limit, deadline, too_large):
+        body = bytearray()
+        while True:
+            match = CHUNK_LINE.fullmatch(self._line(deadline, MAX_LINE, (400, "bad_request", "A chunk's line is too long.")))
+            if not match:
+                raise bad_request("A chunk's size is malformed.")
+            size = int(match[1], 16)
+            if size == 0:
+                self._fields(deadline)
+                return bytes(body)
+            if len(body) + size > limit:
+                raise too_large
+            body += self._exactly(size, deadline)
+            if self._exactly(2, deadline) != b"\r\n":
+                raise bad_request("A chunk does not end where it says.")
 
     # -- writing
 
     def _respond(self, request):
-        started = time.monotonic()
+        started, is_head = time.monotonic(), request.method == "HEAD"
         with self.server.log.request(request.id):
             try:
                 response = self.server.handle(request)
+                close = bool(self.close_after or self.unread or self.server.draining)
+                if not response.later:
+                    self._send(response, close, is_head)
             except (Gone, OSError):
                 raise
-            except Exception as error:  # a bug: the operator learns where, the client only that
-                where = error.__traceback__
-                while where.tb_next:
-                    where = where.tb_next
-                self.server.log.event("error", "internal error", error=type(error).__name__, line=where.tb_lineno)
-                response = json_response(500, {"error": "server_error", "error_description": f"Internal error {request.id}."})
-            close = self.close_after or response.close or self.body_state is not None or self.server.draining
-            if response.later is not None:
+            except Exception as error:
+                place = traceback.extract_tb(error.__traceback__)[-1].lineno  # for the operator; the client learns a number only
+                self.server.log.event("error", "internal error", error=type(error).__name__, line=place)
+                response, close = json_response(500, {"error": "server_error", "error_description": f"Internal error {request.id}."}), True
+                self._send(response, close, is_head)
+            if response.later:
                 self._pump(response, close)
-            else:
-                self._send(response, close, request.method == "HEAD")
             self.server.log.event("debug", "request", method=request.method, path=request.path[:200], status=response.status,
                                   ms=round((time.monotonic() - started) * 1000, 1), address=request.address)
-        if close:
-            self.close_after = True
-            if self.body_state is not None:
-                self._linger()
+        self.close_after |= close
+        if self.unread:
+            self._linger()
 
     def _write(self, data):
         self.sock.settimeout(self.settings.write_timeout)
         self.sock.sendall(data)
 
     def _send(self, response, close, head_only=False):
-        headers = list(response.headers)
+        headers, bare = list(response.headers), response.status in (204, 304)
         if response.content_type:
             headers.append(("Content-Type", response.content_type))
-        if response.status not in (204, 304):
+        if not bare:
             headers.append(("Content-Length", str(len(response.body))))
-        if close:
-            headers.append(("Connection", "close"))
-        elif not self.http11:
-            headers.append(("Connection", "keep-alive"))
-        head = write_head(response.status, headers)
-        self._write(head if head_only or response.status in (204, 304) else head + response.body)
+        if close or not self.http11:
+            headers.append(("Connection", "close" if close else "keep-alive"))
+        self._write(write_head(response.status, headers) + (b"" if head_only or bare else response.body))
 
     def _linger(self):
         """What the client still sends is read for a moment, else the reset would take our answer with it."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, Refusal):
             self.sock.shutdown(socket.SHUT_WR)
-            deadline, left = time.monotonic() + 1, 2 * self.settings.max_body
-            while left > 0 and time.monotonic() < deadline:
-                self.sock.settimeout(max(0.01, deadline - time.monotonic()))
-                data = self.sock.recv(65536)
-                if not data:
-                    return
-                left -= len(data)
+            deadline = time.monotonic() + 1
+            while True:
+                self._receive(deadline)
+                self.buffer.clear()
 
     def _take(self, reader, timeout, watch=True):
         """The next item. The hang-up watch begins only once the wait is worth it, so that fast calls pay nothing."""
@@ -5678,22 +6038,14 @@ class Connection:
 # Owns the wiring and the route table: which path is whose, and the order of checks before a handler is asked.
 # ======================================================================================================================
 
-@dataclass(frozen=True)
-class Route:
-    """What a path serves: `methods` maps a method to its handler; `kind` is public, form, page, mcp or health."""
-
-    kind: str
-    methods: dict
-
-
-CORS_HEADERS = "Authorization, Content-Type, Accept, MCP-Protocol-Version, Mcp-Session-Id, Last-Event-ID, Mcp-Method, Mcp-Name"
-EXPOSED = "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version"
+LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
+EXPOSED = ("Access-Control-Expose-Headers", "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version")
 
 
 class Broker:
     """The whole program but its command line: everything built from settings, ready to serve."""
 
-    def __init__(self, settings, *, clock=None, log=None, listener=None):
+    def __init__(self, settings, *, clock=None, log=None, listener=None, web=None):
         self.settings, self.clock = settings, clock or Clock()
         self.log = log or Log(settings, clock=self.clock)
         keyring = load_keyring(settings)
@@ -5703,111 +6055,77 @@ class Broker:
         self.guardian, limiter = Guardian(), Limiter(self.clock)
         self.registry = Registry(settings, self.store, self.upstream, forgejo, self.guardian, self.log, self.clock)
         self.reaper = Reaper(settings, self.store, self.registry, self.upstream, self.log, self.clock)
-        clients = Clients(settings, self.store, self.log, self.clock, limiter)
-        authorization = Authorization(settings, self.store, keyring, clients, self.upstream, forgejo, self.log, self.clock, limiter)
+        clients = Clients(settings, self.store, self.log, self.clock, limiter, web or PublicWeb())
+        authorization = Authorization(settings, self.store, keyring, clients, self.upstream, forgejo, self.log, self.clock, limiter,
+                                      lambda name: self.registry.forget([name], "ended by the user"))
         endpoint = Endpoint(settings, self.store, keyring, self.registry, self.reaper, self.clock)
         self.routes = self._routes(clients, authorization, endpoint)
         self.server = Server(settings, self.handle, self.log, settings.listen, listener)
-        self.metrics_server = Server(settings, self.metrics, self.log, settings.metrics_listen) if settings.metrics_listen else None
-        self._blob = git_blob_id(__file__)
+        self.servers = [self.server]
+        if settings.metrics_listen:
+            self.servers.append(Server(settings, self.metrics, self.log, settings.metrics_listen))
+        self._hosts, self._blob = own_hosts(settings.public_url, self.server.port), git_blob_id(__file__)
 
     def _routes(self, clients, authorization, endpoint):
-        mcp = Route("mcp", {"POST": endpoint.post, "GET": endpoint.get, "DELETE": endpoint.delete, "HEAD": endpoint.head})
-        server_metadata = Route("public", {"GET": authorization.metadata})
-        resource_metadata = Route("public", {"GET": authorization.resource_metadata})
-        routes = {"/": Route("page", {"GET": lambda request: home_page(self.settings.public_url, self.settings.forgejo_url)}),
-                  "/healthz": Route("health", {"GET": self.health}), "/mcp": mcp, "/mcp/": mcp,
-                  "/mcp/.well-known/oauth-authorization-server": server_metadata,
-                  "/oauth/consent": Route("form", {"POST": authorization.consent}),
-                  "/oauth/callback": Route("page", {"GET": authorization.callback})}
-        for suffix in ("", "/mcp"):
-            routes["/.well-known/oauth-authorization-server" + suffix] = server_metadata
-        for suffix in ("", "/mcp", "/mcp/"):
-            routes["/.well-known/oauth-protected-resource" + suffix] = resource_metadata
-        for prefix in ("/oauth", ""):  # the root ones are for clients that ignore metadata
-            routes[prefix + "/authorize"] = Route("page", {"GET": authorization.authorize})
-            routes[prefix + "/register"] = Route("public", {"POST": clients.register})
-            routes[prefix + "/token"] = Route("public", {"POST": authorization.token})
-            routes[prefix + "/revoke"] = Route("public", {"POST": authorization.revoke})
-        return routes
+        server_metadata, resource_metadata = "/.well-known/oauth-authorization-server", "/.well-known/oauth-protected-resource"
+        table = (  # the paths at the root are for clients that ignore metadata
+            ("page", "GET HEAD", lambda request: home_page(self.settings.public_url, self.settings.forgejo_url), "/"),
+            ("health", "GET HEAD", self.health, "/healthz"),
+            ("public", "GET HEAD", authorization.metadata, server_metadata, server_metadata + "/mcp", "/mcp" + server_metadata),
+            ("public", "GET HEAD", authorization.resource_metadata, resource_metadata, resource_metadata + "/mcp", resource_metadata + "/mcp/"),
+            ("page", "GET HEAD", authorization.authorize, "/oauth/authorize", "/authorize"),
+            ("page", "POST", authorization.consent, "/oauth/consent"),
+            ("page", "GET HEAD", authorization.callback, "/oauth/callback"),
+            ("page", "GET HEAD", authorization.account, "/account"),
+            ("page", "POST", authorization.account_login, "/account/login"),
+            ("page", "POST", authorization.account_end, "/account/end"),
+            ("public", "POST", clients.register, "/oauth/register", "/register"),
+            ("public", "POST", authorization.token, "/oauth/token", "/token"),
+            ("public", "POST", authorization.revoke, "/oauth/revoke", "/revoke"))
+        mcp = {"POST": endpoint.post, "GET": endpoint.get, "DELETE": endpoint.delete, "HEAD": endpoint.head, "OPTIONS": self._preflight}
+        routes = {path: (kind, dict.fromkeys(verbs.split(), handler) | ({"OPTIONS": self._preflight} if kind == "public" else {}))
+                  for kind, verbs, handler, *paths in table for path in paths}
+        return routes | dict.fromkeys(("/mcp", "/mcp/"), ("mcp", mcp))
 
     def handle(self, request):
         """Request -> Response, in the order of checks of design 3: Host, route, Origin, OPTIONS, bearer, method, body."""
-        route = self.routes.get(request.path)
-        extra = self._cors(request, route)
+        (kind, methods), cors = self.routes.get(request.path, ("", {})), ()
         try:
-            if not (route and route.kind == "health"):
-                self._check_host(request)
-            if route is None:
+            if request.headers.get("host", [""])[0].lower() not in self._hosts and kind != "health":
+                raise Refusal(421, "misdirected_request", "This server does not answer for that host name.")
+            if not kind:
                 raise Refusal(404, "not_found", "There is nothing at this address.")
-            self._check_origin(request, route)
-            if request.method == "OPTIONS" and route.kind in ("public", "mcp"):
-                return Response(204, headers=(*extra, *self._preflight(request, route)))
-            response = self._method(request, route)(request)
+            cors = self._cors(request, kind)
+            handler = methods.get(request.method) or (methods["HEAD"] if kind == "mcp" else None)  # there the bearer comes before the method
+            if not handler:
+                raise Refusal(405, "method_not_allowed", f"Use {next(iter(methods))}.", (("Allow", ", ".join(methods)),))
+            response = handler(request)
         except PageRefusal as error:
             response = error.response
         except Refusal as error:
-            response = self._refused(error, request, route)
-        return replace(response, headers=(*response.headers, *extra)) if extra else response
+            response = error_page(error.status, "This did not work", error.sentence, headers=error.headers) if kind == "page" \
+                else refusal_response(error, NO_STORE[:1])
+        return replace(response, headers=(*response.headers, *cors)) if cors else response
 
-    def _refused(self, error, request, route):
-        if error.status == 421 or (error.status == 403 and error.code == "forbidden_origin"):
-            return refusal_response(error)
-        if route and route.kind in ("page", "form"):
-            return error_page(error.status, "This did not work", error.sentence, headers=error.headers)
-        return refusal_response(error, NO_STORE[:1])
-
-    def _method(self, request, route):
-        handler = route.methods.get(request.method) or (route.methods.get("GET") if request.method == "HEAD" else None)
-        if handler is None and route.kind == "mcp":
-            handler = route.methods["HEAD"]  # bearer before method
-        if handler is None:
-            raise Refusal(405, "method_not_allowed", f"Use {' or '.join(route.methods)}.", (("Allow", ", ".join(route.methods)),))
-        return handler
-
-    def _check_host(self, request):
-        host = (request.headers.get("host") or [""])[0].lower()
-        public = urlsplit(self.settings.public_url)
-        name = f"[{public.hostname}]" if ":" in public.hostname else public.hostname
-        accepted = {public.netloc, f"{name}:{public.port or {'https': 443, 'http': 80}[public.scheme]}"}
-        accepted |= {f"{local}:{self.server.port}" for local in ("localhost", "127.0.0.1", "[::1]")}
-        if host not in accepted:
-            raise Refusal(421, "misdirected_request", "This server does not answer for that host name.")
-
-    def _own_origin(self, origin):
-        return origin == self.settings.public_url
-
-    def _listed_origin(self, origin):
-        match = re.fullmatch(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", origin)
-        return bool(match) or self._own_origin(origin) or origin in self.settings.allowed_origins
-
-    def _check_origin(self, request, route):
-        origins = request.headers.get("origin", [])
-        if route.kind == "mcp" and origins and not (len(origins) == 1 and self._listed_origin(origins[0])):
-            raise Refusal(403, "forbidden_origin", "This web origin may not call this server; the operator can add it to allowed_origins.")
-        if route.kind == "form" and request.method == "POST" and origins and not self._own_origin(origins[0]):
-            raise Refusal(403, "forbidden_origin", "This form was sent by another website.")
-
-    def _cors(self, request, route):
-        if route is None:
-            return ()
-        if route.kind == "public":
-            return (("Access-Control-Allow-Origin", "*"), ("Access-Control-Expose-Headers", EXPOSED))
-        origin = request.headers.get("origin", [""])[0]
-        if route.kind == "mcp" and origin and self._listed_origin(origin):
-            return (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), ("Access-Control-Expose-Headers", EXPOSED))
+    def _cors(self, request, kind):
+        """The CORS headers of the answer; Refusal 403 for a web origin that may not call. Forms are judged by who reads them."""
+        if kind == "public":
+            return ("Access-Control-Allow-Origin", "*"), EXPOSED
+        origins = request.headers.get("origin", ()) if kind == "mcp" else ()
+        for origin in origins:
+            if len(origins) > 1 or not (LOOPBACK_ORIGIN.fullmatch(origin) or origin in (self.settings.public_url, *self.settings.allowed_origins)):
+                raise Refusal(403, "forbidden_origin", "This web origin may not call this server; the operator can add it to allowed_origins.")
+            return ("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), EXPOSED
         return ()
 
-    @staticmethod
-    def _preflight(request, route):
-        asked = (request.headers.get("access-control-request-headers") or [""])[0]
-        names = asked if re.fullmatch(r"[A-Za-z0-9_, -]{1,1000}", asked) else CORS_HEADERS
-        return (("Access-Control-Allow-Methods", ", ".join([*route.methods, "OPTIONS"])), ("Access-Control-Allow-Headers", names),
-                ("Access-Control-Max-Age", "7200"))
+    def _preflight(self, request):
+        asked = re.sub(r"[^A-Za-z0-9_, -]", "", request.headers.get("access-control-request-headers", [""])[0])
+        return Response(204, headers=(("Access-Control-Allow-Methods", ", ".join(self.routes[request.path][1])),
+                                      ("Access-Control-Allow-Headers", asked), ("Access-Control-Max-Age", "7200")))
 
     def health(self, request):
         """GET /healthz: 200, or 503 when the store fails. As an event stream it lasts a moment, which shows proxies that buffer."""
-        if any("text/event-stream" in value for value in request.headers.get("accept", ())):
+        if request.method == "GET" and any("text/event-stream" in value for value in request.headers.get("accept", ())):
             stream = Stream()
             threading.Timer(0.5, stream.end).start()
             return Response(200, later=Later(stream.open(), 0))
@@ -5815,45 +6133,47 @@ class Broker:
         sessions, children = self.registry.counts() if ok else (None, None)
         return json_response(200 if ok else 503, {"status": "ok" if ok else "failing", "version": __version__, "git": self._blob,
                                                   "store": "ok" if ok else "failing", "sessions": sessions, "children": children},
-                             (("Cache-Control", "no-store"),))
+                             NO_STORE[:1])
 
     def metrics(self, request):
         """GET /metrics on its own listener: Prometheus text, counts without names."""
         if request.path != "/metrics":
             return refusal_response(Refusal(404, "not_found", "Only /metrics is here."))
         sessions, children = self.registry.counts()
-        lines = [f"fjmcp_sessions {sessions}", f"fjmcp_children {children}", f"fjmcp_connections {self.server.open_connections}"]
+        lines = [f"fjmcp_sessions {sessions}", f"fjmcp_children {children}", f"fjmcp_connections {len(self.server.connections)}"]
         lines += [f'fjmcp_events_total{{event="{event}"}} {count}' for event, count in sorted(self.log.counters.items())]
         return Response(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
 
     def start(self):
         """Serve and reap in daemon threads."""
         threading.Thread(target=self.reaper.run, daemon=True, name="reaper").start()
-        for server in filter(None, (self.server, self.metrics_server)):
-            threading.Thread(target=server.serve_forever, daemon=True, name="accept").start()
+        for server in self.servers:
+            server.start()
 
     def stop(self, seconds=10.0):
         """Answer what was read, with an error what takes longer; stop the children, close the store."""
-        servers = [server for server in (self.server, self.metrics_server) if server]
         self.registry.end_streams()
-        for server in servers:
+        for server in self.servers:
             server.hurry()
         self.server.wait_for_connections(seconds - 1)
         self.registry.close("broker stopping")
-        for server in servers:
+        for server in self.servers:
             server.close(1)
-        deadline = time.monotonic() + self.settings.stop_timeout + 2
-        while any(self.registry.places.values()) and time.monotonic() < deadline:
-            for session in self.registry.all():
-                for link in filter(None, (session.link, *session.draining)):
-                    link.child.tick()
-            with self.registry.lock:
-                self.registry.lock.wait(0.1)
+        with self.registry.lock:  # the reaper still ticks
+            self.registry.lock.wait_for(lambda: not any(self.registry.places.values()), self.settings.stop_timeout + 3)
         self.reaper.stop()
         self.guardian.close()
         with contextlib.suppress(StoreUnavailable):
             self.registry.save_uses()
         self.store.close()
+
+
+def own_hosts(public_url, port):
+    """What a Host header may say: the public name, its default port written or not, and loopback names with our port."""
+    parts = urlsplit(public_url)
+    name = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    public = f"{name}:{parts.port or {'https': 443, 'http': 80}[parts.scheme]}"
+    return {parts.netloc, public, *(f"{local}:{port}" for local in ("localhost", "127.0.0.1", "[::1]"))}
 
 
 def git_blob_id(path):
@@ -5868,20 +6188,9 @@ def git_blob_id(path):
 # Owns the command line: flags from the table of settings, `serve`, signals and exit status.
 # ======================================================================================================================
 
-COMMAND_HELP = {
-    "serve": "serve (the default command)",
-    "check": "validate the configuration, then try it: store, key, Forgejo, forgejo-mcp, public URL",
-    "init": "write a commented configuration, asking for what it cannot know (flags answer for it)",
-    "users": "list the users; as JSON with --json",
-    "clients": "list the clients; as JSON with --json",
-    "grants": "list the logins; as JSON with --json",
-    "sessions": "list the sessions; as JSON with --json",
-    "revoke": "end logins: --user NAME, --client ID, --grant ID or --all; in force within a second",
-    "backup": "FILE: write a consistent copy of the store, also while the broker runs",
-    "rotate-key": "seal everything under a new key; may be interrupted and run again",
-}
-COMMAND_FLAGS = {"users": ("json",), "clients": ("json",), "grants": ("json",), "sessions": ("json",),
-                 "revoke": ("user", "client", "grant", "all")}
+def flag_of(name):
+    """A setting's flag."""
+    return "--" + name.replace("_", "-")
 
 
 def usage():
@@ -5889,29 +6198,32 @@ def usage():
     lines = ["usage: fjmcp_broker.py --config broker.toml [COMMAND] [--SETTING VALUE]...", "",
              "Lets people use their own Forgejo from MCP clients, as themselves.", "",
              "  --config FILE   TOML file with the settings (or FJMCP_BROKER_CONFIG)", "  --version       print the version",
-             "  --help          print this", "", "Commands:", *(f"  {name:14}{text}" for name, text in COMMAND_HELP.items()), "",
+             "  --help          print this", "", "Commands:", *(f"  {name:14}{command.help}" for name, command in COMMANDS.items()), "",
              "Settings, each also as a key of the file and as FJMCP_BROKER_<NAME> (flag > environment > file > default).",
              "A setting that is one piece of text can be read from a file with --<name>-file.", ""]
-    for setting in SETTINGS:
-        if setting.kind != "clients":
-            lines.append(f"  --{setting.name.replace('_', '-')}\n        {setting.help}{shown_default(setting)}")
+    for setting in SETTINGS[:-1]:  # not [[clients]], which are tables
+        default = " (required)" if setting.default is REQUIRED else f" (default {setting.default})" if setting.default else ""
+        lines.append(f"  {flag_of(setting.name)}\n        {setting.help}{default}")
     return "\n".join(lines)
 
 
-def shown_default(setting):
-    """A setting's default, in brackets, for people."""
-    if setting.default in ("", False, ()):
-        return ""
-    return " (required)" if setting.default is REQUIRED else f" (default {setting.default})"
+@dataclass(frozen=True)
+class Command:
+    """A command: what runs it (Arguments -> exit status), its help, flags of its own, and whether it takes one word."""
+
+    run: object
+    help: str
+    flags: tuple = ()
+    word: str = ""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """A command line: the configuration file, the command and its own words and flags, and settings given as flags."""
+    """A command line: the configuration file, the command with its word and its own flags, and settings given as flags."""
 
     config: object
     command: str
-    words: tuple
+    word: str
     options: dict
     flags: dict
 
@@ -5922,34 +6234,32 @@ class Arguments:
 
 def parse_arguments(arguments):
     """Arguments from the words of a command line; flags may stand before or after the command. ConfigurationError when they are wrong."""
-    flags, options, words, problems, arguments = {}, {}, [], [], list(arguments)
-    own = {name for names in COMMAND_FLAGS.values() for name in names}
-    while arguments:
-        argument = arguments.pop(0)
+    flags, options, words, problems, left = {}, {}, [], [], list(arguments)
+    while left:
+        argument = left.pop(0)
         if not argument.startswith("--"):
             words.append(argument)
             continue
         name, given, value = argument[2:].partition("=")
         key = name.replace("-", "_")
-        setting, _ = _lookup(key)
-        if setting is None and key != "config" and key not in own:
-            _suggest(key, f"unknown flag --{name}", problems)
-            continue
-        is_switch = key in ("json", "all") or setting and setting.kind == "switch" and arguments[:1] not in (["true"], ["false"])
-        if not given and not is_switch and not arguments:
+        setting, _ = KEYS.get(key, (None, False))
+        is_switch = key in ("json", "all") or setting and setting.kind == "switch" and left[:1] not in (["true"], ["false"])
+        if not setting and key != "config" and not any(key in command.flags for command in COMMANDS.values()):
+            problems.append(f"unknown flag --{name}{did_you_mean(key)}")
+        elif not given and not is_switch and not left:
             problems.append(f"--{name} needs a value")
-            continue
-        (flags if setting else options)[key] = value if given else "true" if is_switch else arguments.pop(0)
-    command, *words = words or ["serve"]
-    config = options.pop("config", None) or os.environ.get(ENVIRONMENT_PREFIX + "CONFIG")
-    if command not in COMMANDS:
-        problems.append(f"unknown command {command!r}; known: {', '.join(COMMANDS)}")
-    elif len(words) != (command == "backup"):
-        problems.append(f"{command} takes {'one FILE' if command == 'backup' else 'no further words'}")
-    problems += [f"--{name} is not for {command}" for name in options if name not in COMMAND_FLAGS.get(command, ())]
+        else:
+            (flags if setting else options)[key] = value if given else "true" if is_switch else left.pop(0)
+    name, *words = words or ["serve"]
+    config, command = options.pop("config", None) or os.environ.get(ENVIRONMENT_PREFIX + "CONFIG"), COMMANDS.get(name)
+    if command is None:
+        problems.append(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
+    elif len(words) != bool(command.word):
+        problems.append(f"{name} takes {f'one {command.word}' if command.word else 'no further words'}")
+    problems += [f"--{option} is not for {name}" for option in options if option not in (command.flags if command else ())]
     if problems:
         raise ConfigurationError(problems)
-    return Arguments(config, command, tuple(words), options, flags)
+    return Arguments(config, name, "".join(words), options, flags)
 
 
 # -- init
@@ -5958,166 +6268,148 @@ def parse_arguments(arguments):
 def configuration_text(values):
     """A broker.toml with the given values, every other setting commented out with its default and what it means."""
     lines = ["# fjmcp-broker. Each line that is commented out shows the default.", ""]
-    for setting in SETTINGS:
-        if setting.kind == "clients":
-            continue
-        forms = (setting.name, setting.name + "_file") if has_file_form(setting) else (setting.name,)
-        given = {name: values[name] for name in forms if name in values}
-        default = "" if setting.default is REQUIRED else setting.default
-        lines.append(f"# {setting.help}{' (required)' if setting.default is REQUIRED else ''}")
-        lines += [f"{name} = {json.dumps(value)}" for name, value in given.items()] or [f"# {setting.name} = {json.dumps(default)}"]
-        lines.append("")
+    for setting in SETTINGS[:-1]:
+        given = [f"{key} = {json.dumps(values[key])}" for key, (which, _) in KEYS.items() if which is setting and key in values]
+        required = setting.default is REQUIRED
+        lines += [f"# {setting.help}{' (required)' if required else ''}",
+                  *(given or [f"# {setting.name} = {json.dumps('' if required else setting.default)}"]), ""]
     return "\n".join([*lines, "# Clients that are known beforehand:", "# [[clients]]", '# client_id = "my-client"', '# name = "My client"',
                       '# redirect_uris = ["https://client.example.org/callback"]', '# client_secret = ""', ""])
 
 
-def ask(name, problems, default=""):
+def ask(setting, problems):
     """A required setting from the terminal, asked again until it is one; a problem when nobody is there to answer."""
-    setting = SETTING[name]
     if not sys.stdin.isatty():
-        problems.append(f"{name} is missing: {setting.help}. Give it as --{name.replace('_', '-')}")
+        problems.append(f"{setting.name} is missing: {setting.help}. Give it as {flag_of(setting.name)}")
         return ""
     while True:
-        print(f"{setting.help}", file=sys.stderr)
-        text = (getpass.getpass(f"{name}: ") if setting.secret else input(f"{name}{f' [{default}]' if default else ''}: ")) or default
+        print(setting.help, file=sys.stderr)
+        text = (getpass.getpass if setting.secret else input)(f"{setting.name}: ")
         try:
-            KINDS[setting.kind](text)
-            if text:
+            if KINDS[setting.kind](text):
                 return text
         except ValueError as error:
             print(f"  {error}", file=sys.stderr)
 
 
-def write_new(path, text):
-    """Make a file that only its owner can read; FileExistsError rather than overwrite one."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def secret_files(values, secrets, folder):
-    """{path: text} of the files that keep these secrets; `values` then says where they are."""
-    if "secrets_file" in values:
-        values["secrets_file"] = os.path.abspath(values["secrets_file"])
-        return {values["secrets_file"]: "".join(f"{name} = {json.dumps(text)}\n" for name, text in secrets.items())}
-    places = {"forgejo_oauth_client_secret": ("client-secret", "forgejo_oauth_client_secret_file"), "key": ("sealing-key", "key_file")}
-    files = {}
-    for name, text in secrets.items():
-        file, setting = places[name]
-        values[setting] = os.path.join(folder, file)
-        files[values[setting]] = text + "\n"
-    return files
-
-
 def init(arguments):
     """Write broker.toml, and the client secret and a new sealing key into files of their own: `secrets_file`, or one for each."""
-    path, values, problems = os.path.abspath(arguments.config or "broker.toml"), dict(arguments.flags), []
-    folder = os.path.dirname(path)
-    for name in ("public_url", "forgejo_url", "forgejo_oauth_client_id", "forgejo_oauth_client_secret"):
-        if name not in values and name + "_file" not in values:
-            values[name] = ask(name, problems)
+    path, values, problems, files = os.path.abspath(arguments.config or "broker.toml"), dict(arguments.flags), [], {}
+    folder, secret_file = os.path.dirname(path), "forgejo_oauth_client_secret_file"
+    for setting in SETTINGS:
+        if setting.default is REQUIRED and not {setting.name, setting.name + "_file"} & set(values):
+            values[setting.name] = ask(setting, problems)
     for name, value in values.items():
         try:
             if value and name in SETTING:
                 KINDS[SETTING[name].kind](value)
         except ValueError as error:
             problems.append(f"flag: {name}: {error}")
-    if "secrets_file" in values and "forgejo_oauth_client_secret_file" in values:  # all secrets into the one file
-        try:
-            with open(values.pop("forgejo_oauth_client_secret_file"), encoding="utf-8") as file:
-                values["forgejo_oauth_client_secret"] = file.read().strip()
-        except OSError as error:
-            problems.append(f"flag: forgejo_oauth_client_secret_file: cannot read {error.filename}: {error.strerror}")
-    secrets = {"forgejo_oauth_client_secret": values.pop("forgejo_oauth_client_secret", None)}
+    together = os.path.abspath(values["secrets_file"]) if "secrets_file" in values else None
+    try:
+        if together and secret_file in values:
+            values[secret_file.removesuffix("_file")] = read_file(values.pop(secret_file)).decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"flag: {secret_file}: cannot read it: {getattr(error, 'strerror', None) or error}")
     if "key_file" not in values:
-        secrets["key"] = values.pop("key", None) or base64.b64encode(os.urandom(32)).decode()
-    files = secret_files(values, {name: text for name, text in secrets.items() if text}, folder)
+        values.setdefault("key", new_key().strip())
+    for name, setting, file in (("forgejo_oauth_client_secret", secret_file, "client-secret"), ("key", "key_file", "sealing-key")):
+        text = values.pop(name, None)
+        if text and together:
+            values["secrets_file"] = together
+            files[together] = files.get(together, "") + f"{name} = {json.dumps(text)}\n"
+        elif text:
+            values[setting] = os.path.join(folder, file)
+            files[values[setting]] = text + "\n"
     problems += [f"{name} is there already; move it away first" for name in (path, *files) if os.path.exists(name)]
     if problems:
         raise ConfigurationError(problems)
     if "store_path" not in values:
         values["store_path"] = os.path.join(folder, "data", "broker.db")
         os.makedirs(os.path.dirname(values["store_path"]), mode=0o700, exist_ok=True)
-    for name, text in files.items():
-        write_new(name, text)
-    write_new(path, configuration_text(values))
+    for name, text in {**files, path: configuration_text(values)}.items():
+        put_file(name, text)
     print(f"Wrote {path}. In Forgejo, the OAuth2 application (confidential) needs the redirect URI\n  {values['public_url'].rstrip('/')}"
           f"/oauth/callback\nNext: python3 {sys.argv[0]} --config {path} check")
     return 0
 
 
-# -- check
+# -- check: each part yields (ok, warn or fail; what was seen; how to mend it)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One result of `check`: `level` is ok, warn or fail; what was seen, and how to mend it."""
-
-    level: str
-    text: str
-    fix: str = ""
+def report(findings):
+    """Print findings as they come; 1 when one fails, else 0."""
+    failed = False
+    for level, text, *fix in findings:
+        print(f"{level:5} {text}" + "".join(f"\n      -> {line}" for line in fix), flush=True)
+        failed |= level == "fail"
+    return int(failed)
 
 
 def check(arguments):
     """Try everything that serving needs, and name each problem with its fix; 0 when nothing fails."""
-    try:
+    def findings():
         settings = arguments.settings()
-        findings = [finding for part in (check_store, check_urls, check_forgejo, check_child, check_public_url) for finding in part(settings)]
+        for part in (check_store, check_urls, check_forgejo, check_child, check_containment, check_public_url):
+            yield from guarded(part(settings))
+    return report(guarded(findings()))
+
+
+def guarded(findings):
+    """Findings, and what is wrong with the configuration as failures among them."""
+    try:
+        yield from findings
     except ConfigurationError as error:
-        findings = [Finding("fail", problem) for problem in error.problems]
-    for finding in findings:
-        print(f"{finding.level:5} {finding.text}" + (f"\n      -> {finding.fix}" if finding.fix else ""))
-    return 1 if any(finding.level == "fail" for finding in findings) else 0
+        yield from (("fail", problem) for problem in error.problems)
 
 
 def check_store(settings):
     """The store, its folder, and the sealing key."""
-    path, key_path = os.path.abspath(settings.store_path), os.path.abspath(settings.key_file or settings.store_path + ".key")
+    path, key = os.path.abspath(settings.store_path), os.path.abspath(key_path(settings))
     folder = os.path.dirname(path)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        yield Finding("fail", f"store_path: {folder} is not a folder this user can write to", f"make it, for the user that serves: install -d -m 700 {folder}")
+        yield "fail", f"store_path: {folder} is not a folder this user can write to", f"make it, for the user that serves: install -d -m 700 {folder}"
         return
-    if os.stat(folder).st_mode & 0o077:
-        yield Finding("warn", f"store_path: {folder} is open to other users", f"chmod 700 {folder}")
-    if not settings.key and os.path.dirname(key_path) == folder:
-        yield Finding("warn", f"key_file: {key_path} lies beside the store: who copies one has both", "keep the key elsewhere, and out of the backup of the store")
-    if not settings.key and not os.path.exists(key_path) and not os.path.exists(path):
-        yield Finding("ok", f"key_file: {key_path} will be made at the first start")
+    if not settings.key and os.path.dirname(key) == folder:
+        yield "warn", f"key_file: {key} lies beside the store: who copies one has both", "keep the key elsewhere, and out of the backup of the store"
+    for name, place, mode in (("store_path", folder, "700"), ("key_file", key, "600")):
+        if (place == folder or not settings.key) and os.path.exists(place) and os.stat(place).st_mode & 0o077:
+            yield "warn", f"{name}: {place} is open to other users", f"chmod {mode} {place}"
+    if not os.path.exists(path):
+        if settings.key or os.path.exists(key):
+            load_keyring(settings)
+        yield "ok", f"store_path: {path} will be made at the first start, and so will the key if there is none"
         return
     keyring = load_keyring(settings)
-    if not settings.key and os.stat(key_path).st_mode & 0o077:
-        yield Finding("warn", f"key_file: {key_path} is open to other users", f"chmod 600 {key_path}")
-    if os.path.exists(path):
-        store = Store(path, keyring, alone=False)
-        older = sum(not keyring.is_newest(box) for _, box in store.credentials())
-        yield Finding("ok", f"store_path: {path} opens with this key; sessions on file: {store.count_sessions()}")
-        store.close()
-        if older:
-            yield Finding("warn", f"key_file: {older} credentials are still sealed with older keys", "run rotate-key, which goes on where it was")
-        elif len(keyring.keys) > 1:
-            yield Finding("ok", f"key_file: every credential is sealed with the newest of {len(keyring.keys)} keys; the others can be taken out")
-    else:
-        yield Finding("ok", f"store_path: {path} will be made at the first start")
+    store = Store(path, keyring, alone=False)
+    older = sum(not keyring.is_newest(box) for _, _, box in store.boxes())
+    yield "ok", f"store_path: {path} opens with this key; sessions on file: {store.count_sessions()}"
+    store.close()
+    if older:
+        yield "warn", f"key_file: {older} credentials are still sealed with older keys", "run rotate-key, which goes on where it was"
+    elif len(keyring.keys) > 1:
+        yield "ok", f"key_file: every credential is sealed with the newest of {len(keyring.keys)} keys; the others can be taken out"
+
+
+def check_reach(public):
+    """Whether clients elsewhere can reach such a URL at all."""
+    if public.port and not is_loopback_name(public.hostname):
+        yield "warn", "public_url: it names a port; Claude.ai and others reach 443 only", "let the proxy serve https on its usual port, and leave the port out"
+    if public.scheme == "http":
+        yield "warn", "public_url: http on loopback is for trying out; web clients cannot reach it", "put a proxy with https in front"
 
 
 def check_urls(settings):
     """What can be seen of the addresses without asking anybody."""
     check_configured_clients(settings)
-    public = urlsplit(settings.public_url)
-    if public.port and not is_loopback_name(public.hostname):
-        yield Finding("warn", f"public_url: {settings.public_url} names a port; Claude.ai and others reach 443 only",
-                      "let the proxy serve https on its usual port, and leave the port out")
-    if public.scheme == "http":
-        yield Finding("warn", "public_url: http on loopback is for trying out; web clients cannot reach it", "put a proxy with https in front")
-    internal = urlsplit(settings.forgejo_internal_url) if settings.forgejo_internal_url else None
-    if internal and internal.scheme == "http":
-        try:
+    yield from check_reach(urlsplit(settings.public_url))
+    internal = urlsplit(settings.forgejo_internal_url)
+    if internal.scheme == "http":
+        private = False
+        with contextlib.suppress(OSError, ValueError):
             private = ipaddress.ip_address(socket.getaddrinfo(internal.hostname, None)[0][4][0].partition("%")[0]).is_private
-        except (OSError, ValueError):
-            private = False
         if not private:
-            yield Finding("warn", "forgejo_internal_url: http to an address that is not private: tokens would travel in the clear", "use https")
+            yield "warn", "forgejo_internal_url: http to an address that is not private: tokens would travel in the clear", "use https"
 
 
 def check_forgejo(settings):
@@ -6125,185 +6417,306 @@ def check_forgejo(settings):
     base = settings.forgejo_internal_url or settings.forgejo_url
     try:
         answer = fetch("GET", base + "/.well-known/openid-configuration", ca_file=settings.forgejo_ca_file)
-        version = fetch("GET", base + "/api/v1/version", ca_file=settings.forgejo_ca_file).json()
+        version = str((fetch("GET", base + "/api/v1/version", ca_file=settings.forgejo_ca_file).json() or {}).get("version", "unknown"))
     except FetchFailed as error:
-        yield Finding("fail", f"forgejo_url: {base} does not answer: {error}", "check the address, DNS, firewall and certificate (forgejo_ca_file)")
+        yield "fail", f"forgejo_url: {base} does not answer: {error}", "check the address, DNS, firewall and certificate (forgejo_ca_file)"
         return
     document = answer.json() if answer.status == 200 else None
     if document is None:
-        yield Finding("fail", f"forgejo_url: {base} answers {answer.status}, and not as Forgejo does", "give the address under which Forgejo itself is")
+        yield "fail", f"forgejo_url: {base} answers {answer.status}, and not as Forgejo does", "give the address under which Forgejo itself is"
         return
-    yield Finding("ok", f"forgejo_url: {base} answers, version {(version or {}).get('version', 'unknown')}")
-    if re.match(r"[0-8]\.", str((version or {}).get("version"))):
-        yield Finding("warn", "forgejo_url: this Forgejo knows no scopes of OAuth2 tokens: each has all of its user's power", "upgrade Forgejo to 9 or newer")
+    yield "ok", f"forgejo_url: {base} answers, version {version}"
+    if re.match(r"[0-8]\.", version):
+        yield "warn", "forgejo_url: this Forgejo knows no scopes of OAuth2 tokens: each has all of its user's power", "upgrade Forgejo to 9 or newer"
     if document.get("authorization_endpoint") != settings.forgejo_url + "/login/oauth/authorize":
-        yield Finding("warn", f"forgejo_url: Forgejo calls itself {document.get('issuer')}", "set forgejo_url to that, or ROOT_URL in Forgejo to the other")
-    with contextlib.suppress(ValueError, TypeError):
-        skew = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time() if "date" in answer.headers else 0
+        yield "warn", f"forgejo_url: Forgejo calls itself {document.get('issuer')}", "set forgejo_url to that, or ROOT_URL in Forgejo to the other"
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        skew = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time()
         if abs(skew) > 60:
-            yield Finding("fail", f"the clocks of Forgejo and of this machine differ by {abs(skew):.0f} s", "set both by NTP")
-    yield from check_application(settings)
-
-
-def check_application(settings):
-    """The OAuth2 application: a code that cannot be good is refused for the first thing that is wrong, in Forgejo's order."""
+            yield "fail", f"the clocks of Forgejo and of this machine differ by {abs(skew):.0f} s", "set both by NTP"
+    # A code that cannot be good is refused for the first thing that is wrong, in Forgejo's order: id, secret, redirect URI, code.
     try:
         Forgejo(settings, Clock()).exchange("check", "check")
     except UpstreamMisconfigured as error:
         which = "secret" if "secret" in str(error) else "id"
-        yield Finding("fail", f"forgejo_oauth_client_{which}: Forgejo refuses it: {error}", "copy it again from the application in Forgejo")
+        yield "fail", f"forgejo_oauth_client_{which}: Forgejo refuses it: {error}", "copy it again from the application in Forgejo"
     except UpstreamRefused as error:
         if "redirect" in str(error).lower():
-            yield Finding("fail", "the application in Forgejo has another redirect URI", f"set it to {settings.public_url}/oauth/callback")
+            yield "fail", "the application in Forgejo has another redirect URI", f"set it to {settings.public_url}/oauth/callback"
         else:
-            yield Finding("ok", "Forgejo knows the application, its secret and its redirect URI")
+            yield "ok", "Forgejo knows the application, its secret and its redirect URI"
     except UpstreamDown as error:
-        yield Finding("fail", f"Forgejo's token endpoint does not work: {error}", "look into Forgejo's log, and at proxies between")
+        yield "fail", f"Forgejo's token endpoint does not work: {error}", "look into Forgejo's log, and at proxies between"
 
 
 def check_child(settings):
     """forgejo-mcp: is it there, new enough, and does it start and answer (without a token: as an anonymous user)."""
     try:
-        command = child_command(settings)
+        command, environment = child_command(settings), child_environment(settings, "")
         if isinstance(settings.forgejo_mcp_binary, str):
             shown = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL).stdout.strip()
             number = re.search(r"v?([0-9]+)\.[0-9]+", shown)
             if number and int(number[1]) < 2:
-                yield Finding("fail", f"forgejo_mcp_binary: {shown} is too old", "install forgejo-mcp 2.0 or newer")
-        lines, ended, guardian = queue.SimpleQueue(), threading.Event(), Guardian()
-        child = Child(command, child_environment(settings, ""), "check", guardian, settings, Log(settings, io.StringIO()), lines.put,
-                      lambda child: (lines.put(b""), ended.set()))
-    except (ChildMissing, ChildFailed, OSError, subprocess.TimeoutExpired) as error:
-        yield Finding("fail", f"forgejo_mcp_binary: {error}", "install forgejo-mcp, and give its path")
+                yield "fail", f"forgejo_mcp_binary: {shown} is too old", "install forgejo-mcp 2.0 or newer"
+        child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0)
+    except (ChildMissing, OSError, subprocess.TimeoutExpired) as error:
+        yield "fail", f"forgejo_mcp_binary: {error}", "install forgejo-mcp, and give its path"
         return
-    child.send(dump({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
-        "protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": {"name": "fjmcp-broker", "version": __version__}}}))
-    try:
-        server = json.loads(lines.get(timeout=settings.start_timeout) or b"{}").get("result", {}).get("serverInfo")
-    except (queue.Empty, ValueError, AttributeError):
+    end = threading.Timer(settings.start_timeout, os.killpg, (child.pid, signal.SIGKILL))
+    end.start()
+    with contextlib.suppress(OSError, ValueError, AttributeError), child:
         server = None
-    child.stop("checked")
-    while not ended.wait(0.2):
-        child.tick()
-    guardian.close()
+        child.stdin.write(dump({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
+            "protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": {"name": "fjmcp-broker", "version": __version__}}}) + b"\n")
+        child.stdin.flush()
+        server = json.loads(child.stdout.readline()).get("result", {}).get("serverInfo")
+        os.killpg(child.pid, signal.SIGKILL)
+    end.cancel()
     if server:
-        yield Finding("ok", f"forgejo_mcp_binary: {command[0]} starts and answers as {server.get('name')} {server.get('version')}")
+        yield "ok", f"forgejo_mcp_binary: {command[0]} starts and answers as {server.get('name')} {server.get('version')}"
     else:
-        yield Finding("fail", f"forgejo_mcp_binary: {command[0]} does not answer ({child.reason})",
-                      "run it by hand with FORGEJO_URL set; where Forgejo wants a login for everything it cannot start without a token")
+        yield ("fail", f"forgejo_mcp_binary: {command[0]} does not answer (status {child.returncode})",
+               "run it by hand with FORGEJO_URL set; where Forgejo wants a login for everything it cannot start without a token")
+
+
+def check_containment(settings):
+    """Whether a child, which runs as the same user, is kept from reading the broker's memory and the tokens of other children."""
+    try:
+        path = os.path.realpath(child_command(settings)[0])
+    except ChildMissing:
+        return
+    owner, binary = os.stat(settings.store_path if os.path.exists(settings.store_path) else "/proc/self"), os.stat(path)
+    readable = binary.st_mode & (0o400 if binary.st_uid == owner.st_uid else 0o040 if binary.st_gid == owner.st_gid else 0o004)
+    if readable or binary.st_uid == owner.st_uid or owner.st_uid == 0:
+        yield ("warn", f"containment: {path} can be read by the user that serves, so the children of one user can read the tokens of others",
+               f"serve as a user of its own, not root; chown root:root {path}; chmod 0711 {path} (a script cannot be protected so)")
+    else:
+        yield "ok", f"containment: children of {path} cannot read each other's tokens"
+    if hide_from_children():
+        yield "ok", "containment: children cannot read the broker's memory and environment (PR_SET_DUMPABLE is 0 when serving)"
+    else:
+        yield "warn", "containment: the broker cannot make itself unreadable (PR_SET_DUMPABLE)", "serve on Linux with /proc, outside of emulators"
 
 
 def check_public_url(settings):
-    """Whether clients would find this broker at its public URL, and whether a proxy holds streams back."""
+    """Whether clients would find this broker at its public URL; what `doctor` tries, but for the registration."""
     try:
-        document = fetch("GET", settings.public_url + "/.well-known/oauth-authorization-server").json()
         health = fetch("GET", settings.public_url + "/healthz").json() or {}
-        if (document or {}).get("issuer") != settings.public_url:
-            yield Finding("fail", f"public_url: {settings.public_url} is not answered by this broker", "let the proxy pass everything on to `listen`")
-            return
         if health.get("git") != git_blob_id(__file__):
-            yield Finding("warn", "public_url: another revision of this file is running there", "restart the broker")
-        yield Finding("ok", f"public_url: {settings.public_url} is answered by version {health.get('version')}")
-        if first_byte_share(settings.public_url + "/healthz") > 0.5:
-            yield Finding("fail", "public_url: the proxy holds streams back until they end", "turn its buffering off (docs/install.md)")
+            yield "warn", "public_url: another revision of this file, or something else, is running there", "restart the broker; let the proxy pass all to it"
+        failures = [finding for finding in examine(settings.public_url, register=False) if finding[0] != "ok"]
+        yield from failures or [("ok", f"public_url: {settings.public_url} is answered by version {health.get('version')}")]
     except FetchFailed as error:
-        yield Finding("warn", f"public_url: {settings.public_url} does not answer from here: {error}",
-                      "start the broker and the proxy, then check again; some networks cannot reach their own public address")
+        yield ("warn", f"public_url: {settings.public_url} does not answer from here: {error}",
+               "start the broker and the proxy, then check again; some networks cannot reach their own public address")
 
 
-def first_byte_share(url):
-    """How late the first event of a short stream arrives, as a share of the whole time: near 1 when somebody buffers."""
-    started, moments = time.monotonic(), []
-    fetch("GET", url, headers=(("Accept", "text/event-stream"),), on_data=lambda: moments.append(time.monotonic() - started))
-    return moments[0] / (time.monotonic() - started) if moments else 1.0
+# -- doctor: PROBES says who needs what; {url} and {client} are filled in when it is tried
+
+REGISTRATION = {  # what real clients register, in one: each redirect URI is somebody's
+    "client_name": "fjmcp-broker doctor", "application_type": "web", "scope": "openid claudeai", "token_endpoint_auth_method": "none",
+    "grant_types": ["authorization_code", "refresh_token"], "response_types": ["code"], "redirect_uris": [
+        "cursor://anysphere.cursor-mcp/oauth/callback", "https://www.cursor.com/agents/mcp/oauth/callback", "http://localhost:3118/callback",
+        "https://claude.ai/api/mcp/auth_callback", "https://claude.com/api/mcp/auth_callback", "https://chatgpt.com/connector/oauth/doctor",
+        "https://vscode.dev/redirect", "http://127.0.0.1/", "http://127.0.0.1:33418/"]}
+# What must come back: members of the JSON object (`json`), the status and headers (in lower case): equal, or holding each of a list, `!`: none.
+RESOURCE = {"status": 200, "json": {"resource": "{url}/mcp", "authorization_servers": ["{url}"], "!scopes_supported": ["offline_access"]}}
+METADATA = {"status": 200, "json": {
+    "issuer": "{url}", "authorization_endpoint": "{url}/oauth/authorize", "token_endpoint": "{url}/oauth/token", "response_types_supported": ["code"],
+    "registration_endpoint": "{url}/oauth/register", "revocation_endpoint": "{url}/oauth/revoke", "code_challenge_methods_supported": ["S256"],
+    "grant_types_supported": ["authorization_code", "refresh_token"], "scopes_supported": ["offline_access"],
+    "token_endpoint_auth_methods_supported": ["none", "client_secret_post", "client_secret_basic"], "authorization_response_iss_parameter_supported": True}}
+CHALLENGE = {"status": 401, "!www-authenticate": ["error="], "www-authenticate": [
+    "bearer ", 'resource_metadata="{url}/.well-known/oauth-protected-resource/mcp"', "scope="]}
+CONSENT = {"status": 200, "content-type": ["text/html"], "content-security-policy": ["frame-ancestors 'none'"], "!content-security-policy": ["form-action"]}
+PREFLIGHT = {"status": 204, "access-control-allow-headers": ["authorization", "content-type", "mcp-session-id"], "access-control-allow-methods": ["t"]}
+AUTHORIZE = f"GET /oauth/authorize?response_type=code&client_id={{client}}&state=s&code_challenge_method=S256&code_challenge={'A' * 43}&redirect_uri="
+LOOPBACK, WEB = "http%3A%2F%2Flocalhost%3A41999%2Fcallback", ("https://claude.ai", "https://chatgpt.com", "http://localhost:6274")
+PING, FORM, CODEX = {"jsonrpc": "2.0", "id": 0, "method": "ping"}, {"Content-Type": "application/x-www-form-urlencoded"}, {"MCP-Protocol-Version": "2024-11-05"}
+PASS_ON, BROKER = "let the proxy pass this on, with all headers, and its answer back", "let the proxy leave answers alone; upgrade the broker"
+BOTS, CORS = "exempt /mcp, /.well-known, /oauth, /register, /token from the proxy's bot rules", "let the proxy pass OPTIONS on; add the origin to allowed_origins"
+PROBES = (  # who needs it, request, its headers and body, what must come back, how to mend it
+    ("Claude, VS Code, Gemini CLI, Zed, SDKs", "GET /.well-known/oauth-protected-resource/mcp", {}, "", RESOURCE, PASS_ON),
+    ("clients given the URL with a slash", "GET /.well-known/oauth-protected-resource/mcp/", {}, "", RESOURCE, PASS_ON),
+    ("ChatGPT, Claude Code", "GET /.well-known/oauth-protected-resource", {}, "", RESOURCE, PASS_ON),
+    ("every client", "GET /.well-known/oauth-authorization-server", {}, "", METADATA, PASS_ON),
+    ("Claude.ai, Codex", "GET /.well-known/oauth-authorization-server/mcp", CODEX, "", METADATA, PASS_ON),
+    ("Codex", "GET /mcp/.well-known/oauth-authorization-server", CODEX, "", METADATA, PASS_ON),
+    *(("Claude.ai, ChatGPT, SDKs", f"GET {path}", {}, "", {"status": 404, "json": {}}, PASS_ON) for path in (
+        "/.well-known/openid-configuration", "/.well-known/openid-configuration/mcp", "/mcp/.well-known/openid-configuration")),
+    ("clients given the URL with a slash", "POST /mcp/", {}, PING, CHALLENGE, PASS_ON),
+    *((who, f"{method} /mcp", {}, PING if method == "POST" else "", CHALLENGE, f"let the proxy pass {method} on") for method, who in (
+        ("POST", "every client"), ("HEAD", "Gemini CLI, Claude.ai"), ("GET", "clients that open a stream first"), ("DELETE", "SDKs"))),
+    ("clients of revision 2026-07-28", "POST /mcp", {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "server/discover"}, PING, CHALLENGE, PASS_ON),
+    *(("the client of that name", "POST /mcp", {"User-Agent": agent}, PING, CHALLENGE, BOTS) for agent in (
+        "Claude-User", "openai-mcp/1.0.0", "python-httpx/0.28.1", "node", "Ruby", "")),
+    *(("clients in a browser", "POST /mcp", {"Origin": origin}, PING, CHALLENGE, CORS) for origin in WEB),
+    *(("clients in a browser", f"OPTIONS {path}", {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers":
+       "authorization, content-type, mcp-session-id"}, "", PREFLIGHT, CORS) for origin in WEB for path in (
+        "/mcp", "/.well-known/oauth-protected-resource/mcp", "/oauth/register", "/oauth/token")),
+    ("every client whose token has expired", "POST /mcp", {"Authorization": "Bearer fja_expired"}, PING,
+     {"status": 401, "www-authenticate": ['error="invalid_token"']}, PASS_ON),
+    ("people who also visit other sites", "POST /mcp", {"Origin": "https://attacker.example"}, PING, {"status": 403},
+     "let the proxy pass Origin on; allowed_origins is for origins you trust"),
+    ("Claude.ai, Cursor, VS Code: each its URI", "POST /oauth/register", {}, REGISTRATION,
+     {"status": 201, "json": {**REGISTRATION, "client_secret": None}, "cache-control": ["no-store"]}, "see allowed_redirect_schemes"),
+    ("people: a script is no redirect URI", "POST /register", {}, {"redirect_uris": ["javascript:alert(1)"]},
+     {"status": 400, "json": {"error": "invalid_redirect_uri"}}, PASS_ON),
+    ("people whose client was forgotten", "GET /authorize?client_id=nobody", {}, "", {"status": 400, "content-type": ["text/html"], "location": None}, PASS_ON),
+    *((who, f"{AUTHORIZE}{uri}", {}, "", CONSENT, BROKER) for who, uri in (
+        ("Codex, Zed, Goose: a loopback port of the day", LOOPBACK + "&resource={url}/mcp"), ("clients without `resource`", LOOPBACK),
+        ("Claude.ai, ChatGPT: unknown scopes, a slash", LOOPBACK + "&scope=claudeai+openid&prompt=consent&resource={url}/mcp/"),
+        ("Cursor", "cursor%3A%2F%2Fanysphere.cursor-mcp%2Foauth%2Fcallback&resource={url}"), ("VS Code", "http%3A%2F%2F127.0.0.1%3A50001%2F"))),
+    ("clients that check `iss`, on errors too", f"{AUTHORIZE}{LOOPBACK}&resource=https://attacker.example/mcp", {}, "",
+     {"status": 303, "location": ["http://localhost:41999/callback?", "error=invalid_target", "iss="], "!location": ["code="]}, BROKER),
+    *((who, f"POST {path}", FORM, "grant_type=refresh_token&refresh_token=x&client_id=" + client,
+       {"status": status, "json": {"error": error}, "cache-control": ["no-store"]}, PASS_ON) for who, path, client, status, error in (
+        ("clients that ignore metadata", "/token", "nobody", 401, "invalid_client"), ("every client", "/oauth/token", "{client}", 400, "invalid_grant"))),
+)
+HINTS = {403: BOTS, 413: "raise the proxy's limit for bodies", 421: "let the proxy pass the Host header on unchanged", 429: BOTS,
+         **dict.fromkeys((301, 302, 307, 308), "serve this path directly: clients do not repeat a POST, or drop its token"),
+         **dict.fromkeys((500, 502, 503, 504), "start the broker, and give the proxy its address; look into both logs")}
+
+
+def unlike(found, rules):
+    """How a dict differs from what it must be, a few words for each rule that it breaks."""
+    for name, rule in rules.items():
+        plain = name.removeprefix("!")
+        value = found.get(plain)
+        holds = [part in (value or ()) for part in rule] if isinstance(rule, list) else [value == rule]
+        if any(holds) if name != plain else not all(holds):
+            yield f"{plain} is {value!r}" + ("" if name != plain else f", not {rule!r}")
+
+
+def mistakes(answer, want, origin):
+    """What is wrong with an answer (Fetched)."""
+    document = answer.json() if "json" in want else {}
+    if answer.status != want["status"]:
+        yield f"status is {answer.status}, not {want['status']}"
+    elif document is None:
+        yield "it is no JSON object, or not labelled as application/json"
+    else:
+        yield from (f"{name} is {value!r}" for name, value in document.items() if value in (None, ""))
+        yield from unlike(document, want.get("json", {}))
+        yield from unlike({name: value.lower() for name, value in answer.headers.items()}, {
+            name: rule for name, rule in want.items() if name not in ("status", "json")})
+        if origin and want["status"] != 403 and answer.headers.get("access-control-allow-origin") not in ("*", origin):
+            yield "access-control-allow-origin does not name the origin"
+
+
+def examine(url, register=True):
+    """The findings of PROBES, and of whether a proxy holds streams back; without `register`, those that need a client are left out."""
+    client, started, moments = "", time.monotonic(), []
+    for probe in map(json.dumps, PROBES):
+        if "{client}" in probe and not client or '"POST /oauth/register"' in probe and not register:
+            continue
+        who, request, headers, body, want, fix = json.loads(probe.replace("{url}", url).replace("{client}", client))
+        (method, path), before = request.split(" "), time.monotonic()
+        answer = fetch(method, url + path, headers=tuple({"Content-Type": "application/json", **headers}.items()),
+                       body=(json.dumps(body) if isinstance(body, dict) else body).encode())
+        client = client or str((answer.json() or {}).get("client_id", "")) if answer.status == 201 else client
+        wrong, shown = "; ".join(mistakes(answer, want, headers.get("Origin"))), f"{request.partition('?')[0]} {headers or ''}".strip()
+        if wrong:
+            yield "fail", f"{shown}: {wrong}. Needed by {who}", fix if answer.status == want["status"] else HINTS.get(answer.status, fix)
+        elif (took := time.monotonic() - before) > 2:
+            yield "warn", f"{shown}: took {took:.0f} s; Codex gives up after 5, Claude after 10", "look for what is slow between here and the broker"
+        else:
+            yield "ok", f"{shown}: {who}"
+    started = time.monotonic()
+    fetch("GET", url + "/healthz", headers=(("Accept", "text/event-stream"),), on_data=lambda: moments.append(time.monotonic() - started))
+    if not moments or moments[0] > 0.5 * (time.monotonic() - started):  # the first event of a short stream came when it ended
+        yield "fail", f"GET /healthz: a proxy holds streams back until they end. Needed by every client", "turn its buffering off (docs/install.md)"
+
+
+def doctor(arguments):
+    """Do what real clients do at a public URL, short of logging in; it registers one throw-away client. 1 when something would break."""
+    def findings():
+        try:
+            url = KINDS["origin"](arguments.word.rstrip("/").removesuffix("/mcp"))
+            yield from check_reach(urlsplit(url))
+            yield from examine(url)
+        except ValueError as error:
+            raise ConfigurationError([f"URL {error}"]) from None
+        except FetchFailed as error:
+            yield "fail", f"{url} does not answer: {error}", "its name, its certificate and port 443 must be good for everybody"
+    return report(findings())
 
 
 # -- for operators
 
 
+@contextlib.contextmanager
+def acting_as(uid, gid):
+    """Do something as another user, where root runs the command: files that SQLite makes are the broker's, keys and backups are not."""
+    def become(uid, gid):
+        if os.getuid() == 0:
+            os.seteuid(0)
+            os.setegid(gid)
+            os.seteuid(uid)
+
+    before = os.geteuid(), os.getegid()
+    become(uid, gid)
+    try:
+        yield
+    finally:
+        become(*before)
+
+
+@contextlib.contextmanager
 def open_store(arguments):
-    """The store, beside a broker that may be running. Root acts as the store's owner from here on: files that SQLite makes are the broker's."""
+    """(settings, keyring, store), beside a broker that may be running; root acts as the store's owner meanwhile."""
     settings = arguments.settings()
     if not os.path.exists(settings.store_path):
         raise ConfigurationError([f"store_path: there is no store at {settings.store_path}"])
     keyring, owner = load_keyring(settings), os.stat(settings.store_path)
-    if os.geteuid() == 0:
-        os.setegid(owner.st_gid)
-        os.seteuid(owner.st_uid)
-    return Store(settings.store_path, keyring, alone=False)
-
-
-@contextlib.contextmanager
-def as_ourselves():
-    """Whoever ran the command, for a moment: the key's files and what an operator asks for are theirs."""
-    acting = os.geteuid(), os.getegid()
-    os.seteuid(os.getuid())
-    os.setegid(os.getgid())
-    try:
-        yield
-    finally:
-        os.setegid(acting[1])
-        os.seteuid(acting[0])
+    with acting_as(owner.st_uid, owner.st_gid), contextlib.closing(Store(settings.store_path, keyring, alone=False)) as store:
+        yield settings, keyring, store
 
 
 def listing(arguments):
     """users, clients, grants, sessions: a table for people, or JSON."""
-    store = open_store(arguments)
-    names, rows = store.listing(arguments.command, Clock().now())
-    store.close()
+    with open_store(arguments) as (_, _, store):
+        names, rows = store.listing(arguments.command, Clock().now())
     if "json" in arguments.options:
         print(json.dumps([dict(zip(names, row)) for row in rows], indent=1))
         return 0
-    shown = [[clean_name(str(value), 300) if value is not None else "-" for value in row] for row in rows]
-    shown = [[time.strftime("%Y-%m-%d %H:%M", time.localtime(float(value))) if name.endswith("_at") and value != "-" else value
-              for name, value in zip(names, row)] for row in shown]
-    widths = [max(map(len, column)) for column in zip(names, *shown)]
-    for row in (names, *shown):
-        print("  ".join(value.ljust(width) for value, width in zip(row, widths)).rstrip())
+
+    def shown(name, value):
+        if name.endswith("_at") and value is not None:
+            return time.strftime("%Y-%m-%d %H:%M", time.localtime(value))
+        return "-" if value is None else clean_name(str(value), 300)
+
+    lines = [names, *([shown(name, value) for name, value in zip(names, row)] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(value.ljust(width) for value, width in zip(line, widths)).rstrip())
     return 0
 
 
 def revoke(arguments):
     """End the logins of a user, a client, one login, or all of them; a running broker acts on it within a second."""
-    options = arguments.options
-    if len(options) != 1:
+    if len(arguments.options) != 1:
         raise ConfigurationError(["revoke needs exactly one of --user NAME, --client ID, --grant ID, --all"])
-    log, store = Log(arguments.settings()), open_store(arguments)
-    ended = store.find_grants(*next(iter(options.items())), Clock().now())
-    for grant in ended:
-        if store.end_grant(grant.grant_id, "revoked by operator", Clock().now()):
-            log.audit("token revoked", user=grant.sub, client=grant.client_id, grant=grant.grant_id, reason="revoked by operator")
-    store.close()
+    with open_store(arguments) as (settings, _, store):
+        log = Log(settings)
+        ended = store.find_grants(*next(iter(arguments.options.items())), Clock().now())
+        for grant in ended:
+            if store.end_grant(grant.grant_id, "revoked by operator", Clock().now()):
+                log.audit("token revoked", user=grant.sub, client=grant.client_id, grant=grant.grant_id, reason="revoked by operator")
     print(f"ended {len(ended)} login{'' if len(ended) == 1 else 's'}")
     return 0 if ended else 1
 
 
 def backup(arguments):
     """A consistent copy of the store; the key is not in it."""
-    store = open_store(arguments)
+    path = arguments.word
     try:
-        with as_ourselves():
-            write_new(arguments.words[0], "")
-            store.backup(arguments.words[0])
+        with open_store(arguments) as (_, _, store), acting_as(os.getuid(), os.getgid()):
+            put_file(path, store.backup)
     except FileExistsError:
-        raise ConfigurationError([f"{arguments.words[0]} is there already"]) from None
-    finally:
-        store.close()
-    print(f"wrote {arguments.words[0]}; it opens only with the sealing key, which is not in it")
+        raise ConfigurationError([f"{path} is there already"]) from None
+    print(f"wrote {path}; it opens only with the sealing key, which is not in it")
     return 0
-
-
-def replace_key_file(path, text):
-    """Write the keys anew in one step; the file stays its owner's."""
-    fresh = f"{path}.new"
-    with as_ourselves():
-        owner = os.stat(path)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(fresh)
-        write_new(fresh, text)
-        if os.geteuid() == 0:
-            os.chown(fresh, owner.st_uid, owner.st_gid)
-        os.replace(fresh, path)
 
 
 def rotate_key(arguments):
@@ -6311,23 +6724,29 @@ def rotate_key(arguments):
 
     Where the keys come from `key`, the operator has put the new one first and restarted; then only the sealing is left to do.
     """
-    settings = arguments.settings()
-    path = settings.key_file or settings.store_path + ".key"
-    keyring = load_keyring(settings)
-    store = open_store(arguments)
-    if not settings.key and all(keyring.is_newest(box) for _, box in store.credentials()):
-        keyring = Keyring((os.urandom(32), *keyring.keys))
-        replace_key_file(path, keyring.text())
-    count = 0
-    for sub, box in store.credentials():
-        if not keyring.is_newest(box):
-            owner = f"user:{sub}"
-            count += store.reseal(sub, box, keyring.seal("upstream", owner, keyring.unseal("upstream", owner, box)))
-    store.set_key_probe(keyring.seal("probe", "store", "ok"))
-    store.close()
+    count = lost = 0
+    with open_store(arguments) as (settings, keyring, store):
+        if not settings.key and all(keyring.is_newest(box) for _, _, box in store.boxes()):
+            with acting_as(os.getuid(), os.getgid()):
+                before = read_file(key_path(settings))
+                with contextlib.suppress(FileExistsError):  # another rotate-key was faster: this one goes on with its key
+                    put_file(key_path(settings), new_key() + before.decode(), over=before)
+                keyring = load_keyring(settings)
+        for purpose, owner, box in store.boxes():
+            if not keyring.is_newest(box):
+                try:
+                    fresh = keyring.seal(purpose, owner, keyring.unseal(purpose, owner, box))
+                    count += store.replace_box(box, fresh) and purpose == "upstream"
+                except ValueError:
+                    lost += 1
     print(f"sealed {count} credential{'' if count == 1 else 's'} with the newest key.\n"
           "When the logins that are under way now have ended (10 minutes), `check` says whether older keys can be taken out.")
-    return 0
+    if lost:
+        print(f"{lost} credentials open with no key that is here; their users have to log in again.", file=sys.stderr)
+    return int(lost > 0)
+
+
+# -- serve
 
 
 def inherited_listener():
@@ -6348,13 +6767,12 @@ def notify_service_manager(state):
             sender.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
-# -- serve
-
-
 def hide_from_children():
-    """Make /proc/<our pid> unreadable for processes of the same user: children, above all (prctl(2), PR_SET_DUMPABLE)."""
+    """Make /proc/<our pid> unreadable for processes of the same user: children, above all. Whether it is (prctl(2), PR_SET_DUMPABLE)."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
+        prctl = ctypes.CDLL(None).prctl
+        return prctl(4, 0, 0, 0, 0) == 0 and prctl(3, 0, 0, 0, 0) == 0
+    return False
 
 
 def serve(arguments):
@@ -6391,22 +6809,29 @@ def reload(broker, arguments):
         broker.log.event("error", "settings not re-read", problems=error.problems)
 
 
-COMMANDS = {"serve": serve, "check": check, "init": init, "users": listing, "clients": listing, "grants": listing, "sessions": listing,
-            "revoke": revoke, "backup": backup, "rotate-key": rotate_key}
+COMMANDS = {
+    "serve": Command(serve, "serve (the default command)"),
+    "check": Command(check, "validate the configuration, then try it: store, key, Forgejo, forgejo-mcp, public URL"),
+    "init": Command(init, "write a commented configuration, asking for what it cannot know (flags answer for it)"),
+    "doctor": Command(doctor, "URL: do what real clients do at a public URL, short of logging in, and name what would break each", word="URL"),
+    **{kind: Command(listing, f"list the {what}; as JSON with --json", ("json",)) for kind, what in (
+        ("users", "users"), ("clients", "clients"), ("grants", "logins"), ("sessions", "sessions"))},
+    "revoke": Command(revoke, "end logins: --user NAME, --client ID, --grant ID or --all; in force within a second",
+                      ("user", "client", "grant", "all")),
+    "backup": Command(backup, "FILE: write a consistent copy of the store, also while the broker runs", word="FILE"),
+    "rotate-key": Command(rotate_key, "seal everything under a new key; may be interrupted and run again"),
+}
 
 
 def main(arguments=None):
     """The command line; the exit status: 0, 1 for a failure while running, 2 for wrong usage or configuration."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if "--help" in arguments or "-h" in arguments:
-        print(usage())
-        return 0
-    if "--version" in arguments:
-        print(f"fjmcp-broker {__version__}")
+    if {"--help", "-h", "--version"} & set(arguments):
+        print(f"fjmcp-broker {__version__}" if "--version" in arguments else usage())
         return 0
     try:
         parsed = parse_arguments(arguments)
-        return COMMANDS[parsed.command](parsed)
+        return COMMANDS[parsed.command].run(parsed)
     except ConfigurationError as error:
         for problem in error.problems:
             print(f"fjmcp-broker: {problem}", file=sys.stderr)

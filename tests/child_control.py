@@ -4,7 +4,7 @@ Lines of JSON over a Unix socket. A child sends events, each with "event" and "p
     start; message (method, id): anything it read, method None if it was no request or notification;
     call (tool, id, args); cancelled (requestId); exit (code, reason), if it ends of its own will.
 Added here: gone, when a child's connection has ended, however it died.
-It obeys {"cmd": "release", "key"}, {"cmd": "emit", "message"}, {"cmd": "raw", "text"}, {"cmd": "exit", "code"}, and ends
+It obeys {"cmd": "release", "key"}, {"cmd": "emit", "message"}, {"cmd": "raw", "text" or "hex"}, {"cmd": "exit", "code"}, and ends
 when the connection does: no child outlives the control it was started with.
 """
 import json
@@ -107,6 +107,10 @@ class ChildControl:
     def emit(self, message, pid=None):
         """Let a child write this JSON-RPC message."""
         return self.command({"cmd": "emit", "message": message}, pid)
+
+    def raw(self, data, pid=None):
+        """Let a child write these bytes."""
+        return self.command({"cmd": "raw", "hex": data.hex()}, pid)
 
     # The thread
 

@@ -665,6 +665,11 @@ class FakeForgejo:
                                 "user_id": repo.owner_id})
             return repo
 
+    def issue_titles(self):
+        """The titles of all issues there are, each as often as it was written."""
+        with self._lock:
+            return [issue["title"] for repo in self._repos.values() for issue in repo.issues]
+
     def add_app(self, redirect_uris, *, confidential=True, name="broker", client_id=None, client_secret=None):
         """A registered OAuth2 application."""
         with self._lock:

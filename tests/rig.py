@@ -66,8 +66,8 @@ class AuditLog(fjmcp_broker.Log):
 class Rig:
     """A fake Forgejo and a broker before it, restartable on the same port and store."""
 
-    def __init__(self, directory, *, child=(), access_lifetime=3600, **settings):
-        self.directory, self.clock = Path(directory), FakeClock()
+    def __init__(self, directory, *, child=(), access_lifetime=3600, web=None, **settings):
+        self.directory, self.clock, self.web = Path(directory), FakeClock(), web
         self.forgejo = FakeForgejo(clock=self.clock, access_lifetime=access_lifetime).start()
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
@@ -83,7 +83,7 @@ class Rig:
         """Build the broker anew, on the same port and store, as a restart would."""
         settings = fjmcp_broker.load_settings({k: v if isinstance(v, str) else str(v) for k, v in self.values.items()}, {})
         self.log = AuditLog(settings, self.clock)
-        self.broker = fjmcp_broker.Broker(settings, clock=self.clock, log=self.log, listener=self.socket.dup())
+        self.broker = fjmcp_broker.Broker(settings, clock=self.clock, log=self.log, listener=self.socket.dup(), web=self.web)
         self.broker.start()
         return self
 

@@ -12,6 +12,7 @@ Modes (scripting is on the command line because a child's environment is an allo
     term_waits        on SIGTERM finish the running calls first, as forgejo-mcp does (default: end at once)
     flood_stderr_at_start=BYTES, junk_at_start (lines that are no JSON on stdout)
     version=X         answer every initialize with X;   instructions=TEXT  put them into that answer
+    version_file=FILE answer every initialize with what is in FILE, if it exists
     deaf              never answer server/discover, as some older servers do with what they do not know
     asks_on_init      send a roots/list request as soon as the client is initialized
     page=N            tools/list in pages of N
@@ -408,7 +409,7 @@ class Server:
         elif kind == "emit":
             self.write(packed(command["message"]) + b"\n")
         elif kind == "raw":
-            self.write(command["text"].encode())
+            self.write(bytes.fromhex(command["hex"]) if "hex" in command else command["text"].encode())
         elif kind == "exit":
             self.leave(command["code"], "command")
 
@@ -548,6 +549,9 @@ class Server:
         self.parameters = params
         asked = params.get("protocolVersion") or "2025-03-26"
         modes = self.options.modes
+        if os.path.exists(modes.get("version_file", "")):
+            with open(modes["version_file"], encoding="ascii") as file:
+                modes = {**modes, "version": file.read()}
         result = {"protocolVersion": modes.get("version") or (asked if asked in PROTOCOLS else PROTOCOLS[-1]),
                   "capabilities": {"logging": {}, "resources": {"subscribe": True}, "tools": {"listChanged": True},
                                    "prompts": {}},

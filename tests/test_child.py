@@ -219,8 +219,8 @@ def test_P_kill_9_of_the_broker_takes_every_child_along(case):
 def test_a_guardian_that_goes_in_order_kills_nobody_else():
     bystander = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, start_new_session=True)
     guardian = Guardian()
-    guardian.started(1, bystander.pid)
-    guardian.remove(bystander.pid)
+    guardian.watch(bystander.pid)
+    guardian.forget(bystander.pid)
     guardian.close()
     assert bystander.poll() is None
     bystander.communicate(b"")

@@ -1,7 +1,7 @@
 """Seal: the construction, its vector, and that every wrong box is refused."""
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from fjmcp_broker import Keyring, hkdf, seal_with, unseal_with
 
@@ -38,6 +38,50 @@ def test_G12_every_flipped_bit_and_every_truncation_is_refused():
             unseal_with(KEY, "upstream", "user:42", box[:size])
 
 
+PURPOSES = st.sampled_from(["upstream", "grace", "probe", "login", "", "upstream/", "user"])
+OWNERS = st.sampled_from(["user:4", "user:42", "user:421", "store", "", "upstreamuser:42"]) | st.text(max_size=12).filter(str.isprintable)
+
+
+@settings(max_examples=300, deadline=None)
+@given(plain=st.binary(max_size=700), purpose=PURPOSES, owner=OWNERS, data=st.data())
+def test_G12_any_change_to_any_box_is_refused_before_anything_is_decrypted(plain, purpose, owner, data):
+    box = seal_with(KEY, purpose, owner, plain)
+    kind = data.draw(st.sampled_from(["flip", "cut", "cut front", "insert", "append", "swap", "replace"]))
+    where = data.draw(st.integers(0, len(box) - 1))
+    if kind == "flip":
+        wrong = bytearray(box)
+        wrong[where] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "swap":
+        other = seal_with(KEY, purpose, owner, plain)
+        wrong = box[:where] + other[where:]
+        assume(wrong not in (box, other))
+    else:
+        junk = data.draw(st.binary(min_size=1, max_size=80))
+        wrong = {"cut": box[:where], "cut front": box[where + 1:], "insert": box[:where] + junk + box[where:], "append": box + junk,
+                 "replace": box[:where] + junk + box[where + len(junk):]}[kind]
+        assume(wrong != box)
+    with pytest.raises(ValueError):
+        unseal_with(KEY, purpose, owner, bytes(wrong))
+
+
+@settings(max_examples=300, deadline=None)
+@given(plain=st.binary(max_size=100), sealed=st.tuples(PURPOSES, OWNERS), opened=st.tuples(PURPOSES, OWNERS), key=st.sampled_from([KEY, bytes(32)]))
+def test_G11_a_box_opens_for_no_other_mix_of_purpose_owner_and_key(plain, sealed, opened, key):
+    assume((*sealed, KEY) != (*opened, key))
+    with pytest.raises(ValueError):
+        unseal_with(key, *opened, seal_with(KEY, *sealed, plain))
+
+
+@settings(max_examples=300, deadline=None)
+@given(box=st.binary(max_size=400))
+def test_G12_whatever_is_no_box_is_refused(box):
+    for ring in (Keyring([KEY]), Keyring([KEY, bytes(32)])):
+        with pytest.raises(ValueError):
+            ring.unseal("upstream", "user:42", box)
+        with pytest.raises(ValueError):
+            ring.unseal("upstream", "user:42", seal_with(KEY, "", "", b"")[:7] + box)
+
+
 @pytest.mark.parametrize("purpose, owner", [("grace", "user:42"), ("upstream", "user:43"), ("upstream", "user:4")])
 def test_G11_a_box_moved_to_another_owner_or_purpose_does_not_open(purpose, owner):
     with pytest.raises(ValueError):
@@ -52,7 +96,7 @@ def test_a_keyring_opens_boxes_of_its_older_keys_and_seals_with_the_newest():
         old.unseal("p", "o", new.seal("p", "o", 1))
 
 
-def test_boxes_of_short_values_have_one_length_and_never_repeat():
+def test_G18_boxes_of_short_values_have_one_length_and_never_repeat():
     ring = Keyring([KEY])
     boxes = {ring.seal("p", "o", "x" * size) for size in range(100)}
     assert len(boxes) == 100 and len({len(box) for box in boxes}) == 1

@@ -1,7 +1,12 @@
 """The store: what is on disk, who may open it, and what a crash between any two statements leaves."""
 
+import ast
 import contextlib
+import inspect
 import os
+import random
+import shutil
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -74,7 +79,7 @@ def contents(path):
 # -- the files
 
 
-def test_S_files_are_private_whatever_the_umask(path):
+def test_G01_files_are_private_whatever_the_umask(path):
     before = os.umask(0)
     try:
         store = Store(path, KEYS)
@@ -89,12 +94,47 @@ def test_S_files_are_private_whatever_the_umask(path):
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
 
 
-def test_S_a_link_in_the_stores_place_is_not_followed(tmp_path, path):
+def test_G02_a_link_in_the_stores_place_is_not_followed(tmp_path, path):
     (tmp_path / "victim").write_text("keep")
     os.symlink(tmp_path / "victim", path)
     with pytest.raises(ConfigurationError):
         Store(path, KEYS)
     assert (tmp_path / "victim").read_text() == "keep"
+
+
+def test_G02_a_file_that_is_somebody_elses_is_refused(path, monkeypatch):
+    Store(path, KEYS).close()
+
+    def not_ours(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", not_ours)
+    with pytest.raises(ConfigurationError, match="cannot use .*Operation not permitted"):
+        Store(path, KEYS)
+
+
+def test_G01_the_programs_files_are_private_whatever_the_umask(make_installation):
+    before = os.umask(0)
+    try:
+        installation = make_installation()
+        installation.start()
+    finally:
+        os.umask(before)
+    made = {name: stat.S_IMODE((installation.folder / name).stat().st_mode) for name in ("broker.db", "broker.db-wal", "broker.db-shm",
+                                                                                        "broker.db.lock", "key")}
+    assert set(made.values()) == {0o600}, made
+
+
+def test_G04_what_was_revoked_is_gone_from_the_files(store, path):
+    grant = filled(store)
+    store.rotate(digest("1r"), None, NOW, *pair("2"), b"a sealed successor")
+    gone = (digest("1a"), digest("2a"), b"a sealed successor")
+    assert all(any(part in Path(name).read_bytes() for name in (path, path + "-wal")) for part in gone)
+    store.end_grant(grant, "revoked", NOW)
+    store.close()
+    left = b"".join(file.read_bytes() for file in Path(path).parent.iterdir())
+    assert not any(part in left for part in gone)
+    store.__init__(path, KEYS)  # for the fixture's close
 
 
 def test_every_commit_is_on_disk_before_the_call_returns(store):
@@ -104,7 +144,7 @@ def test_every_commit_is_on_disk_before_the_call_returns(store):
         assert pragmas == {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1, "foreign_keys": 1, "trusted_schema": 0}
 
 
-def test_a_second_broker_is_kept_out_and_a_command_is_not(store, path):
+def test_G07_a_second_broker_is_kept_out_and_a_command_is_not(store, path):
     with pytest.raises(ConfigurationError, match="another broker is using"):
         Store(path, KEYS)
     beside = Store(path, KEYS, alone=False)
@@ -113,21 +153,114 @@ def test_a_second_broker_is_kept_out_and_a_command_is_not(store, path):
     beside.close()
 
 
-def test_what_is_no_store_is_refused_and_left_as_it_was(path):
+def test_G08_what_is_no_store_is_refused_and_left_as_it_was(path):
     Path(path).write_bytes(b"not a database, but somebody's data" * 100)
     with pytest.raises(ConfigurationError, match="cannot be used"):
         Store(path, KEYS)
     assert Path(path).read_bytes().startswith(b"not a database")
 
 
-def test_a_wrong_key_refuses_to_start_and_names_the_store(path):
+@pytest.mark.parametrize("spoil", [
+    lambda data: data[:4096], lambda data: data[:-5000], lambda data: data[:100] + b"\xff" * 200 + data[300:],
+    lambda data: b"\xff" * 16 + data[16:], lambda data: data[:8192] + os.urandom(4096) + data[12288:],
+], ids=["cut to a page", "cut in a page", "first page", "header", "another page"])
+def test_G08_a_damaged_store_is_refused_and_never_made_anew(path, spoil):
+    store = Store(path, KEYS)
+    filled(store)
+    store.close()
+    damaged = spoil(Path(path).read_bytes())
+    Path(path).write_bytes(damaged)
+    with pytest.raises(ConfigurationError, match="cannot be used"):
+        Store(path, KEYS)
+    assert Path(path).read_bytes() == damaged
+
+
+def test_G08_an_emptied_store_lets_nobody_in(path):
+    store = Store(path, KEYS)
+    filled(store)
+    store.close()
+    Path(path).write_bytes(b"")  # as a first start leaves it that was killed before its first commit
+    store = Store(path, KEYS)
+    assert store.bearer(digest("1a"), NOW) is None and store.live_grants(NOW) == (set(), set())
+    store.close()
+
+
+def test_G07_a_process_that_keeps_it_locked_costs_writers_a_wait_and_readers_nothing(path, monkeypatch):
+    monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 0.3)
+    store = Store(path, KEYS)
+    filled(store)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    refused = []
+
+    def write():
+        try:
+            add_client(store, "late")
+        except StoreUnavailable as error:
+            refused.append(error.status)
+
+    threads = [threading.Thread(target=write) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    assert store.bearer(digest("1a"), NOW)
+    for thread in threads:
+        thread.join(20)
+    assert refused == [503] * 6  # nobody queues up behind those who wait
+    other.execute("ROLLBACK")
+    add_client(store, "late")
+    assert store.client("late")
+    other.close()
+    store.close()
+
+
+def test_G06_the_token_endpoint_issues_nothing_that_is_not_committed(rig):
+    client = rig.login()
+    before = dict(client.tokens)
+    writer = rig.broker.store._writer
+    writer.execute(f"PRAGMA max_page_count = {writer.execute('PRAGMA page_count').fetchone()[0]}")
+    with contextlib.suppress(StoreUnavailable):
+        for number in range(1000):
+            rig.broker.store.add_client(f"big{number}", "dynamic", "n" * 1000, [], None, "none", {}, NOW)
+    while True:  # what room is left in the last pages
+        answer = client.refresh()
+        if answer.status != 200:
+            break
+    assert answer.status == 503 and answer.json()["error"] == "temporarily_unavailable" and answer.headers["retry-after"]
+    assert before["access_token"] and rig.broker.store.healthy()
+    writer.execute("PRAGMA max_page_count = 1000000")
+    assert client.refresh().status == 200
+
+
+def test_G15_whatever_is_in_a_field_stays_in_it(store):
+    nasty = "x'; DROP TABLE users; --\" \\ %s {0} ? :now \u202e"
+    store.update_user("1", nasty, nasty, [nasty], NOW)
+    store.add_client(nasty, "dynamic", nasty, [nasty], None, nasty, {nasty: nasty}, NOW)
+    store.finish_login("1", nasty, nasty, nasty, nasty, b"h", nasty, nasty, NOW, NOW + 60, NOW + 60)
+    assert store.user("1").login == nasty and store.client(nasty).name == nasty and store.user("1").groups == [nasty]
+    assert [row.client_id for row in store.find_grants("client", nasty, NOW)] == [nasty]
+    assert not store.find_grants("client", "' OR 1 --", NOW) and not store.find_grants("user", "%", NOW)
+
+
+def test_G15_SQL_is_built_from_the_programs_own_words_only():
+    own = {"LIVE_GRANT", "theirs", "column", "number", "pragma", "place"}
+    inner = {node.id for text in ast.walk(ast.parse(inspect.getsource(Store).replace("\n    ", "\n").replace("class Store:", "if 1:\n pass", 1)))
+             if isinstance(text, ast.JoinedStr) and re_sql(ast.unparse(text)) for part in text.values if isinstance(part, ast.FormattedValue)
+             for node in ast.walk(part.value) if isinstance(node, ast.Name)}
+    assert inner <= own and "LIVE_GRANT" in inner
+
+
+def re_sql(text):
+    return any(word in text for word in ("SELECT", "UPDATE", "DELETE", "INSERT", "PRAGMA", "WHERE", "EXISTS"))
+
+
+def test_G13_a_wrong_key_refuses_to_start_and_names_the_store(path):
     Store(path, KEYS).close()
     with pytest.raises(ConfigurationError, match="does not belong to"):
         Store(path, Keyring([b"x" * 32]))
     Store(path, Keyring([b"n" * 32, b"k" * 32])).close()
 
 
-def test_a_lost_key_file_is_never_made_anew_beside_an_existing_store(make_rig):
+def test_G13_a_lost_key_file_is_never_made_anew_beside_an_existing_store(make_rig):
     rig = make_rig()
     rig.stop()
     key = Path(rig.values["store_path"] + ".key")
@@ -143,7 +276,7 @@ def test_a_lost_key_file_is_never_made_anew_beside_an_existing_store(make_rig):
 # -- versions
 
 
-def test_a_store_of_a_newer_program_is_refused(path):
+def test_G09_a_store_of_a_newer_program_is_refused_and_left_as_it_was(path):
     Store(path, KEYS).close()
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA user_version = 99")
@@ -151,7 +284,7 @@ def test_a_store_of_a_newer_program_is_refused(path):
         Store(path, KEYS)
 
 
-def test_a_migration_happens_whole_or_not_at_all(path, monkeypatch):
+def test_G09_a_migration_happens_whole_or_not_at_all(path, monkeypatch):
     store = Store(path, KEYS)
     filled(store)
     store.close()
@@ -165,6 +298,77 @@ def test_a_migration_happens_whole_or_not_at_all(path, monkeypatch):
     store = Store(path, KEYS)
     assert store.user("1").note == "alice" and store.session(b"s", "1", "c")
     store.close()
+
+
+OLD_STORES = Path(__file__).resolve().parent / "stores"
+LATER = "ALTER TABLE users ADD COLUMN note TEXT;\nUPDATE users SET note = login;\nCREATE INDEX users_by_note ON users (note);\n"
+
+
+def old_store(path):
+    """A store as the first released file left it."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript((OLD_STORES / "version1.sql").read_text())
+
+
+def still_good(path):
+    """What a user of the old store has: a token, a refresh token, a session, a credential that opens, a login under way."""
+    store = Store(path, KEYS)
+    try:
+        assert store.bearer(digest("a2-alice"), NOW).login == "alice" and store.bearer(digest("a2-bob"), NOW)
+        assert store.session(digest("session-bob"), "2", "fjd_app") and store.client("own").secret_hash == digest("hush")
+        assert KEYS.unseal("upstream", "user:1", store.user("1").credential) == {"access": "access-alice", "refresh": "refresh-alice"}
+        assert store.refresh_token(digest("r1-alice")).rotated_at == NOW and store.refresh_token(digest("r2-alice")).ended_at is None
+        assert len(store.live_grants(NOW)[0]) == 3
+        assert store.take_login(digest("state"), NOW).kind == "client"
+        assert store.rotate(digest("r2-bob"), None, NOW, *pair("next"), b"box")
+        return store._one("PRAGMA user_version")[0]
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_G09_a_store_of_the_first_release_is_brought_up_to_date_and_nothing_is_lost(path, monkeypatch, later):
+    if later:
+        monkeypatch.setattr(fjmcp_broker, "MIGRATIONS", (*fjmcp_broker.MIGRATIONS, LATER))
+    old_store(path)
+    assert still_good(path) == len(fjmcp_broker.MIGRATIONS)
+
+
+KILLED_MIGRATION = """
+import itertools, os, sys
+sys.path.insert(0, sys.argv[1])
+import fjmcp_broker as b
+number, count, later = int(sys.argv[3]), itertools.count(), sys.argv[4]
+b.MIGRATIONS = (*b.MIGRATIONS, *filter(None, [later]))
+connect = b.Store._connect
+def traced(path):
+    connection = connect(path)
+    connection.set_trace_callback(lambda sql: next(count) == number and os.kill(os.getpid(), 9))
+    return connection
+b.Store._connect = staticmethod(traced)
+b.Store(sys.argv[2], b.Keyring([b"k" * 32])).close()
+"""
+
+
+def test_G09_a_migration_killed_between_any_two_statements_is_whole_or_did_not_begin(tmp_path, monkeypatch):
+    versions = len(fjmcp_broker.MIGRATIONS)
+    monkeypatch.setattr(fjmcp_broker, "MIGRATIONS", (*fjmcp_broker.MIGRATIONS, LATER))
+    template, seen = str(tmp_path / "template.db"), set()
+    old_store(template)
+    for number in range(100):
+        path = str(tmp_path / f"{number}.db")
+        shutil.copy(template, path)
+        done = subprocess.run([sys.executable, "-c", KILLED_MIGRATION, str(Path(fjmcp_broker.__file__).parent), path, str(number), LATER],
+                              capture_output=True, timeout=60)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            assert ("note" in [row[1] for row in db.execute("PRAGMA table_info(users)")]) == (version == versions + 1)
+        seen.add(version)
+        assert still_good(path) == versions + 1
+        if done.returncode == 0:
+            break
+    assert done.returncode == 0 and {1, versions + 1} <= seen
 
 
 # -- crashes
@@ -239,7 +443,51 @@ def test_a_crash_between_any_two_statements_leaves_all_or_nothing(tmp_path, name
     assert outcomes[0][1] == outcomes[0][2] and outcomes[-1][1] != outcomes[-1][2]
 
 
-def test_kill_9_after_the_call_returned_keeps_what_it_wrote(path):
+LOADED = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+import fjmcp_broker as b
+from fjmcp_broker import digest
+s, now, run = b.Store(sys.argv[1], b.Keyring([b'k' * 32])), 1_800_000_000.0, sys.argv[3]
+s.update_user("1", "alice", "", [], now)
+s.add_client("c", "dynamic", "n", [], None, "none", {}, now)
+for number in range(100_000):
+    name = f"{run}.{number}"
+    s.finish_login("1", "c", "forgejo:read", "forgejo:read", "r", digest(name), "u", "ch", now, now + 99999, now + 60)
+    assert s.redeem_code(digest(name), "c", "u", "ch", now, (digest(name + "a"), now + 60), (digest(name + "r"), now + 99999), 3)
+    os.write(1, f"redeemed {name}\\n".encode())
+    assert s.rotate(digest(name + "r"), None, now, (digest(name + "A"), now + 60), (digest(name + "R"), now + 99999), b"box")
+    os.write(1, f"rotated {name}\\n".encode())
+"""
+
+
+def test_G05_kill_9_under_load_leaves_no_half_grant_and_nothing_usable_twice(path):
+    chance = random.Random(7)
+    for run in range(12):
+        process = subprocess.Popen([sys.executable, "-c", LOADED, path, str(Path(fjmcp_broker.__file__).parent), str(run)], stdout=subprocess.PIPE,
+                                   text=True)
+        said = [process.stdout.readline() for _ in range(chance.randrange(1, 60))]
+        process.kill()
+        said += process.stdout.read().splitlines(keepends=True)
+        process.wait()
+        process.stdout.close()
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            assert db.execute("SELECT count(*) FROM grants WHERE grant_id NOT IN (SELECT grant_id FROM codes)").fetchone() == (0,)
+            assert db.execute("SELECT count(*) FROM codes WHERE used_at IS NOT NULL AND grant_id NOT IN (SELECT grant_id FROM access_tokens)"
+                              ).fetchone() == (0,)
+        store = Store(path, KEYS)
+        for line in filter(lambda line: line.endswith("\n"), said):
+            what, name = line.split()
+            if what == "redeemed":
+                assert store.redeem_code(digest(name), "c", "u", "ch", NOW, *pair("again" + name), 3) is None
+            else:
+                assert store.rotate(digest(name + "r"), None, NOW, *pair("again" + name), b"box") is None
+                assert store.refresh_token(digest(name + "R")).rotated_at is None
+        store.close()
+
+
+def test_G05_kill_9_after_the_call_returned_keeps_what_it_wrote(path):
     program = ("import sys, os; sys.path.insert(0, sys.argv[2]); import fjmcp_broker as b\n"
                "s = b.Store(sys.argv[1], b.Keyring([b'k' * 32]))\n"
                "for n in range(50): s.add_client(f'c{n}', 'dynamic', 'n', [], None, 'none', {}, 1.0)\n"
@@ -251,7 +499,7 @@ def test_kill_9_after_the_call_returned_keeps_what_it_wrote(path):
     store.close()
 
 
-def test_a_full_disk_changes_nothing_and_is_forgotten_once_there_is_room(store):
+def test_G06_a_full_disk_changes_nothing_and_is_forgotten_once_there_is_room(store):
     filled(store)
     pages = store._writer.execute("PRAGMA page_count").fetchone()[0]
     store._writer.execute(f"PRAGMA max_page_count = {pages}")
@@ -267,7 +515,7 @@ def test_a_full_disk_changes_nothing_and_is_forgotten_once_there_is_room(store):
     assert store.client("small")
 
 
-def test_many_threads_at_once_lose_nothing(store):
+def test_G16_many_threads_at_once_lose_nothing(store):
     add_user(store)
     add_client(store)
     failures = []
@@ -325,7 +573,7 @@ def test_the_last_grant_of_an_owner_takes_its_sessions_along_and_another_keeps_t
     assert store.end_grant(second, "revoked", NOW) is None
 
 
-def test_sweeping_drops_what_had_its_time_and_keeps_what_reuse_detection_needs(store):
+def test_G17_sweeping_drops_what_had_its_time_and_keeps_what_reuse_detection_needs(store):
     filled(store)
     store.rotate(digest("1r"), None, NOW, *pair("2"), b"successor")
     store.sweep(NOW + 130, 90 * DAY)

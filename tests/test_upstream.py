@@ -1,0 +1,391 @@
+"""The one credential of each user at Forgejo, under load: refreshed once, never lost by a race, and each refusal known for what it is."""
+
+import threading
+
+import pytest
+
+import fjmcp_broker
+from browser import Browser, BrowserError, approve_login
+from fake_forgejo import cut_body, html, lose_response, oauth_error, redirect, status, truncated_json, wrong_content_type
+from load import Load, same
+from mcp_client import ClientError, McpClient, OAuthClient, RpcError
+from rig import json_of, text_of
+from test_process import in_thread
+
+TOKEN, USERINFO = "/login/oauth/access_token", "/login/oauth/userinfo"
+PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+CALL = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "get_my_user_info", "arguments": {}}}
+
+
+@pytest.fixture
+def lasting(make_rig):
+    """A Rig whose own tokens outlive any test, so that only Forgejo's expire."""
+    return make_rig(access_token_lifetime="60d", session_idle_timeout="60d", max_sessions=30, max_sessions_per_user=30)
+
+
+def who(mcp):
+    return json_of(mcp.call_tool("get_my_user_info"))["Result"]["login"]
+
+
+def refreshes(rig):
+    return sum(request.form.get("grant_type") == "refresh_token" for request in rig.forgejo.requests[:])
+
+
+def exchanges(rig):
+    return sum(request.form.get("grant_type") == "authorization_code" for request in rig.forgejo.requests[:])
+
+
+def state(rig):
+    """What `users` lists of alice."""
+    names, rows = rig.broker.store.listing("users", rig.clock.now())
+    return next(row[names.index("state")] for row in rows if row[names.index("login")] == "alice")
+
+
+# -- one refresh for all
+
+
+def test_20_sessions_of_a_user_around_expiry_make_one_refresh(lasting):
+    rig = lasting
+    client = rig.login()
+    sessions = []
+    for _ in range(20):
+        sessions.append(McpClient(rig.url + "/mcp", client.tokens["access_token"]))
+        sessions[-1].initialize()
+    rig.clock.advance(3590)
+    barrier, names = threading.Barrier(20), []
+
+    def call(mcp):
+        barrier.wait(20)
+        names.append(who(mcp))
+
+    with rig.forgejo.hold(TOKEN) as gate:
+        joins = [in_thread(call, mcp) for mcp in sessions]
+        gate.wait_arrived()
+        gate.open()
+        assert not [outcome for join in joins if (outcome := join())]
+    assert names == ["alice"] * 20
+    rig.log.wait("child stopped", 20)
+    assert refreshes(rig) == 1 and rig.forgejo.count(TOKEN) == exchanges(rig) + 1
+
+
+def test_a_refresh_is_on_disk_before_any_child_has_it(lasting):
+    rig = lasting
+    mcp = rig.session()
+    rig.clock.advance(3590)
+    token = json_of(mcp.call_tool("get_env"))["FORGEJO_ACCESS_TOKEN"]
+    assert refreshes(rig) == 1
+    rig.restart()
+    assert json_of(same(mcp).call_tool("get_env"))["FORGEJO_ACCESS_TOKEN"] == token and refreshes(rig) == 1
+
+
+def test_a_credential_of_a_live_login_that_nobody_uses_is_kept_fresh_every_ten_days(lasting):
+    rig = lasting
+    mcp = rig.session()
+    for _ in range(5):
+        rig.clock.advance(10 * 86400 + 700)
+        done = refreshes(rig)
+        rig.log.wait("upstream refreshed", done + 1)
+    assert who(same(mcp)) == "alice"  # 50 days, and Forgejo's refresh token dies after 730 hours
+
+
+# -- logins and refreshes that meet
+
+
+def test_a_login_that_overtakes_a_refresh_wins_and_nobody_is_logged_out(lasting):
+    rig = lasting
+    first = rig.session()
+    rig.clock.advance(3590)
+    gate = rig.forgejo.hold(TOKEN, at="checked")
+    rig.tick()
+    gate.wait_arrived()  # the refresh has been checked, not yet done
+    second = rig.session("alice")
+    gate.open()
+    rig.log.wait("upstream refreshed")
+    for mcp in (first, second):
+        assert who(same(mcp)) == "alice"
+    rig.clock.advance(3590)
+    for mcp in (first, second):
+        assert who(same(mcp)) == "alice"
+    assert state(rig) == "active"
+
+
+def test_a_refresh_refused_because_a_login_came_first_logs_nobody_out(lasting):
+    rig = lasting
+    first = rig.session()
+    rig.clock.advance(3590)
+    with rig.forgejo.hold(TOKEN) as gate:
+        rig.tick()
+        gate.wait_arrived()  # the refresh waits before Forgejo's door
+        login = in_thread(rig.session, "alice")
+        gate.wait_arrived(2)  # and so does the exchange
+        gate.open()
+    second = login()
+    for mcp in (first, second):
+        while same(mcp).post(PING).status == 503:
+            rig.clock.advance(1)
+        assert who(same(mcp)) == "alice"
+    assert state(rig) == "active" and not rig.log.named("logged out upstream")
+
+
+def test_the_exchange_of_a_login_that_ends_badly_replaces_the_credential_all_the_same(lasting):
+    rig = lasting
+    mcp = rig.session()
+    rig.forgejo.inject(USERINFO, status(500, "oops"))
+    with pytest.raises((BrowserError, ClientError)):
+        rig.login("alice")
+    assert exchanges(rig) == 2  # it has killed the older refresh token
+    rig.clock.advance(3590)
+    assert who(mcp) == "alice" and refreshes(rig) == 1 and state(rig) == "active"
+
+
+def test_a_login_that_is_abandoned_at_Forgejo_changes_nothing(lasting):
+    rig = lasting
+    mcp = rig.session()
+    other = OAuthClient(rig.url, name="abandoned")
+    other.discover()
+    other.register()
+    with pytest.raises(BrowserError):
+        approve_login(Browser(), other.authorize_url(), "alice", "wrong password")
+    rig.clock.advance(3590)
+    assert who(mcp) == "alice" and exchanges(rig) == 1 and refreshes(rig) == 1
+
+
+def test_a_login_whose_exchange_never_answers_leaves_the_others_working(lasting):
+    rig = lasting
+    mcp = rig.session()
+    rig.forgejo.inject(TOKEN, lose_response())
+    with pytest.raises((BrowserError, ClientError)):
+        rig.login("alice")
+    assert who(mcp) == "alice"  # until its token ends: the refresh token died with the answer that was lost
+    rig.clock.advance(3700)
+    assert same(mcp).post(CALL).status == 401
+    rig.login("alice")
+    assert who(same(mcp)) == "alice"
+
+
+# -- what is lost is said once, and one login revives all
+
+
+@pytest.mark.parametrize("lost", [lose_response, cut_body, wrong_content_type, truncated_json])
+def test_a_lost_refresh_answer_is_one_clean_401_and_invalid_grant_and_one_login_revives_every_client(lasting, lost):
+    rig = lasting
+    sessions = [rig.session("alice") for _ in range(3)]
+    bob = rig.session("bob")
+    rig.forgejo.inject(TOKEN, lost())
+    rig.clock.advance(3590)
+    rig.tick()
+    rig.forgejo.wait_for(lambda request: request.form.get("grant_type") == "refresh_token")
+    while state(rig) == "active":  # transient at first: the same token is tried again, and only then refused
+        rig.clock.advance(1)
+        rig.tick()
+    for mcp in sessions:
+        refused = same(mcp).post(CALL)
+        assert refused.status == 401 and 'error="invalid_token"' in refused.headers["WWW-Authenticate"]
+        answer = mcp.oauth.refresh()
+        assert answer.status == 400 and answer.json()["error"] == "invalid_grant"
+    assert len(rig.log.named("logged out upstream")) == 1
+    asked = rig.forgejo.count(TOKEN)
+    rig.login("alice")
+    assert [who(same(mcp)) for mcp in (*sessions, bob)] == ["alice"] * 3 + ["bob"]
+    assert all(mcp.oauth.refresh().status == 200 for mcp in sessions)
+    assert exchanges(rig) == 3 + 1 + 1 and rig.forgejo.count(TOKEN) - asked <= 2  # the login, and bob's own refresh
+
+
+def test_a_refresh_lost_between_Forgejos_answer_and_our_disk_is_known_as_our_own_doing(lasting, monkeypatch):
+    def full(*_arguments):
+        raise fjmcp_broker.StoreUnavailable("database or disk is full")
+
+    rig = lasting
+    mcp = rig.session()
+    with rig.forgejo.hold(TOKEN, at="checked") as gate:
+        rig.clock.advance(3590)
+        call = in_thread(same(mcp).post, CALL)
+        gate.wait_arrived()
+        monkeypatch.setattr(rig.broker.store, "save_credential", full)  # between Forgejo's answer and our disk
+        gate.open()
+        assert call().status == 503
+    rig.restart()
+    assert same(mcp).post(CALL).status == 401
+    assert rig.log.wait("logged out upstream")[0]["interrupted"] is True
+    rig.login("alice")
+    assert who(same(mcp)) == "alice"
+
+
+# -- Forgejo in trouble
+
+
+FAULTS = {"502": lambda: status(502, "<html>bad gateway", "text/html"), "429": lambda: status(429, {"error": "invalid_grant"}),
+          "a page": html, "a redirect": lambda: redirect("/elsewhere"), "503 as JSON": lambda: status(503, {"error": "invalid_grant"})}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_K19_what_says_nothing_about_the_login_logs_nobody_out(lasting, fault):
+    rig = lasting
+    mcp = rig.session()
+    rig.forgejo.inject(TOKEN, FAULTS[fault](), times=None)
+    rig.clock.advance(3590)
+    assert who(mcp) == "alice"  # the token still has ten seconds
+    rig.clock.advance(30)
+    refused = same(mcp).post(CALL)
+    assert refused.status == 503 and refused.json()["error"]["data"]["reason"] == "upstream_down" and "Retry-After" in refused.headers
+    assert mcp.oauth.refresh().status == 200 and state(rig) == "active"
+    rig.forgejo.clear_faults()
+    rig.clock.advance(61)
+    assert who(same(mcp)) == "alice"
+
+
+def test_Forgejo_away_for_an_hour_logs_nobody_out_and_is_not_hammered(lasting):
+    rig = lasting
+    sessions = [rig.session(name) for name in ("alice", "bob")]
+    rig.clock.advance(3590)
+    rig.forgejo.inject(TOKEN, status(502, "away", "text/plain"), times=None)
+    before = rig.forgejo.count(TOKEN)
+    for _ in range(360):
+        rig.clock.advance(10)
+        rig.tick()
+    for mcp in sessions:
+        assert same(mcp).post(CALL).status == 503
+        assert mcp.oauth.refresh().status == 200
+    asked = rig.forgejo.count(TOKEN) - before
+    assert 20 <= asked <= 2 * 75  # two users, 1 s doubling to 60 s
+    assert state(rig) == "active" and not rig.log.named("logged out upstream")
+    rig.forgejo.clear_faults()
+    rig.clock.advance(61)
+    assert [who(same(mcp, mcp.oauth.tokens["access_token"])) for mcp in sessions] == ["alice", "bob"]
+
+
+def test_an_outage_shorter_than_the_tokens_life_is_not_noticed(lasting):
+    rig = lasting
+    mcp = rig.session()
+    rig.clock.advance(3400)
+    rig.forgejo.inject(TOKEN, status(502, "away", "text/plain"), times=None)
+    with Load([mcp], lambda client, _: who(client)) as load:
+        for _ in range(10):
+            load.wait(3)
+            rig.clock.advance(10)
+            rig.tick()
+        rig.forgejo.clear_faults()
+        rig.clock.advance(60)
+        rig.tick()
+        rig.log.wait("upstream refreshed")
+        load.wait(3)
+    assert not load.failures
+
+
+# -- each refusal is known for what it is
+
+
+def test_X10_a_suspended_user_is_shut_out_and_let_in_again(lasting):
+    rig = lasting
+    mcp, bob = rig.session(), rig.session("bob")
+    rig.forgejo.suspend("alice")
+    rig.clock.advance(3590)
+    while same(mcp).post(PING).status != 401:
+        rig.tick()
+    assert state(rig) in ("suspended", "logged_out") and who(bob) == "bob"
+    assert mcp.oauth.refresh().json()["error"] == "invalid_grant"
+    with pytest.raises((BrowserError, ClientError)):
+        rig.login("alice")
+    rig.forgejo.unsuspend("alice")
+    rig.login("alice")
+    assert who(same(mcp)) == "alice"
+
+
+def test_a_page_instead_of_userinfo_alone_does_not_make_anybody_suspended(lasting):
+    rig = lasting
+    mcp = rig.session()
+    rig.forgejo.inject(USERINFO, html(), times=None)  # a proxy's page; the API still knows the token
+    rig.clock.advance(3590)
+    assert who(mcp) == "alice"
+    rig.log.wait("upstream refreshed")
+    assert state(rig) == "active" and who(same(mcp)) == "alice"
+
+
+def test_a_revoked_grant_is_a_logout_of_that_user_only(lasting):
+    rig = lasting
+    mcp, bob = rig.session(), rig.session("bob")
+    rig.forgejo.revoke_grant("alice", rig.app.client_id)
+    rig.clock.advance(3590)
+    while same(mcp).post(PING).status != 401:
+        rig.tick()
+    assert rig.log.wait("logged out upstream")[0]["user"] == rig.forgejo._need_user("alice").sub
+    assert who(bob) == "bob"
+    rig.login("alice")
+    assert who(same(mcp)) == "alice"
+
+
+def test_J25_a_tools_error_that_is_Forgejo_refusing_the_token_is_looked_into_once_a_minute(lasting):
+    rig = lasting
+    mcp = rig.session()
+    rig.forgejo.revoke_grant("alice", rig.app.client_id)
+    answer = same(mcp).post(CALL)  # the child's own words pass; the broker asks Forgejo itself
+    assert answer.status == 200 and "fja_" not in answer.text
+    rig.log.wait("logged out upstream")
+    assert same(mcp).post(CALL).status == 401
+    asked = rig.forgejo.count("/api/v1/user", "GET")
+    bob = rig.session("bob")
+    for _ in range(5):
+        with pytest.raises(RpcError):
+            bob.call_tool("get_error")
+    rig.forgejo.wait_for(lambda request: request.path == "/api/v1/user" and request.auth_user == "bob")
+    assert rig.forgejo.count("/api/v1/user", "GET") == asked + 1 and who(bob) == "bob"
+
+
+def test_a_deleted_application_is_the_operators_fault_and_logs_nobody_out(lasting):
+    rig = lasting
+    mcp = rig.session()
+    rig.forgejo.delete_app(rig.app.client_id)
+    rig.clock.advance(3700)
+    refused = same(mcp).post(CALL)
+    assert refused.status == 503 and refused.json()["error"]["data"]["reason"] == "upstream_down"
+    assert rig.log.wait("forgejo refuses this broker's client id or secret")[0]["level"] == "error"
+    assert state(rig) == "active"
+
+
+def test_a_rotated_secret_is_the_operators_fault_and_heals_with_the_new_one(lasting):
+    rig = lasting
+    mcp = rig.session()
+    secret = rig.forgejo.rotate_secret(rig.app.client_id)
+    rig.clock.advance(3700)
+    refused = same(mcp).post(CALL)
+    assert refused.status == 503 and refused.json()["error"]["data"]["reason"] == "upstream_down"
+    assert rig.log.wait("forgejo refuses this broker's client id or secret")[0]["level"] == "error"
+    assert mcp.oauth.refresh().status == 200 and state(rig) == "active"
+    rig.values["forgejo_oauth_client_secret"] = secret
+    rig.restart()
+    assert who(same(mcp)) == "alice"
+
+
+def test_a_refusal_is_believed_only_of_the_credential_that_is_stored(lasting):
+    rig = lasting
+    mcp = rig.session()
+    refusal = rig.forgejo.inject(TOKEN, oauth_error("invalid_grant", "as if"), method="POST")
+    rig.clock.advance(3590)
+    rig.tick()
+    refusal.wait_hit()
+    rig.log.wait("logged out upstream")
+    rig.login("alice")
+    assert who(same(mcp)) == "alice" and state(rig) == "active"
+
+
+def test_P20_X11_a_child_never_works_with_an_expired_token(lasting):
+    rig = lasting
+    mcp = rig.session()
+    seen = []
+    for _ in range(6):
+        rig.clock.advance(3590)
+        mcp.oauth.refresh()
+        seen.append(text_of(same(mcp, mcp.oauth.tokens["access_token"]).call_tool("get_my_user_info")))
+    assert all('"login": "alice"' in text for text in seen)
+
+
+def test_a_user_no_longer_allowed_is_shut_out_at_the_next_refresh(make_rig):
+    rig = make_rig(access_token_lifetime="60d", allowed_groups="staff")
+    rig.forgejo._need_user("alice").groups.append("staff")
+    mcp = rig.session()
+    rig.forgejo._need_user("alice").groups.remove("staff")
+    rig.clock.advance(3590)
+    while same(mcp).post(PING).status != 401:
+        rig.tick()
+    assert state(rig) == "refused"
+    assert [record["reason"] for record in rig.log.named("access refused")] == ["no longer among the allowed users and groups"]
