@@ -88,7 +88,7 @@ def test_a_GET_stream_without_an_id_goes_on_behind_what_was_taken(controlled, co
     assert numbers(stream, 1) == [1]
     stream.close()
     with server._changed:  # what is sent before a hang-up is noticed is lost, but to one who resumes by its id
-        assert server._changed.wait_for(lambda: server.open_connections <= 1, 20)  # the session's own
+        assert server._changed.wait_for(lambda: not server.open_connections, 20)
     control.emit(note(2))
     later = mcp.open_stream()
     assert numbers(later, 1) == [2] and quiet(later)
