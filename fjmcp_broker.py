@@ -2821,6 +2821,7 @@ class Child:
         self._reason, self._kill_at, self._killed, self._drop_pipes_at = None, None, False, None
         self.reason, self.ended = None, threading.Event()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._token = environment.get("FORGEJO_ACCESS_TOKEN", "").encode() or b"\n"  # what a child must not bring into the log
         try:
             self._spawn(command, environment)
         except BaseException:
@@ -2985,7 +2986,8 @@ class Child:
             for line in chunk.splitlines():
                 lines += 1
                 if lines <= 50:
-                    self._log.event("debug", "child stderr", user=self._label, line=line[:2000].decode("utf-8", "replace"))
+                    shown = line.replace(self._token, b"[token]")[:2000].decode("utf-8", "replace")
+                    self._log.event("debug", "child stderr", user=self._label, line=shown)
 
     def _finish(self):
         """The output has ended: so does the process. Only then is it reaped and reported, once."""
