@@ -5501,6 +5501,8 @@ def serve(arguments):
         signal.signal(number, lambda number, frame: None)
     broker.start()
     broker.log.event("info", "serving", url=settings.public_url, port=broker.server.port, version=__version__)
+    if settings.debug:
+        broker.log.event("warning", "debug is on", means="what forgejo-mcp writes to its stderr is logged, and each request's path")
     notify_service_manager("READY=1")
     while True:
         for number in signals.recv(64):
