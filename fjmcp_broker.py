@@ -5069,11 +5069,13 @@ def check(arguments):
 
 
 def guarded(findings):
-    """Findings, and what is wrong with the configuration as failures among them."""
+    """Findings, and what kept them from being found as failures among them."""
     try:
         yield from findings
     except ConfigurationError as error:
         yield from (("fail", problem) for problem in error.problems)
+    except FetchFailed as error:
+        yield "fail", f"the URL does not answer: {error}", "its name, its certificate and port 443 must be good for everybody"
 
 
 def check_store(settings):
@@ -5242,19 +5244,18 @@ METADATA = {"status": 200, "json": {
 CHALLENGE = {"status": 401, "!www-authenticate": ["error="], "www-authenticate": [
     "bearer ", 'resource_metadata="{url}/.well-known/oauth-protected-resource/mcp"', "scope="]}
 CONSENT = {"status": 200, "content-type": ["text/html"], "content-security-policy": ["frame-ancestors 'none'"], "!content-security-policy": ["form-action"]}
-PREFLIGHT = {"status": 204, "access-control-allow-headers": ["authorization", "content-type", "mcp-session-id"], "access-control-allow-methods": ["t"]}
+PREFLIGHT = {"status": 204, "access-control-allow-headers": ["authorization", "content-type", "mcp-session-id"]}
 AUTHORIZE = f"GET /oauth/authorize?response_type=code&client_id={{client}}&state=s&code_challenge_method=S256&code_challenge={'A' * 43}&redirect_uri="
 LOOPBACK, WEB = "http%3A%2F%2Flocalhost%3A41999%2Fcallback", ("https://claude.ai", "https://chatgpt.com", "http://localhost:6274")
-PING, FORM, CODEX = {"jsonrpc": "2.0", "id": 0, "method": "ping"}, {"Content-Type": "application/x-www-form-urlencoded"}, {"MCP-Protocol-Version": "2024-11-05"}
+PING, FORM = {"jsonrpc": "2.0", "id": 0, "method": "ping"}, {"Content-Type": "application/x-www-form-urlencoded"}
 PASS_ON, BROKER = "let the proxy pass this on, with all headers, and its answer back", "let the proxy leave answers alone; upgrade the broker"
 BOTS, CORS = "exempt /mcp, /.well-known, /oauth, /register, /token from the proxy's bot rules", "let the proxy pass OPTIONS on; add the origin to allowed_origins"
 PROBES = (  # who needs it, request, its headers and body, what must come back, how to mend it
-    ("Claude, VS Code, Gemini CLI, Zed, SDKs", "GET /.well-known/oauth-protected-resource/mcp", {}, "", RESOURCE, PASS_ON),
-    ("clients given the URL with a slash", "GET /.well-known/oauth-protected-resource/mcp/", {}, "", RESOURCE, PASS_ON),
-    ("ChatGPT, Claude Code", "GET /.well-known/oauth-protected-resource", {}, "", RESOURCE, PASS_ON),
-    ("every client", "GET /.well-known/oauth-authorization-server", {}, "", METADATA, PASS_ON),
-    ("Claude.ai, Codex", "GET /.well-known/oauth-authorization-server/mcp", CODEX, "", METADATA, PASS_ON),
-    ("Codex", "GET /mcp/.well-known/oauth-authorization-server", CODEX, "", METADATA, PASS_ON),
+    *((who, f"GET /.well-known/oauth-protected-resource{path}", {}, "", RESOURCE, PASS_ON) for who, path in (
+        ("Claude, VS Code, Gemini CLI, Zed, SDKs", "/mcp"), ("clients given the URL with a slash", "/mcp/"), ("ChatGPT, Claude Code", ""))),
+    *((who, f"GET {path}", {"MCP-Protocol-Version": "2024-11-05"}, "", METADATA, PASS_ON) for who, path in (
+        ("every client", "/.well-known/oauth-authorization-server"), ("Claude.ai, Codex", "/.well-known/oauth-authorization-server/mcp"),
+        ("Codex", "/mcp/.well-known/oauth-authorization-server"))),
     *(("Claude.ai, ChatGPT, SDKs", f"GET {path}", {}, "", {"status": 404, "json": {}}, PASS_ON) for path in (
         "/.well-known/openid-configuration", "/.well-known/openid-configuration/mcp", "/mcp/.well-known/openid-configuration")),
     ("clients given the URL with a slash", "POST /mcp/", {}, PING, CHALLENGE, PASS_ON),
@@ -5303,23 +5304,20 @@ def unlike(found, rules):
 
 def mistakes(answer, want, origin):
     """What is wrong with an answer (Fetched)."""
-    document = answer.json() if "json" in want else {}
+    headers, document = {name: value.lower() for name, value in answer.headers.items()}, answer.json() if "json" in want else {}
+    if origin and want["status"] != 403 and headers.get("access-control-allow-origin") != "*":
+        want = {**want, "access-control-allow-origin": [origin]}
     if answer.status != want["status"]:
-        yield f"status is {answer.status}, not {want['status']}"
-    elif document is None:
-        yield "it is no JSON object, or not labelled as application/json"
-    else:
-        yield from (f"{name} is {value!r}" for name, value in document.items() if value in (None, ""))
-        yield from unlike(document, want.get("json", {}))
-        yield from unlike({name: value.lower() for name, value in answer.headers.items()}, {
-            name: rule for name, rule in want.items() if name not in ("status", "json")})
-        if origin and want["status"] != 403 and answer.headers.get("access-control-allow-origin") not in ("*", origin):
-            yield "access-control-allow-origin does not name the origin"
+        return [f"status is {answer.status}, not {want['status']}"]
+    if document is None:
+        return ["it is no JSON object, or not labelled as application/json"]
+    empty = [f"{name} is {value!r}" for name, value in document.items() if value in (None, "")]
+    return [*empty, *unlike(document, want.get("json", {})), *unlike(headers, {name: want[name] for name in want if name not in ("status", "json")})]
 
 
 def examine(url, register=True):
     """The findings of PROBES, and of whether a proxy holds streams back; without `register`, those that need a client are left out."""
-    client, started, moments = "", time.monotonic(), []
+    client, moments = "", []
     for probe in map(json.dumps, PROBES):
         if "{client}" in probe and not client or '"POST /oauth/register"' in probe and not register:
             continue
@@ -5338,21 +5336,16 @@ def examine(url, register=True):
     started = time.monotonic()
     fetch("GET", url + "/healthz", headers=(("Accept", "text/event-stream"),), on_data=lambda: moments.append(time.monotonic() - started))
     if not moments or moments[0] > 0.5 * (time.monotonic() - started):  # the first event of a short stream came when it ended
-        yield "fail", f"GET /healthz: a proxy holds streams back until they end. Needed by every client", "turn its buffering off (docs/install.md)"
+        yield "fail", "GET /healthz: a proxy holds streams back until they end. Needed by every client", "turn its buffering off (docs/install.md)"
 
 
 def doctor(arguments):
     """Do what real clients do at a public URL, short of logging in; it registers one throw-away client. 1 when something would break."""
-    def findings():
-        try:
-            url = KINDS["origin"](arguments.word.rstrip("/").removesuffix("/mcp"))
-            yield from check_reach(urlsplit(url))
-            yield from examine(url)
-        except ValueError as error:
-            raise ConfigurationError([f"URL {error}"]) from None
-        except FetchFailed as error:
-            yield "fail", f"{url} does not answer: {error}", "its name, its certificate and port 443 must be good for everybody"
-    return report(findings())
+    try:
+        url = KINDS["origin"](arguments.word.rstrip("/").removesuffix("/mcp"))
+    except ValueError as error:
+        raise ConfigurationError([f"{arguments.word} {error}"]) from None
+    return report(guarded(itertools.chain(check_reach(urlsplit(url)), examine(url))))
 
 
 # -- for operators
