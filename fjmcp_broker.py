@@ -764,6 +764,9 @@ CREATE TABLE account_logins (
 MIGRATIONS = (SCHEMA,)  # MIGRATIONS[n] takes a store from version n to n + 1
 
 LIVE_GRANT = "ended_at IS NULL AND expires_at > :now"
+# A token of a table with its grant and user; of two columns of a name the first counts (an access token's own scope and expiry).
+TOKEN = ("SELECT t.*, g.sub, g.client_id, g.scope, g.scope AS grant_scope, g.asked, g.resource, g.ended_at, u.login, u.state"
+         " FROM {} t JOIN grants g USING (grant_id) JOIN users u USING (sub) WHERE t.hash = ?")
 LISTINGS = {
     "users": "SELECT sub, login, name, state, upstream_scope, checked_at, (SELECT count(*) FROM grants WHERE grants.sub = users.sub"
              f" AND {LIVE_GRANT}) AS grants, (SELECT count(*) FROM sessions WHERE sessions.sub = users.sub) AS sessions FROM users ORDER BY login",
@@ -967,8 +970,7 @@ class Store:
 
     def code(self, code_hash):
         """An authorization code with its grant: everything the token endpoint compares; None when unknown."""
-        return self._one("SELECT codes.*, grants.sub, grants.scope, grants.ended_at, users.state FROM codes JOIN grants USING (grant_id)"
-                         " JOIN users USING (sub) WHERE hash = ?", (code_hash,))
+        return self._one(TOKEN.format("codes"), (code_hash,))
 
     def redeem_code(self, code_hash, client_id, redirect_uri, challenge, now, access, refresh, attempts):
         """Turn a code into a token pair, once: the grant's id and scope, or None and nothing is changed but a counted attempt.
@@ -998,8 +1000,7 @@ class Store:
 
     def refresh_token(self, token_hash):
         """A refresh token with its grant and the user's state; None when unknown."""
-        return self._one("SELECT refresh_tokens.*, grants.sub, grants.client_id, grants.scope, grants.resource, grants.ended_at, users.state"
-                         " FROM refresh_tokens JOIN grants USING (grant_id) JOIN users USING (sub) WHERE hash = ?", (token_hash,))
+        return self._one(TOKEN.format("refresh_tokens"), (token_hash,))
 
     def rotate(self, token_hash, scope, now, access, refresh, successor):
         """Replace a refresh token by a pair, once: the grant, or None when it was rotated, has expired or its grant has ended."""
@@ -1012,14 +1013,11 @@ class Store:
 
     def bearer(self, token_hash, now):
         """Who an access token speaks for: one row of token, grant and user, or None when it is not good (any more)."""
-        return self._one(
-            "SELECT t.grant_id, t.scope, t.expires_at, g.sub, g.client_id, g.asked, g.scope AS grant_scope, g.resource, u.login, u.state"
-            " FROM access_tokens t JOIN grants g USING (grant_id) JOIN users u USING (sub)"
-            " WHERE t.hash = ? AND t.expires_at > ? AND g.ended_at IS NULL AND g.expires_at > ?", (token_hash, now, now))
+        return self._one(TOKEN.format("access_tokens") + " AND t.expires_at > ? AND g.ended_at IS NULL AND g.expires_at > ?", (token_hash, now, now))
 
     def access_token(self, token_hash):
-        """An access token's (expires_at, client_id), or None: for the grace of a refresh, and for revocation."""
-        return self._one("SELECT t.expires_at, g.client_id FROM access_tokens t JOIN grants g USING (grant_id) WHERE hash = ?", (token_hash,))
+        """An access token with its grant, or None: for the grace of a refresh, and for revocation."""
+        return self._one(TOKEN.format("access_tokens"), (token_hash,))
 
     def drop_access_token(self, token_hash):
         """Revoke one access token (RFC 7009)."""
