@@ -765,6 +765,9 @@ CREATE TABLE account_logins (
 MIGRATIONS = (SCHEMA,)  # MIGRATIONS[n] takes a store from version n to n + 1
 
 LIVE_GRANT = "ended_at IS NULL AND expires_at > :now"
+# A token of a table with its grant and user; of two columns of a name the first counts (an access token's own scope and expiry).
+TOKEN = ("SELECT t.*, g.sub, g.client_id, g.scope, g.scope AS grant_scope, g.asked, g.resource, g.ended_at, u.login, u.state"
+         " FROM {} t JOIN grants g USING (grant_id) JOIN users u USING (sub) WHERE t.hash = ?")
 LISTINGS = {
     "users": "SELECT sub, login, name, state, upstream_scope, checked_at, (SELECT count(*) FROM grants WHERE grants.sub = users.sub"
              f" AND {LIVE_GRANT}) AS grants, (SELECT count(*) FROM sessions WHERE sessions.sub = users.sub) AS sessions FROM users ORDER BY login",
@@ -1026,8 +1029,7 @@ class Store:
 
     def code(self, code_hash):
         """An authorization code with its grant: everything the token endpoint compares; None when unknown."""
-        return self._one("SELECT codes.*, grants.sub, grants.scope, grants.ended_at, users.state FROM codes JOIN grants USING (grant_id)"
-                         " JOIN users USING (sub) WHERE hash = ?", (code_hash,))
+        return self._one(TOKEN.format("codes"), (code_hash,))
 
     def redeem_code(self, code_hash, client_id, redirect_uri, challenge, now, access, refresh, attempts):
         """Turn a code into a token pair, once: the grant's id and scope, or None and nothing is changed but a counted attempt.
@@ -1057,8 +1059,7 @@ class Store:
 
     def refresh_token(self, token_hash):
         """A refresh token with its grant and the user's state; None when unknown."""
-        return self._one("SELECT refresh_tokens.*, grants.sub, grants.client_id, grants.scope, grants.resource, grants.ended_at, users.state"
-                         " FROM refresh_tokens JOIN grants USING (grant_id) JOIN users USING (sub) WHERE hash = ?", (token_hash,))
+        return self._one(TOKEN.format("refresh_tokens"), (token_hash,))
 
     def rotate(self, token_hash, scope, now, access, refresh, successor):
         """Replace a refresh token by a pair, once: the grant, or None when it was rotated, has expired or its grant has ended."""
@@ -1071,14 +1072,11 @@ class Store:
 
     def bearer(self, token_hash, now):
         """Who an access token speaks for: one row of token, grant and user, or None when it is not good (any more)."""
-        return self._one(
-            "SELECT t.grant_id, t.scope, t.expires_at, g.sub, g.client_id, g.asked, g.scope AS grant_scope, g.resource, u.login, u.state"
-            " FROM access_tokens t JOIN grants g USING (grant_id) JOIN users u USING (sub)"
-            " WHERE t.hash = ? AND t.expires_at > ? AND g.ended_at IS NULL AND g.expires_at > ?", (token_hash, now, now))
+        return self._one(TOKEN.format("access_tokens") + " AND t.expires_at > ? AND g.ended_at IS NULL AND g.expires_at > ?", (token_hash, now, now))
 
     def access_token(self, token_hash):
-        """An access token's (expires_at, client_id), or None: for the grace of a refresh, and for revocation."""
-        return self._one("SELECT t.expires_at, g.client_id FROM access_tokens t JOIN grants g USING (grant_id) WHERE hash = ?", (token_hash,))
+        """An access token with its grant, or None: for the grace of a refresh, and for revocation."""
+        return self._one(TOKEN.format("access_tokens"), (token_hash,))
 
     def drop_access_token(self, token_hash):
         """Revoke one access token (RFC 7009)."""
@@ -3318,6 +3316,7 @@ class Child:
         self._lock = threading.Lock()  # guards reason, _kill_at, and that nobody signals a number given back; a leaf
         self.reason, self._kill_at, self.ended = None, float("inf"), threading.Event()
         self.pid = self._process = self._stdin = self._exit = None
+        self._token = environment.get("FORGEJO_ACCESS_TOKEN", "").encode() or b"\n"  # what a child must not bring into the log
         try:
             self._start(command, environment)
         except (OSError, RuntimeError) as error:  # what was started must not stay behind
@@ -3438,7 +3437,8 @@ class Child:
             for line in chunk.splitlines():
                 lines += 1
                 if lines <= 50:
-                    self._log.event("debug", "child stderr", user=self._label, line=line[:2000].decode("utf-8", "replace"))
+                    shown = line.replace(self._token, b"[token]")[:2000].decode("utf-8", "replace")
+                    self._log.event("debug", "child stderr", user=self._label, line=shown)
 
     def _run(self):
         """From the first line to the end of the output, which is that of the process: it is reaped and reported, once."""
@@ -6356,11 +6356,13 @@ def check(arguments):
 
 
 def guarded(findings):
-    """Findings, and what is wrong with the configuration as failures among them."""
+    """Findings, and what kept them from being found as failures among them."""
     try:
         yield from findings
     except ConfigurationError as error:
         yield from (("fail", problem) for problem in error.problems)
+    except FetchFailed as error:
+        yield "fail", f"the URL does not answer: {error}", "its name, its certificate and port 443 must be good for everybody"
 
 
 def check_store(settings):
@@ -6529,19 +6531,18 @@ METADATA = {"status": 200, "json": {
 CHALLENGE = {"status": 401, "!www-authenticate": ["error="], "www-authenticate": [
     "bearer ", 'resource_metadata="{url}/.well-known/oauth-protected-resource/mcp"', "scope="]}
 CONSENT = {"status": 200, "content-type": ["text/html"], "content-security-policy": ["frame-ancestors 'none'"], "!content-security-policy": ["form-action"]}
-PREFLIGHT = {"status": 204, "access-control-allow-headers": ["authorization", "content-type", "mcp-session-id"], "access-control-allow-methods": ["t"]}
+PREFLIGHT = {"status": 204, "access-control-allow-headers": ["authorization", "content-type", "mcp-session-id"]}
 AUTHORIZE = f"GET /oauth/authorize?response_type=code&client_id={{client}}&state=s&code_challenge_method=S256&code_challenge={'A' * 43}&redirect_uri="
 LOOPBACK, WEB = "http%3A%2F%2Flocalhost%3A41999%2Fcallback", ("https://claude.ai", "https://chatgpt.com", "http://localhost:6274")
-PING, FORM, CODEX = {"jsonrpc": "2.0", "id": 0, "method": "ping"}, {"Content-Type": "application/x-www-form-urlencoded"}, {"MCP-Protocol-Version": "2024-11-05"}
+PING, FORM = {"jsonrpc": "2.0", "id": 0, "method": "ping"}, {"Content-Type": "application/x-www-form-urlencoded"}
 PASS_ON, BROKER = "let the proxy pass this on, with all headers, and its answer back", "let the proxy leave answers alone; upgrade the broker"
 BOTS, CORS = "exempt /mcp, /.well-known, /oauth, /register, /token from the proxy's bot rules", "let the proxy pass OPTIONS on; add the origin to allowed_origins"
 PROBES = (  # who needs it, request, its headers and body, what must come back, how to mend it
-    ("Claude, VS Code, Gemini CLI, Zed, SDKs", "GET /.well-known/oauth-protected-resource/mcp", {}, "", RESOURCE, PASS_ON),
-    ("clients given the URL with a slash", "GET /.well-known/oauth-protected-resource/mcp/", {}, "", RESOURCE, PASS_ON),
-    ("ChatGPT, Claude Code", "GET /.well-known/oauth-protected-resource", {}, "", RESOURCE, PASS_ON),
-    ("every client", "GET /.well-known/oauth-authorization-server", {}, "", METADATA, PASS_ON),
-    ("Claude.ai, Codex", "GET /.well-known/oauth-authorization-server/mcp", CODEX, "", METADATA, PASS_ON),
-    ("Codex", "GET /mcp/.well-known/oauth-authorization-server", CODEX, "", METADATA, PASS_ON),
+    *((who, f"GET /.well-known/oauth-protected-resource{path}", {}, "", RESOURCE, PASS_ON) for who, path in (
+        ("Claude, VS Code, Gemini CLI, Zed, SDKs", "/mcp"), ("clients given the URL with a slash", "/mcp/"), ("ChatGPT, Claude Code", ""))),
+    *((who, f"GET {path}", {"MCP-Protocol-Version": "2024-11-05"}, "", METADATA, PASS_ON) for who, path in (
+        ("every client", "/.well-known/oauth-authorization-server"), ("Claude.ai, Codex", "/.well-known/oauth-authorization-server/mcp"),
+        ("Codex", "/mcp/.well-known/oauth-authorization-server"))),
     *(("Claude.ai, ChatGPT, SDKs", f"GET {path}", {}, "", {"status": 404, "json": {}}, PASS_ON) for path in (
         "/.well-known/openid-configuration", "/.well-known/openid-configuration/mcp", "/mcp/.well-known/openid-configuration")),
     ("clients given the URL with a slash", "POST /mcp/", {}, PING, CHALLENGE, PASS_ON),
@@ -6590,23 +6591,20 @@ def unlike(found, rules):
 
 def mistakes(answer, want, origin):
     """What is wrong with an answer (Fetched)."""
-    document = answer.json() if "json" in want else {}
+    headers, document = {name: value.lower() for name, value in answer.headers.items()}, answer.json() if "json" in want else {}
+    if origin and want["status"] != 403 and headers.get("access-control-allow-origin") != "*":
+        want = {**want, "access-control-allow-origin": [origin]}
     if answer.status != want["status"]:
-        yield f"status is {answer.status}, not {want['status']}"
-    elif document is None:
-        yield "it is no JSON object, or not labelled as application/json"
-    else:
-        yield from (f"{name} is {value!r}" for name, value in document.items() if value in (None, ""))
-        yield from unlike(document, want.get("json", {}))
-        yield from unlike({name: value.lower() for name, value in answer.headers.items()}, {
-            name: rule for name, rule in want.items() if name not in ("status", "json")})
-        if origin and want["status"] != 403 and answer.headers.get("access-control-allow-origin") not in ("*", origin):
-            yield "access-control-allow-origin does not name the origin"
+        return [f"status is {answer.status}, not {want['status']}"]
+    if document is None:
+        return ["it is no JSON object, or not labelled as application/json"]
+    empty = [f"{name} is {value!r}" for name, value in document.items() if value in (None, "")]
+    return [*empty, *unlike(document, want.get("json", {})), *unlike(headers, {name: want[name] for name in want if name not in ("status", "json")})]
 
 
 def examine(url, register=True):
     """The findings of PROBES, and of whether a proxy holds streams back; without `register`, those that need a client are left out."""
-    client, started, moments = "", time.monotonic(), []
+    client, moments = "", []
     for probe in map(json.dumps, PROBES):
         if "{client}" in probe and not client or '"POST /oauth/register"' in probe and not register:
             continue
@@ -6625,21 +6623,16 @@ def examine(url, register=True):
     started = time.monotonic()
     fetch("GET", url + "/healthz", headers=(("Accept", "text/event-stream"),), on_data=lambda: moments.append(time.monotonic() - started))
     if not moments or moments[0] > 0.5 * (time.monotonic() - started):  # the first event of a short stream came when it ended
-        yield "fail", f"GET /healthz: a proxy holds streams back until they end. Needed by every client", "turn its buffering off (docs/install.md)"
+        yield "fail", "GET /healthz: a proxy holds streams back until they end. Needed by every client", "turn its buffering off (docs/install.md)"
 
 
 def doctor(arguments):
     """Do what real clients do at a public URL, short of logging in; it registers one throw-away client. 1 when something would break."""
-    def findings():
-        try:
-            url = KINDS["origin"](arguments.word.rstrip("/").removesuffix("/mcp"))
-            yield from check_reach(urlsplit(url))
-            yield from examine(url)
-        except ValueError as error:
-            raise ConfigurationError([f"URL {error}"]) from None
-        except FetchFailed as error:
-            yield "fail", f"{url} does not answer: {error}", "its name, its certificate and port 443 must be good for everybody"
-    return report(findings())
+    try:
+        url = KINDS["origin"](arguments.word.rstrip("/").removesuffix("/mcp"))
+    except ValueError as error:
+        raise ConfigurationError([f"{arguments.word} {error}"]) from None
+    return report(guarded(itertools.chain(check_reach(urlsplit(url)), examine(url))))
 
 
 # -- for operators
@@ -6788,6 +6781,8 @@ def serve(arguments):
         signal.signal(number, lambda number, frame: None)
     broker.start()
     broker.log.event("info", "serving", url=settings.public_url, port=broker.server.port, version=__version__)
+    if settings.debug:
+        broker.log.event("warning", "debug is on", means="what forgejo-mcp writes to its stderr is logged, and each request's path")
     notify_service_manager("READY=1")
     while True:
         for number in signals.recv(64):
