@@ -2900,7 +2900,8 @@ class Authorization:
             form = parse_form(request.query)
         except ValueError:
             form = {}
-        if any(len(values) > 1 for values in form.values()) or not form.get("state") or ("code" in form) == ("error" in form):
+        if any(len(values) > 1 for values in form.values()) or not form.get("state") or ("code" in form) == ("error" in form) or \
+                form.get("iss", [self._settings.forgejo_url])[0].rstrip("/") != self._settings.forgejo_url:  # RFC 9207 2.4
             raise self._page(400, "This answer cannot be used", "Forgejo's answer is malformed. Start again from your application.")
         state, now = form["state"][0], self._clock.now()
         row = self._store.take_login(digest(state), now)
@@ -3193,7 +3194,7 @@ class Authorization:
         if state is not None:
             answer["state"] = state
         query = urlencode({**answer, "iss": self._settings.public_url}, quote_via=quote)
-        return redirect(redirect_uri + ("&" if urlsplit(redirect_uri).query else "?") + query)
+        return redirect(redirect_uri + ("&" if "?" in redirect_uri else "?") + query)
 
 
 # ======================================================================================================================
