@@ -653,7 +653,7 @@ def test_T22_one_network_of_ipv6_is_one_address(make_rig):
     assert token_request(rig, {"grant_type": "x", "client_id": "x"}, {"X-Forwarded-For": "2001:db8:0:1::1"}).status == 401
 
 
-def test_T22_all_addresses_together_have_a_ceiling(make_rig):
+def test_T22_D05_all_addresses_together_have_a_ceiling(make_rig):
     rig = make_rig(rate_register="60")
     rig.clock.stop()
     body = json.dumps({"redirect_uris": ["https://a.example/cb"]})
