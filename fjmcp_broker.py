@@ -926,8 +926,9 @@ class Store:
                 (client_id, kind, name, json.dumps(redirect_uris), secret_hash, auth_method, json.dumps(metadata), now, now))
 
     def client(self, client_id):
-        """A client's row, or None."""
-        return self._one("SELECT * FROM clients WHERE client_id = ?", (client_id,))
+        """A client's row (redirect_uris, metadata and keys as values), or None; `in_use`: somebody has logged in through it."""
+        row = self._one("SELECT *, used_at > created_at AS in_use FROM clients WHERE client_id = ?", (client_id,))
+        return row and row._replace(redirect_uris=json.loads(row.redirect_uris), metadata=json.loads(row.metadata), keys=json.loads(row.keys or "{}"))
 
     def drop_configured_clients(self, still_configured):
         """Forget pre-registered clients that the configuration no longer names."""
@@ -2320,27 +2321,6 @@ def redirect_matches(registered, asked):
     return (ours[2] or "/", ours[3]) == (theirs[2] or "/", theirs[3])
 
 
-@dataclass(frozen=True)
-class Client:
-    """A client: `secret_hash` is None for one without a secret; `metadata` and `keys` (see Documents) are for those that have a URL."""
-
-    client_id: str
-    kind: str
-    name: str
-    redirect_uris: tuple
-    secret_hash: object
-    auth_method: str
-    metadata: dict
-    keys: dict
-    in_use: bool
-
-    @classmethod
-    def from_row(cls, row):
-        """From the store's row."""
-        return cls(row.client_id, row.kind, row.name, tuple(json.loads(row.redirect_uris)), row.secret_hash, row.auth_method,
-                   json.loads(row.metadata), json.loads(row.keys or "{}"), row.used_at > row.created_at)
-
-
 def registrable_uris(uris, schemes, limit):
     """Of a client's redirect URIs those that may be used here; OAuthError when there is none, or one that deceives."""
     if not isinstance(uris, list) or not 1 <= len(uris) <= limit:
@@ -2459,7 +2439,7 @@ class Documents:
     def __init__(self, settings, store, log, clock, limiter, web):
         self._settings, self._store, self._log, self._clock, self._limiter, self._web = settings, store, log, clock, limiter, web
         # Strangers' documents never hold up those of applications that people have logged in to.
-        self._slots = {in_use: threading.BoundedSemaphore(4) for in_use in (True, False)}
+        self._slots = [threading.BoundedSemaphore(4) for in_use in (False, True)]
         self._flights, self._lock = weakref.WeakValueDictionary(), threading.Lock()  # the lock guards the dict; a leaf
 
     def may_be_one(self, client_id):
@@ -2468,11 +2448,11 @@ class Documents:
         ours = (self._settings.public_url, self._settings.forgejo_url, self._settings.forgejo_internal_url or self._settings.forgejo_url)
         return bool(match) and match[1] not in {urlsplit(url).hostname for url in ours}
 
-    def row(self, url):
+    def client(self, url):
         """The client's row for a login, fetched if need be; None when its document cannot be used."""
         row = self._store.client(url)
         if self._is_due(row):
-            with self._turn(url, row is not None and row.used_at > row.created_at):
+            with self._turn(url, row and row.in_use):
                 if self._is_due(self._store.client(url)):
                     self._fetch(url)
             row = self._store.client(url)
@@ -2488,7 +2468,7 @@ class Documents:
             self._limiter.spend("document", urlsplit(url).hostname, 60)
         with self._lock:
             flight = self._flights.setdefault(url, threading.Lock())
-        with self._acquired(flight, 15), self._acquired(self._slots[in_use], 5):
+        with self._acquired(flight, 15), self._acquired(self._slots[bool(in_use)], 5):
             yield
 
     @staticmethod
@@ -2545,7 +2525,7 @@ class Documents:
         kept = client.keys
         if self._keys_due(kept, url, kid):
             with self._turn(url, client.in_use):
-                kept = json.loads(self._store.client(client.client_id).keys or "{}")  # another may have fetched them meanwhile
+                kept = (self._store.client(client.client_id) or client).keys  # another may have fetched them meanwhile
                 if self._keys_due(kept, url, kid):
                     kept = self._fetch_keys(client, url, kept)
         if not kept["ok"] and kid not in (key[0] for key in kept["keys"]):  # our trouble must not look like the client's fault
@@ -2599,17 +2579,16 @@ class Clients:
 
     def find(self, client_id):
         """The client of an id as it was last known, or None. Nothing is fetched."""
-        row = self._store.client(client_id)
-        usable = row and row.kind != "unreadable" and (row.kind != "document" or self._settings.client_documents)
-        return Client.from_row(row) if usable else None
+        client = self._store.client(client_id)
+        usable = client and client.kind != "unreadable" and (client.kind != "document" or self._settings.client_documents)
+        return client if usable else None
 
     def for_login(self, client_id):
         """The client of an id, its document fetched if it has one that is due; None when it is unknown or cannot be used."""
         client = self.find(client_id)
         if client and client.kind != "document":
             return client
-        row = self._documents.row(client_id) if self._documents.may_be_one(client_id) else None
-        return row and Client.from_row(row)
+        return self._documents.client(client_id) if self._documents.may_be_one(client_id) else None
 
     def register(self, request):
         """POST /oauth/register: dynamic registration (RFC 7591 3). Open to all, so nothing in it is believed."""
@@ -2650,7 +2629,7 @@ class Clients:
             client_id, secret = basic_id, basic_secret
         if assertion and not client_id:  # RFC 7521 4.2: the assertion names the client; whether it may is checked below
             client_id = jwt_claims(assertion).get("sub")
-        if not client_id or not isinstance(client_id, str):
+        if not isinstance(client_id, str) or not client_id.isascii() or not client_id:
             raise OAuthError("invalid_request", "client_id is missing.")
         client = self.find(client_id)
         if client is None:

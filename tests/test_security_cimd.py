@@ -453,6 +453,14 @@ def test_the_whole_padded_block_counts_not_what_can_be_found_in_it(proven, key, 
     assert client.refresh(**assertion(block=lambda message: forge(key, message))).status == 401
 
 
+@pytest.mark.parametrize("sub", ["\ud800", 5, None, "", ["x"], "https://app.example/unknown"])
+def test_an_assertion_that_names_no_client_of_ours_is_refused(rig, key, sub):
+    client = OAuthClient(rig.url)
+    client.discover()
+    fields = {"client_assertion": key.jwt({"iss": sub, "sub": sub}), "client_assertion_type": JWT_BEARER}
+    assert client.refresh(client_id=None, refresh_token="x", **fields).json()["error"] in ("invalid_request", "invalid_client")
+
+
 def test_an_assertion_is_good_once_also_over_a_restart_and_without_a_jti(cimd, proven):
     client, assertion = proven
     for fields in (assertion(), assertion(jti=None)):
