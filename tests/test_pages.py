@@ -145,7 +145,7 @@ def test_18_a_login_ends_in_an_application_with_its_own_scheme(browser, rig):
     assert dict(parse_qsl(urlsplit(tried.value.url).query))["iss"] == rig.url and not page.troubles
 
 
-def test_18_a_login_goes_through_an_https_callback_into_an_application(open_browser, rig, tmp_path):
+def test_C18_18_a_login_goes_through_an_https_callback_into_an_application(open_browser, rig, tmp_path):
     paths = tmp_path / "cert.pem", tmp_path / "key.pem"
     subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
                     "/CN=claude.ai", "-out", paths[0], "-keyout", paths[1]], check=True, capture_output=True)
