@@ -4256,7 +4256,7 @@ class Server:
     def __init__(self, settings, handle, log, address, listener=None):
         self.settings, self.handle, self.log, self.watcher = settings, handle, log, Watcher(log)
         self._changed = threading.Condition()  # guards connections and draining; a leaf
-        self.connections, self.draining = set(), False
+        self._connections, self.draining = set(), False
         is_v6 = ":" in address[0]
         try:
             self.socket = listener or socket.create_server(
@@ -4270,6 +4270,11 @@ class Server:
         """Accept until `hurry`."""
         self.watcher.call(self.socket, select.EPOLLIN, self._accept)
         self.watcher.start()
+
+    @property
+    def open_connections(self):
+        """How many connections there are."""
+        return len(self._connections)
 
     def _accept(self):
         with self._changed:
@@ -4285,15 +4290,15 @@ class Server:
             connection = Connection(self, sock, address[0].removeprefix("::ffff:"))
             if self._is_full_for(connection.peer):
                 return sock.close()
-            self.connections.add(connection)
+            self._connections.add(connection)
         try:
             threading.Thread(target=self._serve, args=(connection,), daemon=True, name="connection").start()
         except RuntimeError:  # no thread to be had (H17)
             self._ended(connection)
 
     def _is_full_for(self, peer):
-        held = 0 if self.trusts(peer) else sum(each.peer == peer for each in self.connections)
-        return len(self.connections) >= self.settings.max_connections or held >= self.settings.max_connections_per_address
+        held = 0 if self.trusts(peer) else sum(each.peer == peer for each in self._connections)
+        return len(self._connections) >= self.settings.max_connections or held >= self.settings.max_connections_per_address
 
     def _serve(self, connection):
         try:
@@ -4306,7 +4311,7 @@ class Server:
     def _ended(self, connection):
         connection.sock.close()
         with self._changed:
-            self.connections.discard(connection)
+            self._connections.discard(connection)
             self._changed.notify_all()
 
     def trusts(self, address):
@@ -4318,15 +4323,15 @@ class Server:
         self.watcher.forget(self.socket)
         with self._changed:
             self.draining = True
-            connections = list(self.connections)
+            connections = list(self._connections)
         for connection in connections:
             connection.hurry()
 
     def wait_for_connections(self, seconds):
         """Until all connections have ended, or that long; those that are left."""
         with self._changed:
-            self._changed.wait_for(lambda: not self.connections, seconds)
-            return list(self.connections)
+            self._changed.wait_for(lambda: not self._connections, seconds)
+            return list(self._connections)
 
     def close(self, seconds):
         """Give connections that long, then cut them."""
@@ -4743,7 +4748,7 @@ class Broker:
         if request.path != "/metrics":
             return refusal_response(Refusal(404, "not_found", "Only /metrics is here."))
         sessions, children = self.registry.counts()
-        lines = [f"fjmcp_sessions {sessions}", f"fjmcp_children {children}", f"fjmcp_connections {len(self.server.connections)}"]
+        lines = [f"fjmcp_sessions {sessions}", f"fjmcp_children {children}", f"fjmcp_connections {self.server.open_connections}"]
         lines += [f'fjmcp_events_total{{event="{event}"}} {count}' for event, count in sorted(self.log.counters.items())]
         return Response(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
 

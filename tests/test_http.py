@@ -254,7 +254,7 @@ def test_H14_a_client_that_never_reads_loses_its_connection_and_hurts_nobody(mak
         call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "get_echo", "arguments": {"text": "x", "size": 12000000}}}
         wire.send(mcp_post(rig, mcp.token, call, session=mcp.session_id))
         with rig.broker.server._changed:
-            assert rig.broker.server._changed.wait_for(lambda: len(rig.broker.server.connections) <= 2, 20)
+            assert rig.broker.server._changed.wait_for(lambda: rig.broker.server.open_connections <= 2, 20)
     assert "alice" in text_of(mcp.call_tool("get_my_user_info"))
 
 
@@ -267,7 +267,7 @@ def test_H15_connections_have_a_limit_and_the_limit_is_per_address_behind_no_pro
         assert sixth.is_closed()
     wires.pop().sock.close()
     with rig.broker.server._changed:
-        assert rig.broker.server._changed.wait_for(lambda: len(rig.broker.server.connections) < 5, 20)
+        assert rig.broker.server._changed.wait_for(lambda: rig.broker.server.open_connections < 5, 20)
     assert ask(rig, get(rig)).status == 200
     for wire in wires:
         wire.sock.close()
@@ -531,7 +531,7 @@ def test_H19_a_call_that_takes_longer_becomes_a_stream_and_its_hang_up_cancels_n
             assert head.header("transfer-encoding") == "chunked"
             event_id = re.search(rb"id: (\S+)", wire.until(b"\n\n"))[1].decode()
         with rig.broker.server._changed:
-            rig.broker.server._changed.wait_for(lambda: len(rig.broker.server.connections) <= 1, 20)
+            rig.broker.server._changed.wait_for(lambda: rig.broker.server.open_connections <= 1, 20)
         control.release("k")
         stream = mcp.open_stream(last_event_id=event_id)
         assert stream.next(15).data["id"] == 7
