@@ -135,11 +135,11 @@ def test_H14_slow_readers_are_cut_and_hold_no_one(make_rig, nothing_stays, scale
     rig = make_rig(write_timeout="500ms")
     mcp = rig.session()
     mcp.close()  # its session stays
-    call = {**CALL, "params": {"name": "get_echo", "arguments": {"text": "x", "size": 3000000}}}
+    call = {**CALL, "params": {"name": "get_echo", "arguments": {"text": "x", "size": 12000000}}}
     with nothing_stays(rig, scale(150, 400)), Honest(rig):
-        for _ in range(scale(2, 20)):
+        for _ in range(scale(1, 10)):
             wires = []
-            for _ in range(8):
+            for _ in range(4):
                 wire = Wire(rig)
                 wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 wires.append(wire.send(mcp_post(rig, mcp.token, call, session=mcp.session_id)))
