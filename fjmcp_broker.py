@@ -1965,11 +1965,11 @@ class Limiter:
         """Take one token of `key`'s bucket for `kind`."""
         now = self._clock.now()
         with self._lock:
-            if len(self._buckets) > 10000:  # full buckets are as good as none
-                self._buckets = {k: v for k, v in self._buckets.items() if now - v[1] < 60}
-            left, since = self._buckets.get((kind, key), (rate, now))
+            left, since = self._buckets.pop((kind, key), (rate, now))
             left = min(rate, left + max(0, now - since) * rate / 60)
             self._buckets[kind, key] = (left - 1 if left >= 1 else left, now)
+            if len(self._buckets) > 10000:
+                del self._buckets[next(iter(self._buckets))]  # the one unused for longest
         if left < 1:
             raise Refusal(429, "too_many_requests", "Too many requests from this address; try again in a moment.",
                           (("Retry-After", str(max(1, round((1 - left) * 60 / rate)))),))
