@@ -2078,18 +2078,17 @@ class Limiter:
     """Token buckets by key: a burst of `rate` and `rate` a minute after that. Refusal 429 with Retry-After when empty."""
 
     def __init__(self, clock):
-        self._clock, self._lock, self._buckets, self._limit = clock, threading.Lock(), {}, 10000  # the lock guards the rest; a leaf
+        self._clock, self._lock, self._buckets = clock, threading.Lock(), {}  # the lock guards the dict; a leaf
 
     def spend(self, kind, key, rate):
         """Take one token of `key`'s bucket for `kind`."""
         now = self._clock.now()
         with self._lock:
-            if len(self._buckets) > self._limit:  # full buckets are as good as none; looked for so seldom that it costs a flood nothing
-                self._buckets = {k: v for k, v in self._buckets.items() if now - v[1] < 60}
-                self._limit = max(10000, 2 * len(self._buckets))
-            left, since = self._buckets.get((kind, key), (rate, now))
+            left, since = self._buckets.pop((kind, key), (rate, now))
             left = min(rate, left + max(0, now - since) * rate / 60)
             self._buckets[kind, key] = (left - 1 if left >= 1 else left, now)
+            if len(self._buckets) > 10000:
+                del self._buckets[next(iter(self._buckets))]  # the one unused for longest
         if left < 1:
             raise Refusal(429, "too_many_requests", "Too many requests; try again in a moment.",
                           (("Retry-After", str(max(1, round((1 - left) * 60 / rate)))),))
@@ -5534,7 +5533,7 @@ def shared_params(params):
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]+) HTTP/([0-9]\.[0-9])")
 HEADER_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*((?:[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t !-~]*)?")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
 MAX_LINE, MAX_HEAD, MAX_HEADERS = 8192, 32768, 100
 URI_TOO_LONG = (414, "uri_too_long", "The request line is too long.")
 HEADER_TOO_LARGE = (431, "header_too_large", "The request's header is too large.")
@@ -5602,7 +5601,7 @@ class Server:
     def __init__(self, settings, handle, log, address, listener=None):
         self.settings, self.handle, self.log, self.watcher = settings, handle, log, Watcher(log)
         self._changed = threading.Condition()  # guards connections and draining; a leaf
-        self.connections, self.draining = set(), False
+        self._connections, self.draining = set(), False
         is_v6 = ":" in address[0]
         try:
             self.socket = listener or socket.create_server(
@@ -5616,6 +5615,11 @@ class Server:
         """Accept until `hurry`."""
         self.watcher.call(self.socket, select.EPOLLIN, self._accept)
         self.watcher.start()
+
+    @property
+    def open_connections(self):
+        """How many connections there are."""
+        return len(self._connections)
 
     def _accept(self):
         with self._changed:
@@ -5631,15 +5635,15 @@ class Server:
             connection = Connection(self, sock, address[0].removeprefix("::ffff:"))
             if self._is_full_for(connection.peer):
                 return sock.close()
-            self.connections.add(connection)
+            self._connections.add(connection)
         try:
             threading.Thread(target=self._serve, args=(connection,), daemon=True, name="connection").start()
         except RuntimeError:  # no thread to be had (H17)
             self._ended(connection)
 
     def _is_full_for(self, peer):
-        held = 0 if self.trusts(peer) else sum(each.peer == peer for each in self.connections)
-        return len(self.connections) >= self.settings.max_connections or held >= self.settings.max_connections_per_address
+        held = 0 if self.trusts(peer) else sum(each.peer == peer for each in self._connections)
+        return len(self._connections) >= self.settings.max_connections or held >= self.settings.max_connections_per_address
 
     def _serve(self, connection):
         try:
@@ -5652,7 +5656,7 @@ class Server:
     def _ended(self, connection):
         connection.sock.close()
         with self._changed:
-            self.connections.discard(connection)
+            self._connections.discard(connection)
             self._changed.notify_all()
 
     def trusts(self, address):
@@ -5664,15 +5668,15 @@ class Server:
         self.watcher.forget(self.socket)
         with self._changed:
             self.draining = True
-            connections = list(self.connections)
+            connections = list(self._connections)
         for connection in connections:
             connection.hurry()
 
     def wait_for_connections(self, seconds):
         """Until all connections have ended, or that long; those that are left."""
         with self._changed:
-            self._changed.wait_for(lambda: not self.connections, seconds)
-            return list(self.connections)
+            self._changed.wait_for(lambda: not self._connections, seconds)
+            return list(self._connections)
 
     def close(self, seconds):
         """Give connections that long, then cut them."""
@@ -6097,7 +6101,7 @@ class Broker:
         if request.path != "/metrics":
             return refusal_response(Refusal(404, "not_found", "Only /metrics is here."))
         sessions, children = self.registry.counts()
-        lines = [f"fjmcp_sessions {sessions}", f"fjmcp_children {children}", f"fjmcp_connections {len(self.server.connections)}"]
+        lines = [f"fjmcp_sessions {sessions}", f"fjmcp_children {children}", f"fjmcp_connections {self.server.open_connections}"]
         lines += [f'fjmcp_events_total{{event="{event}"}} {count}' for event, count in sorted(self.log.counters.items())]
         return Response(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
 
