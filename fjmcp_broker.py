@@ -424,7 +424,7 @@ def _read_toml(path, problems):
             return tomllib.load(file)
     except OSError as error:
         problems.append(f"cannot read {path}: {error.strerror}")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         problems.append(f"{path} is not TOML: {error}")
     return {}
 

@@ -36,7 +36,7 @@ def line_at(data, at):
     """The line that begins there and where the next one begins (2.2); neither CR nor LF stands in it."""
     end = data.find(b"\r\n", at)
     line = data[at:end if end >= 0 else len(data)]
-    if b"\n" in line or b"\r" in line[:-1]:
+    if b"\n" in line or end >= 0 and b"\r" in line:
         raise Invalid("bare CR or LF")
     if end < 0:
         raise Incomplete
@@ -88,10 +88,10 @@ def chunks_at(data, at):
             _, at = fields_at(data, at)
             return body, at
         end = at + int(size, 16)
-        if data[end:end + 2] != b"\r\n"[:max(0, len(data) - end)]:
-            raise Invalid("chunk end")
         if end + 2 > len(data):
             raise Incomplete
+        if data[end:end + 2] != b"\r\n":
+            raise Invalid("chunk end")
         body, at = body + data[at:end], end + 2
 
 
@@ -269,7 +269,7 @@ def agrees(shared, data):
     expected = plainly(expected)
     assert got == expected[:len(got)], (data, got, expected)
     if end == "invalid" and len(got) == len(expected):
-        assert refused or b"\n" not in data, data
+        assert refused, data
 
 
 @MANY
