@@ -6146,7 +6146,7 @@ def git_blob_id(path):
 
 # ======================================================================================================================
 # Commands
-# Owns the command line: flags from the table of settings, `serve`, signals and exit status.
+# Owns the command line: flags from the table of settings, `serve`, `check` and `doctor`, what operators do, signals and exit status.
 # ======================================================================================================================
 
 def flag_of(name):
@@ -6581,6 +6581,10 @@ def examine(url, register=True):
             yield "warn", f"{shown}: took {took:.0f} s; Codex gives up after 5, Claude after 10", "look for what is slow between here and the broker"
         else:
             yield "ok", f"{shown}: {who}"
+    if url.startswith("https:"):
+        with contextlib.suppress(FetchFailed):
+            if "www-authenticate" in fetch("POST", url.replace("https:", "http:", 1) + "/mcp").headers:
+                yield "warn", "POST /mcp: answered over http, too, where tokens travel in the clear", "let the proxy redirect http to https"
     started = time.monotonic()
     fetch("GET", url + "/healthz", headers=(("Accept", "text/event-stream"),), on_data=lambda: moments.append(time.monotonic() - started))
     if not moments or moments[0] > 0.5 * (time.monotonic() - started):  # the first event of a short stream came when it ended
