@@ -2703,14 +2703,17 @@ class ClientRedirect(Exception):
         self.error, self.description = error, description
 
 
-def parse_form(raw):
-    """A form or query as {name: [values]}; ValueError when it is not clean UTF-8, or has too many fields."""
-    pairs = parse_qsl(raw, keep_blank_values=True, max_num_fields=100, encoding="utf-8", errors="strict")
+def parse_form(raw, refusal):
+    """A form (bytes) or query as {name: [values]}; raises `refusal` when it is not clean UTF-8, or has too many fields."""
     values = {}
-    for name, value in pairs:
-        if "\0" in value:
-            raise ValueError("NUL in a field")
-        values.setdefault(name, []).append(value)
+    try:
+        raw = raw.decode("ascii") if isinstance(raw, bytes) else raw
+        for name, value in parse_qsl(raw, keep_blank_values=True, max_num_fields=100, encoding="utf-8", errors="strict"):
+            values.setdefault(name, []).append(value)
+    except ValueError:
+        raise refusal from None
+    if any("\0" in value for items in values.values() for value in items):
+        raise refusal
     return values
 
 
@@ -2773,10 +2776,7 @@ class Authorization:
     def authorize(self, request):
         """GET /oauth/authorize: validate, then show our own consent page. Nothing is stored and nothing goes to Forgejo yet."""
         spend(self._limiter, self._settings, "authorize", request)
-        try:
-            form = parse_form(request.query)
-        except ValueError:
-            raise PageRefusal("malformed") from None
+        form = parse_form(request.query, PageRefusal("malformed"))
         client, redirect_uri = self._authorized_target(form)
         try:
             login = self._authorization_request(form, client, redirect_uri)
@@ -2826,10 +2826,8 @@ class Authorization:
 
     def consent(self, request):
         """POST /oauth/consent: the person's decision, believed only from the browser that was shown the page (C02 to C05)."""
-        spend(self._limiter, self._settings, "authorize", request)
-        form = self._posted_form(request)
+        form, cookie = self._posted(request, self._cookie_name, "consent:")
         box = form.get("login", "")
-        cookie = self._proven_browser(request, form, self._cookie_name, "consent:" + box)
         try:
             login = self._keyring.unseal("login", digest(cookie).hex(), unb64url(box))
         except ValueError:
@@ -2863,10 +2861,7 @@ class Authorization:
     def callback(self, request):
         """GET /oauth/callback: Forgejo's answer, taken once and only in the browser that consented."""
         spend(self._limiter, self._settings, "authorize", request)
-        try:
-            form = parse_form(request.query)
-        except ValueError:
-            form = {}
+        form = parse_form(request.query, PageRefusal("malformed answer"))
         if any(len(values) > 1 for values in form.values()) or not form.get("state") or ("code" in form) == ("error" in form) or \
                 form.get("iss", [self._settings.forgejo_url])[0].rstrip("/") != self._settings.forgejo_url:  # RFC 9207 2.4
             raise PageRefusal("malformed answer")
@@ -2934,9 +2929,7 @@ class Authorization:
 
     def account_login(self, request):
         """POST /account/login: to Forgejo, and back to the account page."""
-        spend(self._limiter, self._settings, "authorize", request)
-        form = self._posted_form(request)
-        cookie = self._proven_browser(request, form, self._cookie_name, "account login")
+        _, cookie = self._posted(request, self._cookie_name, "account login")
         return self._start_login("account", {}, cookie, new_secret(), self._clock.now())
 
     def _account_opened(self, info, now):
@@ -2949,9 +2942,8 @@ class Authorization:
 
     def account_end(self, request):
         """POST /account/end: end one application's grants, one session, or this login; nothing but the user's own."""
-        spend(self._limiter, self._settings, "authorize", request)
-        form, now = self._posted_form(request), self._clock.now()
-        cookie = self._proven_browser(request, form, self._cookie_name + "-account", "account")
+        form, cookie = self._posted(request, self._cookie_name + "-account", "account")
+        now = self._clock.now()
         user = self._store.account(digest(cookie), now)
         if user is None:
             raise PageRefusal("expired")
@@ -2998,10 +2990,7 @@ class Authorization:
         kind, _, parameters = (request.header("content-type") or "").partition(";")
         if kind.strip().lower() != "application/x-www-form-urlencoded" or "charset" in parameters.lower() and "utf-8" not in parameters.lower():
             raise OAuthError("invalid_request", "Send the parameters as application/x-www-form-urlencoded.")
-        try:
-            values = parse_form(request.read_body(self._settings.max_form).decode("ascii"))
-        except ValueError:
-            raise OAuthError("invalid_request", "The body is malformed.") from None
+        values = parse_form(request.read_body(self._settings.max_form), OAuthError("invalid_request", "The body is malformed."))
         if request.query:
             raise OAuthError("invalid_request", "Send the parameters in the body; secrets do not belong in a URL.")
         repeated = [name for name, items in values.items() if len(items) > 1 and name != "resource"]
@@ -3121,15 +3110,18 @@ class Authorization:
 
     # -- shared
 
-    def _posted_form(self, request):
+    def _posted(self, request, cookie_name, purpose):
+        """(form, cookie) of a form that this browser was shown: its CSRF value fits the cookie, and no other site sent it (C03 to C05)."""
+        spend(self._limiter, self._settings, "authorize", request)
         site = request.header("sec-fetch-site")
         if site not in (None, "same-origin") or (site is None and request.header("origin") not in (None, self._settings.public_url)):
             raise PageRefusal("foreign form")
-        try:
-            values = parse_form(request.read_body(self._settings.max_form).decode("ascii"))
-        except ValueError:
-            raise PageRefusal("malformed") from None
-        return {name: items[0] for name, items in values.items() if len(items) == 1}
+        values = parse_form(request.read_body(self._settings.max_form), PageRefusal("malformed"))
+        form = {name: items[0] for name, items in values.items() if len(items) == 1}
+        cookie = self._cookie(request, cookie_name)
+        if not cookie or not hmac.compare_digest(self._csrf(cookie, purpose + form.get("login", "")).encode(), form.get("csrf", "").encode()):
+            raise PageRefusal("wrong browser")
+        return form, cookie
 
     @staticmethod
     def _csrf(cookie, purpose):
@@ -3147,13 +3139,6 @@ class Authorization:
         """(the browser's cookie, made now if it has none, the headers that set it): several tabs share one (C07)."""
         cookie = self._cookie(request, self._cookie_name) or new_secret()
         return cookie, (("Set-Cookie", f"{self._cookie_name}={cookie}; Max-Age={int(self._settings.login_lifetime)}{self._cookie_flags}"),)
-
-    def _proven_browser(self, request, form, name, purpose):
-        """The cookie of a browser whose form carries the CSRF value that only a page shown to it can have (C03, C05)."""
-        cookie = self._cookie(request, name)
-        if not cookie or not hmac.compare_digest(self._csrf(cookie, purpose).encode(), form.get("csrf", "").encode("utf-8", "surrogatepass")):
-            raise PageRefusal("wrong browser")
-        return cookie
 
     def _to_client(self, redirect_uri, state, **answer):
         """The authorization response: to the validated URI, with `iss` always (RFC 9207 2) and `state` byte for byte."""
