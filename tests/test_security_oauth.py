@@ -144,7 +144,7 @@ def test_A13_a_state_that_is_too_long_or_not_utf8_is_refused(rig, client):
 def test_A16_an_authorization_request_by_POST_is_refused(rig, client):
     query = client.authorize_url().partition("?")[2]
     answer = http(rig, "POST", "/oauth/authorize", query, FORM)
-    assert answer.status == 405 and answer.headers["Allow"] == "GET"
+    assert answer.status == 405 and answer.headers["Allow"] == "GET, HEAD"
 
 
 def test_A17_oversized_and_ambiguous_queries_are_refused(rig, client):
@@ -606,7 +606,7 @@ def test_T17_T19_answers_are_json_uncached_without_cookies_and_open_to_browsers_
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "PATCH"])
 def test_T18_only_POST_is_served(rig, method):
     answer = http(rig, method, "/oauth/token")
-    assert answer.status == 405 and answer.headers["Allow"] == "POST"
+    assert answer.status == 405 and answer.headers["Allow"] == "POST, OPTIONS"
 
 
 def test_T20_unknown_and_wrong_tokens_are_told_alike(rig, client):
