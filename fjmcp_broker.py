@@ -424,7 +424,7 @@ def _read_toml(path, problems):
             return tomllib.load(file)
     except OSError as error:
         problems.append(f"cannot read {path}: {error.strerror}")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         problems.append(f"{path} is not TOML: {error}")
     return {}
 
@@ -765,11 +765,14 @@ CREATE TABLE account_logins (
 MIGRATIONS = (SCHEMA,)  # MIGRATIONS[n] takes a store from version n to n + 1
 
 LIVE_GRANT = "ended_at IS NULL AND expires_at > :now"
+# A token of a table with its grant and user; of two columns of a name the first counts (an access token's own scope and expiry).
+TOKEN = ("SELECT t.*, g.sub, g.client_id, g.scope, g.scope AS grant_scope, g.asked, g.resource, g.ended_at, u.login, u.state"
+         " FROM {} t JOIN grants g USING (grant_id) JOIN users u USING (sub) WHERE t.hash = ?")
 LISTINGS = {
     "users": "SELECT sub, login, name, state, upstream_scope, checked_at, (SELECT count(*) FROM grants WHERE grants.sub = users.sub"
              f" AND {LIVE_GRANT}) AS grants, (SELECT count(*) FROM sessions WHERE sessions.sub = users.sub) AS sessions FROM users ORDER BY login",
     "clients": "SELECT client_id, kind, name, auth_method, created_at, used_at, (SELECT count(*) FROM grants WHERE grants.client_id ="
-               f" clients.client_id AND {LIVE_GRANT}) AS grants FROM clients ORDER BY created_at",
+               f" clients.client_id AND {LIVE_GRANT}) AS grants FROM clients WHERE kind != 'unreadable' ORDER BY created_at",
     "grants": "SELECT grant_id, login, client_id, scope, created_at, used_at, expires_at FROM (SELECT * FROM grants WHERE"
               f" {LIVE_GRANT}) JOIN (SELECT sub, login FROM users) USING (sub) ORDER BY grant_id",
     "sessions": "SELECT substr(lower(hex(hash)), 1, 12) AS session, login, client_id, protocol_version, sessions.created_at, used_at"
@@ -929,8 +932,9 @@ class Store:
                     (client_id, kind, name, json.dumps(redirect_uris), secret_hash, auth_method, json.dumps(metadata), now, now))
 
     def client(self, client_id):
-        """A client's row, or None."""
-        return self._one("SELECT * FROM clients WHERE client_id = ?", (client_id,))
+        """A client's row (redirect_uris, metadata and keys as values), or None; `in_use`: somebody has logged in through it."""
+        row = self._one("SELECT *, used_at > created_at AS in_use FROM clients WHERE client_id = ?", (client_id,))
+        return row and row._replace(redirect_uris=json.loads(row.redirect_uris), metadata=json.loads(row.metadata), keys=json.loads(row.keys or "{}"))
 
     def drop_configured_clients(self, still_configured):
         """Forget pre-registered clients that the configuration no longer names."""
@@ -1026,8 +1030,7 @@ class Store:
 
     def code(self, code_hash):
         """An authorization code with its grant: everything the token endpoint compares; None when unknown."""
-        return self._one("SELECT codes.*, grants.sub, grants.scope, grants.ended_at, users.state FROM codes JOIN grants USING (grant_id)"
-                         " JOIN users USING (sub) WHERE hash = ?", (code_hash,))
+        return self._one(TOKEN.format("codes"), (code_hash,))
 
     def redeem_code(self, code_hash, client_id, redirect_uri, challenge, now, access, refresh, attempts):
         """Turn a code into a token pair, once: the grant's id and scope, or None and nothing is changed but a counted attempt.
@@ -1057,8 +1060,7 @@ class Store:
 
     def refresh_token(self, token_hash):
         """A refresh token with its grant and the user's state; None when unknown."""
-        return self._one("SELECT refresh_tokens.*, grants.sub, grants.client_id, grants.scope, grants.resource, grants.ended_at, users.state"
-                         " FROM refresh_tokens JOIN grants USING (grant_id) JOIN users USING (sub) WHERE hash = ?", (token_hash,))
+        return self._one(TOKEN.format("refresh_tokens"), (token_hash,))
 
     def rotate(self, token_hash, scope, now, access, refresh, successor):
         """Replace a refresh token by a pair, once: the grant, or None when it was rotated, has expired or its grant has ended."""
@@ -1071,14 +1073,11 @@ class Store:
 
     def bearer(self, token_hash, now):
         """Who an access token speaks for: one row of token, grant and user, or None when it is not good (any more)."""
-        return self._one(
-            "SELECT t.grant_id, t.scope, t.expires_at, g.sub, g.client_id, g.asked, g.scope AS grant_scope, g.resource, u.login, u.state"
-            " FROM access_tokens t JOIN grants g USING (grant_id) JOIN users u USING (sub)"
-            " WHERE t.hash = ? AND t.expires_at > ? AND g.ended_at IS NULL AND g.expires_at > ?", (token_hash, now, now))
+        return self._one(TOKEN.format("access_tokens") + " AND t.expires_at > ? AND g.ended_at IS NULL AND g.expires_at > ?", (token_hash, now, now))
 
     def access_token(self, token_hash):
-        """An access token's (expires_at, client_id), or None: for the grace of a refresh, and for revocation."""
-        return self._one("SELECT t.expires_at, g.client_id FROM access_tokens t JOIN grants g USING (grant_id) WHERE hash = ?", (token_hash,))
+        """An access token with its grant, or None: for the grace of a refresh, and for revocation."""
+        return self._one(TOKEN.format("access_tokens"), (token_hash,))
 
     def drop_access_token(self, token_hash):
         """Revoke one access token (RFC 7009)."""
@@ -1409,17 +1408,9 @@ class PublicWeb:
             raise FetchFailed(f"the name does not resolve: {error}") from None
         if not addresses or not all(map(is_public, addresses)):
             raise FetchFailed("the name is not of the public internet")
-        return fetch("GET", url, cap=cap, ca_file=self._ca_file, deadline=5.0 - (time.monotonic() - started),
-                     connect=lambda timeout: self._to_one_of(addresses[:2], timeout))
-
-    def _to_one_of(self, addresses, timeout):
         # To the address that was checked: a name that resolves anew may resolve otherwise (DNS rebinding).
-        for address in addresses:
-            try:
-                return self._connect((address, 443), timeout=max(0.001, timeout / len(addresses)))
-            except OSError as error:
-                failure = error
-        raise failure
+        return fetch("GET", url, cap=cap, ca_file=self._ca_file, deadline=5.0 - (time.monotonic() - started),
+                     connect=lambda timeout: self._connect((addresses[0], 443), timeout=timeout))
 
 
 def jwt_claims(token):
@@ -1547,8 +1538,7 @@ class Forgejo:
         except UpstreamDown:
             return False
         value = answer.json()
-        return answer.status == 401 and value is not None or \
-            answer.status == 403 and value is not None and "scope" not in str(value.get("message"))
+        return value is not None and (answer.status == 401 or answer.status == 403 and "scope" not in str(value.get("message")))
 
     def introspect(self, token):
         """The scopes that Forgejo really granted, or None when it does not say."""
@@ -1680,11 +1670,9 @@ class Upstream:
             self._store.refresh_started(sub, now)
             try:
                 credential = self._forgejo.refresh(box["refresh"])
-            except UpstreamDown:
-                self._back_off(sub, now, wait)
-                raise
-            except UpstreamMisconfigured as error:
-                self._log.event("error", "forgejo refuses this broker's client id or secret", reason=str(error))
+            except (UpstreamDown, UpstreamMisconfigured) as error:
+                if isinstance(error, UpstreamMisconfigured):
+                    self._log.event("error", "forgejo refuses this broker's client id or secret", reason=str(error))
                 self._back_off(sub, now, wait)
                 raise
             except UpstreamRefused as error:
@@ -2096,11 +2084,11 @@ class Limiter:
         """Take one token of `key`'s bucket for `kind`."""
         now = self._clock.now()
         with self._lock:
-            if len(self._buckets) > 10000:  # full buckets are as good as none
-                self._buckets = {k: v for k, v in self._buckets.items() if now - v[1] < 60}
-            left, since = self._buckets.get((kind, key), (rate, now))
+            left, since = self._buckets.pop((kind, key), (rate, now))
             left = min(rate, left + max(0, now - since) * rate / 60)
             self._buckets[kind, key] = (left - 1 if left >= 1 else left, now)
+            if len(self._buckets) > 10000:
+                del self._buckets[next(iter(self._buckets))]  # the one unused for longest
         if left < 1:
             raise Refusal(429, "too_many_requests", "Too many requests; try again in a moment.",
                           (("Retry-After", str(max(1, round((1 - left) * 60 / rate)))),))
@@ -2160,39 +2148,39 @@ def error_page(status, title, sentence, *, advice=(), headers=()):
     return page(status, title, f"<p>{html.escape(sentence)}</p>" + (f"<ul>{items}</ul>" if items else ""), headers=headers)
 
 
-def unknown_client_page():
-    """For an application whose registration is not here (any more)."""
-    return error_page(400, "This application is not registered here", "Its registration was removed, or belongs to another server. "
-                      "Let the application register again:", advice=(
-                          "Claude.ai, Claude Desktop: remove the connector and add it again.",
-                          "Claude Code: /mcp, choose this server, clear its authentication, then authenticate.",
-                          "ChatGPT: delete the connector and create it again.",
-                          "VS Code: run the command “Authentication: Remove Dynamic Authentication Providers”.",
-                          "Cursor: remove the server in the settings and add it again.",
-                          "mcp-remote: delete the folder ~/.mcp-auth.",
-                          "Others: remove the server and add it again."))
+NOTICES = {  # what: (status, title, sentence, advice)
+    "unknown client": (
+        400, "This application is not registered here", "Its registration was removed, or belongs to another server. Let the application register again:", (
+            "Claude.ai, Claude Desktop: remove the connector and add it again.",
+            "Claude Code: /mcp, choose this server, clear its authentication, then authenticate.",
+            "ChatGPT: delete the connector and create it again.",
+            "VS Code: run the command “Authentication: Remove Dynamic Authentication Providers”.",
+            "Cursor: remove the server in the settings and add it again.",
+            "mcp-remote: delete the folder ~/.mcp-auth.",
+            "Others: remove the server and add it again.")),
+    "unreadable client": (
+        400, "This application cannot be looked up", "The address by which it introduces itself could not be read just now, or what stands there does not "
+        "describe it. Try again in a minute; if that does not help, ask who makes the application.", ()),
+    "expired": (400, "This login has expired", "It took too long, or was finished already. Start again from your application.", ()),
+    "answered": (400, "This was answered already", "If your application is still waiting, start again from it.", ()),
+    "wrong browser": (
+        403, "This login began in another browser", "For your safety it cannot go on here. If you started it yourself, start again from your application, "
+        "allow cookies for this site, and stay in one browser. If somebody sent you this link, close it.", ()),
+    "malformed": (400, "This request cannot be read", "Its parameters are malformed. Start again from your application.", ()),
+    "malformed answer": (400, "This answer cannot be used", "Forgejo's answer is malformed. Start again from your application.", ()),
+    "repeated": (400, "This request cannot be trusted", "It names client_id or redirect_uri more than once. Start again from your application.", ()),
+    "redirect": (400, "This request cannot be trusted", "It wants the answer sent to an address (redirect_uri) that the application has not registered. "
+                 "Remove the connection in your application and add it again.", ()),
+    "undecided": (400, "Nothing was decided", "The form came without a choice. Go back and choose again.", ()),
+    "foreign form": (403, "This form came from elsewhere", "Another website sent it. Start again from your application.", ()),
+    "two cookies": (400, "This browser's cookies cannot be trusted", "Clear the cookies of this site and start again.", ()),
+}
 
 
-def unreadable_client_page():
-    """For an application whose client_id is a URL at which there is no description of it that can be used."""
-    return error_page(400, "This application cannot be looked up", "The address by which it introduces itself could not be read just now, or "
-                      "what stands there does not describe it. Try again in a minute; if that does not help, ask who makes the application.")
-
-
-def expired_page():
-    """For a login that took too long, or is not known."""
-    return error_page(400, "This login has expired", "It took too long, or was finished already. Start again from your application.")
-
-
-def already_answered_page():
-    """For a consent form that is sent twice."""
-    return error_page(400, "This was answered already", "If your application is still waiting, start again from it.")
-
-
-def wrong_browser_page():
-    """For a login that goes on in another browser than it began in: somebody may have sent the link."""
-    return error_page(403, "This login began in another browser", "For your safety it cannot go on here. If you started it yourself, start again "
-                      "from your application, allow cookies for this site, and stay in one browser. If somebody sent you this link, close it.")
+def notice(what):
+    """The page of one of NOTICES."""
+    status, title, sentence, advice = NOTICES[what]
+    return error_page(status, title, sentence, advice=advice)
 
 
 def destination(redirect_uri):
@@ -2297,7 +2285,8 @@ def clean_name(text, limit=100):
 
 AUTH_METHODS = ("none", "client_secret_post", "client_secret_basic")
 URI_CHARACTERS = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]{1,2000}")
-HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[::1\]")
+# What a browser and Python disagree on (user names, odd ports and hosts) is refused, not interpreted.
+WEB_URI = re.compile(r"(?i:https?)://([A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[::1\])(?::([0-9]{1,5}))?(?:[/?].*)?")
 RESERVED_PARAMETERS = {"code", "state", "iss", "error", "error_description"}
 
 
@@ -2311,9 +2300,8 @@ def check_redirect_uri(uri, schemes):
         raise ValueError("is not a URI of at most 2,000 plain characters")
     if "#" in uri:
         raise ValueError("has a fragment")
-    scheme, colon, rest = uri.partition(":")
-    scheme = scheme.lower()
-    if not colon or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+    scheme = uri.partition(":")[0].lower()
+    if ":" not in uri or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
         raise ValueError("has no scheme")
     if RESERVED_PARAMETERS & {name for name, _ in parse_qsl(urlsplit(uri).query, keep_blank_values=True)}:
         raise ValueError("has a query parameter of our answer's names (code, state, iss, error)")
@@ -2323,14 +2311,10 @@ def check_redirect_uri(uri, schemes):
         if scheme not in schemes:
             raise UnusableScheme(f"has the scheme {scheme}, which is not among allowed_redirect_schemes")
         return
-    # What a browser and Python disagree on (user names, odd ports and hosts) is refused, not interpreted.
-    authority = re.match(r"//([^/?]*)", rest)
-    if not authority or "@" in authority[1] or "%" in authority[1] or "*" in authority[1]:
-        raise ValueError("has no plain host")
-    host, _, port = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:(.*))?", authority[1]).group(1, 2, 3)
-    if not HOST.fullmatch(host) or (port is not None and not (re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65536)):
+    match = WEB_URI.fullmatch(uri)
+    if not match or (match[2] and not 0 < int(match[2]) < 65536):
         raise ValueError("has no plain host and port")
-    if scheme == "http" and not is_loopback_name(host.lower()):
+    if scheme == "http" and not is_loopback_name(match[1].lower()):
         raise ValueError("is http, which is for loopback only; use https")
 
 
@@ -2345,27 +2329,6 @@ def redirect_matches(registered, asked):
     if not ours or not theirs or (theirs[1] and not 0 < int(theirs[1]) < 65536):
         return False
     return (ours[2] or "/", ours[3]) == (theirs[2] or "/", theirs[3])
-
-
-@dataclass(frozen=True)
-class Client:
-    """A client: `secret_hash` is None for one without a secret; `metadata` and `keys` (see Documents) are for those that have a URL."""
-
-    client_id: str
-    kind: str
-    name: str
-    redirect_uris: tuple
-    secret_hash: object
-    auth_method: str
-    metadata: dict
-    keys: dict
-    in_use: bool
-
-    @classmethod
-    def from_row(cls, row):
-        """From the store's row."""
-        return cls(row.client_id, row.kind, row.name, tuple(json.loads(row.redirect_uris)), row.secret_hash, row.auth_method,
-                   json.loads(row.metadata), json.loads(row.keys or "{}"), row.used_at > row.created_at)
 
 
 def registrable_uris(uris, schemes, limit):
@@ -2486,7 +2449,7 @@ class Documents:
     def __init__(self, settings, store, log, clock, limiter, web):
         self._settings, self._store, self._log, self._clock, self._limiter, self._web = settings, store, log, clock, limiter, web
         # Strangers' documents never hold up those of applications that people have logged in to.
-        self._slots = {in_use: threading.BoundedSemaphore(4) for in_use in (True, False)}
+        self._slots = [threading.BoundedSemaphore(4) for in_use in (False, True)]
         self._flights, self._lock = weakref.WeakValueDictionary(), threading.Lock()  # the lock guards the dict; a leaf
 
     def may_be_one(self, client_id):
@@ -2495,11 +2458,11 @@ class Documents:
         ours = (self._settings.public_url, self._settings.forgejo_url, self._settings.forgejo_internal_url or self._settings.forgejo_url)
         return bool(match) and match[1] not in {urlsplit(url).hostname for url in ours}
 
-    def row(self, url):
+    def client(self, url):
         """The client's row for a login, fetched if need be; None when its document cannot be used."""
         row = self._store.client(url)
         if self._is_due(row):
-            with self._turn(url, row is not None and row.used_at > row.created_at):
+            with self._turn(url, row and row.in_use):
                 if self._is_due(self._store.client(url)):
                     self._fetch(url)
             row = self._store.client(url)
@@ -2515,22 +2478,19 @@ class Documents:
             self._limiter.spend("document", urlsplit(url).hostname, 60)
         with self._lock:
             flight = self._flights.setdefault(url, threading.Lock())
-        if not flight.acquire(timeout=15):
-            raise self._busy()
-        try:
-            if not self._slots[in_use].acquire(timeout=5):
-                raise self._busy()
-            try:
-                yield
-            finally:
-                self._slots[in_use].release()
-        finally:
-            flight.release()
+        with self._acquired(flight, 15), self._acquired(self._slots[bool(in_use)], 5):
+            yield
 
     @staticmethod
-    def _busy():
-        return Refusal(503, "temporarily_unavailable", "Too many applications introduce themselves just now; try again in a moment.",
-                       (("Retry-After", "5"),))
+    @contextlib.contextmanager
+    def _acquired(lock, seconds):
+        if not lock.acquire(timeout=seconds):
+            raise Refusal(503, "temporarily_unavailable", "Too many applications introduce themselves just now; try again in a moment.",
+                          (("Retry-After", "5"),))
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _fetch(self, url):
         now = self._clock.now()
@@ -2575,7 +2535,7 @@ class Documents:
         kept = client.keys
         if self._keys_due(kept, url, kid):
             with self._turn(url, client.in_use):
-                kept = json.loads(self._store.client(client.client_id).keys or "{}")  # another may have fetched them meanwhile
+                kept = (self._store.client(client.client_id) or client).keys  # another may have fetched them meanwhile
                 if self._keys_due(kept, url, kid):
                     kept = self._fetch_keys(client, url, kept)
         if not kept["ok"] and kid not in (key[0] for key in kept["keys"]):  # our trouble must not look like the client's fault
@@ -2629,17 +2589,16 @@ class Clients:
 
     def find(self, client_id):
         """The client of an id as it was last known, or None. Nothing is fetched."""
-        row = self._store.client(client_id)
-        usable = row and row.kind != "unreadable" and (row.kind != "document" or self._settings.client_documents)
-        return Client.from_row(row) if usable else None
+        client = self._store.client(client_id)
+        usable = client and client.kind != "unreadable" and (client.kind != "document" or self._settings.client_documents)
+        return client if usable else None
 
     def for_login(self, client_id):
         """The client of an id, its document fetched if it has one that is due; None when it is unknown or cannot be used."""
         client = self.find(client_id)
-        if (client and client.kind != "document") or not self._documents.may_be_one(client_id):
+        if client and client.kind != "document":
             return client
-        row = self._documents.row(client_id)
-        return row and Client.from_row(row)
+        return self._documents.client(client_id) if self._documents.may_be_one(client_id) else None
 
     def register(self, request):
         """POST /oauth/register: dynamic registration (RFC 7591 3). Open to all, so nothing in it is believed."""
@@ -2680,7 +2639,7 @@ class Clients:
             client_id, secret = basic_id, basic_secret
         if assertion and not client_id:  # RFC 7521 4.2: the assertion names the client; whether it may is checked below
             client_id = jwt_claims(assertion).get("sub")
-        if not client_id or not isinstance(client_id, str):
+        if not isinstance(client_id, str) or not client_id.isascii() or not client_id:
             raise OAuthError("invalid_request", "client_id is missing.")
         client = self.find(client_id)
         if client is None:
@@ -2724,15 +2683,16 @@ class Clients:
 # Must not know sessions or children; that a grant ended is learnt by others from the store.
 # ======================================================================================================================
 
+GRANT_RATE = 120  # requests a minute to /token that one login may make
 ACCOUNT_LIFETIME = 1800  # seconds a browser stays logged in to the account page
 
 
 class PageRefusal(Exception):
-    """A refusal that is shown to a person: `response` is the page. Nothing is redirected to a URI that was not validated."""
+    """A refusal that is shown to a person: one of NOTICES, or a page. Nothing is redirected to a URI that was not validated."""
 
-    def __init__(self, response):
-        super().__init__(response.status)
-        self.response = response
+    def __init__(self, what):
+        super().__init__(what)
+        self.response = notice(what) if isinstance(what, str) else what
 
 
 class ClientRedirect(Exception):
@@ -2743,14 +2703,17 @@ class ClientRedirect(Exception):
         self.error, self.description = error, description
 
 
-def parse_form(raw):
-    """A form or query as {name: [values]}; ValueError when it is not clean UTF-8, or has too many fields."""
-    pairs = parse_qsl(raw, keep_blank_values=True, max_num_fields=100, encoding="utf-8", errors="strict")
+def parse_form(raw, refusal):
+    """A form (bytes) or query as {name: [values]}; raises `refusal` when it is not clean UTF-8, or has too many fields."""
     values = {}
-    for name, value in pairs:
-        if "\0" in value:
-            raise ValueError("NUL in a field")
-        values.setdefault(name, []).append(value)
+    try:
+        raw = raw.decode("ascii") if isinstance(raw, bytes) else raw
+        for name, value in parse_qsl(raw, keep_blank_values=True, max_num_fields=100, encoding="utf-8", errors="strict"):
+            values.setdefault(name, []).append(value)
+    except ValueError:
+        raise refusal from None
+    if any("\0" in value for items in values.values() for value in items):
+        raise refusal
     return values
 
 
@@ -2813,10 +2776,7 @@ class Authorization:
     def authorize(self, request):
         """GET /oauth/authorize: validate, then show our own consent page. Nothing is stored and nothing goes to Forgejo yet."""
         spend(self._limiter, self._settings, "authorize", request)
-        try:
-            form = parse_form(request.query)
-        except ValueError:
-            raise self._page(400, "This request cannot be read", "Its parameters are malformed. Start again from your application.") from None
+        form = parse_form(request.query, PageRefusal("malformed"))
         client, redirect_uri = self._authorized_target(form)
         try:
             login = self._authorization_request(form, client, redirect_uri)
@@ -2832,60 +2792,52 @@ class Authorization:
 
     def _authorized_target(self, form):
         """The client and its validated redirect URI; before these are known, errors are shown and never redirected."""
-        for name in ("client_id", "redirect_uri"):
-            if len(form.get(name, ())) > 1:
-                raise self._page(400, "This request cannot be trusted", f"It names {name} more than once. Start again from your application.")
+        if len(form.get("client_id", ())) > 1 or len(form.get("redirect_uri", ())) > 1:
+            raise PageRefusal("repeated")
         client_id = form.get("client_id", [""])[0]
         client = self._clients.for_login(client_id)
         if client is None:
-            raise PageRefusal(unreadable_client_page() if client_id.startswith("https://") else unknown_client_page())
+            raise PageRefusal("unreadable client" if client_id.startswith("https://") else "unknown client")
         redirect_uri = form.get("redirect_uri", [""])[0]
         if not any(redirect_matches(registered, redirect_uri) for registered in client.redirect_uris):
-            raise self._page(400, "This request cannot be trusted", "It wants the answer sent to an address (redirect_uri) that the application "
-                             "has not registered. Remove the connection in your application and add it again.")
+            raise PageRefusal("redirect")
         return client, redirect_uri
 
     def _authorization_request(self, form, client, redirect_uri):
         """Everything else about an authorization request, checked in one place; ClientRedirect says what is wrong."""
-        repeated = sorted(name for name, values in form.items() if len(values) > 1 and name != "resource")
-        if repeated:
-            raise ClientRedirect("invalid_request", f"{repeated[0]} is given more than once")
         one = {name: values[0] for name, values in form.items()}
-        if "request" in one or "request_uri" in one:
-            name = "request" if "request" in one else "request_uri"
-            raise ClientRedirect(f"{name}_not_supported", "Request objects are not supported")
-        if one.get("response_type") != "code":
-            error = "unsupported_response_type" if one.get("response_type") else "invalid_request"
-            raise ClientRedirect(error, "response_type must be code")
-        if one.get("response_mode", "query") != "query":
-            raise ClientRedirect("invalid_request", "response_mode must be query")
-        if one.get("code_challenge_method") != "S256" or not re.fullmatch(r"[A-Za-z0-9_-]{43}", one.get("code_challenge", "")):
-            raise ClientRedirect("invalid_request", "PKCE is required: code_challenge with code_challenge_method=S256")
-        if not canonical_resource(form.get("resource", ()), self._settings):
-            raise ClientRedirect("invalid_target", f"resource must be {self._settings.resource}")
-        if len(one.get("state", "")) > 2048 or len(one.get("scope", "")) > 4096:
-            raise ClientRedirect("invalid_request", "state or scope is too long")
-        if "none" in one.get("prompt", "").split():
-            raise ClientRedirect("interaction_required", "A person has to consent")
+        pkce = one.get("code_challenge_method") == "S256" and re.fullmatch(r"[A-Za-z0-9_-]{43}", one.get("code_challenge", ""))
+        for wrong, error, description in (
+            (any(len(values) > 1 for name, values in form.items() if name != "resource"), "invalid_request", "A parameter is given more than once"),
+            ("request" in one, "request_not_supported", "Request objects are not supported"),
+            ("request_uri" in one, "request_uri_not_supported", "Request objects are not supported"),
+            (not one.get("response_type"), "invalid_request", "response_type is missing"),
+            (one.get("response_type") != "code", "unsupported_response_type", "response_type must be code"),
+            (one.get("response_mode", "query") != "query", "invalid_request", "response_mode must be query"),
+            (not pkce, "invalid_request", "PKCE is required: code_challenge with code_challenge_method=S256"),
+            (not canonical_resource(form.get("resource", ()), self._settings), "invalid_target", f"resource must be {self._settings.resource}"),
+            (len(one.get("state", "")) > 2048 or len(one.get("scope", "")) > 4096, "invalid_request", "state or scope is too long"),
+            ("none" in one.get("prompt", "").split(), "interaction_required", "A person has to consent"),
+        ):
+            if wrong:
+                raise ClientRedirect(error, description)
         return {"client": client.client_id, "redirect_uri": redirect_uri, "state": one.get("state"), "challenge": one["code_challenge"],
                 "scope": granted_scopes(one.get("scope", ""))}
 
     def consent(self, request):
         """POST /oauth/consent: the person's decision, believed only from the browser that was shown the page (C02 to C05)."""
-        spend(self._limiter, self._settings, "authorize", request)
-        form = self._posted_form(request)
+        form, cookie = self._posted(request, self._cookie_name, "consent:")
         box = form.get("login", "")
-        cookie = self._proven_browser(request, form, self._cookie_name, "consent:" + box)
         try:
             login = self._keyring.unseal("login", digest(cookie).hex(), unb64url(box))
         except ValueError:
-            raise PageRefusal(wrong_browser_page()) from None
+            raise PageRefusal("wrong browser") from None
         now = self._clock.now()
         if login["expires"] <= now:
-            raise PageRefusal(expired_page())
+            raise PageRefusal("expired")
         decision, access = form.get("decision"), form.get("access")
         if decision not in ("approve", "deny") or (decision == "approve" and access not in ("full", "read")):
-            raise self._page(400, "Nothing was decided", "The form came without a choice. Go back and choose again.")
+            raise PageRefusal("undecided")
         # Reading is less than writing, so read only is a narrower grant even where only forgejo:write was asked.
         granted = login["scope"] if access == "full" and WRITE in login["scope"] else [READ]
         denied = decision == "deny"
@@ -2901,7 +2853,7 @@ class Authorization:
         sealed = self._keyring.seal("login", digest(state).hex(), {**login, "verifier": verifier})
         if not self._store.approve_login(digest(state), digest(box), digest(cookie), kind, None if taken_at else sealed,
                                          now + self._settings.login_lifetime, taken_at):
-            raise PageRefusal(already_answered_page())
+            raise PageRefusal("answered")
         return redirect(self._forgejo.authorize_url(state, b64url(hashlib.sha256(verifier.encode()).digest())))
 
     # -- callback
@@ -2909,29 +2861,27 @@ class Authorization:
     def callback(self, request):
         """GET /oauth/callback: Forgejo's answer, taken once and only in the browser that consented."""
         spend(self._limiter, self._settings, "authorize", request)
-        try:
-            form = parse_form(request.query)
-        except ValueError:
-            form = {}
-        if any(len(values) > 1 for values in form.values()) or not form.get("state") or ("code" in form) == ("error" in form):
-            raise self._page(400, "This answer cannot be used", "Forgejo's answer is malformed. Start again from your application.")
+        form = parse_form(request.query, PageRefusal("malformed answer"))
+        if any(len(values) > 1 for values in form.values()) or not form.get("state") or ("code" in form) == ("error" in form) or \
+                form.get("iss", [self._settings.forgejo_url])[0].rstrip("/") != self._settings.forgejo_url:  # RFC 9207 2.4
+            raise PageRefusal("malformed answer")
         state, now = form["state"][0], self._clock.now()
         row = self._store.take_login(digest(state), now)
         if row is None:
-            raise PageRefusal(expired_page())
+            raise PageRefusal("expired")
         cookie = self._cookie(request, self._cookie_name)
         if not cookie or not hmac.compare_digest(digest(cookie), row.browser_hash):
-            raise PageRefusal(wrong_browser_page())
+            raise PageRefusal("wrong browser")
         try:
             login = self._keyring.unseal("login", digest(state).hex(), row.sealed)
         except ValueError:
-            raise PageRefusal(expired_page()) from None
+            raise PageRefusal("expired") from None
         try:
             info = self._logged_in(form, login["verifier"])
             return self._account_opened(info, now) if row.kind == "account" else self._client_answered(login, info, now)
         except ClientRedirect as error:
             if row.kind == "account":
-                raise self._page(403, "You are not logged in", f"{error.description}.") from None
+                raise PageRefusal(error_page(403, "You are not logged in", f"{error.description}.")) from None
             return self._to_client(login["redirect_uri"], login["state"], error=error.error, error_description=error.description)
 
     def _logged_in(self, form, verifier):
@@ -2979,9 +2929,7 @@ class Authorization:
 
     def account_login(self, request):
         """POST /account/login: to Forgejo, and back to the account page."""
-        spend(self._limiter, self._settings, "authorize", request)
-        form = self._posted_form(request)
-        cookie = self._proven_browser(request, form, self._cookie_name, "account login")
+        _, cookie = self._posted(request, self._cookie_name, "account login")
         return self._start_login("account", {}, cookie, new_secret(), self._clock.now())
 
     def _account_opened(self, info, now):
@@ -2994,12 +2942,11 @@ class Authorization:
 
     def account_end(self, request):
         """POST /account/end: end one application's grants, one session, or this login; nothing but the user's own."""
-        spend(self._limiter, self._settings, "authorize", request)
-        form, now = self._posted_form(request), self._clock.now()
-        cookie = self._proven_browser(request, form, self._cookie_name + "-account", "account")
+        form, cookie = self._posted(request, self._cookie_name + "-account", "account")
+        now = self._clock.now()
         user = self._store.account(digest(cookie), now)
         if user is None:
-            raise PageRefusal(expired_page())
+            raise PageRefusal("expired")
         for grant in self._store.grants_of(user.sub, now):
             if grant.client_id == form.get("client"):
                 self._end(grant.grant_id, "ended by the user", user.sub, grant.client_id, "token revoked")
@@ -3014,35 +2961,36 @@ class Authorization:
 
     def token(self, request):
         """POST /oauth/token (RFC 6749 4.1.3 and 6)."""
-        values = self._token_form(request)
-        form = {name: items[0] for name, items in values.items()}
-        self._spend_token(request, form.get("code") or form.get("refresh_token", ""))
-        client = self._clients.authenticate(request, form)
+        client, form, resources = self._authenticated(request, "code", "refresh_token")
         grant_types = {"authorization_code": self._redeem, "refresh_token": self._refresh}
         if not form.get("grant_type"):
             raise OAuthError("invalid_request", "grant_type is missing.")
         if form["grant_type"] not in grant_types:
             raise OAuthError("unsupported_grant_type", "grant_type must be authorization_code or refresh_token.")
-        if not canonical_resource(values.get("resource", ()), self._settings):
+        if not canonical_resource(resources, self._settings):
             raise OAuthError("invalid_target", f"resource must be {self._settings.resource}.")
         return json_response(200, grant_types[form["grant_type"]](client, form), NO_STORE)
 
-    def _spend_token(self, request, token):
-        """Whoever holds a token that we issued is limited by its grant, whatever address they share; all others by their address."""
+    def _authenticated(self, request, *token_names):
+        """(client, form, resources) of a request with a token in one of these fields.
+
+        Whoever holds a token that we issued is limited by its grant, whatever address they share; all others by their address.
+        """
+        values = self._token_form(request)
+        form = {name: items[0] for name, items in values.items()}
+        token = next((form[name] for name in token_names if form.get(name)), "")
         row = self._store.code(digest(token)) or self._store.refresh_token(digest(token)) if token else None
         if row:
-            self._limiter.spend("grant", row.grant_id, 120)
+            self._limiter.spend("grant", row.grant_id, GRANT_RATE)
         else:
             spend(self._limiter, self._settings, "token", request)
+        return self._clients.authenticate(request, form), form, values.get("resource", ())
 
     def _token_form(self, request):
         kind, _, parameters = (request.header("content-type") or "").partition(";")
         if kind.strip().lower() != "application/x-www-form-urlencoded" or "charset" in parameters.lower() and "utf-8" not in parameters.lower():
             raise OAuthError("invalid_request", "Send the parameters as application/x-www-form-urlencoded.")
-        try:
-            values = parse_form(request.read_body(self._settings.max_form).decode("ascii"))
-        except ValueError:
-            raise OAuthError("invalid_request", "The body is malformed.") from None
+        values = parse_form(request.read_body(self._settings.max_form), OAuthError("invalid_request", "The body is malformed."))
         if request.query:
             raise OAuthError("invalid_request", "Send the parameters in the body; secrets do not belong in a URL.")
         repeated = [name for name, items in values.items() if len(items) > 1 and name != "resource"]
@@ -3148,9 +3096,8 @@ class Authorization:
 
     def revoke(self, request):
         """POST /oauth/revoke (RFC 7009): a refresh token ends its grant, an access token only itself; always 200."""
-        form = {name: items[0] for name, items in self._token_form(request).items()}
-        self._spend_token(request, form.get("token", ""))
-        client, token = self._clients.authenticate(request, form), form.get("token", "")
+        client, form, _ = self._authenticated(request, "token")
+        token = form.get("token", "")
         if not token:
             raise OAuthError("invalid_request", "token is missing.")
         refresh, access = self._store.refresh_token(digest(token)), self._store.access_token(digest(token))
@@ -3163,19 +3110,18 @@ class Authorization:
 
     # -- shared
 
-    @staticmethod
-    def _page(status, title, sentence):
-        return PageRefusal(error_page(status, title, sentence))
-
-    def _posted_form(self, request):
+    def _posted(self, request, cookie_name, purpose):
+        """(form, cookie) of a form that this browser was shown: its CSRF value fits the cookie, and no other site sent it (C03 to C05)."""
+        spend(self._limiter, self._settings, "authorize", request)
         site = request.header("sec-fetch-site")
         if site not in (None, "same-origin") or (site is None and request.header("origin") not in (None, self._settings.public_url)):
-            raise self._page(403, "This form came from elsewhere", "Another website sent it. Start again from your application.")
-        try:
-            values = parse_form(request.read_body(self._settings.max_form).decode("ascii"))
-        except ValueError:
-            raise self._page(400, "This form cannot be read", "Start again from your application.") from None
-        return {name: items[0] for name, items in values.items() if len(items) == 1}
+            raise PageRefusal("foreign form")
+        values = parse_form(request.read_body(self._settings.max_form), PageRefusal("malformed"))
+        form = {name: items[0] for name, items in values.items() if len(items) == 1}
+        cookie = self._cookie(request, cookie_name)
+        if not cookie or not hmac.compare_digest(self._csrf(cookie, purpose + form.get("login", "")).encode(), form.get("csrf", "").encode()):
+            raise PageRefusal("wrong browser")
+        return form, cookie
 
     @staticmethod
     def _csrf(cookie, purpose):
@@ -3186,7 +3132,7 @@ class Authorization:
         values = [value for line in request.headers.get("cookie", ()) for name, _, value in
                   (pair.strip().partition("=") for pair in line.split(";")) if name == wanted]
         if len(values) > 1:
-            raise self._page(400, "This browser's cookies cannot be trusted", "Clear the cookies of this site and start again.")
+            raise PageRefusal("two cookies")
         return values[0] if values and re.fullmatch(r"[A-Za-z0-9_-]{43}", values[0]) else None
 
     def _marked_browser(self, request):
@@ -3194,19 +3140,12 @@ class Authorization:
         cookie = self._cookie(request, self._cookie_name) or new_secret()
         return cookie, (("Set-Cookie", f"{self._cookie_name}={cookie}; Max-Age={int(self._settings.login_lifetime)}{self._cookie_flags}"),)
 
-    def _proven_browser(self, request, form, name, purpose):
-        """The cookie of a browser whose form carries the CSRF value that only a page shown to it can have (C03, C05)."""
-        cookie = self._cookie(request, name)
-        if not cookie or not hmac.compare_digest(self._csrf(cookie, purpose).encode(), form.get("csrf", "").encode("utf-8", "surrogatepass")):
-            raise PageRefusal(wrong_browser_page())
-        return cookie
-
     def _to_client(self, redirect_uri, state, **answer):
         """The authorization response: to the validated URI, with `iss` always (RFC 9207 2) and `state` byte for byte."""
         if state is not None:
             answer["state"] = state
         query = urlencode({**answer, "iss": self._settings.public_url}, quote_via=quote)
-        return redirect(redirect_uri + ("&" if urlsplit(redirect_uri).query else "?") + query)
+        return redirect(redirect_uri + ("&" if "?" in redirect_uri else "?") + query)
 
 
 # ======================================================================================================================
@@ -3318,6 +3257,7 @@ class Child:
         self._lock = threading.Lock()  # guards reason, _kill_at, and that nobody signals a number given back; a leaf
         self.reason, self._kill_at, self.ended = None, float("inf"), threading.Event()
         self.pid = self._process = self._stdin = self._exit = None
+        self._token = environment.get("FORGEJO_ACCESS_TOKEN", "").encode() or b"\n"  # what a child must not bring into the log
         try:
             self._start(command, environment)
         except (OSError, RuntimeError) as error:  # what was started must not stay behind
@@ -3438,7 +3378,8 @@ class Child:
             for line in chunk.splitlines():
                 lines += 1
                 if lines <= 50:
-                    self._log.event("debug", "child stderr", user=self._label, line=line[:2000].decode("utf-8", "replace"))
+                    shown = line.replace(self._token, b"[token]")[:2000].decode("utf-8", "replace")
+                    self._log.event("debug", "child stderr", user=self._label, line=shown)
 
     def _run(self):
         """From the first line to the end of the output, which is that of the process: it is reaped and reported, once."""
@@ -5577,7 +5518,7 @@ def shared_params(params):
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]+) HTTP/([0-9]\.[0-9])")
 HEADER_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*((?:[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t !-~]*)?")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
 MAX_LINE, MAX_HEAD, MAX_HEADERS = 8192, 32768, 100
 URI_TOO_LONG = (414, "uri_too_long", "The request line is too long.")
 HEADER_TOO_LARGE = (431, "header_too_large", "The request's header is too large.")
@@ -5645,7 +5586,7 @@ class Server:
     def __init__(self, settings, handle, log, address, listener=None):
         self.settings, self.handle, self.log, self.watcher = settings, handle, log, Watcher(log)
         self._changed = threading.Condition()  # guards connections and draining; a leaf
-        self.connections, self.draining = set(), False
+        self._connections, self.draining = set(), False
         is_v6 = ":" in address[0]
         try:
             self.socket = listener or socket.create_server(
@@ -5659,6 +5600,11 @@ class Server:
         """Accept until `hurry`."""
         self.watcher.call(self.socket, select.EPOLLIN, self._accept)
         self.watcher.start()
+
+    @property
+    def open_connections(self):
+        """How many connections there are."""
+        return len(self._connections)
 
     def _accept(self):
         with self._changed:
@@ -5674,15 +5620,15 @@ class Server:
             connection = Connection(self, sock, address[0].removeprefix("::ffff:"))
             if self._is_full_for(connection.peer):
                 return sock.close()
-            self.connections.add(connection)
+            self._connections.add(connection)
         try:
             threading.Thread(target=self._serve, args=(connection,), daemon=True, name="connection").start()
         except RuntimeError:  # no thread to be had (H17)
             self._ended(connection)
 
     def _is_full_for(self, peer):
-        held = 0 if self.trusts(peer) else sum(each.peer == peer for each in self.connections)
-        return len(self.connections) >= self.settings.max_connections or held >= self.settings.max_connections_per_address
+        held = 0 if self.trusts(peer) else sum(each.peer == peer for each in self._connections)
+        return len(self._connections) >= self.settings.max_connections or held >= self.settings.max_connections_per_address
 
     def _serve(self, connection):
         try:
@@ -5695,7 +5641,7 @@ class Server:
     def _ended(self, connection):
         connection.sock.close()
         with self._changed:
-            self.connections.discard(connection)
+            self._connections.discard(connection)
             self._changed.notify_all()
 
     def trusts(self, address):
@@ -5707,15 +5653,15 @@ class Server:
         self.watcher.forget(self.socket)
         with self._changed:
             self.draining = True
-            connections = list(self.connections)
+            connections = list(self._connections)
         for connection in connections:
             connection.hurry()
 
     def wait_for_connections(self, seconds):
         """Until all connections have ended, or that long; those that are left."""
         with self._changed:
-            self._changed.wait_for(lambda: not self.connections, seconds)
-            return list(self.connections)
+            self._changed.wait_for(lambda: not self._connections, seconds)
+            return list(self._connections)
 
     def close(self, seconds):
         """Give connections that long, then cut them."""
@@ -6140,7 +6086,7 @@ class Broker:
         if request.path != "/metrics":
             return refusal_response(Refusal(404, "not_found", "Only /metrics is here."))
         sessions, children = self.registry.counts()
-        lines = [f"fjmcp_sessions {sessions}", f"fjmcp_children {children}", f"fjmcp_connections {len(self.server.connections)}"]
+        lines = [f"fjmcp_sessions {sessions}", f"fjmcp_children {children}", f"fjmcp_connections {self.server.open_connections}"]
         lines += [f'fjmcp_events_total{{event="{event}"}} {count}' for event, count in sorted(self.log.counters.items())]
         return Response(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
 
@@ -6185,7 +6131,7 @@ def git_blob_id(path):
 
 # ======================================================================================================================
 # Commands
-# Owns the command line: flags from the table of settings, `serve`, signals and exit status.
+# Owns the command line: flags from the table of settings, `serve`, `check` and `doctor`, what operators do, signals and exit status.
 # ======================================================================================================================
 
 def flag_of(name):
@@ -6356,11 +6302,13 @@ def check(arguments):
 
 
 def guarded(findings):
-    """Findings, and what is wrong with the configuration as failures among them."""
+    """Findings, and what kept them from being found as failures among them."""
     try:
         yield from findings
     except ConfigurationError as error:
         yield from (("fail", problem) for problem in error.problems)
+    except FetchFailed as error:
+        yield "fail", f"the URL does not answer: {error}", "its name, its certificate and port 443 must be good for everybody"
 
 
 def check_store(settings):
@@ -6529,19 +6477,18 @@ METADATA = {"status": 200, "json": {
 CHALLENGE = {"status": 401, "!www-authenticate": ["error="], "www-authenticate": [
     "bearer ", 'resource_metadata="{url}/.well-known/oauth-protected-resource/mcp"', "scope="]}
 CONSENT = {"status": 200, "content-type": ["text/html"], "content-security-policy": ["frame-ancestors 'none'"], "!content-security-policy": ["form-action"]}
-PREFLIGHT = {"status": 204, "access-control-allow-headers": ["authorization", "content-type", "mcp-session-id"], "access-control-allow-methods": ["t"]}
+PREFLIGHT = {"status": 204, "access-control-allow-headers": ["authorization", "content-type", "mcp-session-id"]}
 AUTHORIZE = f"GET /oauth/authorize?response_type=code&client_id={{client}}&state=s&code_challenge_method=S256&code_challenge={'A' * 43}&redirect_uri="
 LOOPBACK, WEB = "http%3A%2F%2Flocalhost%3A41999%2Fcallback", ("https://claude.ai", "https://chatgpt.com", "http://localhost:6274")
-PING, FORM, CODEX = {"jsonrpc": "2.0", "id": 0, "method": "ping"}, {"Content-Type": "application/x-www-form-urlencoded"}, {"MCP-Protocol-Version": "2024-11-05"}
+PING, FORM = {"jsonrpc": "2.0", "id": 0, "method": "ping"}, {"Content-Type": "application/x-www-form-urlencoded"}
 PASS_ON, BROKER = "let the proxy pass this on, with all headers, and its answer back", "let the proxy leave answers alone; upgrade the broker"
 BOTS, CORS = "exempt /mcp, /.well-known, /oauth, /register, /token from the proxy's bot rules", "let the proxy pass OPTIONS on; add the origin to allowed_origins"
 PROBES = (  # who needs it, request, its headers and body, what must come back, how to mend it
-    ("Claude, VS Code, Gemini CLI, Zed, SDKs", "GET /.well-known/oauth-protected-resource/mcp", {}, "", RESOURCE, PASS_ON),
-    ("clients given the URL with a slash", "GET /.well-known/oauth-protected-resource/mcp/", {}, "", RESOURCE, PASS_ON),
-    ("ChatGPT, Claude Code", "GET /.well-known/oauth-protected-resource", {}, "", RESOURCE, PASS_ON),
-    ("every client", "GET /.well-known/oauth-authorization-server", {}, "", METADATA, PASS_ON),
-    ("Claude.ai, Codex", "GET /.well-known/oauth-authorization-server/mcp", CODEX, "", METADATA, PASS_ON),
-    ("Codex", "GET /mcp/.well-known/oauth-authorization-server", CODEX, "", METADATA, PASS_ON),
+    *((who, f"GET /.well-known/oauth-protected-resource{path}", {}, "", RESOURCE, PASS_ON) for who, path in (
+        ("Claude, VS Code, Gemini CLI, Zed, SDKs", "/mcp"), ("clients given the URL with a slash", "/mcp/"), ("ChatGPT, Claude Code", ""))),
+    *((who, f"GET {path}", {"MCP-Protocol-Version": "2024-11-05"}, "", METADATA, PASS_ON) for who, path in (
+        ("every client", "/.well-known/oauth-authorization-server"), ("Claude.ai, Codex", "/.well-known/oauth-authorization-server/mcp"),
+        ("Codex", "/mcp/.well-known/oauth-authorization-server"))),
     *(("Claude.ai, ChatGPT, SDKs", f"GET {path}", {}, "", {"status": 404, "json": {}}, PASS_ON) for path in (
         "/.well-known/openid-configuration", "/.well-known/openid-configuration/mcp", "/mcp/.well-known/openid-configuration")),
     ("clients given the URL with a slash", "POST /mcp/", {}, PING, CHALLENGE, PASS_ON),
@@ -6590,23 +6537,20 @@ def unlike(found, rules):
 
 def mistakes(answer, want, origin):
     """What is wrong with an answer (Fetched)."""
-    document = answer.json() if "json" in want else {}
+    headers, document = {name: value.lower() for name, value in answer.headers.items()}, answer.json() if "json" in want else {}
+    if origin and want["status"] != 403 and headers.get("access-control-allow-origin") != "*":
+        want = {**want, "access-control-allow-origin": [origin]}
     if answer.status != want["status"]:
-        yield f"status is {answer.status}, not {want['status']}"
-    elif document is None:
-        yield "it is no JSON object, or not labelled as application/json"
-    else:
-        yield from (f"{name} is {value!r}" for name, value in document.items() if value in (None, ""))
-        yield from unlike(document, want.get("json", {}))
-        yield from unlike({name: value.lower() for name, value in answer.headers.items()}, {
-            name: rule for name, rule in want.items() if name not in ("status", "json")})
-        if origin and want["status"] != 403 and answer.headers.get("access-control-allow-origin") not in ("*", origin):
-            yield "access-control-allow-origin does not name the origin"
+        return [f"status is {answer.status}, not {want['status']}"]
+    if document is None:
+        return ["it is no JSON object, or not labelled as application/json"]
+    empty = [f"{name} is {value!r}" for name, value in document.items() if value in (None, "")]
+    return [*empty, *unlike(document, want.get("json", {})), *unlike(headers, {name: want[name] for name in want if name not in ("status", "json")})]
 
 
 def examine(url, register=True):
     """The findings of PROBES, and of whether a proxy holds streams back; without `register`, those that need a client are left out."""
-    client, started, moments = "", time.monotonic(), []
+    client, moments = "", []
     for probe in map(json.dumps, PROBES):
         if "{client}" in probe and not client or '"POST /oauth/register"' in probe and not register:
             continue
@@ -6622,24 +6566,23 @@ def examine(url, register=True):
             yield "warn", f"{shown}: took {took:.0f} s; Codex gives up after 5, Claude after 10", "look for what is slow between here and the broker"
         else:
             yield "ok", f"{shown}: {who}"
+    if url.startswith("https:"):
+        with contextlib.suppress(FetchFailed):
+            if "www-authenticate" in fetch("POST", url.replace("https:", "http:", 1) + "/mcp").headers:
+                yield "warn", "POST /mcp: answered over http, too, where tokens travel in the clear", "let the proxy redirect http to https"
     started = time.monotonic()
     fetch("GET", url + "/healthz", headers=(("Accept", "text/event-stream"),), on_data=lambda: moments.append(time.monotonic() - started))
     if not moments or moments[0] > 0.5 * (time.monotonic() - started):  # the first event of a short stream came when it ended
-        yield "fail", f"GET /healthz: a proxy holds streams back until they end. Needed by every client", "turn its buffering off (docs/install.md)"
+        yield "fail", "GET /healthz: a proxy holds streams back until they end. Needed by every client", "turn its buffering off (docs/install.md)"
 
 
 def doctor(arguments):
     """Do what real clients do at a public URL, short of logging in; it registers one throw-away client. 1 when something would break."""
-    def findings():
-        try:
-            url = KINDS["origin"](arguments.word.rstrip("/").removesuffix("/mcp"))
-            yield from check_reach(urlsplit(url))
-            yield from examine(url)
-        except ValueError as error:
-            raise ConfigurationError([f"URL {error}"]) from None
-        except FetchFailed as error:
-            yield "fail", f"{url} does not answer: {error}", "its name, its certificate and port 443 must be good for everybody"
-    return report(findings())
+    try:
+        url = KINDS["origin"](arguments.word.rstrip("/").removesuffix("/mcp"))
+    except ValueError as error:
+        raise ConfigurationError([f"{arguments.word} {error}"]) from None
+    return report(guarded(itertools.chain(check_reach(urlsplit(url)), examine(url))))
 
 
 # -- for operators
@@ -6788,6 +6731,8 @@ def serve(arguments):
         signal.signal(number, lambda number, frame: None)
     broker.start()
     broker.log.event("info", "serving", url=settings.public_url, port=broker.server.port, version=__version__)
+    if settings.debug:
+        broker.log.event("warning", "debug is on", means="what forgejo-mcp writes to its stderr is logged, and each request's path")
     notify_service_manager("READY=1")
     while True:
         for number in signals.recv(64):

@@ -7,13 +7,35 @@ import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import mcp_client
 import schemas
 
+settings.register_profile("ci", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("ci")
 pytest_plugins = ("real_parts",)
 PR_SET_CHILD_SUBREAPER = 36
 END_LIMIT = 10
+
+
+def pytest_addoption(parser):
+    """--long: the long forms of floods, races and fuzzing too."""
+    parser.addoption("--long", action="store_true", help="run the long forms of floods, races and fuzzing too")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `long` run with --long only."""
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="a long form: run with --long"))
+
+
+@pytest.fixture
+def scale(request):
+    """A function (short, long) -> the size for this run."""
+    return lambda short, long: long if request.config.getoption("--long") else short
 
 
 def pytest_configure():

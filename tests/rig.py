@@ -23,15 +23,19 @@ class FakeClock:
     """Wall time that a test moves. It starts at the real time and runs with it, so that two moments differ."""
 
     def __init__(self):
-        self.offset = 0.0
+        self.offset, self._stopped_at = 0.0, None
 
     def now(self):
-        return time.time() + self.offset
+        return (self._stopped_at or time.time()) + self.offset
 
     __call__ = now
 
     def advance(self, seconds):
         self.offset += seconds
+
+    def stop(self):
+        """From here on only `advance` moves it: no rate limit recovers while a test runs."""
+        self._stopped_at = time.time()
 
 
 class AuditLog(fjmcp_broker.Log):

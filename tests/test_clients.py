@@ -141,7 +141,7 @@ def test_B10_the_answer_echoes_what_was_asked_and_fills_in_the_defaults(rig):
 
 
 @pytest.mark.parametrize("scope", [None, "claudeai", "openid email profile", "forgejo:read", ""])
-def test_B11_no_scope_is_fatal_and_unknown_ones_are_dropped(rig, scope):
+def test_B11_A12_no_scope_is_fatal_and_unknown_ones_are_dropped(rig, scope):
     client = registered(rig, scope=scope)
     tokens = client.login(None, "alice", "secret", scope="claudeai openid forgejo:read forgejo:write offline_access")
     assert set(tokens["scope"].split()) == {"forgejo:read", "forgejo:write"}

@@ -6,11 +6,13 @@ import os
 import select
 import sqlite3
 import stat
+import subprocess
+import sys
 import time
 
 import pytest
 
-from broker_process import run_program
+from broker_process import BROKER, run_program
 from mcp_client import HttpError, McpClient, OAuthClient
 from rig import CHILD, text_of
 
@@ -73,10 +75,6 @@ def test_init_never_overwrites_and_asks_for_what_is_missing(tmp_path):
 
 def test_init_asks_on_a_terminal_until_the_answer_is_good(tmp_path):
     import pty
-    import subprocess
-    import sys
-
-    from broker_process import BROKER
 
     ours, theirs = pty.openpty()
     process = subprocess.Popen([sys.executable, "-I", str(BROKER), "init", "--config", str(tmp_path / "broker.toml")], stdin=theirs,
@@ -141,6 +139,33 @@ def test_check_warns_of_what_works_but_should_not_be_so(make_installation):
     assert "is open to other users" in done.stdout and "lies beside the store" in done.stdout and "http on loopback" in done.stdout
     done = installation.command("check", "--public-url", "https://mcp.example.org:8443", "--forgejo-internal-url", "http://192.0.2.1:1")
     assert "names a port" in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make the service's files somebody else's")
+def test_check_says_which_containment_holds(make_installation, tmp_path):
+    installation = make_installation()
+    installation.start()
+    assert "PR_SET_DUMPABLE is 0 when serving" in installation.command("check").stdout
+    program = tmp_path / "forgejo-mcp"
+    program.write_bytes(b"\x7fELF not really")
+
+    def shown(mode, owner, served_by):
+        program.chmod(mode)
+        os.chown(program, owner, owner)
+        os.chown(installation.folder / "broker.db", served_by, served_by)
+        return installation.command("check", "--forgejo-mcp-binary", str(program)).stdout
+
+    assert f"ok    containment: children of {program} cannot read each other's tokens" in shown(0o711, 0, 65534)
+    for mode, owner, served_by in ((0o755, 0, 65534), (0o500, 65534, 65534), (0o111, 65534, 65534), (0o711, 0, 0)):
+        text = shown(mode, owner, served_by)
+        assert f"warn  containment: {program} can be read" in text and f"chown root:root {program}; chmod 0711 {program}" in text
+
+
+def test_a_process_that_hides_from_its_children_is_not_dumpable():
+    program = ("import sys; sys.path.insert(0, sys.argv[1]); import fjmcp_broker as b; get = lambda: b.ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)\n"
+               "print(get(), b.hide_from_children(), get())")
+    done = subprocess.run([sys.executable, "-c", program, str(BROKER.parent)], capture_output=True, text=True, timeout=30)
+    assert done.stdout.split() == ["1", "True", "0"], done.stderr
 
 
 def test_check_sees_a_clock_that_differs(make_installation):

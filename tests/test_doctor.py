@@ -123,6 +123,27 @@ def test_an_honest_proxy_is_found_well(shared):
     assert not failures(findings(shared))[:-1]  # but for its buffering, which is the last
 
 
+def test_https_is_wanted_from_end_to_end(make_installation, monkeypatch):
+    installation = make_installation()
+    installation.write(**{**installation.settings, "public_url": "https://mcp.example.org"})
+    installation.start()
+    real, plain = fjmcp_broker.fetch, []
+
+    def without_dns(method, url, **arguments):
+        if url.startswith("http://mcp.example.org"):
+            plain.append(url)
+            if len(plain) > 1:
+                raise fjmcp_broker.FetchFailed("refused")
+        return real(method, installation.url + url.partition("mcp.example.org")[2], **arguments)
+
+    monkeypatch.setattr(fjmcp_broker, "fetch", without_dns)
+    found = [finding for finding in fjmcp_broker.examine("https://mcp.example.org") if finding[0] != "ok"]
+    assert [(level, "over http" in text) for level, text, _ in found] == [("warn", True)]
+    assert all(finding[0] == "ok" for finding in fjmcp_broker.examine("https://mcp.example.org")) and len(plain) == 2
+    done = run_program("doctor", installation.url.replace("http:", "https:"))
+    assert done.returncode == 1 and "does not answer: SSLError" in done.stdout and "its certificate" in done.stdout
+
+
 # -- crippled
 
 
@@ -158,7 +179,7 @@ HTML = {"status": 200, "headers": with_header("content-type", "text/html"), "bod
     (changed("GET", "/mcp", status=504), "status is 504, not 401. Needed by clients that open a stream", "start the broker"),
     (changed("POST", "/mcp/", status=308), "status is 308, not 401. Needed by clients given the URL with a slash", "serve this path directly"),
     (changed("OPTIONS", "/mcp", status=401), "status is 401, not 204. Needed by clients in a browser", "pass OPTIONS on"),
-    (changed("OPTIONS", "/oauth/token", headers=without("access-control-allow-origin")), "access-control-allow-origin does not name", "pass OPTIONS on"),
+    (changed("OPTIONS", "/oauth/token", headers=without("access-control-allow-origin")), "access-control-allow-origin is None", "pass OPTIONS on"),
     (changed("POST", "/oauth/register", status=429), "status is 429, not 201. Needed by Claude.ai, Cursor", "bot rules"),
     (changed("POST", "/oauth/register", body=lambda body: json.dumps({**json.loads(body), "scope": None}).encode()), "scope is None", "allowed_redirect"),
     (changed("POST", "/oauth/register", body=lambda body: body.replace(b"cursor://", b"https://")), "redirect_uris is", "allowed_redirect_schemes"),

@@ -16,6 +16,7 @@ import fjmcp_broker
 from child_control import ChildControl
 from mcp_client import McpClient, OAuthClient
 from rig import Rig, text_of
+from wire import Answer, Wire, ask, get, host, mcp_post, post
 
 OK, PING = b"HTTP/1.1 200 OK", {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 
@@ -33,96 +34,6 @@ def token(shared):
     return shared.login().tokens["access_token"]
 
 
-class Answer:
-    """One response as it came: status, headers (lower-case names to lists), body."""
-
-    def __init__(self, head, body):
-        first, *lines = head.decode("latin-1").split("\r\n")
-        self.status, self.headers, self.body = int(first.split()[1]), {}, body
-        for line in lines:
-            name, _, value = line.partition(": ")
-            self.headers.setdefault(name.lower(), []).append(value)
-
-    def header(self, name):
-        return self.headers.get(name, [None])[0]
-
-    def json(self):
-        return json.loads(self.body)
-
-
-class Wire:
-    """A raw connection that can send anything and reads answers one by one."""
-
-    def __init__(self, rig):
-        self.sock, self.buffer = socket.create_connection(("127.0.0.1", rig.broker.server.port), timeout=20), b""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_exc):
-        self.sock.close()
-
-    def send(self, data):
-        self.sock.sendall(data)
-        return self
-
-    def more(self):
-        data = self.sock.recv(65536)
-        self.buffer += data
-        return data
-
-    def until(self, end):
-        while end not in self.buffer:
-            if not self.more():
-                raise EOFError(self.buffer)
-        found, _, self.buffer = self.buffer.partition(end)
-        return found
-
-    def answer(self, head_only=False):
-        answer = Answer(self.until(b"\r\n\r\n"), b"")
-        length = int(answer.header("content-length") or 0) if not head_only else 0
-        while len(self.buffer) < length:
-            if not self.more():
-                raise EOFError(self.buffer)
-        answer.body, self.buffer = self.buffer[:length], self.buffer[length:]
-        return answer
-
-    def is_closed(self):
-        """Whether nothing more comes but the end."""
-        try:
-            while data := self.sock.recv(65536):
-                self.buffer += data
-        except ConnectionResetError:
-            pass
-        return not self.buffer
-
-
-def host(rig):
-    return f"Host: 127.0.0.1:{rig.broker.server.port}\r\n".encode()
-
-
-def get(rig, path="/healthz", *lines, version=b"HTTP/1.1", method=b"GET", own_host=True):
-    extra = b"".join((line if isinstance(line, bytes) else line.encode()) + b"\r\n" for line in lines)
-    return method + b" " + (path if isinstance(path, bytes) else path.encode()) + b" " + version + b"\r\n" + \
-        (host(rig) if own_host else b"") + extra + b"\r\n"
-
-
-def ask(rig, data, **arguments):
-    with Wire(rig) as wire:
-        return wire.send(data).answer(**arguments)
-
-
-def post(rig, path, body, *lines):
-    return get(rig, path, f"Content-Length: {len(body)}", *lines, method=b"POST") + body
-
-
-def mcp_post(rig, token, message, *lines, session=None):
-    body = json.dumps(message).encode()
-    more = [f"Mcp-Session-Id: {session}"] if session else []
-    return post(rig, "/mcp", body, f"Authorization: Bearer {token}", "Content-Type: application/json",
-                "Accept: application/json, text/event-stream", *more, *lines)
-
-
 # -- framing
 
 
@@ -135,7 +46,7 @@ def mcp_post(rig, token, message, *lines, session=None):
     (["X: a\rY: b"], 400), (["X: a", " folded"], 400), (["X : a"], 400), (["nocolon"], 400), (["X: a\0b"], 400), (["X: a\x07b"], 400),
     ([": a"], 400), ([b"X\xe9: a"], 400), (["X y: a"], 400), (["Host: other"], 400), (["Expect: nonsense"], 417),
 ], ids=str)
-def test_H01_to_H04_what_could_be_read_in_two_ways_is_refused_and_the_connection_closed(shared, lines, status):
+def test_H01_H02_H03_H04_what_could_be_read_in_two_ways_is_refused_and_the_connection_closed(shared, lines, status):
     with Wire(shared) as wire:
         wire.send(post(shared, "/oauth/token", b"", *lines).replace(b"Content-Length: 0\r\n", b"", 1) + b"abc" + get(shared))
         answer = wire.answer()
@@ -170,7 +81,7 @@ def test_H13_headers_have_limits(shared, data, status):
         assert wire.answer().status == status
 
 
-def test_B09_HTTP_1_1_needs_exactly_one_host(shared):
+def test_B11_HTTP_1_1_needs_exactly_one_host(shared):
     assert ask(shared, b"GET /healthz HTTP/1.1\r\n\r\n").status == 400
     assert ask(shared, b"GET /healthz HTTP/1.0\r\n\r\n").status == 200
 
@@ -254,7 +165,7 @@ def test_H14_a_client_that_never_reads_loses_its_connection_and_hurts_nobody(mak
         call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "get_echo", "arguments": {"text": "x", "size": 12000000}}}
         wire.send(mcp_post(rig, mcp.token, call, session=mcp.session_id))
         with rig.broker.server._changed:
-            assert rig.broker.server._changed.wait_for(lambda: len(rig.broker.server.connections) <= 2, 20)
+            assert rig.broker.server._changed.wait_for(lambda: rig.broker.server.open_connections <= 2, 20)
     assert "alice" in text_of(mcp.call_tool("get_my_user_info"))
 
 
@@ -267,7 +178,7 @@ def test_H15_connections_have_a_limit_and_the_limit_is_per_address_behind_no_pro
         assert sixth.is_closed()
     wires.pop().sock.close()
     with rig.broker.server._changed:
-        assert rig.broker.server._changed.wait_for(lambda: len(rig.broker.server.connections) < 5, 20)
+        assert rig.broker.server._changed.wait_for(lambda: rig.broker.server.open_connections < 5, 20)
     assert ask(rig, get(rig)).status == 200
     for wire in wires:
         wire.sock.close()
@@ -392,14 +303,14 @@ def test_the_order_of_checks(shared, token):
 
 
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]", "LOCALHOST"])
-def test_loopback_names_with_the_listening_port_are_ours(shared, name):
+def test_B11_B12_loopback_names_with_the_listening_port_are_ours(shared, name):
     data = get(shared, "/.well-known/oauth-authorization-server", f"Host: {name}:{shared.broker.server.port}", own_host=False)
     answer = ask(shared, data)
     assert answer.status == 200 and answer.json()["issuer"] == shared.url  # never from the header
     assert ask(shared, data.replace(b":%d\r\n" % shared.broker.server.port, b":1\r\n", 1)).status == 421
 
 
-def test_a_default_port_may_be_left_out_or_written(make_rig):
+def test_B11_a_default_port_may_be_left_out_or_written(make_rig):
     rig = make_rig(public_url="https://mcp.example.org")
     path = "/.well-known/oauth-authorization-server"
     for name in ("mcp.example.org", "mcp.example.org:443", "MCP.example.org"):
@@ -413,7 +324,7 @@ def test_a_default_port_may_be_left_out_or_written(make_rig):
 
 @pytest.mark.parametrize("path", ["/oauth/token", "/oauth/register", "/oauth/revoke", "/token", "/register", "/revoke",
                                   "/.well-known/oauth-authorization-server", "/.well-known/oauth-protected-resource/mcp", "/mcp", "/mcp/"])
-def test_N06_a_preflight_is_answered_without_a_token_and_echoes_the_names(shared, path):
+def test_B14_a_preflight_is_answered_without_a_token_and_echoes_the_names(shared, path):
     answer = ask(shared, get(shared, path, "Origin: https://claude.ai", "Access-Control-Request-Method: POST",
                              "Access-Control-Request-Headers: authorization,x-custom-1", method=b"OPTIONS"))
     assert answer.status == 204 and answer.body == b"" and "content-length" not in answer.headers
@@ -426,7 +337,7 @@ def test_N06_a_preflight_is_answered_without_a_token_and_echoes_the_names(shared
     ("http://127.0.0.1", True), ("http://[::1]:1", True), ("https://claude.ai.evil.example", False), ("null", False),
     ("http://claude.ai", False), ("http://localhost.evil.example", False), ("https://claude.ai:8443", False), ("file://", False),
 ])
-def test_B08_origins_of_the_list_may_call_and_others_are_refused(shared, origin, listed):
+def test_B10_origins_of_the_list_may_call_and_others_are_refused(shared, origin, listed):
     answer = ask(shared, get(shared, "/mcp", f"Origin: {origin}"))
     assert answer.status == (401 if listed else 403)
     if listed:
@@ -437,7 +348,7 @@ def test_B08_origins_of_the_list_may_call_and_others_are_refused(shared, origin,
         assert "access-control-allow-origin" not in answer.headers
 
 
-def test_two_origins_are_none(shared):
+def test_B10_two_origins_are_none(shared):
     assert ask(shared, get(shared, "/mcp", "Origin: https://claude.ai", "Origin: https://claude.ai")).status == 403
 
 
@@ -461,7 +372,7 @@ def test_HEAD_with_a_token_says_which_methods_there_are(shared, token):
     (["203.0.113.7"], "203.0.113.7"), (["198.51.100.1, 203.0.113.7"], "203.0.113.7"), (["203.0.113.7, 127.0.0.1"], "203.0.113.7"),
     (["198.51.100.1", "203.0.113.7"], "203.0.113.7"), (["203.0.113.7, nonsense"], "127.0.0.1"), (["2001:db8::7"], "2001:db8::7"), ([], "127.0.0.1"),
 ])
-def test_N03_the_clients_address_is_read_from_the_right_past_trusted_proxies(shared, forwarded, address):
+def test_B13_the_clients_address_is_read_from_the_right_past_trusted_proxies(shared, forwarded, address):
     body = json.dumps({"redirect_uris": ["http://localhost/cb"]}).encode()
     count = len(shared.log.named("client registered"))
     assert ask(shared, post(shared, "/oauth/register", body, "Content-Type: application/json",
@@ -469,7 +380,7 @@ def test_N03_the_clients_address_is_read_from_the_right_past_trusted_proxies(sha
     assert shared.log.wait("client registered", count + 1)[-1]["address"] == address
 
 
-def test_N03_an_untrusted_peer_speaks_for_itself_only(make_rig):
+def test_B13_an_untrusted_peer_speaks_for_itself_only(make_rig):
     rig = make_rig(trusted_proxies="192.0.2.1")
     body = json.dumps({"redirect_uris": ["http://localhost/cb"]}).encode()
     ask(rig, post(rig, "/oauth/register", body, "X-Forwarded-For: 203.0.113.7"))
@@ -504,7 +415,7 @@ def test_pages_carry_a_strict_policy_and_their_own_style(shared):
     ("Claude\u202egro.evil", "Claudegro.evil"), ("a\x00b\x1bc", "abc"), ("", "An application without a name"), ("x" * 500, "x" * 100),
     ("Cl\u200baude", "Claude"), ("two\nlines", "two lines"),
 ])
-def test_B05_a_clients_name_is_shown_as_text_and_nothing_else(shared, name, shown):
+def test_C10_C11_a_clients_name_is_shown_as_text_and_nothing_else(shared, name, shown):
     page = consent(shared, name=name).body.decode()
     assert f'<span class="big">{shown}</span>' in page
     assert not re.search("[\u200b\u202e\x00\x1b]", page)
@@ -520,7 +431,7 @@ def test_error_pages_are_for_people_and_say_what_to_do(shared):
 # -- streams
 
 
-def test_H19_a_call_that_takes_longer_becomes_a_stream_and_its_hang_up_cancels_nothing(make_rig, tmp_path):
+def test_a_call_that_takes_longer_becomes_a_stream_and_its_hang_up_cancels_nothing(make_rig, tmp_path):
     with ChildControl(str(tmp_path / "control")) as control:
         rig = make_rig(child=("--control", control.path))
         mcp = rig.session()
@@ -531,7 +442,7 @@ def test_H19_a_call_that_takes_longer_becomes_a_stream_and_its_hang_up_cancels_n
             assert head.header("transfer-encoding") == "chunked"
             event_id = re.search(rb"id: (\S+)", wire.until(b"\n\n"))[1].decode()
         with rig.broker.server._changed:
-            rig.broker.server._changed.wait_for(lambda: len(rig.broker.server.connections) <= 1, 20)
+            rig.broker.server._changed.wait_for(lambda: rig.broker.server.open_connections <= 1, 20)
         control.release("k")
         stream = mcp.open_stream(last_event_id=event_id)
         assert stream.next(15).data["id"] == 7

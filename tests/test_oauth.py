@@ -117,7 +117,7 @@ def test_U04_a_loopback_redirect_uri_matches_on_any_port_and_name(client, uri):
     ({"prompt": "none"}, "interaction_required"), ({"request": "x"}, "request_not_supported"),
     ({"request_uri": "https://x"}, "request_uri_not_supported"),
 ])
-def test_A05_to_A15_a_wrong_request_goes_back_with_error_state_and_iss(rig, client, change, error):
+def test_A05_A06_A08_A09_A14_A15_A18_a_wrong_request_goes_back_with_error_state_and_iss(rig, client, change, error):
     answer = to_redirect(client, client.authorize_url(state="s t&a=te", **change))
     assert answer["error"] == error and answer["state"] == "s t&a=te" and answer["iss"] == rig.url
 
@@ -245,7 +245,7 @@ def code(client):
     ({"redirect_uri": "http://localhost:1/callback"}, "invalid_grant"), ({"resource": "https://other.example/"}, "invalid_target"),
     ({"grant_type": "password"}, "unsupported_grant_type"), ({"grant_type": None}, "invalid_request"),
 ])
-def test_T01_to_T15_a_wrong_redemption_is_refused_and_the_code_stays(client, code, change, error):
+def test_T01_T05_T10_T15_a_wrong_redemption_is_refused_and_the_code_stays(client, code, change, error):
     answer = client.redeem(code, **change)
     assert answer.status == 400 and answer.json()["error"] == error and "no-store" in answer.headers["cache-control"]
     assert client.redeem(code).status == 200
@@ -294,7 +294,7 @@ def test_T09_a_code_lives_a_minute(rig, client, code):
 
 
 @pytest.mark.parametrize("method", ["none", "client_secret_post", "client_secret_basic"])
-def test_every_way_of_client_authentication_works_and_a_wrong_secret_does_not(rig, method):
+def test_T13_every_way_of_client_authentication_works_and_a_wrong_secret_does_not(rig, method):
     client = OAuthClient(rig.url, auth_method=method)
     client.login(None, "alice", "secret")
     assert client.refresh().status == 200
@@ -363,7 +363,7 @@ def test_R06_R08_a_wrong_client_resource_or_scope_rotates_nothing(rig):
     assert row.rotated_at is None and client.refresh(refresh_token=r0).status == 200
 
 
-def test_a_read_only_login_cannot_be_widened_at_a_refresh(rig):
+def test_T16_a_read_only_login_cannot_be_widened_at_a_refresh(rig):
     client = rig.login(access="read")
     assert client.tokens["scope"] == "forgejo:read"
     assert client.refresh(scope="forgejo:write").json()["error"] == "invalid_scope"

@@ -145,7 +145,7 @@ def test_18_a_login_ends_in_an_application_with_its_own_scheme(browser, rig):
     assert dict(parse_qsl(urlsplit(tried.value.url).query))["iss"] == rig.url and not page.troubles
 
 
-def test_18_a_login_goes_through_an_https_callback_into_an_application(open_browser, rig, tmp_path):
+def test_C18_18_a_login_goes_through_an_https_callback_into_an_application(open_browser, rig, tmp_path):
     paths = tmp_path / "cert.pem", tmp_path / "key.pem"
     subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
                     "/CN=claude.ai", "-out", paths[0], "-keyout", paths[1]], check=True, capture_output=True)
@@ -308,6 +308,24 @@ def test_the_page_for_people_who_open_the_address_fits_a_phone(browser, rig):
     page = new_page(browser, **PHONE)
     page.goto(rig.url + "/")
     assert fits(page) and contrast(page) >= CONTRAST and rig.url + "/mcp" in page.locator("main").inner_text()
+
+
+@pytest.mark.parametrize("options", [{}, PHONE], ids=["desktop", "phone"])
+def test_a_person_sees_and_ends_what_is_connected(browser, rig, options):
+    client = rig.login("alice", name="An assistant with a name that is longer than one line of a telephone is wide")
+    page = new_page(browser, **options)
+    page.goto(rig.url + "/")
+    page.get_by_role("link", name="See and end what you have connected").click()
+    page.get_by_role("button", name="Log in at").click()
+    sign_in(page)
+    page.get_by_role("button", name="Disconnect").wait_for()
+    assert fits(page) and contrast(page) >= CONTRAST and "An assistant with a name" in page.locator("main").inner_text()
+    page.get_by_role("button", name="Disconnect").click()
+    page.get_by_role("button", name="Disconnect").wait_for(state="detached")
+    assert page.url == rig.url + "/account" and not page.troubles
+    assert client.refresh().json()["error"] == "invalid_grant"
+    page.get_by_role("button", name="Log out of this page").click()
+    page.get_by_role("button", name="Log in at").wait_for()
 
 
 def test_a_screen_reader_is_told_everything_in_order(browser, rig, callback):

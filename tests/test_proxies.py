@@ -172,7 +172,7 @@ def test_a_chunked_body_is_read(behind):
     assert answer.status == 200 and message == {"jsonrpc": "2.0", "id": 1, "result": {}}
 
 
-def test_a_forged_address_is_not_believed(behind):
+def test_B13_a_forged_address_is_not_believed(behind):
     installation, routes, context, _ = behind
     client = OAuthClient(installation.url, routes=routes, context=context)
     client.discover()
@@ -185,3 +185,35 @@ def test_too_large_a_body_gets_the_brokers_own_words(behind):
     body = b" " * (4 * 2**20 + 10)
     answer, message = exchange(behind, [f"Content-Length: {len(body)}"], body)
     assert answer.status == 413 and "4194304" in message["error_description"]
+
+
+AMBIGUOUS = [  # (field lines, body): each could be read as one request or as two
+    ([b"Content-Length: 5", b"Transfer-Encoding: chunked"], b"0\r\n\r\n"), ([b"Content-Length: 5", b"Content-Length: 0"], b"GET /x"),
+    ([b"Content-Length: 0", b"Content-Length: 5"], b"GET /x"), ([b"Content-Length: +5"], b"abcde"), ([b"Content-Length: 5, 5"], b"abcde"),
+    ([b"Transfer-Encoding: xchunked"], b"0\r\n\r\n"), ([b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity"], b"0\r\n\r\n"),
+    ([b"Transfer-Encoding : chunked"], b"0\r\n\r\n"), ([b"Transfer-Encoding:\x0bchunked"], b"0\r\n\r\n"), ([b"X: y\rContent-Length: 5"], b"abcde"),
+    ([b"X: y\nContent-Length: 5"], b"abcde"), ([b" Content-Length: 5"], b"abcde"), ([b"Transfer-Encoding: chunked"], b"5\nabcde\n0\n\n"),
+    ([b"Transfer-Encoding: chunked"], b"5 \r\nabcde\r\n0\r\n\r\n"), ([b"Transfer-Encoding: chunked"], b"fffffffffffffffff1\r\na\r\n0\r\n\r\n"),
+    ([b"Content-Length: 5", b"Expect: 100-continue"], b"abcde"),
+]
+
+
+def test_H23_the_broker_never_reads_more_requests_than_the_proxy_sent(behind):
+    installation, routes, context, _ = behind
+    proxy, netloc = urlsplit(routes[installation.url]), urlsplit(installation.url).netloc.encode()
+    answers = 0
+    for lines, body in AMBIGUOUS:
+        with context.wrap_socket(socket.create_connection((proxy.hostname, proxy.port), 20), server_hostname=HOST) as sock:
+            head = b"\r\n".join([b"POST /oauth/token HTTP/1.1", b"Host: " + netloc, *lines])
+            last = b"GET /healthz HTTP/1.1\r\nHost: " + netloc + b"\r\nConnection: close\r\n\r\n"
+            data = b""
+            sock.settimeout(3)  # a proxy may wait for a body that never comes
+            with contextlib.suppress(OSError):
+                sock.sendall(head + b"\r\n\r\n" + body + last)
+                while more := sock.recv(65536):
+                    data += more
+            found = len(re.findall(rb"HTTP/1\.1 [2-5][0-9][0-9]", data))
+            assert found <= 2 and b" 500 " not in data
+            answers += found
+    assert len(installation.records("request")) <= answers
+    assert session(behind).delete().status == 204

@@ -96,6 +96,12 @@ def test_every_text_can_come_from_a_file(tmp_path):
     assert load_settings(values, environ).forgejo_oauth_client_secret == "from a file"
 
 
+def test_a_number_is_not_taken_for_an_open_file(tmp_path):
+    (tmp_path / "b.toml").write_text("forgejo_oauth_client_id_file = 0\nsecrets_file = 0\n")
+    found = problems(config=str(tmp_path / "b.toml"))
+    assert len(found) == 2 and "forgejo_oauth_client_id_file: cannot read 0: must be text" in found[0] and "secrets_file = 0" in found[1]
+
+
 def test_a_secrets_file_holds_secrets_and_nothing_else(tmp_path):
     secrets = tmp_path / "s.toml"
     secrets.write_text('forgejo_oauth_client_secret = "kept apart"\n')
@@ -122,7 +128,8 @@ redirect_uris = ["https://x.example/cb"]
 
 @pytest.mark.parametrize("text, expected", [
     (CLIENTS + CLIENTS, "twice"), (CLIENTS.replace("redirect_uris", "uris"), "unknown key"), (CLIENTS.replace('"a"', '""'), "client_id"),
-    (CLIENTS.replace('["https://x.example/cb"]', "[]"), "needs redirect_uris"), ("clients = 3", "[[clients]]"),
+    (CLIENTS.replace('["https://x.example/cb"]', "[]"), "needs redirect_uris"), (CLIENTS + "name = 3\n", "must be text"),
+    (CLIENTS + "client_secret = 3\n", "must be text"), ("clients = 3", "[[clients]]"),
     (CLIENTS.replace('["https://x.example/cb"]', '["http://evil.example/cb"]'), "is http"),
     (CLIENTS.replace('["https://x.example/cb"]', '["javascript:alert(1)"]'), "never allowed"),
 ])
