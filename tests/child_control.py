@@ -2,7 +2,7 @@
 
 Lines of JSON over a Unix socket. A child sends events, each with "event" and "pid":
     start; message (method, id): anything it read, method None if it was no request or notification;
-    call (tool, id, args); cancelled (requestId); exit (code, reason), if it ends of its own will.
+    call (tool, id, args); cancelled (requestId); listen (id, notifications); exit (code, reason), if it ends of its own will.
 Added here: gone, when a child's connection has ended, however it died.
 It obeys {"cmd": "release", "key"}, {"cmd": "emit", "message"}, {"cmd": "raw", "text" or "hex"}, {"cmd": "exit", "code"}, and ends
 when the connection does: no child outlives the control it was started with.

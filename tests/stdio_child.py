@@ -665,6 +665,7 @@ class ModernServer(Server):
         """Acknowledge first; the answer comes when it is over, which for a client that cancels is never."""
         honoured = {kind: value for kind, value in wanted.items() if kind in ("toolsListChanged", "resourceSubscriptions") and value}
         self.seen["subscribe"] += 1
+        self.control.tell("listen", id=request_id, notifications=wanted)
         self.send(method="notifications/subscriptions/acknowledged",
                   params={"_meta": {META + "subscriptionId": request_id}, "notifications": honoured})
         self.listeners[request_id] = honoured

@@ -199,32 +199,22 @@ def test_the_level_of_a_session_goes_with_each_of_its_requests_and_survives_its_
         mcp.request("logging/setLevel", {"level": "loud"})
 
 
-def test_a_subscription_is_told_of_until_it_is_taken_back(rig, control):
-    mcp, told = rig.session(), []
-    mcp.on_notification = lambda method, params: told.append((method[14:], params))
-    assert mcp.request("resources/subscribe", {"uri": "test://note"}) == {}
-    call(mcp, "get_touched", {"uri": "test://whoami"})
-    call(mcp, "get_touched", {"uri": "test://note"})  # told while this is the only request: on its stream
-    assert told == [("resources/updated", {"uri": "test://note"})]
-    replace_child(rig, control, mcp)
-    del told[:]
-    call(mcp, "get_touched", {"uri": "test://note"})
-    assert told == [("resources/updated", {"uri": "test://note"})]
-    assert mcp.request("resources/unsubscribe", {"uri": "test://note"}) == {}
-    call(mcp, "get_touched", {"uri": "test://note"})
-    call(mcp, "change_tools")
-    assert [method for method, _ in told] == ["resources/updated", "tools/list_changed"]
-
-
-def test_what_belongs_to_no_request_is_told_on_the_get_stream_without_the_subscriptions_id(rig, control):
+def test_what_a_session_listens_to_is_told_on_its_get_stream_until_it_is_taken_back(rig, control):
     mcp = rig.session()
     with mcp.open_stream() as stream:
-        mcp.request("resources/subscribe", {"uri": "test://note"})
-        listens = [event["id"] for event in control.events if event.get("method") == "subscriptions/listen"]
-        params = {"uri": "test://note", "_meta": {META + "subscriptionId": listens[-1]}}
-        control.emit({"jsonrpc": "2.0", "method": "notifications/resources/updated", "params": params})
-        told = stream.next().data
-        assert (told["method"], told["params"]) == ("notifications/resources/updated", {"uri": "test://note"})
+        assert mcp.request("resources/subscribe", {"uri": "test://note"}) == {}
+        for _ in range(2):
+            call(mcp, "get_touched", {"uri": "test://whoami"})
+            call(mcp, "get_touched", {"uri": "test://note"})
+            told = stream.next().data
+            assert (told["method"], told["params"]) == ("notifications/resources/updated", {"uri": "test://note"})
+            replace_child(rig, control, mcp)
+        assert mcp.request("resources/unsubscribe", {"uri": "test://note"}) == {}
+        call(mcp, "get_touched", {"uri": "test://note"})
+        call(mcp, "change_tools")
+        assert stream.next().data["method"] == "notifications/tools/list_changed"
+    wanted = [event["notifications"].get("resourceSubscriptions") for event in control.events if event["event"] == "listen"]
+    assert wanted[-2:] == [["test://note"], None]
 
 
 # -- Modern clients
