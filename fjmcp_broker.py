@@ -34,6 +34,7 @@ import hmac
 import html
 import http
 import http.client
+import http.server
 import io
 import ipaddress
 import itertools
@@ -5534,12 +5535,12 @@ def bad_request(sentence):
 
 
 class Watcher(threading.Thread):
-    """One thread that waits on sockets for everybody: for connections to accept, and for hang-ups while answers are still to come."""
+    """One thread that notices for everybody that clients hung up while their answers are still to come."""
 
     def __init__(self, log):
         super().__init__(daemon=True, name="watcher")
         self._log, self._epoll, self._wake, self._ended = log, select.epoll(), os.eventfd(0), False
-        self._calls, self._lock = {}, threading.Lock()  # the lock guards the dict and what is registered; a leaf
+        self._readers, self._lock = {}, threading.Lock()  # the lock guards the dict and what is registered; a leaf
         self._epoll.register(self._wake, select.EPOLLIN)
 
     def close(self):
@@ -5547,43 +5548,38 @@ class Watcher(threading.Thread):
         self._ended = True
         os.eventfd_write(self._wake, 1)
 
-    def call(self, sock, events, function):
-        """Call `function` when one of the epoll events happens on the socket."""
-        with self._lock:
-            self._calls[sock.fileno()] = function
-            self._epoll.register(sock.fileno(), events)
-
     def watch(self, sock, reader):
         """Close the reader when the socket's peer hangs up. A half-closed connection counts as gone."""
-        self.call(sock, select.EPOLLRDHUP | select.EPOLLONESHOT, reader.close)
+        with self._lock:
+            self._readers[sock.fileno()] = reader
+            self._epoll.register(sock.fileno(), select.EPOLLRDHUP | select.EPOLLONESHOT)
 
     def forget(self, sock):
         """The answer is done."""
         with self._lock:
-            if self._calls.pop(sock.fileno(), None):
+            if self._readers.pop(sock.fileno(), None):
                 self._epoll.unregister(sock.fileno())
 
     def run(self):
-        """Call what is to be called, until closed."""
+        """Close the readers of who hung up, until closed."""
         happened = select.poll()
         happened.register(self._epoll, select.POLLIN)
         while not self._ended:
             happened.poll()
             with self._lock:  # what happened is asked only now: a socket may have been closed, and its number be another's
-                calls = [self._calls.get(descriptor) for descriptor, _ in self._epoll.poll(0)]
-            for call in filter(None, calls):
-                try:
-                    call()
-                except Exception as error:  # without this thread nobody would be served any more
-                    self._log.event("error", "internal error", error=type(error).__name__)
+                readers = [self._readers.get(descriptor) for descriptor, _ in self._epoll.poll(0)]
+            for reader in filter(None, readers):
+                reader.close()
         self._epoll.close()
         os.close(self._wake)
 
 
-class Server:
+class Server(http.server.ThreadingHTTPServer):
     """Accepts connections within the limits and gives each a thread. `handle` makes a Response of a Request."""
 
     def __init__(self, settings, handle, log, address, listener=None):
+        super().__init__(address, None, bind_and_activate=False)
+        self.socket.close()
         self.settings, self.handle, self.log, self.watcher = settings, handle, log, Watcher(log)
         self._changed = threading.Condition()  # guards connections and draining; a leaf
         self._connections, self.draining = set(), False
@@ -5598,26 +5594,29 @@ class Server:
 
     def start(self):
         """Accept until `hurry`."""
-        self.watcher.call(self.socket, select.EPOLLIN, self._accept)
         self.watcher.start()
+        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True, name="accept").start()
 
     @property
     def open_connections(self):
         """How many connections there are."""
         return len(self._connections)
 
-    def _accept(self):
+    def get_request(self):
+        """Accept; without file descriptors, wait until a connection ends, or a moment, instead of spinning (H16)."""
+        try:
+            return self.socket.accept()
+        except BlockingIOError:
+            raise
+        except OSError:
+            with self._changed:
+                self._changed.wait(0.05)
+            raise
+
+    def process_request(self, sock, address):
+        """Give a connection a thread, or drop it at once when there are too many."""
+        connection = Connection(self, sock, address[0].removeprefix("::ffff:"))
         with self._changed:
-            if self.draining:
-                return
-            try:
-                sock, address = self.socket.accept()
-            except BlockingIOError:
-                return
-            except OSError:
-                self._changed.wait(0.05)  # no file descriptors: until a connection ends, or a moment, instead of spinning (H16)
-                return
-            connection = Connection(self, sock, address[0].removeprefix("::ffff:"))
             if self._is_full_for(connection.peer):
                 return sock.close()
             self._connections.add(connection)
@@ -5625,6 +5624,10 @@ class Server:
             threading.Thread(target=self._serve, args=(connection,), daemon=True, name="connection").start()
         except RuntimeError:  # no thread to be had (H17)
             self._ended(connection)
+
+    def handle_error(self, request, client_address):
+        """One connection is lost, and the operator learns why; never a traceback on stderr."""
+        self.log.event("error", "internal error", error=sys.exc_info()[0].__name__)
 
     def _is_full_for(self, peer):
         held = 0 if self.trusts(peer) else sum(each.peer == peer for each in self._connections)
@@ -5650,7 +5653,7 @@ class Server:
 
     def hurry(self):
         """Accept no more; idle connections and idle streams end now, the others with their answer."""
-        self.watcher.forget(self.socket)
+        self.shutdown()
         with self._changed:
             self.draining = True
             connections = list(self._connections)
