@@ -86,7 +86,7 @@ def test_a_child_that_reads_its_end_of_input_leaves_by_itself(start):
     assert not running.child.send(b"more") and not running.child.alive
 
 
-def test_P_a_child_that_ignores_SIGTERM_is_killed_after_its_time(start):
+def test_P10_a_child_that_ignores_SIGTERM_is_killed_after_its_time(start):
     running = start(IGNORE)
     assert running.line() == b"ready"
     running.child.stop("idle")
@@ -98,13 +98,13 @@ def test_P_a_child_that_ignores_SIGTERM_is_killed_after_its_time(start):
     ("raise SystemExit(3)", "exited with status 3"), ("import os; os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
     ("print('half a line', end='', flush=True)", "exited with status 0"),
 ])
-def test_why_a_child_ended_is_told(start, program, reason):
+def test_P09_why_a_child_ended_is_told(start, program, reason):
     running = start(program)
     assert running.end() == reason
     assert running.lines.empty()
 
 
-def test_no_zombie_is_left(start):
+def test_P09_no_zombie_is_left(start):
     running = start(ECHO)
     running.child.kill("over")
     running.end()
@@ -113,7 +113,7 @@ def test_no_zombie_is_left(start):
 
 
 @pytest.mark.parametrize("session", [False, True])
-def test_P_a_grandchild_that_holds_the_pipes_holds_nobody_up(start, session):
+def test_P10_a_grandchild_that_holds_the_pipes_holds_nobody_up(start, session):
     running = start("import subprocess, sys\nsleeper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
                     f" start_new_session={session})\nprint(sleeper.pid, flush=True)\n")
     grandchild = int(running.line())
@@ -130,25 +130,25 @@ def test_a_line_at_the_limit_passes_and_one_above_it_ends_the_child(start):
     assert running.end() == "line_too_long"
 
 
-def test_a_line_without_an_end_ends_the_child_before_it_fills_the_memory(start):
+def test_J20_a_line_without_an_end_ends_the_child_before_it_fills_the_memory(start):
     running = start("import sys\nwhile True: sys.stdout.write('x' * 65536)", max_line=1 << 20)
     assert running.end() == "line_too_long"
 
 
-def test_a_flood_on_stderr_is_drained_and_capped(start):
+def test_P15_a_flood_on_stderr_is_drained_and_capped(start):
     running = start("import sys\nfor n in range(20000): print('noise', n, file=sys.stderr)\nprint('done', flush=True)")
     assert running.line() == b"done"
     running.end()
     assert 0 < running.log.getvalue().count("child stderr") < 2000
 
 
-def test_a_child_that_does_not_read_is_given_up(start):
+def test_J16_a_child_that_does_not_read_is_given_up(start):
     running = start("import time; time.sleep(60)")
     assert not running.child.send(b"x" * 2_000_000, deadline=0.2)
     assert running.end() == "stuck"
 
 
-def test_P08_a_program_that_is_none_is_said_so(guardian, tmp_path):
+def test_P18_a_program_that_is_none_is_said_so(guardian, tmp_path):
     script = tmp_path / "not-executable"
     script.write_text("nothing")
     for command in (["/nowhere/x"], [str(script)]):
@@ -164,7 +164,7 @@ def counts():
     return len(os.listdir("/proc/self/fd")), threading.active_count(), children
 
 
-def test_P_200_starts_and_ends_leave_nothing(start, guardian):
+def test_P19_200_starts_and_ends_leave_nothing(start, guardian):
     warm = Running(guardian, ECHO)
     warm.child.stop("over")
     warm.end()
@@ -204,7 +204,7 @@ os.read(0, 1)
 
 
 @pytest.mark.parametrize("case", ["plain", "guardian killed"])
-def test_P_kill_9_of_the_broker_takes_every_child_along(case):
+def test_P11_kill_9_of_the_broker_takes_every_child_along(case):
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(Path(fjmcp_broker.__file__).parent), ECHO, IGNORE, case],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     pids = [int(word) for word in parent.stdout.readline().split()]
@@ -251,7 +251,7 @@ def fails_alone(rig, call):
     ("bad_lines", {"n": 150}, {}, "child_died"), ("big_line", {"bytes": 3_000_000}, {"max_line": "1MiB"}, "child_died"),
     ("partial_line", {"exit": True, "ms": 0}, {}, "child_died"),
 ])
-def test_J_a_child_that_goes_wrong_costs_its_own_call_and_says_why(make_rig, tool, arguments, settings, reason):
+def test_J20_a_child_that_goes_wrong_costs_its_own_call_and_says_why(make_rig, tool, arguments, settings, reason):
     rig = make_rig(**settings)
     error = fails_alone(rig, lambda mcp: mcp.call_tool(tool, **arguments))
     assert isinstance(error, RpcError) and error.code == -32000
@@ -266,7 +266,7 @@ def test_J_a_child_that_goes_wrong_costs_its_own_call_and_says_why(make_rig, too
     {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "nobody's"}},
     {"jsonrpc": "2.0", "method": 5}, {"jsonrpc": "2.0", "id": True, "result": {}},
 ], ids=str)
-def test_J_what_a_child_says_out_of_turn_is_dropped_and_the_call_goes_on(make_rig, control, message):
+def test_J08_what_a_child_says_out_of_turn_is_dropped_and_the_call_goes_on(make_rig, control, message):
     rig = make_rig(child=("--control", control.path))
     mcp = rig.session()
     caller = McpClient(mcp.url, mcp.token, session_id=mcp.session_id)
@@ -278,7 +278,7 @@ def test_J_what_a_child_says_out_of_turn_is_dropped_and_the_call_goes_on(make_ri
     assert mcp.request("ping") == {}
 
 
-def test_J_99_bad_lines_and_a_good_one_are_forgiven(make_rig):
+def test_J20_99_bad_lines_and_a_good_one_are_forgiven(make_rig):
     rig = make_rig()
     mcp = rig.session()
     for _ in range(2):

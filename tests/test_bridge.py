@@ -1,0 +1,413 @@
+"""Between HTTP and a child's lines: one message stays one message, ids are each caller's own, and sessions belong to who opened them.
+
+Case ids are those of docs/security.md, groups J, P and X.
+"""
+
+import inspect
+import json
+import os
+import re
+import resource
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+import fjmcp_broker
+from child_control import ChildControl
+from load import children, health, same
+from mcp_client import McpClient
+from rig import json_of, text_of
+from test_child import ECHO, Running, counts, guardian  # noqa: F401
+from test_process import await_end, in_thread, session
+
+PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+INITIALIZE = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
+    "protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "x", "version": "1"}}}
+
+
+@pytest.fixture
+def control(tmp_path):
+    with ChildControl(str(tmp_path / "control")) as listener:
+        yield listener
+
+
+@pytest.fixture
+def controlled(make_rig, control):
+    return make_rig(child=("--control", control.path))
+
+
+def who(mcp):
+    return json_of(mcp.call_tool("get_my_user_info"))["Result"]["login"]
+
+
+class Heard:
+    """What a session's child is sent from here on. Lines are read in order, so a notification of a name of its own marks both ends."""
+
+    def __init__(self, mcp, control):
+        self._mcp, self._control = mcp, control
+        self._from = self._mark("begin")
+
+    def _mark(self, name):
+        self._mcp.notify(f"notifications/{name}")
+        mark = self._control.wait_event(event="message", method=f"notifications/{name}")
+        return self._control.events.index(mark)
+
+    def methods(self):
+        end = self._mark("end")
+        return [event["method"] for event in self._control.events[self._from + 1:end] if event["event"] == "message"]
+
+
+# -- J: bridge and JSON-RPC
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r\n", "\n\n\t"])
+def test_J01_a_pretty_printed_body_is_one_line_for_the_child(controlled, control, separator):
+    mcp = controlled.session()
+    sent = Heard(mcp, control)
+    body = json.dumps(PING, indent=1).replace("\n", separator).encode()
+    assert mcp.post(body).json()["result"] == {}
+    assert sent.methods() == ["ping"]
+
+
+def test_J02_line_ends_within_strings_reach_the_child_as_one_message(controlled, control):
+    mcp = controlled.session()
+    text = 'a\nb\rc\x00d\x85e\u2028f\u2029g\ud83d\ude00"\\{"jsonrpc":"2.0","id":1,"method":"ping"}\n'
+    sent = Heard(mcp, control)
+    assert text_of(mcp.call_tool("get_echo", text=text)) == text.encode("utf-16", "surrogatepass").decode("utf-16")
+    assert sent.methods() == ["tools/call"]
+
+
+def test_J05_two_callers_with_the_same_id_get_each_their_own_answer(controlled, control):
+    mcp = controlled.session()
+    joins = {}
+    for key in ("a", "b"):
+        message = {"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {"name": "get_slow", "arguments": {"key": key}}}
+        joins[key] = in_thread(same(mcp).post, message)
+        control.wait_event(lambda event, key=key: event["event"] == "call" and event["args"].get("key") == key)
+    control.release("b")
+    control.release("a")
+    for key, join in joins.items():
+        answer = [message for message in join().messages() if "result" in message]
+        assert [message["id"] for message in answer] == [7] and text_of(answer[0]["result"]) == f"slow {key}"
+
+
+@pytest.mark.parametrize("request_id", ["null", "true", "{}", "[]", "1.5", "1e400", "9" * 5000, "1.0", '"' + "x" * 257 + '"', '"' + "x" * 1_000_000 + '"'],
+                         ids=lambda text: text[:12])
+def test_J06_an_id_that_is_none_is_refused_and_nothing_is_forwarded(controlled, control, request_id):
+    mcp = controlled.session()
+    sent = Heard(mcp, control)
+    answer = mcp.post(b'{"jsonrpc":"2.0","id":' + request_id.encode() + b',"method":"ping"}')
+    assert answer.status == 400 and answer.json()["error"]["code"] in (-32600, -32700)
+    assert sent.methods() == []
+
+
+def test_J09_deep_nesting_is_refused_and_a_string_full_of_brackets_is_not(rig):
+    mcp = rig.session()
+    for deep in (b'{"a":' * 100_000, b"[" * 1_000_000, b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":' + b"[" * 70 + b"]" * 70 + b"}}"):
+        assert mcp.post(deep).status == 400
+    assert text_of(mcp.call_tool("get_echo", text='[{"\\' * 200)) == '[{"\\' * 200
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_J10_a_body_above_the_limit_is_refused_and_nothing_is_forwarded(make_rig, control, chunked):
+    rig = make_rig(child=("--control", control.path), max_body="100KiB")
+    mcp = rig.session()
+    sent = Heard(mcp, control)
+    body = json.dumps({**PING, "params": {"x": "y" * 200_000}}).encode()
+    if chunked:
+        answer = raw_post(rig, mcp, b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body), "Transfer-Encoding: chunked")
+    else:
+        answer = raw_post(rig, mcp, body, f"Content-Length: {len(body)}")
+    assert answer.startswith(b"HTTP/1.1 413 ") and b"\r\nConnection: close\r\n" in answer
+    assert sent.methods() == []
+
+
+def raw_post(rig, mcp, body, framing):
+    head = "".join(f"{name}: {value}\r\n" for name, value in {**mcp.headers(), "Host": rig.url[7:], "Content-Type": "application/json"}.items())
+    with socket.create_connection(("127.0.0.1", int(rig.url.rpartition(":")[2])), timeout=20) as sock:
+        sock.sendall(f"POST /mcp HTTP/1.1\r\n{head}{framing}\r\n\r\n".encode())
+        sock.sendall(body)
+        answer = b""
+        while data := sock.recv(65536):
+            answer += data
+        return answer
+
+
+@pytest.mark.parametrize("body", [
+    json.dumps(PING).encode("utf-16"), json.dumps(PING).encode("utf-32"), b"\xef\xbb\xbf" + json.dumps(PING).encode(),
+    b'{"jsonrpc":"2.0","id":"\xc0\xaf","method":"ping"}', b'{"jsonrpc":"2.0","id":"\xed\xa0\x80","method":"ping"}',
+    b'{"jsonrpc":"2.0","id":"\xff","method":"ping"}', b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":NaN}}',
+    b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":-Infinity}}', b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":1e999}}',
+    b'{"jsonrpc":"2.0","id":1,"method":"ping","method":"tools/list"}', b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":1,"a":2}}',
+    b'{"jsonrpc":"2.0","id":1,"method":"ping"}\n{"jsonrpc":"2.0","id":2,"method":"ping"}',
+], ids=["UTF-16", "UTF-32", "BOM", "overlong", "encoded surrogate", "no UTF-8", "NaN", "Infinity", "1e999", "key twice", "inner key twice",
+        "two messages"])
+def test_J03_J11_J12_J13_J14_what_parsers_could_read_in_two_ways_is_refused_and_not_forwarded(controlled, control, body):
+    mcp = controlled.session()
+    sent = Heard(mcp, control)
+    answer = mcp.post(body)
+    assert answer.status == 400 and answer.json()["error"]["code"] in (-32700, -32600)
+    assert sent.methods() == []
+
+
+def test_J12_a_lone_surrogate_is_passed_on_escaped_or_refused_and_breaks_nothing(rig):
+    mcp = rig.session()
+    for body in (b'{"jsonrpc":"2.0","id":"\\ud800","method":"ping"}', b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":"\\udfff"}}'):
+        answer = mcp.post(body)
+        assert answer.status in (200, 400) and answer.json()
+    assert not rig.log.named("internal error") and who(mcp) == "alice"
+
+
+def test_J13_a_key_that_differs_only_in_case_does_not_change_what_the_child_does(controlled, control):
+    mcp = controlled.session()
+    sent = Heard(mcp, control)
+    mcp.post({**PING, "Method": "tools/call", "ID": 99, "Params": {"name": "crash"}})
+    assert sent.methods() == ["ping"]
+    sent = [event for event in control.events if event["event"] == "call"]
+    assert not [event for event in sent if event["tool"] == "crash"]
+
+
+def test_J17_the_lifecycle_out_of_order_starts_no_second_child_for_a_session(controlled, control):
+    mcp = controlled.session()
+    assert mcp.post({**PING, "id": 2}).status == 200
+    again = mcp.post(INITIALIZE)  # opens a session of its own, whatever session the header names
+    assert again.status == 200 and again.headers["Mcp-Session-Id"] != mcp.session_id
+    assert who(mcp) == "alice" and health(controlled)["sessions"] == 2
+    early = McpClient(mcp.url, mcp.token, session_id=again.headers["Mcp-Session-Id"])
+    assert early.request("ping") == {}  # before `initialized`
+    assert early.post({"jsonrpc": "2.0", "method": "notifications/initialized"}).status == 202 and who(early) == "alice"
+
+
+def test_J18_a_clients_meta_is_the_childs_business_and_steers_nothing_here(controlled, control):
+    mcp = controlled.session()
+    meta = {"progressToken": "mine", "io.fjmcp/internal": True, "requestId": 1}
+    answer = mcp.request("tools/call", {"name": "get_progress", "arguments": {"n": 1}, "_meta": meta})
+    assert text_of(answer) == "1 steps"
+    refused = mcp.post({**PING, "method": "broker/internal"})
+    assert refused.status == 200 and refused.json()["error"]["code"] == -32601
+
+
+def test_J21_a_client_that_hangs_up_leaves_no_thread_and_no_traceback(controlled, control):
+    mcp = controlled.session()
+    threads = threading.active_count()
+    for number in range(5):
+        _, stream = same(mcp).start_request("tools/call", {"name": "get_slow", "arguments": {"key": str(number)}}, id=number)
+        stream.close()
+    for number in range(5):
+        control.release(str(number))
+    server = controlled.broker.server
+    with server._changed:
+        assert server._changed.wait_for(lambda: server.open_connections <= 1, 20)
+    assert who(mcp) == "alice" and threading.active_count() <= threads + 2
+    assert not controlled.log.named("internal error") and not controlled.log.named("connection failed")
+
+
+# -- P: processes
+
+
+def test_P02_P03_what_is_in_the_brokers_environment_or_secret_is_in_no_childs_environment_or_arguments(make_installation, monkeypatch):
+    for name in ("FORGEJO_MCP_ALLOW_FILE_PATH_UPLOAD", "FORGEJO_DEBUG", "CREDENTIALS_DIRECTORY", "INVOCATION_ID", "GITEA_TOKEN"):
+        monkeypatch.setenv(name, "canary")
+    installation = make_installation()
+    broker = installation.start()
+    mcp = session(installation)
+    environment = json_of(mcp.call_tool("get_env"))
+    assert "canary" not in environment.values() and not {"NOTIFY_SOCKET", "LISTEN_FDS"} & set(environment)
+    token = environment["FORGEJO_ACCESS_TOKEN"]
+    for pid in (broker.pid, *broker.children()):
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            line = file.read().decode()
+        assert token not in line and installation.app.client_secret not in line
+    assert installation.app.client_secret not in json.dumps(environment)
+
+
+def test_P04_children_started_at_once_hold_nothing_of_each_other(make_rig):
+    rig = make_rig(max_sessions=30, max_sessions_per_user=30)
+    token = rig.login().tokens["access_token"]
+    barrier = threading.Barrier(20)
+
+    def descriptors():
+        mcp = McpClient(rig.url + "/mcp", token)
+        barrier.wait(20)
+        mcp.initialize()
+        return json_of(mcp.call_tool("get_fds"))
+
+    for join in [in_thread(descriptors) for _ in range(20)]:
+        found = join()
+        assert sum("pipe:" in target for target in found.values()) == 3
+        assert not [target for target in found.values() if re.search(r"socket:|\.db|pidfd|eventpoll", target)]
+
+
+PROBE = """
+import ctypes, contextlib, os, subprocess, sys
+{source}
+hide_from_children()
+print(subprocess.run([sys.executable, "-I", "-c", '''
+import os
+try:
+    open(f"/proc/{{os.getppid()}}/environ", "rb").read()
+    print("readable")
+except PermissionError:
+    print("denied")
+'''], capture_output=True, text=True, env={{}}).stdout.strip())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody without rights")
+def test_P06_a_child_of_the_same_user_cannot_read_the_brokers_memory_and_environment(tmp_path):
+    program = PROBE.format(source=inspect.getsource(fjmcp_broker.hide_from_children))
+    done = subprocess.run(["/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable, "-I", "-c", program], cwd="/", user=65534,
+                          group=65534, extra_groups=[], capture_output=True, text=True, timeout=30)
+    assert done.stdout.strip() == "denied", done.stderr
+
+
+def test_P08_what_a_user_is_called_reaches_no_command_line(rig):
+    rig.forgejo.rename("bob", "--x$(id)")
+    mcp = rig.session("--x$(id)")
+    assert "$(id)" not in text_of(mcp.call_tool("get_argv")) and who(mcp) == "--x$(id)"
+
+
+def test_P12_no_child_is_tied_to_the_thread_that_started_it(rig):
+    mcp = rig.session()  # the thread of that connection ends with it
+    pid = text_of(mcp.call_tool("get_pid"))
+    mcp.close()
+    server = rig.broker.server
+    with server._changed:
+        assert server._changed.wait_for(lambda: not server.open_connections, 20)
+    assert text_of(same(mcp).call_tool("get_pid")) == pid
+
+
+def test_P13_SIGTERM_with_many_sessions_leaves_no_child_and_a_whole_store(make_installation):
+    installation = make_installation(max_sessions="20", max_sessions_per_user="20")
+    broker = installation.start()
+    first = session(installation)
+    sessions = [first]
+    for _ in range(14):
+        sessions.append(McpClient(first.url, first.token))
+        sessions[-1].initialize()
+    pids = broker.children()
+    assert len(pids) == 15
+    assert broker.stop() == 0 and await_end(pids) == []
+    assert not os.path.exists(installation.settings["store_path"] + "-wal") or not os.path.getsize(installation.settings["store_path"] + "-wal")
+    installation.start()
+    assert [who(same(mcp)) for mcp in sessions] == ["alice"] * 15
+
+
+def test_P14_a_client_that_opens_session_after_session_gets_no_more_children_than_allowed(make_rig):
+    rig = make_rig(max_sessions_per_user=2, max_session_rows_per_user=10)
+    client, bob = rig.login(), rig.session("bob")
+    mcp = McpClient(rig.url + "/mcp", client.tokens["access_token"])
+    for _ in range(25):
+        assert mcp.post(INITIALIZE).status == 200
+        assert children(rig) <= 3
+    assert health(rig)["sessions"] == 11 and who(bob) == "bob"
+
+
+def test_P19_without_file_descriptors_no_child_starts_nothing_leaks_and_it_recovers(guardian):  # noqa: F811
+    warm = Running(guardian, ECHO)
+    warm.child.stop("over")
+    warm.end()
+    refused, before, limits = 0, counts(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    for spare in range(0, 9):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest_descriptor() + 1 + spare, limits[1]))
+        made = None
+        try:
+            made = Running(guardian, ECHO)
+        except fjmcp_broker.ChildFailed:
+            refused += 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        if made:
+            made.child.stop("over")
+            made.end()
+        assert counts() == before
+    assert refused >= 5
+    again = Running(guardian, ECHO)
+    again.child.send(b"works")
+    assert again.line() == b"works"
+    again.child.stop("over")
+    again.end()
+
+
+def highest_descriptor():
+    return max(map(int, os.listdir("/proc/self/fd")[:-1]))
+
+
+# -- X: sessions are their owner's
+
+
+def test_X01_a_strangers_request_is_answered_as_for_an_unknown_id_by_every_method_and_leaves_no_trace(rig):
+    alice, bob = rig.session("alice"), rig.session("bob")
+    first = text_of(alice.call_tool("get_pid"))
+    for session_id in (alice.session_id, "x" * 43):
+        stranger = McpClient(alice.url, bob.token, session_id=session_id)
+        answer = stranger.post(PING)
+        assert answer.status == 404 and answer.json()["error"]["code"] == -32001
+        assert stranger.delete().status == 404
+        assert stranger._wire.exchange("GET", stranger.url, None, {**stranger.headers(), "Accept": "text/event-stream"}).status == 404
+    assert text_of(alice.call_tool("get_pid")) == first and rig.log.named("session ended") == []
+    rig.clock.advance(890)
+    McpClient(alice.url, bob.token, session_id=alice.session_id).post(PING)
+    rig.clock.advance(15)
+    rig.log.wait("child stopped", 2)  # what a stranger sends keeps no child awake
+
+
+def test_X02_another_client_of_the_same_user_has_no_part_in_a_session_but_another_login_of_the_same_client_has(rig):
+    mcp = rig.session("alice")
+    other = rig.login("alice", name="another client")
+    assert McpClient(mcp.url, other.tokens["access_token"], session_id=mcp.session_id).post(PING).status == 404
+    tokens = mcp.oauth.login(None, "alice", "secret")
+    assert who(same(mcp, tokens["access_token"])) == "alice"
+
+
+def test_X03_session_ids_are_long_random_and_visible(rig):
+    token = rig.login().tokens["access_token"]
+    found = {McpClient(rig.url + "/mcp", token).post(INITIALIZE).headers["Mcp-Session-Id"] for _ in range(5)}
+    found |= {fjmcp_broker.new_secret() for _ in range(10_000)}
+    assert len(found) == 10_005 and all(re.fullmatch(r"[A-Za-z0-9_-]{43}", each) for each in found)
+
+
+@pytest.mark.parametrize("session_id", ["x" * 10_000, "x" * 257, "a b", "caf\u00e9", "\x7f"], ids=["10 KB", "257", "space", "Latin-1", "DEL"])
+def test_X05_a_malformed_session_id_is_refused(rig, session_id):
+    token = rig.login().tokens["access_token"]
+    answer = McpClient(rig.url + "/mcp", token, session_id=session_id).post(PING)
+    assert answer.status in (400, 431)
+
+
+def test_X05_two_session_ids_are_none(rig):
+    mcp = rig.session()
+    body = json.dumps(PING).encode()
+    answer = raw_post(rig, mcp, body, f"Content-Length: {len(body)}\r\nConnection: close\r\nMcp-Session-Id: {mcp.session_id}")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+
+
+def test_X06_a_session_id_that_a_client_chooses_is_never_taken(rig):
+    mcp = rig.session()
+    chosen = McpClient(mcp.url, mcp.token, session_id="chosen-by-the-client-" + "x" * 22)
+    answer = chosen.post(INITIALIZE)
+    assert answer.status == 200 and answer.headers["Mcp-Session-Id"] != chosen.session_id
+    assert chosen.post(PING).status == 404
+
+
+def test_X09_marks_of_two_users_never_cross_in_200_calls_each(rig):
+    owners = {name: rig.session(name) for name in ("alice", "bob")}
+
+    def calls(name, mcp):
+        seen = []
+        mcp.on_notification = lambda method, params: seen.append(json.dumps(params))
+        for number in range(200):
+            mark = f"mark-of-{name}-{number}"
+            seen.append(text_of(mcp.call_tool("get_echo", text=mark)))
+            assert seen[-1] == mark
+            if number % 20 == 0:
+                mcp.call_tool("get_log", text=mark)
+        return seen
+
+    for name, join in {name: in_thread(calls, name, mcp) for name, mcp in owners.items()}.items():
+        seen = join()
+        other = "bob" if name == "alice" else "alice"
+        assert len(seen) >= 200 and not [text for text in seen if f"mark-of-{other}" in text]
+    assert "mark-of-" not in rig.log.text
