@@ -3900,8 +3900,9 @@ class Session:
 
     def _give_up(self, questions, calls):
         for question in questions:
-            if question.call and question.call.reply.held:  # nobody came back for the call
-                self.cancel(question.call, {"reason": "no retry came"})
+            call = question.call
+            if call and call.reply.held and self.cancel(call, {"reason": "no retry came"}):
+                call.fail("timed_out", "Nobody came back with the answers in time.", retryable=False)
             self.answer(question, error={"code": SERVER_ERROR, "message": "The client did not answer in time"})
         for call in calls:
             if self.cancel(call, {"reason": "timed out"}):
