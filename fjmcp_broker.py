@@ -1850,6 +1850,20 @@ def dump(value):
     return _ENCODER.encode(value).encode()
 
 
+def asking(method, params, **more):
+    """What a request or notification says: its method, and params where there are any."""
+    return {**more, "method": method} | ({} if params is None else {"params": params})
+
+
+def without_meta(params, names):
+    """Params (or a result) whose `_meta` lacks these names; without a `_meta` when nothing is left of it."""
+    meta = params.get("_meta")
+    if not isinstance(meta, dict) or meta.keys().isdisjoint(names):
+        return params
+    left = {name: value for name, value in meta.items() if name not in names}
+    return {name: value for name, value in params.items() if name != "_meta"} | ({"_meta": left} if left else {})
+
+
 def result_message(request_id, result):
     """A JSON-RPC result as bytes."""
     return dump({"jsonrpc": "2.0", "id": request_id, "result": result})
@@ -3596,19 +3610,22 @@ class Session:
         self.used_at = self.saved_at = registry.clock.now()
         self.front = front(self)
 
+    def new_stream(self, answers):
+        """A stream to the client that ends with that many answers."""
+        return Stream(self.settings.stream_events, self.settings.stream_bytes, self.settings.write_timeout + 5, answers)
+
     # -- calls, notifications and answers of the client
 
     def submit(self, calls):
         """Send requests to the child, waking it if need be; RpcError when it cannot be had or too much is in flight."""
         self.used_at = self.registry.clock.now()
         for _ in range(3):
-            link = self._awake()
+            link = self.awake()
             with self.lock:
                 if self.ended or link is not self.link or not link.alive:
                     continue
                 if len(self.calls()) + len(calls) > self.settings.max_inflight:
-                    raise RpcError(SERVER_ERROR, "Too many requests of this session are in flight; wait for answers.",
-                                   {"reason": "busy", "outcome_unknown": False, "retryable": True}, 429, (("Retry-After", "1"),))
+                    raise unavailable("busy", "Too many requests of this session are in flight; wait for answers.", 429, 1)
                 lines = [link.register(call) for call in calls if not link.edge.serves(call)]
             for line in lines:
                 link.child.send(line)  # a child that died meanwhile answers through link_ended
@@ -3616,7 +3633,7 @@ class Session:
                 link.edge.serve(call)
                 self.call_ended(link, call, None)
             return
-        raise self.unavailable("child_died", "The tool process ended again and again.")
+        raise unavailable("child_died", "The tool process ended again and again.")
 
     def links(self):
         """The child that serves now and those that end their calls; under the lock."""
@@ -3710,10 +3727,6 @@ class Session:
     # -- the child: wake, replay, replace, sleep, end
 
     def awake(self):
-        """Make sure that a child is there and initialized."""
-        self._awake()
-
-    def _awake(self):
         """The link to an initialized child; one request starts it, the others wait for that start."""
         with self.lock:
             if self.ended:
@@ -3727,7 +3740,7 @@ class Session:
         if leader:
             self._wake(wake)
         elif not wake.done.wait(PLACE_WAIT + self.settings.start_timeout + 30):
-            raise self.unavailable("starting_failed", "The tool process did not start in time.")
+            raise unavailable("starting_failed", "The tool process did not start in time.")
         if wake.error:
             raise wake.error
         return wake.link
@@ -3741,7 +3754,7 @@ class Session:
             error = problem
         except BaseException as problem:
             self.log.event("error", "start failed", user=self.sub, error=type(problem).__name__)
-            error = self.unavailable("starting_failed", "The tool process could not be started.")
+            error = unavailable("starting_failed", "The tool process could not be started.")
             if not isinstance(problem, Exception):
                 raise
         finally:
@@ -3936,7 +3949,7 @@ class Session:
 
     def _read_tools(self):
         """{name: tool} over all pages; None when the child does not give them."""
-        link, cursor, tools = self._awake(), None, {}
+        link, cursor, tools = self.awake(), None, {}
         for _ in range(100):
             result = (link.call("tools/list", {"cursor": cursor} if cursor else {}, QUESTION_GRACE) or {}).get("result")
             if not isinstance(result, dict) or not isinstance(result.get("tools"), list):
@@ -3947,10 +3960,11 @@ class Session:
                 break
         return tools
 
-    @staticmethod
-    def unavailable(reason, sentence):
-        """An RpcError 503 for a child that cannot be had."""
-        return RpcError(SERVER_ERROR, sentence, {"reason": reason, "outcome_unknown": False, "retryable": True}, 503, (("Retry-After", "2"),))
+
+def unavailable(reason, sentence, status=503, wait=5):
+    """An RpcError for what cannot be had just now: nothing was done, the client may try again after `wait` seconds (design 5)."""
+    data = {"reason": reason, "outcome_unknown": False, "retryable": True}
+    return RpcError(SERVER_ERROR, sentence, data, status, (("Retry-After", str(wait)),))
 
 
 def session_not_found():
@@ -4025,16 +4039,36 @@ def connect(link, known, seconds):
         if link.child.ended.is_set():
             return era, None
         if versions and not legacy:
-            raise session.unavailable("starting_failed", f"The tool process speaks only {', '.join(map(str, versions))}.")
+            raise unavailable("starting_failed", f"The tool process speaks only {', '.join(map(str, versions))}.")
     link.edge = LegacyEdge(link)
     return era, link.edge.initialize(seconds)
 
 
-class LegacyEdge:
+class Edge:
+    """What is the same with a child of either era."""
+
+    def __init__(self, link):
+        self._link, self._session = link, link.session
+
+    def serves(self, call):
+        """Whether the edge answers a call itself, by serve(call)."""
+        return False
+
+    def asks(self, call, message):
+        """Whether an answer is no end but a question, for ask(call, message)."""
+        return False
+
+    def cancel(self, number, params):
+        """Tell the child that nobody waits any more."""
+        self._link.send({"method": "notifications/cancelled", "params": {**(params or {}), "requestId": number}})
+
+
+class LegacyEdge(Edge):
     """Speaks with a child that was initialized; what it asks comes as requests of its own, in the middle of a call."""
 
     def __init__(self, link):
-        self._link, self._session, self._ready, self._watched, self._level = link, link.session, False, set(), None
+        super().__init__(link)
+        self._ready, self._watched, self._level = False, set(), None
 
     def initialize(self, seconds):
         """The child's result, with the version that was negotiated before; None when it gives none."""
@@ -4045,7 +4079,7 @@ class LegacyEdge:
         if "error" in answer:
             raise RpcError(answer["error"]["code"], str(answer["error"].get("message", "")), answer["error"].get("data"))
         if not isinstance(answer["result"], dict) or not isinstance(answer["result"].get("protocolVersion"), str):
-            raise session.unavailable("starting_failed", "The tool process does not speak MCP.")
+            raise unavailable("starting_failed", "The tool process does not speak MCP.")
         return answer["result"]
 
     def encode(self, number, call):
@@ -4056,16 +4090,7 @@ class LegacyEdge:
         if call.level not in (None, self._level):
             self._level = call.level
             setting = self._link.register(Call("logging/setLevel", {"level": call.level}, Waiting(), time.monotonic() + QUESTION_GRACE)) + b"\n"
-        body = {"jsonrpc": "2.0", "id": number, "method": call.method}
-        return setting + dump(body if params is None else body | {"params": params})
-
-    def serves(self, call):
-        """Whether the edge answers a call itself: never, the child knows everything of its era."""
-        return False
-
-    def asks(self, call, message):
-        """Whether an answer is no end: never."""
-        return False
+        return setting + dump(asking(call.method, params, jsonrpc="2.0", id=number))
 
     def said(self, message):
         """A notification or a question."""
@@ -4082,15 +4107,11 @@ class LegacyEdge:
         """Hand a client's answer to the child."""
         self._link.send({"id": question.key} | ({"error": error} if error else {"result": result}))
 
-    def cancel(self, number, params):
-        """Tell the child that nobody waits any more."""
-        self._link.send({"method": "notifications/cancelled", "params": {**(params or {}), "requestId": number}})
-
     def tell(self, method, params):
         """A notification of the client."""
         if method != "notifications/initialized" or not self._ready:
             self._ready |= method == "notifications/initialized"
-            self._link.send({"method": method} | ({} if params is None else {"params": params}))
+            self._link.send(asking(method, params))
 
     def ready(self):
         """The handshake is over."""
@@ -4112,12 +4133,12 @@ class LegacyEdge:
         return refused
 
 
-class ModernEdge:
+class ModernEdge(Edge):
     """Speaks with a child that takes its client's metadata with each request, and asks by answering `input_required`."""
 
     def __init__(self, link):
-        self._link, self._session, self._listen, self._listens = link, link.session, None, {}
-        self._kinds, self._honoured = {}, set()
+        super().__init__(link)
+        self._listen, self._listens, self._kinds, self._honoured = None, {}, {}, set()
 
     def server(self, result):
         """A DiscoverResult in the form of an initialize result, with the version that this session's client negotiates."""
@@ -4223,15 +4244,9 @@ class ModernEdge:
                 self._honoured = set(honoured) if isinstance(honoured, list) else set()
                 listening.set()
             elif listening:
-                rest = {name: value for name, value in meta.items() if name != META_SUBSCRIPTION}
-                self._session.front.heard(self._link, message.method,
-                                          {k: v for k, v in params.items() if k != "_meta"} | ({"_meta": rest} if rest else {}), listened=True)
+                self._session.front.heard(self._link, message.method, without_meta(params, {META_SUBSCRIPTION}), listened=True)
         elif message.method != "notifications/cancelled":
             self._session.front.heard(self._link, message.method, params)
-
-    def cancel(self, number, params):
-        """Tell the child that nobody waits any more."""
-        self._link.send({"method": "notifications/cancelled", "params": {**(params or {}), "requestId": number}})
 
     def tell(self, method, params):
         """This era has no notifications of the client; the first one only tells that a session is ready to listen."""
@@ -4287,11 +4302,7 @@ class LegacyReply:
 
     def give(self, result):
         """A result as an answer."""
-        result = {name: value for name, value in result.items() if name not in STAMPS}
-        meta = result.get("_meta")
-        if isinstance(meta, dict) and META_SERVER in meta:
-            rest = {name: value for name, value in meta.items() if name != META_SERVER}
-            result = {name: value for name, value in result.items() if name != "_meta"} | ({"_meta": rest} if rest else {})
+        result = without_meta({name: value for name, value in result.items() if name not in STAMPS}, {META_SERVER})
         self.stream.put(result_message(self.id, self._change(result) if self._change else result), answer=True)
 
     def fail(self, code, sentence, data):
@@ -4308,12 +4319,7 @@ class LegacyFront:
 
     def __init__(self, session):
         self._session, self._numbers, self._asked = session, itertools.count(1), {}
-        self.streams, self.get_stream = collections.OrderedDict(), self.new_stream(0)
-
-    def new_stream(self, answers):
-        """A stream that ends with that many answers."""
-        settings = self._session.settings
-        return Stream(settings.stream_events, settings.stream_bytes, settings.write_timeout + 5, answers)
+        self.streams, self.get_stream = collections.OrderedDict(), session.new_stream(0)
 
     @property
     def listening(self):
@@ -4366,7 +4372,7 @@ class LegacyFront:
         if method == "notifications/tools/list_changed":
             self._session.tools = None
         stream = self.get_stream if listened else self._target(link)[0]
-        stream.put(dump({"jsonrpc": "2.0", "method": method, **({"params": params} if params else {})}))
+        stream.put(dump(asking(method, params or None, jsonrpc="2.0")))
 
     def asked(self, link, questions, call=None):
         """Send questions to the client, where it listens; it has the less time the less likely it is that it hears them."""
@@ -4376,8 +4382,7 @@ class LegacyFront:
             with self._session.lock:
                 self._asked[number] = question
             self._session.hold(question, call or guess, self._session.settings.input_timeout if stream.is_open else QUESTION_GRACE)
-            stream.put(dump({"jsonrpc": "2.0", "id": number, "method": question.method}
-                            | ({} if question.params is None else {"params": question.params})))
+            stream.put(dump(asking(question.method, question.params, jsonrpc="2.0", id=number)))
 
     def withdrawn(self, message, questions):
         """The child takes questions back."""
@@ -4413,7 +4418,7 @@ class ModernReply:
 
     def __init__(self, session, request_id, method, hold, level=None, change=None):
         self._session, self.id, self._method, self._hold, self._level, self._change = session, request_id, method, hold, level, change
-        self.place, self.stream, self.call, self._keys = session, session.front.new_stream(1), None, {}
+        self.place, self.stream, self.call, self._keys = session, session.new_stream(1), None, {}
         self.held = self.gone = False
 
     def notify(self, body):
@@ -4487,9 +4492,8 @@ class ModernReply:
             if self.held or not questions:
                 return
             self.held, self._keys = True, named_questions(questions)
-            stream, self.stream = self.stream, self._session.front.new_stream(1)
-        requests = {key: {"method": question.method} | ({} if question.params is None else {"params": question.params})
-                    for key, question in self._keys.items()}
+            stream, self.stream = self.stream, self._session.new_stream(1)
+        requests = {key: asking(question.method, question.params) for key, question in self._keys.items()}
         result = {"resultType": "input_required", "inputRequests": requests, "requestState": self._hold(self),
                   "_meta": self._session.front.server_meta}
         stream.put(result_message(self.id, result), answer=True)
@@ -4540,11 +4544,6 @@ class PoolFront:
     def __init__(self, session):
         self._session, self._listeners = session, {}
 
-    def new_stream(self, answers):
-        """A stream that ends with that many answers."""
-        settings = self._session.settings
-        return Stream(settings.stream_events, settings.stream_bytes, settings.write_timeout + 5, answers)
-
     @property
     def server_meta(self):
         """What every result says of the child."""
@@ -4588,7 +4587,7 @@ class PoolFront:
         for uri in uris & refused:
             session.remember(unsubscribe=uri)
         uris -= refused
-        stream = self.new_stream(1)
+        stream = session.new_stream(1)
         honoured = {name: True for name in sorted(kinds)} | ({"resourceSubscriptions": sorted(uris)} if uris else {})
         stream.put(self._tagged("notifications/subscriptions/acknowledged", {"notifications": honoured}, request_id))
         with session.lock:
@@ -4620,7 +4619,7 @@ class PoolFront:
             if listener.hears(method, params):
                 listener.stream.put(self._tagged(method, params, listener.id))
         if len(calls) == 1 and not listened:
-            calls[0].reply.notify({"jsonrpc": "2.0", "method": method, **({"params": params} if params else {})})
+            calls[0].reply.notify(asking(method, params or None, jsonrpc="2.0"))
 
     def asked(self, link, questions, call=None):
         """Questions go to the call they belong to, if it is known and its client can answer; nothing is attributed by guess."""
@@ -4817,8 +4816,7 @@ class Registry:
                     min(idle)[2].sleep("place needed")
                 with self.lock:
                     if time.monotonic() >= deadline or self.closing:
-                        raise RpcError(SERVER_ERROR, "All places for tool processes are busy; try again in a moment.",
-                                       {"reason": "busy", "outcome_unknown": False, "retryable": True}, 503, (("Retry-After", "5"),))
+                        raise unavailable("busy", "All places for tool processes are busy; try again in a moment.")
                     self.lock.wait(min(1.0, max(0.0, deadline - time.monotonic())))
             finally:
                 with self.lock:
@@ -4855,8 +4853,7 @@ class Registry:
     @staticmethod
     def upstream_down():
         """Forgejo cannot be reached."""
-        return RpcError(SERVER_ERROR, "Forgejo cannot be reached just now; try again in a moment.",
-                        {"reason": "upstream_down", "outcome_unknown": False, "retryable": True}, 503, (("Retry-After", "5"),))
+        return unavailable("upstream_down", "Forgejo cannot be reached just now; try again in a moment.")
 
     def spawn(self, access, sub, link):
         """Start a child for a link; RpcError when the binary is missing or cannot be run."""
@@ -4899,8 +4896,7 @@ class Registry:
 
     @staticmethod
     def _starting_failed():
-        return RpcError(SERVER_ERROR, "The tool process could not be started; the operator's log says why.",
-                        {"reason": "starting_failed", "outcome_unknown": False, "retryable": True}, 503, (("Retry-After", "5"),))
+        return unavailable("starting_failed", "The tool process could not be started; the operator's log says why.")
 
     def why_not_started(self, sub, access):
         """Why a child ended at its start: it exits alike when Forgejo is down and when it refuses the token, so we ask Forgejo."""
@@ -5200,7 +5196,7 @@ class Endpoint:
         """Send requests of a session, or (None) of a client without one, to their child."""
         place = session or self._registry.lease(caller.sub, caller.client_id, {}, alone=False)
         streamable = takes_streams(request)
-        stream = place.front.new_stream(len(messages))
+        stream = place.new_stream(len(messages))
         reader, calls = stream.open(), []
         try:
             for message in messages:
@@ -5255,7 +5251,7 @@ class Endpoint:
             check_parameter_headers(request, message.params, place)
         reply = ModernReply(place, message.id, message.method, functools.partial(self._hold, caller, message), meta.get(META_LEVEL),
                             self._change(caller, message))
-        call = reply.call = Call(message.method, shared_params(message.params), reply, self._deadline(), capabilities=meta[META_CAPABILITIES],
+        call = reply.call = Call(message.method, without_meta(message.params, MODERN_META), reply, self._deadline(), capabilities=meta[META_CAPABILITIES],
                                  client=meta.get(META_CLIENT), level=meta.get(META_LEVEL), over=over)
         reader = reply.stream.open()
         own = place.front.discover() if message.method == "server/discover" else self._refusal(caller, place, message)
@@ -5503,13 +5499,6 @@ def marked_properties(schema, path=()):
         if isinstance(name, str) and re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,100}", name):
             yield (*path, key), name
         yield from marked_properties(part, (*path, key))
-
-
-def shared_params(params):
-    """Params without what only the modern era says."""
-    meta = {name: value for name, value in params["_meta"].items() if name not in MODERN_META}
-    rest = {name: value for name, value in params.items() if name != "_meta"}
-    return rest | {"_meta": meta} if meta else rest
 
 
 # ======================================================================================================================
