@@ -5476,7 +5476,7 @@ def check_parameter_headers(request, params, place):
         value = arguments
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
-        shown = {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else None if value is None else str(value)
+        shown = None if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         header = decoded_header(request, f"Mcp-Param-{name}")
         same = header == shown or isinstance(value, int) and not isinstance(value, bool) and is_number(header, value)
         if not same and isinstance(value, (str, int, type(None))):
