@@ -22,9 +22,10 @@ def make_authority(folder):
         subprocess.run(["openssl", *words], check=True, capture_output=True, cwd=folder)
 
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *curve, "-days", "2", "-subj", "/CN=throw-away", "-keyout", "ca.key", "-out", "ca.pem")
+    openssl("req", "-x509", *curve, "-days", "2", "-subj", "/CN=throw-away", "-addext", "keyUsage=critical,keyCertSign,cRLSign",
+            "-keyout", "ca.key", "-out", "ca.pem")
     openssl("req", *curve, "-subj", "/CN=app.example", "-keyout", "leaf.key", "-out", "leaf.csr")
-    (folder / "names").write_text("subjectAltName=" + ",".join(f"DNS:{name}" for name in NAMES))
+    (folder / "names").write_text("authorityKeyIdentifier=keyid\nsubjectAltName=" + ",".join(f"DNS:{name}" for name in NAMES) + "\n")
     openssl("x509", "-req", "-in", "leaf.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names",
             "-out", "leaf.pem")
     return folder / "ca.pem", folder / "leaf.pem", folder / "leaf.key"

@@ -23,7 +23,7 @@ from rig import json_of, text_of
 from test_child import ECHO, Running, counts, guardian  # noqa: F401
 from test_process import await_end, in_thread, session
 
-PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+PING = {"jsonrpc": "2.0", "id": "a ping", "method": "ping"}
 INITIALIZE = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
     "protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "x", "version": "1"}}}
 
@@ -155,7 +155,7 @@ def test_J03_J11_J12_J13_J14_what_parsers_could_read_in_two_ways_is_refused_and_
 
 def test_J12_a_lone_surrogate_is_passed_on_escaped_or_refused_and_breaks_nothing(rig):
     mcp = rig.session()
-    for body in (b'{"jsonrpc":"2.0","id":"\\ud800","method":"ping"}', b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":"\\udfff"}}'):
+    for body in (b'{"jsonrpc":"2.0","id":"\\ud800","method":"ping"}', b'{"jsonrpc":"2.0","id":"another","method":"ping","params":{"x":"\\udfff"}}'):
         answer = mcp.post(body)
         assert answer.status in (200, 400) and answer.json()
     assert not rig.log.named("internal error") and who(mcp) == "alice"

@@ -5,6 +5,7 @@ import pytest
 import chaos
 
 
+@pytest.mark.timeout(300)  # a few seconds where nothing else runs; what hangs is found by the run itself
 @pytest.mark.parametrize("seed, tmpfs", [(1, True), (4, False)])
 def test_a_short_run_breaks_nothing_that_must_hold(seed, tmpfs):
     counts = chaos.run(seed, steps=3, say=lambda text: None, tmpfs=tmpfs)
