@@ -4760,9 +4760,9 @@ class Registry:
             if session:
                 session.end(reason)
 
-    def forget_but(self, pairs, reason):
-        """End the sessions and pools of who is not among these (user, client) pairs."""
-        for session in self.all():
+    def forget_but(self, pairs, sessions, reason):
+        """End those of these sessions (and places in pools) whose (user, client) is not among the pairs."""
+        for session in sessions:
             if (session.sub, session.client_id) not in pairs:
                 with self.lock:
                     self.sessions.pop(session.name, None)
@@ -5004,11 +5004,12 @@ class Reaper:
         if marker == self._marker:
             return
         self._marker = marker
+        sessions = self._registry.all()  # before the grants are read: one that is opened meanwhile may have a newer grant
         live, pairs = self._store.live_grants(now)
         for reader, (caller, _) in streams:
             if caller.grant_id not in live:
                 reader.close()
-        self._registry.forget_but(pairs, "grant ended")
+        self._registry.forget_but(pairs, sessions, "grant ended")
 
     def _refresh(self, now):
         """Credentials of users with a child awake before they run out; every live one at least every ten days.

@@ -332,6 +332,25 @@ def test_X12_one_users_busy_children_leave_room_for_another(make_rig, control, m
         assert text_of(join()) == f"slow {key}"
 
 
+def test_a_session_that_is_opened_while_grants_are_looked_at_is_not_ended(rig, monkeypatch):
+    read, opened = rig.broker.store.live_grants, []
+
+    def then_someone_logs_in(now):
+        found = read(now)
+        if not opened:
+            opened.append(None)
+            opened.append(rig.session("bob"))
+        return found
+
+    monkeypatch.setattr(rig.broker.store, "live_grants", then_someone_logs_in)
+    rig.session("alice")
+    rig.tick()
+    rig.log.wait("session opened", 2)
+    monkeypatch.undo()
+    rig.tick()
+    assert who(opened[1]) == "bob" and not rig.log.named("session ended")
+
+
 def test_above_the_rows_of_a_user_the_session_unused_for_longest_ends_and_others_stay(make_rig):
     rig = make_rig(max_session_rows_per_user=2)
     bob = rig.session("bob")
