@@ -2054,13 +2054,13 @@ class Reader:
     def __init__(self, stream, cursor):
         self.stream, self.cursor, self.ended = stream, cursor, False
 
-    def take(self, timeout):
+    def take(self, timeout, after=0):
         """The next item, waiting at most `timeout` seconds; None then, or when the reader has `ended`."""
         stream = self.stream
         with stream._changed:
             while not self.ended:
                 for item in stream._items:
-                    if item.number > self.cursor:
+                    if item.number > max(self.cursor, after):
                         return item
                 if stream.finished:
                     self.ended = True
@@ -3501,6 +3501,7 @@ class Link:
         self.pending = {}  # our id towards the child -> Call
         self.numbers = itertools.count(1)
         self.child, self.edge, self.bad_lines, self.stray, self.used_at = None, None, 0, 0, time.monotonic()
+        self.over = False  # whether link_ended has been here; under the session's lock
         self.probed = False  # whether the handshake began by asking for its era
 
     @property
@@ -3532,7 +3533,7 @@ class Link:
 
     def on_line(self, line):
         """A line of the child's output; in the child's reader thread."""
-        if self.bad_lines >= 100:  # it was told to end; what it wrote before counts no more
+        if self.bad_lines >= 100 or self.edge is None:  # it was told to end, or speaks before it was spoken to
             return
         try:
             message = classify(read_child_json(line))
@@ -3573,11 +3574,12 @@ class Link:
                 call.reply.notify({**message.body, "params": {**params, "progressToken": call.token}})
         elif message.method == "ping" and message.kind == "request":
             self.send({"id": message.id, "result": {}})
-        elif self.edge:
+        else:
             self.edge.said(message)
 
     def on_end(self, child):
         """The child has ended; in its reader thread, once."""
+        self.child = child  # it may end before the thread that started it has it
         self.session.link_ended(self)
 
 
@@ -3764,8 +3766,8 @@ class Session:
                     error, link = session_not_found(), None
                 old, self.waking = self.link if self.link is not link else None, None
                 if link:
-                    self.link, self.failures = link, 0
-                    self.draining |= {old} - {None}
+                    self.link, self.failures = None if link.over else link, 0
+                    self.draining |= {each for each in (old,) if each and not each.over}
                 else:
                     if isinstance(error, RpcError):
                         self.failures, self.failure = self.failures + 1, error
@@ -3791,20 +3793,23 @@ class Session:
         self.log.audit("child started", user=self.sub, client=self.client_id, pid=link.child.pid, replay=replay)
         try:
             server = self.registry.connect(link, probe)
-        except (RpcError, Refusal):
-            link.child.stop("no answer to the handshake")
+            if server:
+                self._settle(link, server, replay)
+                return link
+        except BaseException:
+            link.child.stop("the handshake failed")
             raise
-        if server is None:
-            link.child.stop("no answer to the handshake")
-            if link.probed:  # some older programs end at a request that they do not know
-                return self._start(probe=False)
-            raise self.registry.why_not_started(self.sub, access)
+        link.child.stop("no answer to the handshake")
+        if link.probed:  # some older programs end at a request that they do not know
+            return self._start(probe=False)
+        raise self.registry.why_not_started(self.sub, access)
+
+    def _settle(self, link, server, replay):
         if self.version and server["protocolVersion"] != self.version:
             self.log.event("warning", "child speaks another version", user=self.sub, was=self.version, now=server["protocolVersion"])
         self.server, self.version = server, self.version or server["protocolVersion"]
         if replay or not self.durable:
             self._replay(link)
-        return link
 
     def _replay(self, link):
         link.edge.ready()
@@ -3882,6 +3887,7 @@ class Session:
         """A child has ended: what was in flight on it is answered, its questions are moot, its place is free."""
         reason = link.child.reason
         with self.lock:
+            link.over = True
             if self.link is link:
                 self.link = None
             self.draining.discard(link)
@@ -3905,7 +3911,6 @@ class Session:
         if stale or late:  # in a thread of its own: a child that does not read must not hold up the clock of all
             threading.Thread(target=self._give_up, args=(stale, late), daemon=True).start()
         for link in links:
-            link.child.tick()
             if link is not self.link:
                 self._stop_if_drained(link)
         if not links and self.front.listening:  # its child died: what it listens to must go on
@@ -4159,8 +4164,10 @@ class ModernEdge(Edge):
 
     def _line(self, number, method, params, call=None):
         session = self._session
-        capabilities = (call.capabilities if call else None) or session.initialize.get("capabilities") or {}
-        meta = {**((params or {}).get("_meta") or {}), META_VERSION: FIRST_MODERN_VERSION,
+        capabilities = (call.capabilities if call else None) or session.initialize.get("capabilities")
+        capabilities = capabilities if isinstance(capabilities, dict) else {}
+        given = (params or {}).get("_meta")
+        meta = {**(given if isinstance(given, dict) else {}), META_VERSION: FIRST_MODERN_VERSION,
                 META_CLIENT: (call.client if call else None) or session.initialize.get("clientInfo") or {"name": "fjmcp-broker", "version": __version__},
                 META_CAPABILITIES: {name: {} if name == "roots" else value for name, value in capabilities.items()
                                     if name in ("experimental", "extensions", *ASKS.values()) and isinstance(value, dict)}}
@@ -4183,10 +4190,11 @@ class ModernEdge(Edge):
             call.reply.fail(INVALID_PARAMS, f"level must be one of {', '.join(LEVELS)}", None)
             return
         if call.method.startswith("resources/"):
-            wanted = "subscribe" if call.method == "resources/subscribe" else "unsubscribe"
-            session.remember(**{wanted: str(params.get("uri"))})
-            if params.get("uri") in session.watch():
-                session.remember(unsubscribe=params["uri"])
+            uri = params.get("uri")
+            if isinstance(uri, str):
+                session.remember(**{call.method.removeprefix("resources/"): uri})
+            if not isinstance(uri, str) or uri in session.watch():
+                session.remember(unsubscribe=uri if isinstance(uri, str) else "")
                 call.reply.fail(INVALID_PARAMS, "The resource cannot be subscribed to", None)
                 return
         if call.after:
@@ -4329,7 +4337,7 @@ class LegacyFront:
     @property
     def keeps_nothing(self):
         """Whether no client reads or has left something untaken."""
-        return all(stream.is_taken and not stream.is_open for stream in (self.get_stream, *self.streams.values()))
+        return all(stream.is_taken and not stream.is_open for stream in (self.get_stream, *list(self.streams.values())))
 
     def stream_after(self, event_id):
         """The stream and number that a Last-Event-ID names; the session's own stream when it names none of ours."""
@@ -4379,9 +4387,9 @@ class LegacyFront:
         stream, guess = self._target(link)
         for question in questions:
             number = f"{stream.key}.{next(self._numbers)}"
+            self._session.hold(question, call or guess, self._session.settings.input_timeout if stream.is_open else QUESTION_GRACE)
             with self._session.lock:
                 self._asked[number] = question
-            self._session.hold(question, call or guess, self._session.settings.input_timeout if stream.is_open else QUESTION_GRACE)
             stream.put(dump(asking(question.method, question.params, jsonrpc="2.0", id=number)))
 
     def withdrawn(self, message, questions):
@@ -4403,7 +4411,9 @@ class LegacyFront:
 
     def end(self):
         """The session is over."""
-        for stream in (self.get_stream, *self.streams.values()):
+        with self._session.lock:
+            streams = [self.get_stream, *self.streams.values()]
+        for stream in streams:
             stream.end()
 
 
@@ -4671,6 +4681,7 @@ class Registry:
         self.lock = threading.Condition()
         self.sessions, self.pools, self.places, self.waiting, self.held = {}, {}, collections.Counter(), 0, {}
         self.closing, self._binary, self.asking = False, None, False
+        self.children = []  # every child not yet seen to have ended, whoever started it
 
     # -- sessions
 
@@ -4696,6 +4707,8 @@ class Registry:
         name = digest(session_id)
         with self.lock:
             session = self.sessions.get(name)
+            if session:
+                session.used_at = max(session.used_at, self.clock.now())  # in the lock: from here on unload() keeps it
         if session is None:
             row = self.store.session(name, sub, client_id)
             if row is None:
@@ -4706,7 +4719,6 @@ class Registry:
                 session = self.sessions.setdefault(name, found)
         if session.ended or (session.sub, session.client_id) != (sub, client_id):
             raise session_not_found()
-        session.used_at = self.clock.now()  # from here on it is not unloaded
         return session
 
     def lease(self, sub, client_id, capabilities, alone):
@@ -4858,8 +4870,11 @@ class Registry:
     def spawn(self, access, sub, link):
         """Start a child for a link; RpcError when the binary is missing or cannot be run."""
         try:
-            return Child(child_command(self.settings), child_environment(self.settings, access), sub, self.guardian, self.settings, self.log,
-                         link.on_line, link.on_end)
+            child = Child(child_command(self.settings), child_environment(self.settings, access), sub, self.guardian, self.settings, self.log,
+                          link.on_line, link.on_end)
+            with self.lock:
+                self.children.append(child)
+            return child
         except ChildMissing as error:
             self.log.event("error", "forgejo-mcp is missing", reason=str(error))
             raise RpcError(INTERNAL_ERROR, "The tool program is missing on the server; tell its operator.",
@@ -4867,6 +4882,13 @@ class Registry:
         except ChildFailed as error:
             self.log.event("error", "forgejo-mcp cannot be started", reason=str(error))
             raise self._starting_failed() from None
+
+    def tick_children(self):
+        """Go on with the end of every child that was told to stop, also of those that no session names any more."""
+        with self.lock:
+            self.children = children = [child for child in self.children if not child.ended.is_set()]
+        for child in children:
+            child.tick()
 
     def connect(self, link, probe=True):
         """Shake hands with a child, by the era its binary is known to be of (legacy, unless `probe`): what connect() gives of the child."""
@@ -4958,6 +4980,7 @@ class Reaper:
         """End an open stream within 1 s of its grant's end and 60 s of its token's expiry (a running call only at revocation)."""
         with self._lock:
             self._streams[reader] = (caller, is_call)
+            self._marker = None  # its grant may have ended since it was let in
 
     def run(self):
         """Tick until stopped."""
@@ -4976,6 +4999,7 @@ class Reaper:
     def tick(self):
         """One round: late calls, idle children, ended grants and sessions, tokens to refresh, rows to sweep."""
         now = self._clock.now()
+        self._registry.tick_children()
         for session in self._registry.all():
             session.tick(time.monotonic())
             idle_since = session.idle_since()
@@ -5003,13 +5027,14 @@ class Reaper:
                 reader.close()
         if marker == self._marker:
             return
-        self._marker = marker
         sessions = self._registry.all()  # before the grants are read: one that is opened meanwhile may have a newer grant
         live, pairs = self._store.live_grants(now)
         for reader, (caller, _) in streams:
             if caller.grant_id not in live:
                 reader.close()
         self._registry.forget_but(pairs, sessions, "grant ended")
+        with self._lock:  # only now: what failed above is done again; and who came meanwhile is looked at by the next tick
+            self._marker = marker if self._streams.keys() <= {reader for reader, _ in streams} else None
 
     def _refresh(self, now):
         """Credentials of users with a child awake before they run out; every live one at least every ten days.
@@ -5162,6 +5187,8 @@ class Endpoint:
         params = message.params
         if message.kind != "request" or not isinstance(params, dict) or not isinstance(params.get("protocolVersion"), str):
             raise RpcError(INVALID_PARAMS, "initialize needs an id, and params.protocolVersion.", None, 400)
+        if not isinstance(params.get("capabilities", {}), dict) or not isinstance(params.get("clientInfo", {}), dict):
+            raise RpcError(INVALID_PARAMS, "capabilities and clientInfo must be objects.", None, 400)
         if len(dump(params)) > self._settings.max_form:  # they are kept, and replayed to each child
             raise RpcError(INVALID_PARAMS, "The params of initialize are too large.", None, 400)
         session_id, server = self._registry.open(caller.sub, caller.client_id, params)
@@ -5196,6 +5223,7 @@ class Endpoint:
     def _submitted(self, request, caller, session, messages, batch):
         """Send requests of a session, or (None) of a client without one, to their child."""
         place = session or self._registry.lease(caller.sub, caller.client_id, {}, alone=False)
+        over = once(lambda: None if session else self._registry.release(place))
         streamable = takes_streams(request)
         stream = place.new_stream(len(messages))
         reader, calls = stream.open(), []
@@ -5207,19 +5235,21 @@ class Endpoint:
                     reply.give(refusal)
                 else:
                     calls.append(Call(message.method, message.params, reply, self._deadline(), after=session and remembers(session, message),
-                                      capabilities=None if session else {}, over=None if session else lambda: self._registry.release(place)))
+                                      capabilities=None if session else {}, over=over))
             if session:
-                session.front.streams[stream.key] = stream
+                with session.lock:
+                    session.front.streams[stream.key] = stream
             if calls:
                 place.submit(calls)
         except BaseException:
             reader.close()
             if session:
-                session.front.streams.pop(stream.key, None)
+                with session.lock:
+                    session.front.streams.pop(stream.key, None)
+            over()
             raise
-        finally:
-            if not session and not calls:
-                self._registry.release(place)
+        if not calls:
+            over()
         self._reaper.watch(reader, caller, True)
         prime = bool(session) and session.version == LEGACY_VERSIONS[0]
         return Response(200, later=Later(reader, 2.0 if streamable else None, prime=prime, batch=batch))
@@ -5230,7 +5260,7 @@ class Endpoint:
         """A request of MCP 2026-07-28: everything it needs is in it and in its headers (streamable-http)."""
         if message.kind == "notification":
             return Response(202)
-        meta = check_metadata(request, message)
+        meta = check_metadata(request, message, self._settings.max_form)
         if message.method in LEGACY_ONLY:
             raise no_such_method(message.method)
         capabilities, level = meta[META_CAPABILITIES], meta.get(META_LEVEL)
@@ -5290,15 +5320,18 @@ class Endpoint:
 
     def _hold(self, caller, message, reply):
         """The requestState of a reply that asks for input: sealed, and good for one retry of the same request (patterns/mrtr)."""
-        return b64url(self._keyring.seal("mrtr", self._owner(caller, message), {"held": self._registry.hold(reply)}))
+        return b64url(self._keyring.seal("mrtr", self._owner(caller, message), {"held": self._registry.hold(reply), "write": caller.may_write}))
 
     def _retried(self, request, caller, message):
         """A retry with the answers that were asked for goes on with the call that asked; nothing is run again."""
         state, responses = message.params["requestState"], message.params.get("inputResponses")
         try:
-            held = self._keyring.unseal("mrtr", self._owner(caller, message), unb64url(state))["held"]
+            sealed = self._keyring.unseal("mrtr", self._owner(caller, message), unb64url(state))
+            held, wrote = sealed["held"], sealed["write"]
         except (ValueError, TypeError):
             raise RpcError(INVALID_PARAMS, "requestState is not one that was given for this request.") from None
+        if wrote and not caller.may_write:  # each request is limited by the token that it carries
+            raise RpcError(INVALID_PARAMS, "requestState was given to a login with more access; send the request anew.")
         reply = self._registry.retried(held)
         if reply is None or reply.gone:
             raise RpcError(INVALID_PARAMS, "requestState was used before, or its call has ended; send the request anew.")
@@ -5426,8 +5459,11 @@ def no_such_method(method):
     return RpcError(METHOD_NOT_FOUND, f"{method[:100]} is not a method of this revision", None, 404)
 
 
-def check_metadata(request, message):
-    """A request's `_meta`, if it and the headers are as they must be (MCP 2026-07-28 basic, streamable-http); RpcError 400."""
+def check_metadata(request, message, limit):
+    """A request's `_meta`, if it and the headers are as they must be (MCP 2026-07-28 basic, streamable-http); RpcError 400.
+
+    `limit`: the bytes that capabilities may have, which are kept as the key of a pool.
+    """
     def wrong(code, sentence, data=None):
         return RpcError(code, sentence, data, 400)
 
@@ -5444,6 +5480,8 @@ def check_metadata(request, message):
         raise wrong(UNSUPPORTED_VERSION, "Unsupported protocol version", {"supported": [FIRST_MODERN_VERSION, *LEGACY_VERSIONS], "requested": version})
     if not isinstance(meta.get(META_CAPABILITIES), dict):
         raise wrong(INVALID_PARAMS, f"params._meta needs {META_CAPABILITIES}")
+    if len(dump(meta[META_CAPABILITIES])) > limit:
+        raise wrong(INVALID_PARAMS, f"{META_CAPABILITIES} is too large")
     if not isinstance(meta.get(META_CLIENT, {}), dict):
         raise wrong(INVALID_PARAMS, f"{META_CLIENT} must be an object")
     if meta.get(META_LEVEL, "info") not in LEVELS:
@@ -5884,13 +5922,13 @@ class Connection:
                 self._receive(deadline)
                 self.buffer.clear()
 
-    def _take(self, reader, timeout, watch=True):
+    def _take(self, reader, timeout, after=0):
         """The next item. The hang-up watch begins only once the wait is worth it, so that fast calls pay nothing."""
-        item = reader.take(min(0.05, timeout))
+        item = reader.take(min(0.05, timeout), after)
         if item is None and not reader.ended and timeout > 0.05:
             self.server.watcher.watch(self.sock, reader)
             try:
-                item = reader.take(timeout - 0.05)
+                item = reader.take(timeout - 0.05, after)
             finally:
                 self.server.watcher.forget(self.sock)
         return item
@@ -5923,22 +5961,22 @@ class Connection:
 
     def _collect(self, later, reader):
         """Items until the last; for a client that can take a stream, only those that make plain JSON possible."""
-        answers, deadline = [], None if later.json_wait is None else time.monotonic() + later.json_wait
-        cursor = reader.cursor
+        answers, seen, deadline = [], reader.cursor, None if later.json_wait is None else time.monotonic() + later.json_wait
         while True:
-            item = self._take(reader, 3600.0 if deadline is None else max(0.0, deadline - time.monotonic()))
+            item = self._take(reader, 3600.0 if deadline is None else max(0.0, deadline - time.monotonic()), seen)
             if item is None:
                 if reader.ended or deadline is not None:
                     break
                 continue
             if deadline is not None and not item.answer:
                 break
-            reader.cursor = item.number
+            seen = item.number
+            if deadline is None and not item.answer:
+                reader.taken(item)  # it cannot be sent; who puts it must not wait
             if item.answer:
                 answers.append(item)
             if item.last:
                 return answers
-        reader.cursor = cursor
         return []
 
     def _stream(self, response, reader, items, close):
