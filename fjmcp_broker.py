@@ -1413,6 +1413,11 @@ class PublicWeb:
                      connect=lambda timeout: self._connect((addresses[0], 443), timeout=timeout))
 
 
+def with_query(url, parameters):
+    """A URL with these parameters added to those it has."""
+    return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote)
+
+
 def jwt_claims(token):
     """The claims of a JWT, unverified: it came straight from Forgejo over TLS. {} when it is none."""
     try:
@@ -1489,7 +1494,7 @@ class Forgejo:
         query = {"response_type": "code", "client_id": self._settings.forgejo_oauth_client_id, "state": state,
                  "redirect_uri": self._settings.public_url + "/oauth/callback", "scope": self._settings.forgejo_oauth_scopes,
                  "code_challenge": challenge, "code_challenge_method": "S256"}
-        return self._authorize + ("&" if "?" in self._authorize else "?") + urlencode(query, quote_via=quote)
+        return with_query(self._authorize, query)
 
     def _grant(self, form, old_refresh=""):
         form = {**form, "client_id": self._settings.forgejo_oauth_client_id, "client_secret": self._settings.forgejo_oauth_client_secret}
@@ -2684,6 +2689,7 @@ class Clients:
 # ======================================================================================================================
 
 GRANT_RATE = 120  # requests a minute to /token that one login may make
+LOGGED_OUT = "Forgejo ended this login. Log in again."
 ACCOUNT_LIFETIME = 1800  # seconds a browser stays logged in to the account page
 
 
@@ -2700,7 +2706,7 @@ class ClientRedirect(Exception):
 
     def __init__(self, error, description):
         super().__init__(error)
-        self.error, self.description = error, description
+        self.answer = {"error": error, "error_description": description}
 
 
 def parse_form(raw, refusal):
@@ -2781,7 +2787,7 @@ class Authorization:
         try:
             login = self._authorization_request(form, client, redirect_uri)
         except ClientRedirect as error:
-            return self._to_client(redirect_uri, form.get("state", [None])[0], error=error.error, error_description=error.description)
+            return self._to_client({"redirect_uri": redirect_uri, "state": form.get("state", [None])[0]}, **error.answer)
         cookie, headers = self._marked_browser(request)
         box = b64url(self._keyring.seal("login", digest(cookie).hex(), {**login, "expires": self._clock.now() + self._settings.login_lifetime}))
         return consent_page(
@@ -2844,7 +2850,7 @@ class Authorization:
         to_forgejo = self._start_login("client", {**login, "granted": granted}, cookie, box, now, now if denied else None)
         self._log.audit("consent refused" if denied else "consent given", client=login["client"], scope=" ".join(granted))
         if denied:
-            return self._to_client(login["redirect_uri"], login["state"], error="access_denied", error_description="The person refused")
+            return self._to_client(login, error="access_denied", error_description="The person refused")
         return to_forgejo
 
     def _start_login(self, kind, login, cookie, box, now, taken_at=None):
@@ -2881,8 +2887,8 @@ class Authorization:
             return self._account_opened(info, now) if row.kind == "account" else self._client_answered(login, info, now)
         except ClientRedirect as error:
             if row.kind == "account":
-                raise PageRefusal(error_page(403, "You are not logged in", f"{error.description}.")) from None
-            return self._to_client(login["redirect_uri"], login["state"], error=error.error, error_description=error.description)
+                raise PageRefusal(error_page(403, "You are not logged in", error.answer["error_description"] + ".")) from None
+            return self._to_client(login, **error.answer)
 
     def _logged_in(self, form, verifier):
         """Who logged in at Forgejo; ClientRedirect with the error of RFC 6749 4.1.2.1 otherwise, in our words: Forgejo's are not shown."""
@@ -2908,7 +2914,7 @@ class Authorization:
                                             self._settings.resource, digest(code), login["redirect_uri"], login["challenge"], now,
                                             code_expires, code_expires)
         self._log.audit("login", user=info.sub, login=info.login, client=login["client"], grant=grant_id, scope=" ".join(login["granted"]))
-        return self._to_client(login["redirect_uri"], login["state"], code=code)
+        return self._to_client(login, code=code)
 
     # -- account
 
@@ -2949,7 +2955,7 @@ class Authorization:
             raise PageRefusal("expired")
         for grant in self._store.grants_of(user.sub, now):
             if grant.client_id == form.get("client"):
-                self._end(grant.grant_id, "ended by the user", user.sub, grant.client_id, "token revoked")
+                self._end(grant, "ended by the user")
         for session in self._store.sessions_of(user.sub):
             if session.hash.hex() == form.get("session") and self._store.end_session(session.hash):
                 self._session_ended(session.hash)
@@ -3008,62 +3014,54 @@ class Authorization:
         challenge = b64url(hashlib.sha256(verifier.encode()).digest())
         row = self._store.code(digest(code))
         if row and row.state != "active":
-            raise self._logged_out()
+            raise OAuthError("invalid_grant", LOGGED_OUT)
         grant = self._store.redeem_code(digest(code), client.client_id, form.get("redirect_uri", ""), challenge, now,
                                         *self._hashed(pair, now), CODE_ATTEMPTS)
         if grant is None:
             # A code that comes twice was stolen from one of the two: what the first made ends (RFC 6749 4.1.2).
             if row and row.used_at is not None and row.client_id == client.client_id:
-                self._end(row.grant_id, "code replayed", row.sub, client.client_id, "reuse detected")
+                self._end(row, "code replayed", "reuse detected")
             raise OAuthError("invalid_grant", "The code is unknown, expired or used, or belongs to another request. Start again.")
         self._log.audit("token issued", user=grant.sub, client=client.client_id, grant=grant.grant_id, scope=grant.scope)
         return self._pair_answer(pair, grant.scope, self._settings.access_token_lifetime)
 
     def _refresh(self, client, form):
-        token, now = form.get("refresh_token", ""), self._clock.now()
-        row = self._store.refresh_token(digest(token)) if token.startswith("fjr_") else None
-        if row is None or row.client_id != client.client_id:  # another client's mistake must not end our client's grant
-            raise OAuthError("invalid_grant", "The refresh token is unknown. Log in again.")
-        scope = self._narrowed(form.get("scope", ""), row.scope)
-        if row.ended_at is not None or row.expires_at <= now:
-            raise OAuthError("invalid_grant", "The login has ended. Log in again.")
-        if row.state != "active":
-            raise self._logged_out()
-        for _ in range(100):
-            if row.rotated_at is None:
-                pair = self._new_pair()
-                box = self._keyring.chained(token).seal("successor", str(row.grant_id), pair)
-                grant = self._store.rotate(digest(token), scope, now, *self._hashed(pair, now), box)
-                if grant:
-                    self._log.audit("token refreshed", user=row.sub, client=client.client_id, grant=row.grant_id)
-                    return self._pair_answer(pair, scope or row.scope, self._settings.access_token_lifetime)
-            row, token, answer = self._newest(token, now, scope)
-            if answer:
-                return answer
-        raise OAuthError("invalid_grant", "The refresh token is too old. Log in again.")
-
-    def _newest(self, token, now, scope):
-        """One step along a chain: the row and token that follow a rotated one, or the newest pair as an answer.
+        """Rotate a refresh token, or answer with the newest pair of its chain.
 
         A client that lost an answer, or two of its processes, re-send a token shortly after its rotation: within 120 s
         that is answered with the newest pair. Later it is theft, and the grant ends (RFC 9700 4.14.2).
         """
-        row = self._store.refresh_token(digest(token))
-        if row is None or row.ended_at is not None:
-            raise OAuthError("invalid_grant", "The login has ended. Log in again.")
-        if row.rotated_at is None:
-            return row, token, None
+        token, now = form.get("refresh_token", ""), self._clock.now()
+        for _ in range(100):
+            row = self._store.refresh_token(digest(token)) if token.startswith("fjr_") else None
+            if row is None or row.client_id != client.client_id:  # another client's mistake must not end our client's grant
+                raise OAuthError("invalid_grant", "The refresh token is unknown. Log in again.")
+            scope = self._narrowed(form.get("scope", ""), row.scope)
+            if row.ended_at is not None or row.expires_at <= now:
+                raise OAuthError("invalid_grant", "The login has ended. Log in again.")
+            if row.state != "active":
+                raise OAuthError("invalid_grant", LOGGED_OUT)
+            if row.rotated_at is None:
+                pair = self._new_pair()
+                box = self._keyring.chained(token).seal("successor", str(row.grant_id), pair)
+                if self._store.rotate(digest(token), scope, now, *self._hashed(pair, now), box):
+                    self._log.audit("token refreshed", user=row.sub, client=client.client_id, grant=row.grant_id)
+                    return self._pair_answer(pair, scope or row.scope, self._settings.access_token_lifetime)
+                continue  # another request was faster: the next look finds what it made
+            pair = self._successor(token, row, now)
+            newer, access = self._store.refresh_token(digest(pair["refresh"])), self._store.access_token(digest(pair["access"]))
+            if newer and newer.rotated_at is None and access and access.expires_at > now and scope is None:
+                return self._pair_answer(pair, row.scope, access.expires_at - now)
+            token = pair["refresh"]
+        raise OAuthError("invalid_grant", "The refresh token is too old. Log in again.")
+
+    def _successor(self, token, row, now):
         if now - row.rotated_at > REFRESH_GRACE:
-            self._end(row.grant_id, "refresh token re-used", row.sub, row.client_id, "reuse detected")
-            raise OAuthError("invalid_grant", "The refresh token was used before. Log in again.")
-        try:
-            pair = self._keyring.chained(token).unseal("successor", str(row.grant_id), row.successor or b"")
-        except ValueError:
-            raise OAuthError("invalid_grant", "The refresh token was used before. Log in again.") from None
-        newer, access = self._store.refresh_token(digest(pair["refresh"])), self._store.access_token(digest(pair["access"]))
-        if newer and newer.rotated_at is None and access and access.expires_at > now and scope is None:
-            return row, token, self._pair_answer(pair, row.scope, access.expires_at - now)
-        return newer or row, pair["refresh"], None
+            self._end(row, "refresh token re-used", "reuse detected")
+        else:
+            with contextlib.suppress(ValueError):
+                return self._keyring.chained(token).unseal("successor", str(row.grant_id), row.successor or b"")
+        raise OAuthError("invalid_grant", "The refresh token was used before. Log in again.")
 
     @staticmethod
     def _narrowed(asked, granted):
@@ -3086,13 +3084,9 @@ class Authorization:
         return {"access_token": pair["access"], "token_type": "Bearer", "expires_in": max(1, int(expires_in)),
                 "refresh_token": pair["refresh"], "scope": scope}
 
-    def _end(self, grant_id, reason, sub, client_id, event):
-        if self._store.end_grant(grant_id, reason, self._clock.now()):
-            self._log.audit(event, user=sub, client=client_id, grant=grant_id, reason=reason)
-
-    @staticmethod
-    def _logged_out():
-        return OAuthError("invalid_grant", "Forgejo ended this login. Log in again.")
+    def _end(self, row, reason, event="token revoked"):
+        if self._store.end_grant(row.grant_id, reason, self._clock.now()):
+            self._log.audit(event, user=row.sub, client=row.client_id, grant=row.grant_id, reason=reason)
 
     def revoke(self, request):
         """POST /oauth/revoke (RFC 7009): a refresh token ends its grant, an access token only itself; always 200."""
@@ -3102,7 +3096,7 @@ class Authorization:
             raise OAuthError("invalid_request", "token is missing.")
         refresh, access = self._store.refresh_token(digest(token)), self._store.access_token(digest(token))
         if refresh and refresh.client_id == client.client_id:
-            self._end(refresh.grant_id, "revoked by client", refresh.sub, client.client_id, "token revoked")
+            self._end(refresh, "revoked by client")
         elif access and access.client_id == client.client_id:
             self._store.drop_access_token(digest(token))
             self._log.audit("token revoked", client=client.client_id)
@@ -3140,12 +3134,11 @@ class Authorization:
         cookie = self._cookie(request, self._cookie_name) or new_secret()
         return cookie, (("Set-Cookie", f"{self._cookie_name}={cookie}; Max-Age={int(self._settings.login_lifetime)}{self._cookie_flags}"),)
 
-    def _to_client(self, redirect_uri, state, **answer):
+    def _to_client(self, login, **answer):
         """The authorization response: to the validated URI, with `iss` always (RFC 9207 2) and `state` byte for byte."""
-        if state is not None:
-            answer["state"] = state
-        query = urlencode({**answer, "iss": self._settings.public_url}, quote_via=quote)
-        return redirect(redirect_uri + ("&" if "?" in redirect_uri else "?") + query)
+        if login["state"] is not None:
+            answer["state"] = login["state"]
+        return redirect(with_query(login["redirect_uri"], {**answer, "iss": self._settings.public_url}))
 
 
 # ======================================================================================================================
