@@ -1299,11 +1299,9 @@ class Fetched:
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not re.fullmatch(r"application/([a-z0-9.-]+\+)?json", kind):
             return None
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             value = read_json(self.body)
-        except (ValueError, RecursionError):
-            return None
-        return value if isinstance(value, dict) else None
+            return value if isinstance(value, dict) else None
 
 
 def _time_left(deadline):
@@ -1313,11 +1311,14 @@ def _time_left(deadline):
     return left
 
 
-class _Deadline(io.RawIOBase):
-    """Reads from a socket until a moment, however slowly the bytes drip: a time-out per read would start anew at each byte."""
+class _Socket(io.RawIOBase):
+    """What http.client asks of a socket, with one deadline over all of an answer: a time-out per read would start anew at each byte."""
 
     def __init__(self, sock, deadline):
         self._sock, self._deadline = sock, deadline
+
+    def makefile(self, mode):
+        return io.BufferedReader(self)
 
     def readable(self):
         return True
@@ -1325,16 +1326,6 @@ class _Deadline(io.RawIOBase):
     def readinto(self, buffer):
         self._sock.settimeout(_time_left(self._deadline))
         return self._sock.recv_into(buffer)
-
-
-class _Socket:
-    """What http.client asks of a socket, with one deadline over all of an answer."""
-
-    def __init__(self, sock, deadline):
-        self._sock, self._deadline = sock, deadline
-
-    def makefile(self, mode):
-        return io.BufferedReader(_Deadline(self._sock, self._deadline))
 
     def sendall(self, data):
         self._sock.settimeout(_time_left(self._deadline))
@@ -1453,7 +1444,7 @@ class Credential:
         life = answer.get("expires_in")
         life = float(life) if isinstance(life, (int, float)) and not isinstance(life, bool) or isinstance(life, str) and life.isdigit() else 3600.0
         life = life if 0 < life < 366 * 86400 else 3600.0
-        expires, issued = _claim(jwt_claims(access), "exp"), _claim(jwt_claims(access), "iat")
+        expires, issued = (_claim(jwt_claims(access), name) for name in ("exp", "iat"))
         if expires and issued and 0 < expires - issued < life:  # by the token's own clock, so that a skew does not matter
             life = expires - issued
         claims = jwt_claims(refresh)
@@ -1483,9 +1474,12 @@ class Forgejo:
         self._introspection = settings.forgejo_introspection_url or base + "/login/oauth/introspect"
         self._api = base + "/api/v1"
 
-    def _fetch(self, method, url, **arguments):
+    def _fetch(self, method, url, form=None, authorization=None):
+        headers = {"Authorization": authorization} if authorization else {}
+        if form:
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
         try:
-            return fetch(method, url, ca_file=self._settings.forgejo_ca_file, **arguments)
+            return fetch(method, url, ca_file=self._settings.forgejo_ca_file, body=urlencode(form or {}).encode(), headers=headers)
         except FetchFailed as error:
             raise UpstreamDown(str(error)) from None
 
@@ -1498,8 +1492,7 @@ class Forgejo:
 
     def _grant(self, form, old_refresh=""):
         form = {**form, "client_id": self._settings.forgejo_oauth_client_id, "client_secret": self._settings.forgejo_oauth_client_secret}
-        answer = self._fetch("POST", self._token, body=urlencode(form).encode(),
-                             headers=(("Content-Type", "application/x-www-form-urlencoded"),))
+        answer = self._fetch("POST", self._token, form)
         value = answer.json()
         if answer.status == 200 and value is not None:
             return Credential.from_answer(value, self._clock.now(), old_refresh)
@@ -1522,7 +1515,7 @@ class Forgejo:
 
     def userinfo(self, access):
         """The UserInfo of an access token; UpstreamRefused, NotAUser or UpstreamDown."""
-        answer = self._fetch("GET", self._userinfo, headers=(("Authorization", f"Bearer {access}"),))
+        answer = self._fetch("GET", self._userinfo, authorization=f"Bearer {access}")
         if answer.status == 401:
             raise UpstreamRefused("userinfo: 401")
         if answer.status in (200, 303) and answer.json() is None:
@@ -1539,7 +1532,7 @@ class Forgejo:
     def refuses(self, access):
         """The second witness: whether the API itself refuses the token, in JSON."""
         try:
-            answer = self._fetch("GET", self._api + "/user", headers=(("Authorization", f"token {access}"),))
+            answer = self._fetch("GET", self._api + "/user", authorization=f"token {access}")
         except UpstreamDown:
             return False
         value = answer.json()
@@ -1547,11 +1540,9 @@ class Forgejo:
 
     def introspect(self, token):
         """The scopes that Forgejo really granted, or None when it does not say."""
-        credentials = f"{self._settings.forgejo_oauth_client_id}:{self._settings.forgejo_oauth_client_secret}"
+        credentials = f"{self._settings.forgejo_oauth_client_id}:{self._settings.forgejo_oauth_client_secret}".encode()
         try:
-            value = self._fetch("POST", self._introspection, body=urlencode({"token": token}).encode(), headers=(
-                ("Content-Type", "application/x-www-form-urlencoded"),
-                ("Authorization", "Basic " + base64.b64encode(credentials.encode()).decode()))).json()
+            value = self._fetch("POST", self._introspection, {"token": token}, "Basic " + base64.b64encode(credentials).decode()).json()
         except UpstreamDown:
             return None
         return value["scope"] if value and value.get("active") is True and isinstance(value.get("scope"), str) else None
@@ -1675,14 +1666,19 @@ class Upstream:
             self._store.refresh_started(sub, now)
             try:
                 credential = self._forgejo.refresh(box["refresh"])
+            except UpstreamRefused as error:
+                with self._lock:
+                    login_under_way = self._callbacks > 0
+                if login_under_way:
+                    self._back_off(sub, now, wait)
+                    raise UpstreamDown("a login is replacing this credential") from None
+                self._logged_out(user, str(error), interrupted=user.refreshing_since is not None)
+                raise LoggedOut(sub) from None
             except (UpstreamDown, UpstreamMisconfigured) as error:
                 if isinstance(error, UpstreamMisconfigured):
                     self._log.event("error", "forgejo refuses this broker's client id or secret", reason=str(error))
                 self._back_off(sub, now, wait)
                 raise
-            except UpstreamRefused as error:
-                self._refused(sub, user, now, wait, error)
-                raise LoggedOut(sub) from None
             self._save(sub, credential)
             self._log.event("info", "upstream refreshed", user=sub)
         self._check_again(sub, credential.access)
@@ -1693,14 +1689,9 @@ class Upstream:
         with self._lock:
             self._retry[sub] = (now + wait, wait)
 
-    def _refused(self, sub, user, now, wait, error):
-        with self._lock:
-            login_under_way = self._callbacks > 0
-        if login_under_way:
-            self._back_off(sub, now, wait)
-            raise UpstreamDown("a login is replacing this credential")
-        if self._store.set_user_state(sub, "logged_out", user.credential_seq):
-            self._log.audit("logged out upstream", user=sub, reason=str(error), interrupted=user.refreshing_since is not None)
+    def _logged_out(self, user, reason, **facts):
+        if self._store.set_user_state(user.sub, "logged_out", user.credential_seq):
+            self._log.audit("logged out upstream", user=user.sub, reason=reason, **facts)
 
     def _check_again(self, sub, access):
         """After each refresh: is this still a user who may be here?"""
@@ -1738,8 +1729,8 @@ class Upstream:
         """A tool answered with an error that may be Forgejo refusing the token: ask the API itself."""
         with contextlib.suppress(LoggedOut, StoreUnavailable):
             user, box = self._opened(sub)
-            if self._forgejo.refuses(box["access"]) and self._store.set_user_state(sub, "logged_out", user.credential_seq):
-                self._log.audit("logged out upstream", user=sub, reason="the API refuses the token")
+            if self._forgejo.refuses(box["access"]):
+                self._logged_out(user, "the API refuses the token")
 
 
 # ======================================================================================================================
