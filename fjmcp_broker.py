@@ -2267,8 +2267,8 @@ def home_page(public_url, forgejo_url):
 
 
 def clean_name(text, limit=100):
-    """A client's name for the page: no control or formatting characters, one line, cut to size."""
-    kept = "".join(" " if unicodedata.category(c) in ("Zl", "Zp", "Zs") or c in "\t\r\n" else c for c in text
+    """A client's name (any JSON value) for the page: no control or formatting characters, one line, cut to size."""
+    kept = "".join(" " if unicodedata.category(c) in ("Zl", "Zp", "Zs") or c in "\t\r\n" else c for c in (text if isinstance(text, str) else "")
                    if c in "\t\r\n" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs", "Cn"))
     return " ".join(kept.split())[:limit].strip() or "An application without a name"
 
@@ -2422,8 +2422,7 @@ def read_client_document(url, answer, schemes):
     kept = {name: document[name] for name in ("jwks", "jwks_uri") if name in document}
     if "jwks" in kept:
         public_rsa_keys(kept["jwks"])
-    name = clean_name(document["client_name"] if isinstance(document.get("client_name"), str) else "")
-    return name, registrable_uris(document.get("redirect_uris"), schemes, 100), method, kept
+    return clean_name(document.get("client_name")), registrable_uris(document.get("redirect_uris"), schemes, 100), method, kept
 
 
 def freshness(answer):
@@ -2431,6 +2430,11 @@ def freshness(answer):
     control = answer.headers.get("cache-control", "").lower()
     age = re.search(r"(?<![a-z-])max-age=\"?([0-9]{1,9})", control)
     return 60 if re.search("no-store|no-cache", control) else min(86400, max(60, int(age[1]))) if age else 3600
+
+
+def temporarily(sentence, seconds):
+    """The refusal of what may well work after these seconds."""
+    return Refusal(503, "temporarily_unavailable", sentence, (("Retry-After", str(seconds)),))
 
 
 class Documents:
@@ -2474,19 +2478,12 @@ class Documents:
             self._limiter.spend("document", urlsplit(url).hostname, 60)
         with self._lock:
             flight = self._flights.setdefault(url, threading.Lock())
-        with self._acquired(flight, 15), self._acquired(self._slots[bool(in_use)], 5):
+        with contextlib.ExitStack() as held:
+            for lock, seconds in ((flight, 15), (self._slots[bool(in_use)], 5)):
+                if not lock.acquire(timeout=seconds):
+                    raise temporarily("Too many applications introduce themselves just now; try again in a moment.", 5)
+                held.callback(lock.release)
             yield
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _acquired(lock, seconds):
-        if not lock.acquire(timeout=seconds):
-            raise Refusal(503, "temporarily_unavailable", "Too many applications introduce themselves just now; try again in a moment.",
-                          (("Retry-After", "5"),))
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _fetch(self, url):
         now = self._clock.now()
@@ -2503,16 +2500,17 @@ class Documents:
             signed, _, signature = assertion.rpartition(".")
             header, claims = (read_json(unb64url(part)) for part in signed.split("."))
             kid, now = header.get("kid"), self._clock.now()
-            if header.get("alg") != "RS256" or "crit" in header or len(assertion) > 8192:
-                raise ValueError("it is not signed with RS256")
-            if claims.get("iss") != client.client_id or claims.get("sub") != client.client_id:
-                raise ValueError("iss and sub are not the client_id")
-            url, audience = self._settings.public_url, claims.get("aud")
-            if not audience or not set([audience] if isinstance(audience, str) else audience) <= {url, url + "/oauth/token", url + "/token"}:
-                raise ValueError("aud is not this server")
-            expires, begins = claims.get("exp"), claims.get("nbf", 0)
-            if not all(isinstance(moment, (int, float)) for moment in (expires, begins)) or not now < expires <= now + 3660 or begins > now + 60:
-                raise ValueError("it has expired, is not valid yet, or lasts for more than an hour")
+            url, audience, expires, begins = self._settings.public_url, claims.get("aud"), claims.get("exp"), claims.get("nbf", 0)
+            audiences = set([audience] if isinstance(audience, str) else audience or ())
+            are_numbers = all(isinstance(moment, (int, float)) for moment in (expires, begins))
+            for wrong, reason in (
+                (header.get("alg") != "RS256" or "crit" in header or len(assertion) > 8192, "it is not signed with RS256"),
+                ((claims.get("iss"), claims.get("sub")) != (client.client_id, client.client_id), "iss and sub are not the client_id"),
+                (not audiences or not audiences <= {url, url + "/oauth/token", url + "/token"}, "aud is not this server"),
+                (not are_numbers or not now < expires <= now + 3660 or begins > now + 60, "it has expired, is not valid yet, or lasts for more than an hour"),
+            ):
+                if wrong:
+                    raise ValueError(reason)
         except (AttributeError, TypeError, RecursionError):
             raise ValueError("it is not a JWT") from None
         if not any(verify_rs256(signed.encode(), unb64url(signature), n, e) for name, n, e in self._keys(client, kid) if kid in (None, name)):
@@ -2535,7 +2533,7 @@ class Documents:
                 if self._keys_due(kept, url, kid):
                     kept = self._fetch_keys(client, url, kept)
         if not kept["ok"] and kid not in (key[0] for key in kept["keys"]):  # our trouble must not look like the client's fault
-            raise Refusal(503, "temporarily_unavailable", "The client's keys cannot be read just now.", (("Retry-After", str(self.RETRY)),))
+            raise temporarily("The client's keys cannot be read just now.", self.RETRY)
         return kept["keys"]
 
     def _keys_due(self, kept, url, kid):
@@ -2610,7 +2608,7 @@ class Clients:
         # Whatever scope was asked, a later login decides; what is echoed is all that clients read (clients.md 10, 11).
         scope = document["scope"] if isinstance(document.get("scope"), str) and document["scope"] else " ".join(SCOPES)
         client_id, secret, now = new_secret("fjd_")[:36], None if method == "none" else new_secret("fjs_"), self._clock.now()
-        name = clean_name(document.get("client_name") if isinstance(document.get("client_name"), str) else "")
+        name = clean_name(document.get("client_name"))
         metadata = {"redirect_uris": uris, "client_name": name, "token_endpoint_auth_method": method, "scope": scope[:1000],
                     "grant_types": grant_types, "response_types": response_types}
         for key in ("application_type", "software_id", "software_version"):
@@ -2625,14 +2623,14 @@ class Clients:
 
     def authenticate(self, request, form):
         """The client that speaks on /token or /revoke (RFC 6749 2.3.1): Basic, post or an assertion for one with a secret or keys."""
-        client_id, secret, basic, assertion = form.get("client_id"), form.get("client_secret"), False, form.get("client_assertion")
+        client_id, secret, assertion = form.get("client_id"), form.get("client_secret"), form.get("client_assertion")
         authorization = request.header("authorization")
-        if authorization is not None:
-            basic = True
-            basic_id, basic_secret = self._basic(authorization)
-            if secret is not None or client_id not in (None, basic_id):
+        basic = authorization is not None
+        if basic:
+            asked = (client_id, secret)
+            client_id, secret = self._basic(authorization)
+            if asked not in ((None, None), (client_id, None)):
                 raise OAuthError("invalid_request", "Send the client's credentials in one place: the Authorization header or the body.")
-            client_id, secret = basic_id, basic_secret
         if assertion and not client_id:  # RFC 7521 4.2: the assertion names the client; whether it may is checked below
             client_id = jwt_claims(assertion).get("sub")
         if not isinstance(client_id, str) or not client_id.isascii() or not client_id:
@@ -2662,15 +2660,11 @@ class Clients:
 
     def _basic(self, authorization):
         scheme, _, value = authorization.partition(" ")
-        try:
-            if scheme.lower() != "basic":
-                raise ValueError
+        with contextlib.suppress(ValueError):
             name, colon, secret = base64.b64decode(value.strip(), validate=True).decode().partition(":")
-            if not colon:
-                raise ValueError
-            return unquote_plus(name, errors="strict"), unquote_plus(secret, errors="strict")
-        except ValueError:
-            raise self._refused(True, "The Authorization header is not Basic with a client_id and a secret.") from None
+            if colon and scheme.lower() == "basic":
+                return unquote_plus(name, errors="strict"), unquote_plus(secret, errors="strict")
+        raise self._refused(True, "The Authorization header is not Basic with a client_id and a secret.")
 
 
 # ======================================================================================================================
