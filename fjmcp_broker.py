@@ -1312,7 +1312,7 @@ def _time_left(deadline):
 
 
 class _Socket(io.RawIOBase):
-    """What http.client asks of a socket, with one deadline over all of an answer: a time-out per read would start anew at each byte."""
+    """A socket for http.client, with one deadline over a whole answer: a time-out per read would start anew at each byte."""
 
     def __init__(self, sock, deadline):
         self._sock, self._deadline = sock, deadline
@@ -2700,18 +2700,17 @@ def parse_form(raw, refusal):
     try:
         raw = raw.decode("ascii") if isinstance(raw, bytes) else raw
         for name, value in parse_qsl(raw, keep_blank_values=True, max_num_fields=100, encoding="utf-8", errors="strict"):
+            if "\0" in value:
+                raise refusal
             values.setdefault(name, []).append(value)
     except ValueError:
         raise refusal from None
-    if any("\0" in value for items in values.values() for value in items):
-        raise refusal
     return values
 
 
-def granted_scopes(asked):
-    """Of the scopes asked for, those that exist; none or only unknown ones asked means both."""
-    known = [scope for scope in SCOPES if scope in asked.split()]
-    return known or list(SCOPES)
+def known_scopes(asked):
+    """Of the scopes asked for, those that exist."""
+    return [scope for scope in SCOPES if scope in asked.split()]
 
 
 def canonical_resource(values, settings):
@@ -2813,7 +2812,7 @@ class Authorization:
             if wrong:
                 raise ClientRedirect(error, description)
         return {"client": client.client_id, "redirect_uri": redirect_uri, "state": one.get("state"), "challenge": one["code_challenge"],
-                "scope": granted_scopes(one.get("scope", ""))}
+                "scope": known_scopes(one.get("scope", "")) or list(SCOPES)}
 
     def consent(self, request):
         """POST /oauth/consent: the person's decision, believed only from the browser that was shown the page (C02 to C05)."""
@@ -2928,8 +2927,7 @@ class Authorization:
         self._store.open_account(digest(cookie), info.sub, now + ACCOUNT_LIFETIME)
         self._log.audit("account opened", user=info.sub, login=info.login)
         response = redirect(self._settings.public_url + "/account")
-        set_cookie = f"{self._cookie_name}-account={cookie}; Max-Age={ACCOUNT_LIFETIME}{self._cookie_flags}"
-        return replace(response, headers=(*response.headers, ("Set-Cookie", set_cookie)))
+        return replace(response, headers=(*response.headers, self._set_cookie(self._cookie_name + "-account", cookie, ACCOUNT_LIFETIME)))
 
     def account_end(self, request):
         """POST /account/end: end one application's grants, one session, or this login; nothing but the user's own."""
@@ -2967,27 +2965,23 @@ class Authorization:
 
         Whoever holds a token that we issued is limited by its grant, whatever address they share; all others by their address.
         """
-        values = self._token_form(request)
-        form = {name: items[0] for name, items in values.items()}
-        token = next((form[name] for name in token_names if form.get(name)), "")
-        row = self._store.code(digest(token)) or self._store.refresh_token(digest(token)) if token else None
-        if row:
-            self._limiter.spend("grant", row.grant_id, GRANT_RATE)
-        else:
-            spend(self._limiter, self._settings, "token", request)
-        return self._clients.authenticate(request, form), form, values.get("resource", ())
-
-    def _token_form(self, request):
         kind, _, parameters = (request.header("content-type") or "").partition(";")
         if kind.strip().lower() != "application/x-www-form-urlencoded" or "charset" in parameters.lower() and "utf-8" not in parameters.lower():
             raise OAuthError("invalid_request", "Send the parameters as application/x-www-form-urlencoded.")
         values = parse_form(request.read_body(self._settings.max_form), OAuthError("invalid_request", "The body is malformed."))
         if request.query:
             raise OAuthError("invalid_request", "Send the parameters in the body; secrets do not belong in a URL.")
-        repeated = [name for name, items in values.items() if len(items) > 1 and name != "resource"]
-        if repeated:
-            raise OAuthError("invalid_request", f"{repeated[0][:40]} is given more than once.")
-        return values
+        resources, form = values.get("resource", ()), {name: items[0] for name, items in values.items()}
+        for name, items in values.items():
+            if len(items) > 1 and name != "resource":
+                raise OAuthError("invalid_request", f"{name[:40]} is given more than once.")
+        token = next((form[name] for name in token_names if form.get(name)), "")
+        row = self._store.code(digest(token)) or self._store.refresh_token(digest(token)) if token else None
+        if row:
+            self._limiter.spend("grant", row.grant_id, GRANT_RATE)
+        else:
+            spend(self._limiter, self._settings, "token", request)
+        return self._clients.authenticate(request, form), form, resources
 
     def _redeem(self, client, form):
         verifier, code = form.get("code_verifier", ""), form.get("code", "")
@@ -3051,7 +3045,7 @@ class Authorization:
     @staticmethod
     def _narrowed(asked, granted):
         """The narrower scope asked for at a refresh, None for the grant's own; wider is refused (RFC 6749 6)."""
-        known = [scope for scope in SCOPES if scope in asked.split()]
+        known = known_scopes(asked)
         if not set(known) <= set(granted.split()):
             raise OAuthError("invalid_scope", f"The login granted {granted}; log in again for more.")
         return " ".join(known) if known and known != granted.split() else None
@@ -3117,7 +3111,10 @@ class Authorization:
     def _marked_browser(self, request):
         """(the browser's cookie, made now if it has none, the headers that set it): several tabs share one (C07)."""
         cookie = self._cookie(request, self._cookie_name) or new_secret()
-        return cookie, (("Set-Cookie", f"{self._cookie_name}={cookie}; Max-Age={int(self._settings.login_lifetime)}{self._cookie_flags}"),)
+        return cookie, (self._set_cookie(self._cookie_name, cookie, self._settings.login_lifetime),)
+
+    def _set_cookie(self, name, value, seconds):
+        return "Set-Cookie", f"{name}={value}; Max-Age={int(seconds)}{self._cookie_flags}"
 
     def _to_client(self, login, **answer):
         """The authorization response: to the validated URI, with `iss` always (RFC 9207 2) and `state` byte for byte."""
