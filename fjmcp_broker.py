@@ -1300,11 +1300,9 @@ class Fetched:
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not re.fullmatch(r"application/([a-z0-9.-]+\+)?json", kind):
             return None
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             value = read_json(self.body)
-        except (ValueError, RecursionError):
-            return None
-        return value if isinstance(value, dict) else None
+            return value if isinstance(value, dict) else None
 
 
 def _time_left(deadline):
@@ -1314,11 +1312,14 @@ def _time_left(deadline):
     return left
 
 
-class _Deadline(io.RawIOBase):
-    """Reads from a socket until a moment, however slowly the bytes drip: a time-out per read would start anew at each byte."""
+class _Socket(io.RawIOBase):
+    """A socket for http.client, with one deadline over a whole answer: a time-out per read would start anew at each byte."""
 
     def __init__(self, sock, deadline):
         self._sock, self._deadline = sock, deadline
+
+    def makefile(self, mode):
+        return io.BufferedReader(self)
 
     def readable(self):
         return True
@@ -1326,16 +1327,6 @@ class _Deadline(io.RawIOBase):
     def readinto(self, buffer):
         self._sock.settimeout(_time_left(self._deadline))
         return self._sock.recv_into(buffer)
-
-
-class _Socket:
-    """What http.client asks of a socket, with one deadline over all of an answer."""
-
-    def __init__(self, sock, deadline):
-        self._sock, self._deadline = sock, deadline
-
-    def makefile(self, mode):
-        return io.BufferedReader(_Deadline(self._sock, self._deadline))
 
     def sendall(self, data):
         self._sock.settimeout(_time_left(self._deadline))
@@ -1414,6 +1405,11 @@ class PublicWeb:
                      connect=lambda timeout: self._connect((addresses[0], 443), timeout=timeout))
 
 
+def with_query(url, parameters):
+    """A URL with these parameters added to those it has."""
+    return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote)
+
+
 def jwt_claims(token):
     """The claims of a JWT, unverified: it came straight from Forgejo over TLS. {} when it is none."""
     try:
@@ -1449,7 +1445,7 @@ class Credential:
         life = answer.get("expires_in")
         life = float(life) if isinstance(life, (int, float)) and not isinstance(life, bool) or isinstance(life, str) and life.isdigit() else 3600.0
         life = life if 0 < life < 366 * 86400 else 3600.0
-        expires, issued = _claim(jwt_claims(access), "exp"), _claim(jwt_claims(access), "iat")
+        expires, issued = (_claim(jwt_claims(access), name) for name in ("exp", "iat"))
         if expires and issued and 0 < expires - issued < life:  # by the token's own clock, so that a skew does not matter
             life = expires - issued
         claims = jwt_claims(refresh)
@@ -1479,9 +1475,12 @@ class Forgejo:
         self._introspection = settings.forgejo_introspection_url or base + "/login/oauth/introspect"
         self._api = base + "/api/v1"
 
-    def _fetch(self, method, url, **arguments):
+    def _fetch(self, method, url, form=None, authorization=None):
+        headers = {"Authorization": authorization} if authorization else {}
+        if form:
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
         try:
-            return fetch(method, url, ca_file=self._settings.forgejo_ca_file, **arguments)
+            return fetch(method, url, ca_file=self._settings.forgejo_ca_file, body=urlencode(form or {}).encode(), headers=headers)
         except FetchFailed as error:
             raise UpstreamDown(str(error)) from None
 
@@ -1490,12 +1489,11 @@ class Forgejo:
         query = {"response_type": "code", "client_id": self._settings.forgejo_oauth_client_id, "state": state,
                  "redirect_uri": self._settings.public_url + "/oauth/callback", "scope": self._settings.forgejo_oauth_scopes,
                  "code_challenge": challenge, "code_challenge_method": "S256"}
-        return self._authorize + ("&" if "?" in self._authorize else "?") + urlencode(query, quote_via=quote)
+        return with_query(self._authorize, query)
 
     def _grant(self, form, old_refresh=""):
         form = {**form, "client_id": self._settings.forgejo_oauth_client_id, "client_secret": self._settings.forgejo_oauth_client_secret}
-        answer = self._fetch("POST", self._token, body=urlencode(form).encode(),
-                             headers=(("Content-Type", "application/x-www-form-urlencoded"),))
+        answer = self._fetch("POST", self._token, form)
         value = answer.json()
         if answer.status == 200 and value is not None:
             return Credential.from_answer(value, self._clock.now(), old_refresh)
@@ -1518,7 +1516,7 @@ class Forgejo:
 
     def userinfo(self, access):
         """The UserInfo of an access token; UpstreamRefused, NotAUser or UpstreamDown."""
-        answer = self._fetch("GET", self._userinfo, headers=(("Authorization", f"Bearer {access}"),))
+        answer = self._fetch("GET", self._userinfo, authorization=f"Bearer {access}")
         if answer.status == 401:
             raise UpstreamRefused("userinfo: 401")
         if answer.status in (200, 303) and answer.json() is None:
@@ -1535,7 +1533,7 @@ class Forgejo:
     def refuses(self, access):
         """The second witness: whether the API itself refuses the token, in JSON."""
         try:
-            answer = self._fetch("GET", self._api + "/user", headers=(("Authorization", f"token {access}"),))
+            answer = self._fetch("GET", self._api + "/user", authorization=f"token {access}")
         except UpstreamDown:
             return False
         value = answer.json()
@@ -1543,11 +1541,9 @@ class Forgejo:
 
     def introspect(self, token):
         """The scopes that Forgejo really granted, or None when it does not say."""
-        credentials = f"{self._settings.forgejo_oauth_client_id}:{self._settings.forgejo_oauth_client_secret}"
+        credentials = f"{self._settings.forgejo_oauth_client_id}:{self._settings.forgejo_oauth_client_secret}".encode()
         try:
-            value = self._fetch("POST", self._introspection, body=urlencode({"token": token}).encode(), headers=(
-                ("Content-Type", "application/x-www-form-urlencoded"),
-                ("Authorization", "Basic " + base64.b64encode(credentials.encode()).decode()))).json()
+            value = self._fetch("POST", self._introspection, {"token": token}, "Basic " + base64.b64encode(credentials).decode()).json()
         except UpstreamDown:
             return None
         return value["scope"] if value and value.get("active") is True and isinstance(value.get("scope"), str) else None
@@ -1671,14 +1667,19 @@ class Upstream:
             self._store.refresh_started(sub, now)
             try:
                 credential = self._forgejo.refresh(box["refresh"])
+            except UpstreamRefused as error:
+                with self._lock:
+                    login_under_way = self._callbacks > 0
+                if login_under_way:
+                    self._back_off(sub, now, wait)
+                    raise UpstreamDown("a login is replacing this credential") from None
+                self._logged_out(user, str(error), interrupted=user.refreshing_since is not None)
+                raise LoggedOut(sub) from None
             except (UpstreamDown, UpstreamMisconfigured) as error:
                 if isinstance(error, UpstreamMisconfigured):
                     self._log.event("error", "forgejo refuses this broker's client id or secret", reason=str(error))
                 self._back_off(sub, now, wait)
                 raise
-            except UpstreamRefused as error:
-                self._refused(sub, user, now, wait, error)
-                raise LoggedOut(sub) from None
             self._save(sub, credential)
             self._log.event("info", "upstream refreshed", user=sub)
         self._check_again(sub, credential.access)
@@ -1689,14 +1690,9 @@ class Upstream:
         with self._lock:
             self._retry[sub] = (now + wait, wait)
 
-    def _refused(self, sub, user, now, wait, error):
-        with self._lock:
-            login_under_way = self._callbacks > 0
-        if login_under_way:
-            self._back_off(sub, now, wait)
-            raise UpstreamDown("a login is replacing this credential")
-        if self._store.set_user_state(sub, "logged_out", user.credential_seq):
-            self._log.audit("logged out upstream", user=sub, reason=str(error), interrupted=user.refreshing_since is not None)
+    def _logged_out(self, user, reason, **facts):
+        if self._store.set_user_state(user.sub, "logged_out", user.credential_seq):
+            self._log.audit("logged out upstream", user=user.sub, reason=reason, **facts)
 
     def _check_again(self, sub, access):
         """After each refresh: is this still a user who may be here?"""
@@ -1734,8 +1730,8 @@ class Upstream:
         """A tool answered with an error that may be Forgejo refusing the token: ask the API itself."""
         with contextlib.suppress(LoggedOut, StoreUnavailable):
             user, box = self._opened(sub)
-            if self._forgejo.refuses(box["access"]) and self._store.set_user_state(sub, "logged_out", user.credential_seq):
-                self._log.audit("logged out upstream", user=sub, reason="the API refuses the token")
+            if self._forgejo.refuses(box["access"]):
+                self._logged_out(user, "the API refuses the token")
 
 
 # ======================================================================================================================
@@ -2286,8 +2282,8 @@ def home_page(public_url, forgejo_url):
 
 
 def clean_name(text, limit=100):
-    """A client's name for the page: no control or formatting characters, one line, cut to size."""
-    kept = "".join(" " if unicodedata.category(c) in ("Zl", "Zp", "Zs") or c in "\t\r\n" else c for c in text
+    """A client's name (any JSON value) for the page: no control or formatting characters, one line, cut to size."""
+    kept = "".join(" " if unicodedata.category(c) in ("Zl", "Zp", "Zs") or c in "\t\r\n" else c for c in (text if isinstance(text, str) else "")
                    if c in "\t\r\n" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs", "Cn"))
     return " ".join(kept.split())[:limit].strip() or "An application without a name"
 
@@ -2441,8 +2437,7 @@ def read_client_document(url, answer, schemes):
     kept = {name: document[name] for name in ("jwks", "jwks_uri") if name in document}
     if "jwks" in kept:
         public_rsa_keys(kept["jwks"])
-    name = clean_name(document["client_name"] if isinstance(document.get("client_name"), str) else "")
-    return name, registrable_uris(document.get("redirect_uris"), schemes, 100), method, kept
+    return clean_name(document.get("client_name")), registrable_uris(document.get("redirect_uris"), schemes, 100), method, kept
 
 
 def freshness(answer):
@@ -2450,6 +2445,11 @@ def freshness(answer):
     control = answer.headers.get("cache-control", "").lower()
     age = re.search(r"(?<![a-z-])max-age=\"?([0-9]{1,9})", control)
     return 60 if re.search("no-store|no-cache", control) else min(86400, max(60, int(age[1]))) if age else 3600
+
+
+def temporarily(sentence, seconds):
+    """The refusal of what may well work after these seconds."""
+    return Refusal(503, "temporarily_unavailable", sentence, (("Retry-After", str(seconds)),))
 
 
 class Documents:
@@ -2493,19 +2493,12 @@ class Documents:
             self._limiter.spend("document", urlsplit(url).hostname, 60)
         with self._lock:
             flight = self._flights.setdefault(url, threading.Lock())
-        with self._acquired(flight, 15), self._acquired(self._slots[bool(in_use)], 5):
+        with contextlib.ExitStack() as held:
+            for lock, seconds in ((flight, 15), (self._slots[bool(in_use)], 5)):
+                if not lock.acquire(timeout=seconds):
+                    raise temporarily("Too many applications introduce themselves just now; try again in a moment.", 5)
+                held.callback(lock.release)
             yield
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _acquired(lock, seconds):
-        if not lock.acquire(timeout=seconds):
-            raise Refusal(503, "temporarily_unavailable", "Too many applications introduce themselves just now; try again in a moment.",
-                          (("Retry-After", "5"),))
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _fetch(self, url):
         now = self._clock.now()
@@ -2522,16 +2515,17 @@ class Documents:
             signed, _, signature = assertion.rpartition(".")
             header, claims = (read_json(unb64url(part)) for part in signed.split("."))
             kid, now = header.get("kid"), self._clock.now()
-            if header.get("alg") != "RS256" or "crit" in header or len(assertion) > 8192:
-                raise ValueError("it is not signed with RS256")
-            if claims.get("iss") != client.client_id or claims.get("sub") != client.client_id:
-                raise ValueError("iss and sub are not the client_id")
-            url, audience = self._settings.public_url, claims.get("aud")
-            if not audience or not set([audience] if isinstance(audience, str) else audience) <= {url, url + "/oauth/token", url + "/token"}:
-                raise ValueError("aud is not this server")
-            expires, begins = claims.get("exp"), claims.get("nbf", 0)
-            if not all(isinstance(moment, (int, float)) for moment in (expires, begins)) or not now < expires <= now + 3660 or begins > now + 60:
-                raise ValueError("it has expired, is not valid yet, or lasts for more than an hour")
+            url, audience, expires, begins = self._settings.public_url, claims.get("aud"), claims.get("exp"), claims.get("nbf", 0)
+            audiences = set([audience] if isinstance(audience, str) else audience or ())
+            are_numbers = all(isinstance(moment, (int, float)) for moment in (expires, begins))
+            for wrong, reason in (
+                (header.get("alg") != "RS256" or "crit" in header or len(assertion) > 8192, "it is not signed with RS256"),
+                ((claims.get("iss"), claims.get("sub")) != (client.client_id, client.client_id), "iss and sub are not the client_id"),
+                (not audiences or not audiences <= {url, url + "/oauth/token", url + "/token"}, "aud is not this server"),
+                (not are_numbers or not now < expires <= now + 3660 or begins > now + 60, "it has expired, is not valid yet, or lasts for more than an hour"),
+            ):
+                if wrong:
+                    raise ValueError(reason)
         except (AttributeError, TypeError, RecursionError):
             raise ValueError("it is not a JWT") from None
         if not any(verify_rs256(signed.encode(), unb64url(signature), n, e) for name, n, e in self._keys(client, kid) if kid in (None, name)):
@@ -2554,7 +2548,7 @@ class Documents:
                 if self._keys_due(kept, url, kid):
                     kept = self._fetch_keys(client, url, kept)
         if not kept["ok"] and kid not in (key[0] for key in kept["keys"]):  # our trouble must not look like the client's fault
-            raise Refusal(503, "temporarily_unavailable", "The client's keys cannot be read just now.", (("Retry-After", str(self.RETRY)),))
+            raise temporarily("The client's keys cannot be read just now.", self.RETRY)
         return kept["keys"]
 
     def _keys_due(self, kept, url, kid):
@@ -2629,7 +2623,7 @@ class Clients:
         # Whatever scope was asked, a later login decides; what is echoed is all that clients read (clients.md 10, 11).
         scope = document["scope"] if isinstance(document.get("scope"), str) and document["scope"] else " ".join(SCOPES)
         client_id, secret, now = new_secret("fjd_")[:36], None if method == "none" else new_secret("fjs_"), self._clock.now()
-        name = clean_name(document.get("client_name") if isinstance(document.get("client_name"), str) else "")
+        name = clean_name(document.get("client_name"))
         metadata = {"redirect_uris": uris, "client_name": name, "token_endpoint_auth_method": method, "scope": scope[:1000],
                     "grant_types": grant_types, "response_types": response_types}
         for key in ("application_type", "software_id", "software_version"):
@@ -2644,14 +2638,14 @@ class Clients:
 
     def authenticate(self, request, form):
         """The client that speaks on /token or /revoke (RFC 6749 2.3.1): Basic, post or an assertion for one with a secret or keys."""
-        client_id, secret, basic, assertion = form.get("client_id"), form.get("client_secret"), False, form.get("client_assertion")
+        client_id, secret, assertion = form.get("client_id"), form.get("client_secret"), form.get("client_assertion")
         authorization = request.header("authorization")
-        if authorization is not None:
-            basic = True
-            basic_id, basic_secret = self._basic(authorization)
-            if secret is not None or client_id not in (None, basic_id):
+        basic = authorization is not None
+        if basic:
+            asked = (client_id, secret)
+            client_id, secret = self._basic(authorization)
+            if asked not in ((None, None), (client_id, None)):
                 raise OAuthError("invalid_request", "Send the client's credentials in one place: the Authorization header or the body.")
-            client_id, secret = basic_id, basic_secret
         if assertion and not client_id:  # RFC 7521 4.2: the assertion names the client; whether it may is checked below
             client_id = jwt_claims(assertion).get("sub")
         if not isinstance(client_id, str) or not client_id.isascii() or not client_id:
@@ -2681,15 +2675,11 @@ class Clients:
 
     def _basic(self, authorization):
         scheme, _, value = authorization.partition(" ")
-        try:
-            if scheme.lower() != "basic":
-                raise ValueError
+        with contextlib.suppress(ValueError):
             name, colon, secret = base64.b64decode(value.strip(), validate=True).decode().partition(":")
-            if not colon:
-                raise ValueError
-            return unquote_plus(name, errors="strict"), unquote_plus(secret, errors="strict")
-        except ValueError:
-            raise self._refused(True, "The Authorization header is not Basic with a client_id and a secret.") from None
+            if colon and scheme.lower() == "basic":
+                return unquote_plus(name, errors="strict"), unquote_plus(secret, errors="strict")
+        raise self._refused(True, "The Authorization header is not Basic with a client_id and a secret.")
 
 
 # ======================================================================================================================
@@ -2699,6 +2689,7 @@ class Clients:
 # ======================================================================================================================
 
 GRANT_RATE = 120  # requests a minute to /token that one login may make
+LOGGED_OUT = "Forgejo ended this login. Log in again."
 ACCOUNT_LIFETIME = 1800  # seconds a browser stays logged in to the account page
 
 
@@ -2715,7 +2706,7 @@ class ClientRedirect(Exception):
 
     def __init__(self, error, description):
         super().__init__(error)
-        self.error, self.description = error, description
+        self.answer = {"error": error, "error_description": description}
 
 
 def parse_form(raw, refusal):
@@ -2724,18 +2715,17 @@ def parse_form(raw, refusal):
     try:
         raw = raw.decode("ascii") if isinstance(raw, bytes) else raw
         for name, value in parse_qsl(raw, keep_blank_values=True, max_num_fields=100, encoding="utf-8", errors="strict"):
+            if "\0" in value:
+                raise refusal
             values.setdefault(name, []).append(value)
     except ValueError:
         raise refusal from None
-    if any("\0" in value for items in values.values() for value in items):
-        raise refusal
     return values
 
 
-def granted_scopes(asked):
-    """Of the scopes asked for, those that exist; none or only unknown ones asked means both."""
-    known = [scope for scope in SCOPES if scope in asked.split()]
-    return known or list(SCOPES)
+def known_scopes(asked):
+    """Of the scopes asked for, those that exist."""
+    return [scope for scope in SCOPES if scope in asked.split()]
 
 
 def canonical_resource(values, settings):
@@ -2796,7 +2786,7 @@ class Authorization:
         try:
             login = self._authorization_request(form, client, redirect_uri)
         except ClientRedirect as error:
-            return self._to_client(redirect_uri, form.get("state", [None])[0], error=error.error, error_description=error.description)
+            return self._to_client({"redirect_uri": redirect_uri, "state": form.get("state", [None])[0]}, **error.answer)
         cookie, headers = self._marked_browser(request)
         box = b64url(self._keyring.seal("login", digest(cookie).hex(), {**login, "expires": self._clock.now() + self._settings.login_lifetime}))
         return consent_page(
@@ -2837,7 +2827,7 @@ class Authorization:
             if wrong:
                 raise ClientRedirect(error, description)
         return {"client": client.client_id, "redirect_uri": redirect_uri, "state": one.get("state"), "challenge": one["code_challenge"],
-                "scope": granted_scopes(one.get("scope", ""))}
+                "scope": known_scopes(one.get("scope", "")) or list(SCOPES)}
 
     def consent(self, request):
         """POST /oauth/consent: the person's decision, believed only from the browser that was shown the page (C02 to C05)."""
@@ -2859,7 +2849,7 @@ class Authorization:
         to_forgejo = self._start_login("client", {**login, "granted": granted}, cookie, box, now, now if denied else None)
         self._log.audit("consent refused" if denied else "consent given", client=login["client"], scope=" ".join(granted))
         if denied:
-            return self._to_client(login["redirect_uri"], login["state"], error="access_denied", error_description="The person refused")
+            return self._to_client(login, error="access_denied", error_description="The person refused")
         return to_forgejo
 
     def _start_login(self, kind, login, cookie, box, now, taken_at=None):
@@ -2896,8 +2886,8 @@ class Authorization:
             return self._account_opened(info, now) if row.kind == "account" else self._client_answered(login, info, now)
         except ClientRedirect as error:
             if row.kind == "account":
-                raise PageRefusal(error_page(403, "You are not logged in", f"{error.description}.")) from None
-            return self._to_client(login["redirect_uri"], login["state"], error=error.error, error_description=error.description)
+                raise PageRefusal(error_page(403, "You are not logged in", error.answer["error_description"] + ".")) from None
+            return self._to_client(login, **error.answer)
 
     def _logged_in(self, form, verifier):
         """Who logged in at Forgejo; ClientRedirect with the error of RFC 6749 4.1.2.1 otherwise, in our words: Forgejo's are not shown."""
@@ -2923,7 +2913,7 @@ class Authorization:
                                             self._settings.resource, digest(code), login["redirect_uri"], login["challenge"], now,
                                             code_expires, code_expires)
         self._log.audit("login", user=info.sub, login=info.login, client=login["client"], grant=grant_id, scope=" ".join(login["granted"]))
-        return self._to_client(login["redirect_uri"], login["state"], code=code)
+        return self._to_client(login, code=code)
 
     # -- account
 
@@ -2952,8 +2942,7 @@ class Authorization:
         self._store.open_account(digest(cookie), info.sub, now + ACCOUNT_LIFETIME)
         self._log.audit("account opened", user=info.sub, login=info.login)
         response = redirect(self._settings.public_url + "/account")
-        set_cookie = f"{self._cookie_name}-account={cookie}; Max-Age={ACCOUNT_LIFETIME}{self._cookie_flags}"
-        return replace(response, headers=(*response.headers, ("Set-Cookie", set_cookie)))
+        return replace(response, headers=(*response.headers, self._set_cookie(self._cookie_name + "-account", cookie, ACCOUNT_LIFETIME)))
 
     def account_end(self, request):
         """POST /account/end: end one application's grants, one session, or this login; nothing but the user's own."""
@@ -2964,7 +2953,7 @@ class Authorization:
             raise PageRefusal("expired")
         for grant in self._store.grants_of(user.sub, now):
             if grant.client_id == form.get("client"):
-                self._end(grant.grant_id, "ended by the user", user.sub, grant.client_id, "token revoked")
+                self._end(grant, "ended by the user")
         for session in self._store.sessions_of(user.sub):
             if session.hash.hex() == form.get("session") and self._store.end_session(session.hash):
                 self._session_ended(session.hash)
@@ -2991,27 +2980,23 @@ class Authorization:
 
         Whoever holds a token that we issued is limited by its grant, whatever address they share; all others by their address.
         """
-        values = self._token_form(request)
-        form = {name: items[0] for name, items in values.items()}
-        token = next((form[name] for name in token_names if form.get(name)), "")
-        row = self._store.code(digest(token)) or self._store.refresh_token(digest(token)) if token else None
-        if row:
-            self._limiter.spend("grant", row.grant_id, GRANT_RATE)
-        else:
-            spend(self._limiter, self._settings, "token", request)
-        return self._clients.authenticate(request, form), form, values.get("resource", ())
-
-    def _token_form(self, request):
         kind, _, parameters = (request.header("content-type") or "").partition(";")
         if kind.strip().lower() != "application/x-www-form-urlencoded" or "charset" in parameters.lower() and "utf-8" not in parameters.lower():
             raise OAuthError("invalid_request", "Send the parameters as application/x-www-form-urlencoded.")
         values = parse_form(request.read_body(self._settings.max_form), OAuthError("invalid_request", "The body is malformed."))
         if request.query:
             raise OAuthError("invalid_request", "Send the parameters in the body; secrets do not belong in a URL.")
-        repeated = [name for name, items in values.items() if len(items) > 1 and name != "resource"]
-        if repeated:
-            raise OAuthError("invalid_request", f"{repeated[0][:40]} is given more than once.")
-        return values
+        resources, form = values.get("resource", ()), {name: items[0] for name, items in values.items()}
+        for name, items in values.items():
+            if len(items) > 1 and name != "resource":
+                raise OAuthError("invalid_request", f"{name[:40]} is given more than once.")
+        token = next((form[name] for name in token_names if form.get(name)), "")
+        row = self._store.code(digest(token)) or self._store.refresh_token(digest(token)) if token else None
+        if row:
+            self._limiter.spend("grant", row.grant_id, GRANT_RATE)
+        else:
+            spend(self._limiter, self._settings, "token", request)
+        return self._clients.authenticate(request, form), form, resources
 
     def _redeem(self, client, form):
         verifier, code = form.get("code_verifier", ""), form.get("code", "")
@@ -3023,67 +3008,59 @@ class Authorization:
         challenge = b64url(hashlib.sha256(verifier.encode()).digest())
         row = self._store.code(digest(code))
         if row and row.state != "active":
-            raise self._logged_out()
+            raise OAuthError("invalid_grant", LOGGED_OUT)
         grant = self._store.redeem_code(digest(code), client.client_id, form.get("redirect_uri", ""), challenge, now,
                                         *self._hashed(pair, now), CODE_ATTEMPTS)
         if grant is None:
             # A code that comes twice was stolen from one of the two: what the first made ends (RFC 6749 4.1.2).
             if row and row.used_at is not None and row.client_id == client.client_id:
-                self._end(row.grant_id, "code replayed", row.sub, client.client_id, "reuse detected")
+                self._end(row, "code replayed", "reuse detected")
             raise OAuthError("invalid_grant", "The code is unknown, expired or used, or belongs to another request. Start again.")
         self._log.audit("token issued", user=grant.sub, client=client.client_id, grant=grant.grant_id, scope=grant.scope)
         return self._pair_answer(pair, grant.scope, self._settings.access_token_lifetime)
 
     def _refresh(self, client, form):
-        token, now = form.get("refresh_token", ""), self._clock.now()
-        row = self._store.refresh_token(digest(token)) if token.startswith("fjr_") else None
-        if row is None or row.client_id != client.client_id:  # another client's mistake must not end our client's grant
-            raise OAuthError("invalid_grant", "The refresh token is unknown. Log in again.")
-        scope = self._narrowed(form.get("scope", ""), row.scope)
-        if row.ended_at is not None or row.expires_at <= now:
-            raise OAuthError("invalid_grant", "The login has ended. Log in again.")
-        if row.state != "active":
-            raise self._logged_out()
-        for _ in range(100):
-            if row.rotated_at is None:
-                pair = self._new_pair()
-                box = self._keyring.chained(token).seal("successor", str(row.grant_id), pair)
-                grant = self._store.rotate(digest(token), scope, now, *self._hashed(pair, now), box)
-                if grant:
-                    self._log.audit("token refreshed", user=row.sub, client=client.client_id, grant=row.grant_id)
-                    return self._pair_answer(pair, scope or row.scope, self._settings.access_token_lifetime)
-            row, token, answer = self._newest(token, now, scope)
-            if answer:
-                return answer
-        raise OAuthError("invalid_grant", "The refresh token is too old. Log in again.")
-
-    def _newest(self, token, now, scope):
-        """One step along a chain: the row and token that follow a rotated one, or the newest pair as an answer.
+        """Rotate a refresh token, or answer with the newest pair of its chain.
 
         A client that lost an answer, or two of its processes, re-send a token shortly after its rotation: within 120 s
         that is answered with the newest pair. Later it is theft, and the grant ends (RFC 9700 4.14.2).
         """
-        row = self._store.refresh_token(digest(token))
-        if row is None or row.ended_at is not None:
-            raise OAuthError("invalid_grant", "The login has ended. Log in again.")
-        if row.rotated_at is None:
-            return row, token, None
+        token, now = form.get("refresh_token", ""), self._clock.now()
+        for _ in range(100):
+            row = self._store.refresh_token(digest(token)) if token.startswith("fjr_") else None
+            if row is None or row.client_id != client.client_id:  # another client's mistake must not end our client's grant
+                raise OAuthError("invalid_grant", "The refresh token is unknown. Log in again.")
+            scope = self._narrowed(form.get("scope", ""), row.scope)
+            if row.ended_at is not None or row.expires_at <= now:
+                raise OAuthError("invalid_grant", "The login has ended. Log in again.")
+            if row.state != "active":
+                raise OAuthError("invalid_grant", LOGGED_OUT)
+            if row.rotated_at is None:
+                pair = self._new_pair()
+                box = self._keyring.chained(token).seal("successor", str(row.grant_id), pair)
+                if self._store.rotate(digest(token), scope, now, *self._hashed(pair, now), box):
+                    self._log.audit("token refreshed", user=row.sub, client=client.client_id, grant=row.grant_id)
+                    return self._pair_answer(pair, scope or row.scope, self._settings.access_token_lifetime)
+                continue  # another request was faster: the next look finds what it made
+            pair = self._successor(token, row, now)
+            newer, access = self._store.refresh_token(digest(pair["refresh"])), self._store.access_token(digest(pair["access"]))
+            if newer and newer.rotated_at is None and access and access.expires_at > now and scope is None:
+                return self._pair_answer(pair, row.scope, access.expires_at - now)
+            token = pair["refresh"]
+        raise OAuthError("invalid_grant", "The refresh token is too old. Log in again.")
+
+    def _successor(self, token, row, now):
         if now - row.rotated_at > REFRESH_GRACE:
-            self._end(row.grant_id, "refresh token re-used", row.sub, row.client_id, "reuse detected")
-            raise OAuthError("invalid_grant", "The refresh token was used before. Log in again.")
-        try:
-            pair = self._keyring.chained(token).unseal("successor", str(row.grant_id), row.successor or b"")
-        except ValueError:
-            raise OAuthError("invalid_grant", "The refresh token was used before. Log in again.") from None
-        newer, access = self._store.refresh_token(digest(pair["refresh"])), self._store.access_token(digest(pair["access"]))
-        if newer and newer.rotated_at is None and access and access.expires_at > now and scope is None:
-            return row, token, self._pair_answer(pair, row.scope, access.expires_at - now)
-        return newer or row, pair["refresh"], None
+            self._end(row, "refresh token re-used", "reuse detected")
+        else:
+            with contextlib.suppress(ValueError):
+                return self._keyring.chained(token).unseal("successor", str(row.grant_id), row.successor or b"")
+        raise OAuthError("invalid_grant", "The refresh token was used before. Log in again.")
 
     @staticmethod
     def _narrowed(asked, granted):
         """The narrower scope asked for at a refresh, None for the grant's own; wider is refused (RFC 6749 6)."""
-        known = [scope for scope in SCOPES if scope in asked.split()]
+        known = known_scopes(asked)
         if not set(known) <= set(granted.split()):
             raise OAuthError("invalid_scope", f"The login granted {granted}; log in again for more.")
         return " ".join(known) if known and known != granted.split() else None
@@ -3101,13 +3078,9 @@ class Authorization:
         return {"access_token": pair["access"], "token_type": "Bearer", "expires_in": max(1, int(expires_in)),
                 "refresh_token": pair["refresh"], "scope": scope}
 
-    def _end(self, grant_id, reason, sub, client_id, event):
-        if self._store.end_grant(grant_id, reason, self._clock.now()):
-            self._log.audit(event, user=sub, client=client_id, grant=grant_id, reason=reason)
-
-    @staticmethod
-    def _logged_out():
-        return OAuthError("invalid_grant", "Forgejo ended this login. Log in again.")
+    def _end(self, row, reason, event="token revoked"):
+        if self._store.end_grant(row.grant_id, reason, self._clock.now()):
+            self._log.audit(event, user=row.sub, client=row.client_id, grant=row.grant_id, reason=reason)
 
     def revoke(self, request):
         """POST /oauth/revoke (RFC 7009): a refresh token ends its grant, an access token only itself; always 200."""
@@ -3117,7 +3090,7 @@ class Authorization:
             raise OAuthError("invalid_request", "token is missing.")
         refresh, access = self._store.refresh_token(digest(token)), self._store.access_token(digest(token))
         if refresh and refresh.client_id == client.client_id:
-            self._end(refresh.grant_id, "revoked by client", refresh.sub, client.client_id, "token revoked")
+            self._end(refresh, "revoked by client")
         elif access and access.client_id == client.client_id:
             self._store.drop_access_token(digest(token))
             self._log.audit("token revoked", client=client.client_id)
@@ -3153,14 +3126,16 @@ class Authorization:
     def _marked_browser(self, request):
         """(the browser's cookie, made now if it has none, the headers that set it): several tabs share one (C07)."""
         cookie = self._cookie(request, self._cookie_name) or new_secret()
-        return cookie, (("Set-Cookie", f"{self._cookie_name}={cookie}; Max-Age={int(self._settings.login_lifetime)}{self._cookie_flags}"),)
+        return cookie, (self._set_cookie(self._cookie_name, cookie, self._settings.login_lifetime),)
 
-    def _to_client(self, redirect_uri, state, **answer):
+    def _set_cookie(self, name, value, seconds):
+        return "Set-Cookie", f"{name}={value}; Max-Age={int(seconds)}{self._cookie_flags}"
+
+    def _to_client(self, login, **answer):
         """The authorization response: to the validated URI, with `iss` always (RFC 9207 2) and `state` byte for byte."""
-        if state is not None:
-            answer["state"] = state
-        query = urlencode({**answer, "iss": self._settings.public_url}, quote_via=quote)
-        return redirect(redirect_uri + ("&" if "?" in redirect_uri else "?") + query)
+        if login["state"] is not None:
+            answer["state"] = login["state"]
+        return redirect(with_query(login["redirect_uri"], {**answer, "iss": self._settings.public_url}))
 
 
 # ======================================================================================================================
