@@ -40,7 +40,6 @@ import ipaddress
 import itertools
 import json
 import os
-import queue
 import re
 import secrets
 import select
@@ -49,7 +48,6 @@ import signal
 import socket
 import sqlite3
 import ssl
-import stat
 import subprocess
 import sys
 import threading
@@ -58,7 +56,7 @@ import tomllib
 import traceback
 import unicodedata
 import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from urllib.parse import parse_qsl, quote, unquote_plus, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -6420,11 +6418,14 @@ def check_child(settings):
     end = threading.Timer(settings.start_timeout, os.killpg, (child.pid, signal.SIGKILL))
     end.start()
     with contextlib.suppress(OSError, ValueError, AttributeError), child:
-        server = None
-        child.stdin.write(dump({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
-            "protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": {"name": "fjmcp-broker", "version": __version__}}}) + b"\n")
-        child.stdin.flush()
-        server = json.loads(child.stdout.readline()).get("result", {}).get("serverInfo")
+        server, us = None, {"name": "fjmcp-broker", "version": __version__}
+        for method, params in (("initialize", {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": us}), (
+                "server/discover", {"_meta": {META_VERSION: FIRST_MODERN_VERSION, META_CLIENT: us, META_CAPABILITIES: {}}})):
+            if server is None:  # what refuses the handshake may speak the era that has none
+                child.stdin.write(dump({"jsonrpc": "2.0", "id": method, "method": method, "params": params}) + b"\n")
+                child.stdin.flush()
+                result = json.loads(child.stdout.readline()).get("result", {})
+                server = result.get("serverInfo") or result.get("_meta", {}).get(META_SERVER)
         os.killpg(child.pid, signal.SIGKILL)
     end.cancel()
     if server:

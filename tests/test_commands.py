@@ -142,6 +142,13 @@ def test_check_warns_of_what_works_but_should_not_be_so(make_installation):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make the service's files somebody else's")
+def test_check_tries_a_child_that_speaks_only_the_modern_era(make_installation):
+    installation = make_installation(child=("--era", "modern"))
+    installation.start()
+    done = installation.command("check")
+    assert "starts and answers as Forgejo MCP Server" in done.stdout, done.stdout
+
+
 def test_check_says_which_containment_holds(make_installation, tmp_path):
     installation = make_installation()
     installation.start()
