@@ -1940,7 +1940,6 @@ class Response:
     content_type: str = ""
     headers: tuple = ()
     later: object = None
-    close: bool = False
 
 
 def json_response(status, value, headers=()):
