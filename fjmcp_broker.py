@@ -4679,8 +4679,8 @@ class Registry:
         name = digest(session_id)
         with self.lock:
             session = self.sessions.get(name)
-            if session:
-                session.used_at = max(session.used_at, self.clock.now())  # in the lock: from here on unload() keeps it
+            if session and (session.sub, session.client_id) == (sub, client_id):
+                session.used_at = self.clock.now()  # in the lock: from here on unload() keeps it; what a stranger sends keeps nothing
         if session is None:
             row = self.store.session(name, sub, client_id)
             if row is None:
