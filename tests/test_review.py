@@ -3,13 +3,15 @@
 import os
 import select
 import sys
+import types
+import unittest.mock
 
 import pytest
 
 import fjmcp_broker
 import mcp_client
 from mcp_client import McpClient, RpcError
-from modern import ALL_INPUT, ANSWERS, call, connect, retry_of
+from modern import ALL_INPUT, call, connect, retry_of
 
 STUBBORN = """
 import json, signal, sys, threading
@@ -130,14 +132,27 @@ def test_requests_without_a_session_that_get_no_child_leave_no_lease(rig, monkey
     assert not any(place.users for place in rig.broker.registry.all() if hasattr(place, "users"))
 
 
-def test_an_item_looked_at_but_not_handed_over_stays_for_the_stream():
+def test_a_batch_with_large_answers_loses_none_when_the_last_comes_after_the_wait_for_plain_json(monkeypatch):
     stream = fjmcp_broker.Stream(256, 1 << 20, 35.0, answers=3)
-    reader = stream.open()
-    for name in (b"1", b"2", b"3"):
-        seen = reader.take(0, int(name) - 1) if name != b"1" else None
-        stream.put(name * 700_000, answer=True)
-        assert seen is None
-    assert [reader.take(0, after).data[:1] for after in range(3)] == [b"1", b"2", b"3"] and reader.cursor == 0
+    reader, written, due = stream.open(), [], [b'{"id":1}', b'{"id":2}', b'{"id":3}']
+    take = reader.take
+
+    def put_next():
+        if due:
+            stream.put(due.pop(0) + b" " * 700_000, answer=True)
+
+    def take_and_go_on(*arguments):
+        item = take(*arguments)
+        if item is None or len(due) == 2:  # the second while the first is looked at, the third when the wait is over
+            put_next()
+        return item
+
+    monkeypatch.setattr(reader, "take", take_and_go_on)
+    put_next()
+    connection = fjmcp_broker.Connection(types.SimpleNamespace(settings=None, watcher=unittest.mock.Mock()), None, "x")
+    monkeypatch.setattr(connection, "_write", written.append)
+    connection._pump(fjmcp_broker.Response(200, later=fjmcp_broker.Later(reader, 0.0, batch=True)), False)
+    assert all(b'{"id":%d}' % number in b"".join(written) for number in (1, 2, 3))
 
 
 @pytest.mark.parametrize("method, params", [("tools/list", {"_meta": 5}), ("resources/subscribe", {"uri": 5}), ("resources/subscribe", {"uri": []})])
