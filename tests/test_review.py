@@ -44,7 +44,10 @@ def places_are_free(rig):
 
 
 def has_ended(pid):
-    descriptor = os.pidfd_open(pid)
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
     try:
         return bool(select.select([descriptor], [], [], 15)[0])
     finally:
@@ -68,7 +71,7 @@ def test_a_child_that_ignores_its_end_is_killed_whoever_stopped_it(make_rig, tmp
             mcp.delete()
     assert places_are_free(rig)
     for record in rig.log.named("child started"):
-        assert not os.path.exists(f"/proc/{record['pid']}") or has_ended(record["pid"])
+        assert has_ended(record["pid"])
 
 
 @pytest.mark.parametrize("era", ["legacy", "modern"])
@@ -128,8 +131,8 @@ def test_requests_without_a_session_that_get_no_child_leave_no_lease(rig, monkey
     monkeypatch.setattr(rig.broker.registry, "spawn", spawn)
     mcp = client(rig)
     for _ in range(3):
-        mcp.post({"jsonrpc": "2.0", "id": 1, "method": "tools/list"})
-    assert not any(place.users for place in rig.broker.registry.all() if hasattr(place, "users"))
+        assert mcp.post({"jsonrpc": "2.0", "id": 1, "method": "tools/list"}).status == 503
+    assert [place.users for place in rig.broker.registry.all()] == [0]
 
 
 def test_a_batch_with_large_answers_loses_none_when_the_last_comes_after_the_wait_for_plain_json(monkeypatch):
@@ -155,13 +158,14 @@ def test_a_batch_with_large_answers_loses_none_when_the_last_comes_after_the_wai
     assert all(b'{"id":%d}' % number in b"".join(written) for number in (1, 2, 3))
 
 
-@pytest.mark.parametrize("method, params", [("tools/list", {"_meta": 5}), ("resources/subscribe", {"uri": 5}), ("resources/subscribe", {"uri": []})])
-def test_a_request_with_wrong_parts_hurts_itself_only(make_rig, monkeypatch, method, params):
+@pytest.mark.parametrize("method, params, outcome", [("tools/list", {"_meta": 5}, "result"), ("resources/subscribe", {"uri": 5}, "error"),
+                                                     ("resources/subscribe", {"uri": []}, "error")])
+def test_a_request_with_wrong_parts_hurts_itself_only(make_rig, monkeypatch, method, params, outcome):
     monkeypatch.setattr(mcp_client, "judge", None)
     rig = make_rig(child=("--era", "modern"))
     mcp = rig.session()
     answer = mcp.post({"jsonrpc": "2.0", "id": "wrong", "method": method, "params": params})
-    assert answer.status in (200, 400) and answer.json()["id"] == "wrong"
+    assert answer.status == 200 and answer.json()["id"] == "wrong" and outcome in answer.json()
     assert mcp.list_tools()
 
 
