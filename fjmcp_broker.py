@@ -4877,7 +4877,8 @@ class Registry:
                 self.store.save_binary(binary, "", self.clock.now())
             raise
         if server and era != known:
-            self.store.save_binary(binary, era, self.clock.now())
+            with contextlib.suppress(StoreUnavailable):  # it is asked again next time
+                self.store.save_binary(binary, era, self.clock.now())
         link.probed = probe and not known
         return server
 

@@ -178,6 +178,8 @@ class World:
         if not messages or answer.status == 401:
             return answer.status if answer.status != 200 else "cut"
         if "error" in messages[0]:
+            if isinstance(messages[0]["error"], str):  # of the broker's HTTP, not of the bridge
+                return answer.status
             return (messages[0]["error"].get("data") or {}).get("reason") or ("tool" if messages[0]["error"]["code"] == -32603 else answer.status)
         text = messages[0]["result"]["content"][0]["text"]
         expected = title if writes else f'"login": "{seat.user}"'
