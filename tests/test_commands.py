@@ -141,7 +141,6 @@ def test_check_warns_of_what_works_but_should_not_be_so(make_installation):
     assert "names a port" in done.stdout
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make the service's files somebody else's")
 def test_check_tries_a_child_that_speaks_only_the_modern_era(make_installation):
     installation = make_installation(child=("--era", "modern"))
     installation.start()
@@ -149,6 +148,7 @@ def test_check_tries_a_child_that_speaks_only_the_modern_era(make_installation):
     assert "starts and answers as Forgejo MCP Server" in done.stdout, done.stdout
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make the service's files somebody else's")
 def test_check_says_which_containment_holds(make_installation, tmp_path):
     installation = make_installation()
     installation.start()
