@@ -4123,7 +4123,7 @@ class ModernEdge(Edge):
         info = meta.get(META_SERVER) if isinstance(meta, dict) else None
         capabilities = result.get("capabilities") if isinstance(result.get("capabilities"), dict) else {}
         asked = session.version or session.initialize.get("protocolVersion")
-        session.ttl = result.get("ttlMs", 0)
+        session.ttl = ttl if isinstance(ttl := result.get("ttlMs"), int) and ttl > 0 else 0
         self._kinds = {f"{kind}ListChanged": True for kind in ("tools", "prompts", "resources")
                        if isinstance(capabilities.get(kind), dict) and capabilities[kind].get("listChanged") is True}
         return {"protocolVersion": asked if asked in LEGACY_VERSIONS else LEGACY_VERSIONS[0], "capabilities": capabilities,
@@ -4157,21 +4157,25 @@ class ModernEdge(Edge):
 
     def serve(self, call):
         """Answer such a call: a level goes with each request from now on, subscriptions into one stream of the child."""
-        params, session = call.params or {}, self._session
+        params = call.params or {}
         if call.method == "logging/setLevel" and params.get("level") not in LEVELS:
             call.reply.fail(INVALID_PARAMS, f"level must be one of {', '.join(LEVELS)}", None)
             return
-        if call.method.startswith("resources/"):
-            uri = params.get("uri")
-            if isinstance(uri, str):
-                session.remember(**{call.method.removeprefix("resources/"): uri})
-            if not isinstance(uri, str) or uri in session.watch():
-                session.remember(unsubscribe=uri if isinstance(uri, str) else "")
-                call.reply.fail(INVALID_PARAMS, "The resource cannot be subscribed to", None)
-                return
+        if call.method.startswith("resources/") and not self._subscribed(call.method, params.get("uri")):
+            call.reply.fail(INVALID_PARAMS, "The resource cannot be subscribed to", None)
+            return
         if call.after:
             call.after({})
         call.reply.give({})
+
+    def _subscribed(self, method, uri):
+        if not isinstance(uri, str):
+            return False
+        self._session.remember(**{method.removeprefix("resources/"): uri})
+        refused = uri in self._session.watch()
+        if refused:
+            self._session.remember(unsubscribe=uri)
+        return not refused
 
     def asks(self, call, message):
         """Whether an answer is no end but a question, or comes while one is open (and is dropped then)."""
@@ -4398,9 +4402,9 @@ class ModernReply:
     `hold(reply)` gives the requestState by which a retry finds it.
     """
 
-    def __init__(self, session, request_id, method, hold, level=None, change=None):
-        self._session, self.id, self._method, self._hold, self._level, self._change = session, request_id, method, hold, level, change
-        self.place, self.stream, self.call, self._keys = session, session.new_stream(1), None, {}
+    def __init__(self, place, request_id, method, hold, level=None, change=None):
+        self.place, self.id, self._method, self._hold, self._level, self._change = place, request_id, method, hold, level, change
+        self.stream, self.call, self._keys = place.new_stream(1), None, {}
         self.held = self.gone = False
 
     def notify(self, body):
@@ -4423,7 +4427,7 @@ class ModernReply:
             self.stream.put(with_id(line, message, self.id, self._stamps(result)), answer=True)
 
     def _stamps(self, result):
-        stamps = {"resultType": "complete", "_meta": self._session.front.server_meta}
+        stamps = {"resultType": "complete", "_meta": self.place.front.server_meta}
         if self._method in CACHEABLE:
             stamps |= {"ttlMs": 0, "cacheScope": "private"}
         return {name: value for name, value in stamps.items() if name not in result}
@@ -4434,7 +4438,7 @@ class ModernReply:
         if self._method in CACHEABLE:  # nothing is for everybody here: each user has another token
             result = {**result, "cacheScope": "private"}
         meta = result.get("_meta") if isinstance(result.get("_meta"), dict) else {}
-        result = self._stamps(result) | result | {"_meta": {**self._session.front.server_meta, **meta}}
+        result = self._stamps(result) | result | {"_meta": {**self.place.front.server_meta, **meta}}
         self.stream.put(result_message(self.id, result), answer=True)
 
     def fail(self, code, sentence, data):
@@ -4461,7 +4465,7 @@ class ModernReply:
     def asked(self, questions, whole):
         """Questions of the child on this call; `whole`: these are all, else others may follow at once."""
         for question in questions:
-            self._session.hold(question, self.call, self._session.settings.input_timeout)
+            self.place.hold(question, self.call, self.place.settings.input_timeout)
         if whole:
             self._ask()
         else:
@@ -4469,25 +4473,25 @@ class ModernReply:
 
     def _ask(self):
         """Answer with `input_required`; what comes from here on waits for the retry (MCP 2026-07-28 patterns/mrtr)."""
-        with self._session.lock:
-            questions = [question for question in self._session.questions if question.call is self.call]
+        with self.place.lock:
+            questions = [question for question in self.place.questions if question.call is self.call]
             if self.held or not questions:
                 return
             self.held, self._keys = True, named_questions(questions)
-            stream, self.stream = self.stream, self._session.new_stream(1)
+            stream, self.stream = self.stream, self.place.new_stream(1)
         requests = {key: asking(question.method, question.params) for key, question in self._keys.items()}
         result = {"resultType": "input_required", "inputRequests": requests, "requestState": self._hold(self),
-                  "_meta": self._session.front.server_meta}
+                  "_meta": self.place.front.server_meta}
         stream.put(result_message(self.id, result), answer=True)
 
     def retried(self, request_id, responses):
         """The client came back, with answers or without: a Reader of what follows. What is missing is asked again."""
-        with self._session.lock:
+        with self.place.lock:
             self.held, self.id, asked, self._keys = False, request_id, self._keys, {}
             reader = self.stream.open()
         for key, question in asked.items():
             if isinstance(responses.get(key), dict):
-                self._session.answer(question, responses[key])
+                self.place.answer(question, responses[key])
         if any(not isinstance(responses.get(key), dict) for key in asked):
             self._ask()
         return reader
@@ -4874,13 +4878,16 @@ class Registry:
             era, server = connect(link, known or (None if probe else "legacy"), self.settings.start_timeout)
         except RpcError:
             if known:  # it may be another program by now: look again next time
-                self.store.save_binary(binary, "", self.clock.now())
+                self._note_era(binary, "")
             raise
         if server and era != known:
-            with contextlib.suppress(StoreUnavailable):  # it is asked again next time
-                self.store.save_binary(binary, era, self.clock.now())
+            self._note_era(binary, era)
         link.probed = probe and not known
         return server
+
+    def _note_era(self, binary, era):
+        with contextlib.suppress(StoreUnavailable):  # it is asked again next time
+            self.store.save_binary(binary, era, self.clock.now())
 
     def note_asking(self):
         """This binary asks things of its client: from now on requests that can be asked get a child alone."""
@@ -6417,16 +6424,18 @@ def check_child(settings):
         return
     end = threading.Timer(settings.start_timeout, os.killpg, (child.pid, signal.SIGKILL))
     end.start()
-    with contextlib.suppress(OSError, ValueError, AttributeError), child:
-        server, us = None, {"name": "fjmcp-broker", "version": __version__}
-        for method, params in (("initialize", {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": us}), (
-                "server/discover", {"_meta": {META_VERSION: FIRST_MODERN_VERSION, META_CLIENT: us, META_CAPABILITIES: {}}})):
-            if server is None:  # what refuses the handshake may speak the era that has none
-                child.stdin.write(dump({"jsonrpc": "2.0", "id": method, "method": method, "params": params}) + b"\n")
-                child.stdin.flush()
-                result = json.loads(child.stdout.readline()).get("result", {})
-                server = result.get("serverInfo") or result.get("_meta", {}).get(META_SERVER)
-        os.killpg(child.pid, signal.SIGKILL)
+    server, us = None, {"name": "fjmcp-broker", "version": __version__}
+    with contextlib.suppress(OSError), child:  # closing the pipe to one that has ended
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            for method, params in (("initialize", {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": us}), (
+                    "server/discover", {"_meta": {META_VERSION: FIRST_MODERN_VERSION, META_CLIENT: us, META_CAPABILITIES: {}}})):
+                if server is None:  # what refuses the handshake may speak the era that has none
+                    child.stdin.write(dump(asking(method, params, jsonrpc="2.0", id=method)) + b"\n")
+                    child.stdin.flush()
+                    result = json.loads(child.stdout.readline()).get("result", {})
+                    server = result.get("serverInfo") or result.get("_meta", {}).get(META_SERVER)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
     end.cancel()
     if server:
         yield "ok", f"forgejo_mcp_binary: {command[0]} starts and answers as {server.get('name')} {server.get('version')}"

@@ -148,6 +148,15 @@ def test_check_tries_a_child_that_speaks_only_the_modern_era(make_installation):
     assert "starts and answers as Forgejo MCP Server" in done.stdout, done.stdout
 
 
+def test_check_does_not_wait_for_a_child_that_answers_with_rubbish(make_installation, tmp_path):
+    rubbish = tmp_path / "rubbish.py"
+    rubbish.write_text("import sys\nfor line in sys.stdin:\n    print('{\"result\": null}', flush=True)\n")
+    installation = make_installation()
+    installation.start()
+    done = installation.command("check", "--forgejo-mcp-binary", f"{sys.executable},{rubbish}", "--start-timeout", "1h")
+    assert done.returncode == 1 and "does not answer" in done.stdout
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make the service's files somebody else's")
 def test_check_says_which_containment_holds(make_installation, tmp_path):
     installation = make_installation()
