@@ -112,6 +112,21 @@ def rig(make_rig):
 
 
 @pytest.fixture
+def control(tmp_path):
+    """A ChildControl: what children are told, and what they say of themselves."""
+    from child_control import ChildControl
+
+    with ChildControl(str(tmp_path / "control")) as listener:
+        yield listener
+
+
+@pytest.fixture
+def controlled(make_rig, control):
+    """A Rig whose children can be told what to do."""
+    return make_rig(child=("--control", control.path))
+
+
+@pytest.fixture
 def make_installation(tmp_path):
     """A function that makes an Installation: the real program as a process, with a fake Forgejo; ended with the test."""
     from broker_process import Installation

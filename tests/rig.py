@@ -1,9 +1,7 @@
 """One broker in the test's own process, with real sockets, real children and a fake Forgejo: what most tests stand on."""
 
-import contextlib
 import io
 import json
-import os
 import socket
 import sys
 import threading
@@ -11,7 +9,6 @@ import time
 from pathlib import Path
 
 import fjmcp_broker
-from browser import Browser
 from fake_forgejo import FakeForgejo
 from mcp_client import McpClient, OAuthClient
 
@@ -131,3 +128,8 @@ def text_of(result):
 def json_of(result):
     """The JSON in the text of a tool's result."""
     return json.loads(text_of(result))
+
+
+def who(mcp):
+    """The login of whose token a session's child has."""
+    return json_of(mcp.call_tool("get_my_user_info"))["Result"]["login"]

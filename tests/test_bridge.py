@@ -16,31 +16,15 @@ import threading
 import pytest
 
 import fjmcp_broker
-from child_control import ChildControl
 from load import children, health, same
 from mcp_client import McpClient
-from rig import json_of, text_of
+from rig import json_of, text_of, who
 from test_child import ECHO, Running, counts, guardian  # noqa: F401
 from test_process import await_end, in_thread, session
 
 PING = {"jsonrpc": "2.0", "id": "a ping", "method": "ping"}
 INITIALIZE = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
     "protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "x", "version": "1"}}}
-
-
-@pytest.fixture
-def control(tmp_path):
-    with ChildControl(str(tmp_path / "control")) as listener:
-        yield listener
-
-
-@pytest.fixture
-def controlled(make_rig, control):
-    return make_rig(child=("--control", control.path))
-
-
-def who(mcp):
-    return json_of(mcp.call_tool("get_my_user_info"))["Result"]["login"]
 
 
 class Heard:

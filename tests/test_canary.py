@@ -4,11 +4,8 @@ import base64
 import binascii
 import http.client
 import http.server
-import json
 import re
 import socket
-import sys
-import threading
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
@@ -19,6 +16,7 @@ from broker_process import Installation
 from fake_forgejo import FakeForgejo
 from fjmcp_broker import Keyring, Store
 from mcp_client import HttpError, McpClient, OAuthClient, RpcError
+from proxy import Proxy
 from rig import CHILD, text_of
 
 MARK = "CANARY"
@@ -38,49 +36,18 @@ class Exchange:
     answer: str
 
 
-class Tap:
+class Tap(Proxy):
     """A proxy before the broker that keeps every exchange."""
 
     def __init__(self):
-        tap = self
-        self.target, self.exchanges = None, []
+        super().__init__()
+        self.exchanges = []
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def handle_any(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                connection = http.client.HTTPConnection("127.0.0.1", tap.target)
-                connection.request(self.command, self.path, body or None, dict(self.headers))
-                reply = connection.getresponse()
-                data, headers = reply.read(), reply.getheaders()
-                connection.close()
-                tap.exchanges.append(Exchange(self.command, self.path, f"{self.path}\n{self.headers}\n{body.decode('utf-8', 'replace')}",
-                                              "\n".join(f"{name}: {value}" for name, value in headers) + "\n\n" + data.decode("utf-8", "replace")))
-                self.send_response(reply.status)
-                for name, value in headers:
-                    if name.lower() not in ("connection", "transfer-encoding", "content-length", "server", "date"):
-                        self.send_header(name, value)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(data)
-
-            do_GET = do_POST = do_DELETE = do_HEAD = do_OPTIONS = handle_any
-
-            def log_message(self, *_args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = "http://127.0.0.1:%d" % self.server.server_address[1]
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_exc):
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
+    def pass_on(self, method, path, request, answer):
+        headers, body = request
+        self.exchanges.append(Exchange(method, path, f"{path}\n{headers}\n{body.decode('utf-8', 'replace')}",
+                                       "\n".join(f"{name}: {value}" for name, value in answer["headers"]) + "\n\n"
+                                       + answer["body"].decode("utf-8", "replace")))
 
 
 class Run:

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 import fjmcp_broker
-from child_control import ChildControl
 from fjmcp_broker import Child, ChildMissing, Guardian, Log
 from mcp_client import McpClient, RpcError
 from rig import text_of
@@ -227,12 +226,6 @@ def test_a_guardian_that_goes_in_order_kills_nobody_else():
 
 
 # -- through the whole broker: it hurts its own session only
-
-
-@pytest.fixture
-def control(tmp_path):
-    with ChildControl(str(tmp_path / "control")) as listener:
-        yield listener
 
 
 def fails_alone(rig, call):

@@ -14,6 +14,7 @@ import pytest
 
 from broker_process import BROKER, run_program
 from mcp_client import HttpError, McpClient, OAuthClient
+from proxy import Proxy
 from rig import CHILD, text_of
 
 
@@ -196,7 +197,7 @@ def test_check_sees_a_clock_that_differs(make_installation):
 def test_check_sees_a_proxy_that_holds_streams_back(make_installation, tmp_path):
     installation = make_installation()
     installation.start()
-    with BufferingProxy(installation.socket.getsockname()[1]) as proxy:
+    with Proxy(installation.socket.getsockname()[1]) as proxy:
         installation.forgejo.add_app([proxy.url + "/oauth/callback"], client_id="proxied", client_secret="x")
         installation.close()
         installation = make_installation()
@@ -207,47 +208,6 @@ def test_check_sees_a_proxy_that_holds_streams_back(make_installation, tmp_path)
         installation.start()
         done = installation.command("check")
     assert done.returncode == 1 and "holds streams back" in done.stdout, done.stdout
-
-
-class BufferingProxy:
-    """A proxy that reads a whole answer before it passes the first byte on."""
-
-    def __init__(self, target):
-        import http.server
-        import threading
-
-        proxy = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                import http.client
-                connection = http.client.HTTPConnection("127.0.0.1", proxy.target)
-                connection.request("GET", self.path, headers={"Host": self.headers["Host"], "Accept": self.headers["Accept"]})
-                answer = connection.getresponse()
-                body = answer.read()
-                connection.close()
-                self.send_response(answer.status)
-                self.send_header("Content-Type", answer.headers["Content-Type"])
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_args):
-                pass
-
-        self.target = target
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = "http://127.0.0.1:%d" % self.server.server_address[1]
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_exc):
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
 
 
 # -- beside a running broker

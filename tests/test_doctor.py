@@ -1,10 +1,8 @@
 """doctor: what real clients do at a public URL, and what each crippled answer would break."""
 
 import http.client
-import http.server
 import json
 import sqlite3
-import threading
 from dataclasses import replace
 
 import pytest
@@ -12,53 +10,22 @@ import pytest
 import fjmcp_broker
 from broker_process import Installation, run_program
 from fake_forgejo import FakeForgejo
+from proxy import Proxy
 from rig import CHILD
 
 
-class Cripple:
+class Cripple(Proxy):
     """A proxy before a broker that spoils what `spoil(method, path, answer)` wants: answer has status, headers (a dict) and body."""
 
     def __init__(self):
-        proxy = self
-        self.target, self.spoil, self.seen = None, lambda method, path, answer: None, []
+        super().__init__()
+        self.spoil, self.seen = lambda method, path, answer: None, []
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def handle_any(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                proxy.seen.append((self.command, self.path, body))
-                connection = http.client.HTTPConnection("127.0.0.1", proxy.target)
-                connection.request(self.command, self.path, body or None, dict(self.headers))
-                reply = connection.getresponse()
-                answer = {"status": reply.status, "headers": dict(reply.getheaders()), "body": reply.read()}
-                connection.close()
-                proxy.spoil(self.command, self.path, answer)
-                self.send_response(answer["status"])
-                for name, value in answer["headers"].items():
-                    if name.lower() not in ("content-length", "connection", "transfer-encoding", "server", "date"):
-                        self.send_header(name, value)
-                if answer["status"] != 204 and self.command != "HEAD":
-                    self.send_header("Content-Length", str(len(answer["body"])))
-                self.end_headers()
-                if self.command != "HEAD" and answer["status"] != 204:
-                    self.wfile.write(answer["body"])
-
-            do_GET = do_POST = do_DELETE = do_HEAD = do_OPTIONS = handle_any
-
-            def log_message(self, *_args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = "http://127.0.0.1:%d" % self.server.server_address[1]
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_exc):
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
+    def pass_on(self, method, path, request, answer):
+        self.seen.append((method, path, request[1]))
+        spoiled = {**answer, "headers": dict(answer["headers"])}
+        self.spoil(method, path, spoiled)
+        answer.update(spoiled, headers=list(spoiled["headers"].items()))
 
 
 @pytest.fixture

@@ -10,23 +10,12 @@ import sys
 import pytest
 
 import fjmcp_broker
-from child_control import ChildControl
 from load import CUT, Load, children, health, same
 from mcp_client import McpClient, RpcError, StreamEnded
-from rig import TESTS, json_of, text_of
+from rig import TESTS, json_of, text_of, who
 from test_process import await_end, hanging_call, in_thread, session
 
 PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
-
-
-@pytest.fixture
-def control(tmp_path):
-    with ChildControl(str(tmp_path / "control")) as listener:
-        yield listener
-
-
-def who(mcp):
-    return json_of(mcp.call_tool("get_my_user_info"))["Result"]["login"]
 
 
 def kill_child(rig, mcp, number=signal.SIGKILL):

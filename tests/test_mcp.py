@@ -7,21 +7,8 @@ import threading
 
 import pytest
 
-from child_control import ChildControl
 from mcp_client import McpClient, RpcError
-from rig import CHILD, json_of, text_of
-
-
-@pytest.fixture
-def control(tmp_path):
-    with ChildControl(str(tmp_path / "control")) as listener:
-        yield listener
-
-
-@pytest.fixture
-def controlled(make_rig, control):
-    """A Rig whose children can be told what to do."""
-    return make_rig(child=("--control", control.path))
+from rig import json_of, text_of
 
 
 def children(rig):

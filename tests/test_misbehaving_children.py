@@ -14,7 +14,7 @@ import mcp_client
 from child_control import ChildControl
 from load import children, same
 from mcp_client import HttpError, RpcError
-from rig import Rig, json_of, text_of
+from rig import Rig, text_of, who
 from test_process import await_end, in_thread
 
 
@@ -23,16 +23,6 @@ def unjudged(monkeypatch):
     """What such a child says of itself is passed on as it is, and keeps to no schema."""
     monkeypatch.setattr(mcp_client, "judge", None)
 
-
-
-@pytest.fixture
-def control(tmp_path):
-    with ChildControl(str(tmp_path / "control")) as listener:
-        yield listener
-
-
-def who(mcp):
-    return json_of(mcp.call_tool("get_my_user_info"))["Result"]["login"]
 
 
 def beside(rig, misbehave, *, again=True):

@@ -10,24 +10,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from child_control import ChildControl
 from mcp_client import META, MODERN, McpClient, StreamEnded, header_value
 from modern import ALL_INPUT, asked_methods, call, connect, listening, refused, retry_of, subscription_of
 from rig import json_of, text_of
 
 HEADER = "MCP-Protocol-Version"
-
-
-@pytest.fixture
-def control():
-    with ChildControl() as listener:
-        yield listener
-
-
-@pytest.fixture
-def controlled(make_rig, control):
-    """A Rig whose children can be told what to do."""
-    return make_rig(child=("--control", control.path))
 
 
 def calls_of(control, tool):

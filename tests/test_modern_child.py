@@ -8,18 +8,11 @@ import threading
 
 import pytest
 
-from child_control import ChildControl
 from mcp_client import META, MODERN, McpClient, RpcError
 from modern import ALL_INPUT, ANSWERS, asked_methods, call, connect, listening, refused, retry_of, subscription_of
 from rig import CHILD, json_of, text_of
 
 NEW = ("resultType", "ttlMs", "cacheScope")
-
-
-@pytest.fixture
-def control():
-    with ChildControl() as listener:
-        yield listener
 
 
 @pytest.fixture

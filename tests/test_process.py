@@ -14,17 +14,10 @@ import pytest
 import run
 from browser import Browser, approve_login
 from broker_process import BROKER, command_of, run_program
-from child_control import ChildControl
 from mcp_client import McpClient, OAuthClient, RpcError
 from rig import json_of, text_of
 
 GONE_LIMIT = 5  # seconds after which no child may be left (design 2)
-
-
-@pytest.fixture
-def control(tmp_path):
-    with ChildControl(str(tmp_path / "control")) as listener:
-        yield listener
 
 
 def login(installation, user="alice"):

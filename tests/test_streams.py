@@ -4,24 +4,12 @@ import json
 
 import pytest
 
-from child_control import ChildControl
 from load import same
 from mcp_client import McpClient, StreamEnded
 from rig import text_of
 from test_process import in_thread
 
 SLOW = {"name": "get_slow", "arguments": {"key": "k"}}
-
-
-@pytest.fixture
-def control(tmp_path):
-    with ChildControl(str(tmp_path / "control")) as listener:
-        yield listener
-
-
-@pytest.fixture
-def controlled(make_rig, control):
-    return make_rig(child=("--control", control.path))
 
 
 def note(number):

@@ -9,7 +9,7 @@ from browser import Browser, BrowserError, approve_login
 from fake_forgejo import cut_body, html, lose_response, oauth_error, redirect, status, truncated_json, wrong_content_type
 from load import Load, same
 from mcp_client import ClientError, McpClient, OAuthClient, RpcError
-from rig import json_of, text_of
+from rig import json_of, text_of, who
 from test_process import in_thread
 
 TOKEN, USERINFO = "/login/oauth/access_token", "/login/oauth/userinfo"
@@ -21,10 +21,6 @@ CALL = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "g
 def lasting(make_rig):
     """A Rig whose own tokens outlive any test, so that only Forgejo's expire."""
     return make_rig(access_token_lifetime="60d", session_idle_timeout="60d", max_sessions=30, max_sessions_per_user=30)
-
-
-def who(mcp):
-    return json_of(mcp.call_tool("get_my_user_info"))["Result"]["login"]
 
 
 def refreshes(rig):
