@@ -1,6 +1,5 @@
 """doctor: what real clients do at a public URL, and what each crippled answer would break."""
 
-import http.client
 import json
 import sqlite3
 from dataclasses import replace
