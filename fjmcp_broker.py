@@ -5055,7 +5055,7 @@ class Reaper:
                 with self._lock:
                     self._refreshing.discard(sub)
 
-        threading.Thread(target=refresh, daemon=True).start()
+        threading.Thread(target=refresh, daemon=True, name="refresh").start()
 
 
 # ======================================================================================================================
