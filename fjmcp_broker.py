@@ -1933,7 +1933,7 @@ class Later:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One HTTP response: a status, headers as (name, value) pairs and a body of bytes, or a `later` that is pumped. """
+    """One HTTP response: a status, headers as (name, value) pairs and a body of bytes, or a `later` that is pumped."""
 
     status: int
     body: bytes = b""
