@@ -76,10 +76,18 @@ FIRST_MODERN_VERSION = "2026-07-28"
 BATCH_VERSION = "2025-03-26"  # the only revision with JSON-RPC batches
 META_VERSION = "io.modelcontextprotocol/protocolVersion"
 
-PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32601, -32602, -32603
+PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = (
+    -32700,
+    -32600,
+    -32601,
+    -32602,
+    -32603,
+)
 SERVER_ERROR, SESSION_NOT_FOUND, UNSUPPORTED_VERSION = -32000, -32001, -32022
 
-REFRESH_GRACE = 120  # seconds in which a rotated refresh token still answers with the newest pair of its chain
+REFRESH_GRACE = (
+    120  # seconds in which a rotated refresh token still answers with the newest pair of its chain
+)
 CODE_ATTEMPTS = 3  # wrong verifiers after which an authorization code is burned
 QUESTION_GRACE = 10  # seconds a child's question waits for a stream it can be put on
 PLACE_WAIT = 20  # seconds a request waits for a place among `max_sessions`
@@ -105,7 +113,13 @@ class RpcError(Exception):
 
     def __init__(self, code, message, data=None, status=200, headers=()):
         super().__init__(message)
-        self.code, self.message, self.data, self.status, self.headers = code, message, data, status, tuple(headers)
+        self.code, self.message, self.data, self.status, self.headers = (
+            code,
+            message,
+            data,
+            status,
+            tuple(headers),
+        )
 
 
 class Clock:
@@ -174,7 +188,12 @@ class Setting:
 SETTINGS = (
     Setting("public_url", "origin", REQUIRED, "origin that clients see, no path; https, or http on loopback"),
     Setting("listen", "address", "127.0.0.1:8080", "address to listen on, HOST:PORT"),
-    Setting("forgejo_url", "base_url", REQUIRED, "Forgejo as users and forgejo-mcp see it; https, or http on loopback"),
+    Setting(
+        "forgejo_url",
+        "base_url",
+        REQUIRED,
+        "Forgejo as users and forgejo-mcp see it; https, or http on loopback",
+    ),
     Setting("forgejo_internal_url", "any_url", "", "Forgejo as this server reaches it, where that differs"),
     Setting("forgejo_authorize_url", "any_url", "", "override of <forgejo_url>/login/oauth/authorize"),
     Setting("forgejo_token_url", "any_url", "", "override of <forgejo_url>/login/oauth/access_token"),
@@ -182,33 +201,102 @@ SETTINGS = (
     Setting("forgejo_introspection_url", "any_url", "", "override of <forgejo_url>/login/oauth/introspect"),
     Setting("forgejo_ca_file", "path", "", "certificate authority to trust for Forgejo, PEM"),
     Setting("forgejo_oauth_client_id", "text", REQUIRED, "client id of the OAuth2 application in Forgejo"),
-    Setting("forgejo_oauth_client_secret", "text", REQUIRED, "client secret of the OAuth2 application in Forgejo", secret=True),
-    Setting("forgejo_oauth_scopes", "forgejo_scopes",
-            "openid profile read:user read:misc write:repository write:issue write:notification write:organization",
-            "what is asked of Forgejo; frozen by Forgejo at each user's first login"),
-    Setting("forgejo_mcp_binary", "command", "forgejo-mcp",
-            "path, run with `--transport stdio --url <forgejo_url>`; or a list, run as it is"),
+    Setting(
+        "forgejo_oauth_client_secret",
+        "text",
+        REQUIRED,
+        "client secret of the OAuth2 application in Forgejo",
+        secret=True,
+    ),
+    Setting(
+        "forgejo_oauth_scopes",
+        "forgejo_scopes",
+        "openid profile read:user read:misc write:repository write:issue write:notification write:organization",
+        "what is asked of Forgejo; frozen by Forgejo at each user's first login",
+    ),
+    Setting(
+        "forgejo_mcp_binary",
+        "command",
+        "forgejo-mcp",
+        "path, run with `--transport stdio --url <forgejo_url>`; or a list, run as it is",
+    ),
     Setting("store_path", "path", "broker.db", "SQLite database"),
-    Setting("key_file", "path", "", "sealing keys, one base64 key a line, newest first; empty: beside the store"),
+    Setting(
+        "key_file", "path", "", "sealing keys, one base64 key a line, newest first; empty: beside the store"
+    ),
     Setting("key", "text", "", "sealing keys themselves, instead of key_file", secret=True),
     Setting("secrets_file", "path", "", "TOML file with any of the secret settings; /dev/stdin is read once"),
     Setting("max_sessions", "count", 50, "children awake at once", reload=True),
     Setting("max_sessions_per_user", "count", 10, "children awake at once of one user", reload=True),
-    Setting("max_session_rows_per_user", "count", 1000, "sessions kept of one user; above it the longest unused goes", reload=True),
-    Setting("session_idle_timeout", "duration", "15m", "a child idle this long is stopped; its session stays", reload=True),
+    Setting(
+        "max_session_rows_per_user",
+        "count",
+        1000,
+        "sessions kept of one user; above it the longest unused goes",
+        reload=True,
+    ),
+    Setting(
+        "session_idle_timeout",
+        "duration",
+        "15m",
+        "a child idle this long is stopped; its session stays",
+        reload=True,
+    ),
     Setting("session_lifetime", "duration", "90d", "a session unused this long ends", reload=True),
     Setting("access_token_lifetime", "duration", "1h", "life of an access token", reload=True),
-    Setting("refresh_token_lifetime", "duration", "90d", "life of a refresh token, renewed at each use", reload=True),
+    Setting(
+        "refresh_token_lifetime",
+        "duration",
+        "90d",
+        "life of a refresh token, renewed at each use",
+        reload=True,
+    ),
     Setting("request_timeout", "duration", "300s", "a request without an answer gets an error", reload=True),
-    Setting("input_timeout", "duration", "600s", "how long a client may take to answer a question of the child", reload=True),
-    Setting("allowed_users", "list", "", "Forgejo logins that may use the broker; empty: everyone", reload=True),
-    Setting("allowed_groups", "list", "", "`org` or `org:team` that may use the broker; empty: everyone", reload=True),
-    Setting("allowed_origins", "list", "https://claude.ai,https://claude.com,https://chatgpt.com",
-            "web origins that may call /mcp, besides our own and loopback ones", reload=True),
-    Setting("allowed_redirect_schemes", "list", "cursor,vscode,vscode-insiders,jetbrains",
-            "private-use schemes that a redirect URI may have", reload=True),
-    Setting("read_only_tools", "list", "get_*,list_*,search_*,check_*,download_*", "names of tools that only read", reload=True),
-    Setting("trusted_proxies", "networks", "127.0.0.0/8,::1/128", "peers whose X-Forwarded-For is believed", reload=True),
+    Setting(
+        "input_timeout",
+        "duration",
+        "600s",
+        "how long a client may take to answer a question of the child",
+        reload=True,
+    ),
+    Setting(
+        "allowed_users", "list", "", "Forgejo logins that may use the broker; empty: everyone", reload=True
+    ),
+    Setting(
+        "allowed_groups",
+        "list",
+        "",
+        "`org` or `org:team` that may use the broker; empty: everyone",
+        reload=True,
+    ),
+    Setting(
+        "allowed_origins",
+        "list",
+        "https://claude.ai,https://claude.com,https://chatgpt.com",
+        "web origins that may call /mcp, besides our own and loopback ones",
+        reload=True,
+    ),
+    Setting(
+        "allowed_redirect_schemes",
+        "list",
+        "cursor,vscode,vscode-insiders,jetbrains",
+        "private-use schemes that a redirect URI may have",
+        reload=True,
+    ),
+    Setting(
+        "read_only_tools",
+        "list",
+        "get_*,list_*,search_*,check_*,download_*",
+        "names of tools that only read",
+        reload=True,
+    ),
+    Setting(
+        "trusted_proxies",
+        "networks",
+        "127.0.0.0/8,::1/128",
+        "peers whose X-Forwarded-For is believed",
+        reload=True,
+    ),
     Setting("max_connections", "count", 4096, "open HTTP connections", reload=True),
     Setting("max_connections_per_address", "count", 256, "open HTTP connections of one address", reload=True),
     Setting("max_body", "size", "4MiB", "body of a request to /mcp", reload=True),
@@ -219,26 +307,69 @@ SETTINGS = (
     Setting("stream_bytes", "size", "1MiB", "bytes that a stream keeps for a client to resume", reload=True),
     Setting("header_timeout", "duration", "10s", "time for a request's header", reload=True),
     Setting("body_timeout", "duration", "30s", "time for a request's body", reload=True),
-    Setting("write_timeout", "duration", "30s", "time in which a client must take what is sent to it", reload=True),
+    Setting(
+        "write_timeout", "duration", "30s", "time in which a client must take what is sent to it", reload=True
+    ),
     Setting("idle_timeout", "duration", "150s", "time an unused connection is kept", reload=True),
-    Setting("start_timeout", "duration", "20s", "time for a child to start and to answer `initialize`", reload=True),
+    Setting(
+        "start_timeout",
+        "duration",
+        "20s",
+        "time for a child to start and to answer `initialize`",
+        reload=True,
+    ),
     Setting("stop_timeout", "duration", "5s", "time for a child to end after SIGTERM", reload=True),
     Setting("code_lifetime", "duration", "60s", "life of an authorization code", reload=True),
-    Setting("login_lifetime", "duration", "10m", "life of a login, from the consent page to the callback", reload=True),
+    Setting(
+        "login_lifetime",
+        "duration",
+        "10m",
+        "life of a login, from the consent page to the callback",
+        reload=True,
+    ),
     Setting("rate_register", "rate", 120, "registrations a minute from one address", reload=True),
-    Setting("rate_authorize", "rate", 240, "requests a minute from one address to authorize, consent and callback", reload=True),
+    Setting(
+        "rate_authorize",
+        "rate",
+        240,
+        "requests a minute from one address to authorize, consent and callback",
+        reload=True,
+    ),
     Setting("rate_token", "rate", 600, "requests a minute from one address to token and revoke", reload=True),
-    Setting("child_keeps_state", "switch", False, "the child keeps state between calls: never put it to sleep or replace it"),
-    Setting("client_documents", "switch", True, "accept a client_id that is the https URL of the client's own description, and fetch it", reload=True),
-    Setting("strict_scopes", "switch", False, "refuse a login to which Forgejo granted other scopes than asked", reload=True),
+    Setting(
+        "child_keeps_state",
+        "switch",
+        False,
+        "the child keeps state between calls: never put it to sleep or replace it",
+    ),
+    Setting(
+        "client_documents",
+        "switch",
+        True,
+        "accept a client_id that is the https URL of the client's own description, and fetch it",
+        reload=True,
+    ),
+    Setting(
+        "strict_scopes",
+        "switch",
+        False,
+        "refuse a login to which Forgejo granted other scopes than asked",
+        reload=True,
+    ),
     Setting("metrics_listen", "any_address", "", "address for GET /metrics; empty: none"),
     Setting("log_format", "log_format", "json", "`json`, or `text` for people"),
     Setting("debug", "switch", False, "log what children write to stderr, and each request", reload=True),
-    Setting("clients", "clients", (), "[[clients]]: client_id, name, redirect_uris, client_secret (file only)"),
+    Setting(
+        "clients", "clients", (), "[[clients]]: client_id, name, redirect_uris, client_secret (file only)"
+    ),
 )
 SETTING = {setting.name: setting for setting in SETTINGS}
 # Every key that may be given -> (its setting, whether the value names a file that holds it: for whatever is one piece of text).
-KEYS = {setting.name + "_file": (setting, True) for setting in SETTINGS if setting.kind in ("text", "forgejo_scopes")}
+KEYS = {
+    setting.name + "_file": (setting, True)
+    for setting in SETTINGS
+    if setting.kind in ("text", "forgejo_scopes")
+}
 KEYS |= {setting.name: (setting, False) for setting in SETTINGS}
 URL = re.compile(r'(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?(/[!"$->@-~]*)?', re.IGNORECASE)
 
@@ -254,7 +385,9 @@ def _text(value):
 def _url(value):
     match = URL.fullmatch(_text(value).rstrip("/"))
     if not match or not 0 < int(match[3] or 1) < 65536:
-        raise ValueError("must be a URL that starts with https:// (or http:// on loopback), without user name, query or fragment")
+        raise ValueError(
+            "must be a URL that starts with https:// (or http:// on loopback), without user name, query or fragment"
+        )
     scheme, host, port, path = match[1].lower(), match[2].lower(), int(match[3] or 0), match[4] or ""
     return f"{scheme}://{host}{'' if port in (0, {'http': 80, 'https': 443}[scheme]) else f':{port}'}{path}"
 
@@ -286,6 +419,7 @@ def _integer(least, why=""):
         if type(value) is not int or value < least:
             raise ValueError(f"must be a whole number of at least {least}{why}")
         return value
+
     return parse
 
 
@@ -295,12 +429,17 @@ def _scaled(example, **units):
             return value
         text = _text(value).lower().replace(" ", "")
         parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([a-z]*)", text)
-        if not parts or "".join(map("".join, parts)) != text or any(unit not in units for _, unit in parts if unit):
+        if (
+            not parts
+            or "".join(map("".join, parts)) != text
+            or any(unit not in units for _, unit in parts if unit)
+        ):
             raise ValueError(f"must be such as {example}")
         total = sum(float(number) * units.get(unit, 1) for number, unit in parts)
         if not 0 < total < 2**53:
             raise ValueError(f"must be more than nothing, such as {example}")
         return int(total) if total == int(total) else total
+
     return parse
 
 
@@ -310,6 +449,7 @@ def _choice(sentence, **words):
         if not isinstance(value, (str, bool)) or word not in words:
             raise ValueError(sentence)
         return words[word]
+
     return parse
 
 
@@ -338,7 +478,9 @@ def _forgejo_scopes(value):
     names = _text(value).split()
     wrong = [name for name in names if not FORGEJO_SCOPE.fullmatch(name)]
     if wrong:
-        raise ValueError(f"contains no scope of Forgejo: {', '.join(wrong)}. Names are separated by spaces, such as `read:user`")
+        raise ValueError(
+            f"contains no scope of Forgejo: {', '.join(wrong)}. Names are separated by spaces, such as `read:user`"
+        )
     # Without one valid API scope Forgejo grants everything, the administration API included.
     if not any(":" in name or name == "all" for name in names):
         raise ValueError("names no API scope (such as read:user): Forgejo would then grant everything")
@@ -348,7 +490,10 @@ def _forgejo_scopes(value):
 def _clients(value):
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
         raise ValueError("must be written as [[clients]] tables")
-    known, ids = {"client_id", "name", "redirect_uris", "client_secret"}, [item.get("client_id") for item in value]
+    known, ids = (
+        {"client_id", "name", "redirect_uris", "client_secret"},
+        [item.get("client_id") for item in value],
+    )
     for item in value:
         for key in set(item) - known:
             raise ValueError(f"has the unknown key {key!r}; known are {', '.join(sorted(known))}")
@@ -363,12 +508,29 @@ def _clients(value):
 
 
 KINDS = {
-    "text": _text, "path": _text, "origin": functools.partial(_safe_url, with_path=False), "base_url": _safe_url, "any_url": _optional(_url),
-    "address": _address, "any_address": _optional(_address), "list": _list, "networks": _networks, "command": _command, "clients": _clients,
-    "count": _integer(1), "rate": _integer(60, " a minute: many users of one client share addresses"), "forgejo_scopes": _forgejo_scopes,
+    "text": _text,
+    "path": _text,
+    "origin": functools.partial(_safe_url, with_path=False),
+    "base_url": _safe_url,
+    "any_url": _optional(_url),
+    "address": _address,
+    "any_address": _optional(_address),
+    "list": _list,
+    "networks": _networks,
+    "command": _command,
+    "clients": _clients,
+    "count": _integer(1),
+    "rate": _integer(60, " a minute: many users of one client share addresses"),
+    "forgejo_scopes": _forgejo_scopes,
     "duration": _scaled("30s, 15m, 1h or 90d", ms=0.001, s=1, m=60, h=3600, d=86400),
-    "size": lambda value: int(_scaled("64KiB or 4MiB", b=1, k=1024, kb=1024, kib=1024, m=1 << 20, mb=1 << 20, mib=1 << 20)(value)),
-    "switch": _choice("must be true or false", **dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)),
+    "size": lambda value: int(
+        _scaled("64KiB or 4MiB", b=1, k=1024, kb=1024, kib=1024, m=1 << 20, mb=1 << 20, mib=1 << 20)(value)
+    ),
+    "switch": _choice(
+        "must be true or false",
+        **dict.fromkeys(("true", "yes", "on", "1"), True),
+        **dict.fromkeys(("false", "no", "off", "0"), False),
+    ),
     "log_format": _choice("must be json or text", json="json", text="text"),
 }
 
@@ -382,8 +544,12 @@ class Settings:
 
     def reload(self, newer):
         """Take over what may change while running; return the names of settings that changed but may not."""
-        changed = [setting for setting in SETTINGS if getattr(newer, setting.name) != getattr(self, setting.name)]
-        self.__dict__.update((setting.name, getattr(newer, setting.name)) for setting in changed if setting.reload)
+        changed = [
+            setting for setting in SETTINGS if getattr(newer, setting.name) != getattr(self, setting.name)
+        ]
+        self.__dict__.update(
+            (setting.name, getattr(newer, setting.name)) for setting in changed if setting.reload
+        )
         return [setting.name for setting in changed if not setting.reload]
 
     @property
@@ -443,7 +609,9 @@ def _offered(name, value, source, secrets_only):
         with open(_text(value), encoding="utf-8") as file:
             return setting, file.read().strip(), f"{source}, {value}"
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: cannot read {value!r}: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(
+            f"{name}: cannot read {value!r}: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 def load_settings(flags, environ, config_path=None):
@@ -454,11 +622,21 @@ def load_settings(flags, environ, config_path=None):
     problems, given, values, sources = [], {}, {}, {}
     in_file = _read_toml(config_path, problems) if config_path else {}
     unreadable = bool(problems)  # a file that cannot be read is one problem, not one a setting
-    variables = {key[len(ENVIRONMENT_PREFIX):].lower(): value for key, value in environ.items()
-                 if key.startswith(ENVIRONMENT_PREFIX) and key != ENVIRONMENT_PREFIX + "CONFIG"}
-    path = next((table["secrets_file"] for table in (flags, variables, in_file) if "secrets_file" in table), "")
+    variables = {
+        key[len(ENVIRONMENT_PREFIX) :].lower(): value
+        for key, value in environ.items()
+        if key.startswith(ENVIRONMENT_PREFIX) and key != ENVIRONMENT_PREFIX + "CONFIG"
+    }
+    path = next(
+        (table["secrets_file"] for table in (flags, variables, in_file) if "secrets_file" in table), ""
+    )
     secret_values = _read_toml(path, problems) if path and isinstance(path, str) else {}
-    for table, source in ((in_file, f"file {config_path}"), (secret_values, f"file {path}"), (variables, "environment"), (flags, "flag")):
+    for table, source in (
+        (in_file, f"file {config_path}"),
+        (secret_values, f"file {path}"),
+        (variables, "environment"),
+        (flags, "flag"),
+    ):
         for name, value in table.items():
             try:
                 setting, *taken = _offered(name, value, source, table is secret_values)
@@ -469,15 +647,23 @@ def load_settings(flags, environ, config_path=None):
         value, source = given.get(setting.name, (setting.default, "default"))
         if value is REQUIRED or (value == "" and setting.default is REQUIRED):
             if not unreadable:
-                problems.append(f"{setting.name} is missing: {setting.help}. Set it in the file, as --{setting.name.replace('_', '-')}"
-                                f" or as {ENVIRONMENT_PREFIX}{setting.name.upper()}")
+                problems.append(
+                    f"{setting.name} is missing: {setting.help}. Set it in the file, as --{setting.name.replace('_', '-')}"
+                    f" or as {ENVIRONMENT_PREFIX}{setting.name.upper()}"
+                )
             continue
         try:
             values[setting.name], sources[setting.name] = KINDS[setting.kind](value), source
         except (ValueError, TypeError) as error:
             problems.append(f"{source}: {setting.name}{'' if setting.secret else f' = {value!r}'}: {error}")
-    if values.get("public_url", "").startswith("http:") and values.get("listen") and not is_loopback_name(values["listen"][0]):
-        problems.append(f"{sources['listen']}: listen: with an http public_url it must be on loopback: tokens would travel in the clear")
+    if (
+        values.get("public_url", "").startswith("http:")
+        and values.get("listen")
+        and not is_loopback_name(values["listen"][0])
+    ):
+        problems.append(
+            f"{sources['listen']}: listen: with an http public_url it must be on loopback: tokens would travel in the clear"
+        )
     if problems:
         raise ConfigurationError(problems)
     return Settings(values, sources)
@@ -488,6 +674,7 @@ def load_settings(flags, environ, config_path=None):
 # Owns what leaves the program for operators: one line per event on stderr, and the counters of /metrics.
 # Must not be handed a token, code, secret, cookie or tool argument; it escapes what it is given and judges nothing.
 # ======================================================================================================================
+
 
 class Log:
     """Writes events as JSON objects (or text for people), one a line. Safe from any thread."""
@@ -517,7 +704,9 @@ class Log:
         record.update((key, value) for key, value in fields.items() if value is not None)
         if self._settings.log_format == "text":
             moment = time.strftime("%H:%M:%S", time.localtime(record.pop("time")))
-            rest = " ".join(f"{key}={json.dumps(value)}" for key, value in record.items() if key not in ("level", "event"))
+            rest = " ".join(
+                f"{key}={json.dumps(value)}" for key, value in record.items() if key not in ("level", "event")
+            )
             line = f"{moment} {level:7} {event} {rest}\n"
         else:
             line = json.dumps(record) + "\n"
@@ -551,8 +740,12 @@ def hkdf(key, salt, info, length=64):
 
 
 def _xor_stream(key, data):
-    stream = b"".join(hmac.digest(key, counter.to_bytes(8, "big"), "sha256") for counter in range(-(-len(data) // 32)))
-    return (int.from_bytes(data, "big") ^ int.from_bytes(stream[:len(data)], "big")).to_bytes(len(data), "big")
+    stream = b"".join(
+        hmac.digest(key, counter.to_bytes(8, "big"), "sha256") for counter in range(-(-len(data) // 32))
+    )
+    return (int.from_bytes(data, "big") ^ int.from_bytes(stream[: len(data)], "big")).to_bytes(
+        len(data), "big"
+    )
 
 
 def _key_id(key):
@@ -594,12 +787,16 @@ def put_file(path, fill, over=None):
     """
     folder, fresh = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY), f"{path}.new"
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # two at once would each make a key, and the one whose key is replaced would have sealed with it
+        fcntl.flock(
+            folder, fcntl.LOCK_EX
+        )  # two at once would each make a key, and the one whose key is replaced would have sealed with it
         if (read_file(path) if os.path.lexists(path) else None) != over:
             raise FileExistsError(errno.EEXIST, "is there already", path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(fresh)
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        with os.fdopen(
+            os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+        ) as file:
             fill(fresh) if callable(fill) else file.write(fill)
             file.flush()
             if over is not None:
@@ -632,10 +829,15 @@ class Keyring:
     def keys(self):
         """The keys; those of a file are read again when rotate-key has changed it."""
         if self._path:
-            with contextlib.suppress(OSError, ValueError):  # a file that is gone or wrong is told at the next start
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # a file that is gone or wrong is told at the next start
                 status = os.stat(self._path)
                 if self._seen != (status.st_ino, status.st_mtime_ns):
-                    self._keys, self._seen = Keyring.parse(read_file(self._path).decode("ascii"))._keys, (status.st_ino, status.st_mtime_ns)
+                    self._keys, self._seen = (
+                        Keyring.parse(read_file(self._path).decode("ascii"))._keys,
+                        (status.st_ino, status.st_mtime_ns),
+                    )
         return self._keys
 
     @classmethod
@@ -690,7 +892,11 @@ def load_keyring(settings):
             return Keyring.parse(settings.key)
         if not os.path.exists(path):
             if os.path.exists(settings.store_path):
-                raise ConfigurationError([f"key_file: {path} is missing, and {settings.store_path} was sealed with it. Put the key back"])
+                raise ConfigurationError(
+                    [
+                        f"key_file: {path} is missing, and {settings.store_path} was sealed with it. Put the key back"
+                    ]
+                )
             with contextlib.suppress(FileExistsError):  # somebody else is starting, too
                 put_file(path, new_key())
         return Keyring.parse(read_file(path).decode("ascii"), path)
@@ -765,25 +971,38 @@ MIGRATIONS = (SCHEMA,)  # MIGRATIONS[n] takes a store from version n to n + 1
 
 LIVE_GRANT = "ended_at IS NULL AND expires_at > :now"
 # A token of a table with its grant and user; of two columns of a name the first counts (an access token's own scope and expiry).
-TOKEN = ("SELECT t.*, g.sub, g.client_id, g.scope, g.scope AS grant_scope, g.asked, g.resource, g.ended_at, u.login, u.state"
-         " FROM {} t JOIN grants g USING (grant_id) JOIN users u USING (sub) WHERE t.hash = ?")
+TOKEN = (
+    "SELECT t.*, g.sub, g.client_id, g.scope, g.scope AS grant_scope, g.asked, g.resource, g.ended_at, u.login, u.state"
+    " FROM {} t JOIN grants g USING (grant_id) JOIN users u USING (sub) WHERE t.hash = ?"
+)
 LISTINGS = {
     "users": "SELECT sub, login, name, state, upstream_scope, checked_at, (SELECT count(*) FROM grants WHERE grants.sub = users.sub"
-             f" AND {LIVE_GRANT}) AS grants, (SELECT count(*) FROM sessions WHERE sessions.sub = users.sub) AS sessions FROM users ORDER BY login",
+    f" AND {LIVE_GRANT}) AS grants, (SELECT count(*) FROM sessions WHERE sessions.sub = users.sub) AS sessions FROM users ORDER BY login",
     "clients": "SELECT client_id, kind, name, auth_method, created_at, used_at, (SELECT count(*) FROM grants WHERE grants.client_id ="
-               f" clients.client_id AND {LIVE_GRANT}) AS grants FROM clients WHERE kind != 'unreadable' ORDER BY created_at",
+    f" clients.client_id AND {LIVE_GRANT}) AS grants FROM clients WHERE kind != 'unreadable' ORDER BY created_at",
     "grants": "SELECT grant_id, login, client_id, scope, created_at, used_at, expires_at FROM (SELECT * FROM grants WHERE"
-              f" {LIVE_GRANT}) JOIN (SELECT sub, login FROM users) USING (sub) ORDER BY grant_id",
+    f" {LIVE_GRANT}) JOIN (SELECT sub, login FROM users) USING (sub) ORDER BY grant_id",
     "sessions": "SELECT substr(lower(hex(hash)), 1, 12) AS session, login, client_id, protocol_version, sessions.created_at, used_at"
-                " FROM sessions JOIN users USING (sub) ORDER BY used_at DESC",
+    " FROM sessions JOIN users USING (sub) ORDER BY used_at DESC",
 }
 SWEEPS = (  # what goes once its time is that many seconds past (None: the life of an unused client); bounded, so that no sweep takes long
-    ("DELETE FROM logins WHERE expires_at < ?", 3600), ("DELETE FROM account_logins WHERE expires_at < ?", 0),
-    ("DELETE FROM assertions WHERE expires_at < ?", 0), ("DELETE FROM access_tokens WHERE expires_at < ?", 60),
-    ("UPDATE refresh_tokens SET successor = NULL WHERE successor IS NOT NULL AND rotated_at < ?", REFRESH_GRACE),
-    ("DELETE FROM grants WHERE grant_id IN (SELECT grant_id FROM grants WHERE expires_at < ?1 OR ended_at < ?1 LIMIT 500)", 86400),
-    ("DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind = 'dynamic' AND used_at < ? AND NOT EXISTS"
-     " (SELECT 1 FROM grants g WHERE g.client_id = clients.client_id AND g.ended_at IS NULL) LIMIT 500)", None),
+    ("DELETE FROM logins WHERE expires_at < ?", 3600),
+    ("DELETE FROM account_logins WHERE expires_at < ?", 0),
+    ("DELETE FROM assertions WHERE expires_at < ?", 0),
+    ("DELETE FROM access_tokens WHERE expires_at < ?", 60),
+    (
+        "UPDATE refresh_tokens SET successor = NULL WHERE successor IS NOT NULL AND rotated_at < ?",
+        REFRESH_GRACE,
+    ),
+    (
+        "DELETE FROM grants WHERE grant_id IN (SELECT grant_id FROM grants WHERE expires_at < ?1 OR ended_at < ?1 LIMIT 500)",
+        86400,
+    ),
+    (
+        "DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind = 'dynamic' AND used_at < ? AND NOT EXISTS"
+        " (SELECT 1 FROM grants g WHERE g.client_id = clients.client_id AND g.ended_at IS NULL) LIMIT 500)",
+        None,
+    ),
 )
 BUSY_WAIT = 5  # seconds to wait for a process that keeps the database locked
 
@@ -792,8 +1011,12 @@ class StoreUnavailable(Refusal):
     """The database cannot be written or read just now (full, locked, broken); nothing was changed."""
 
     def __init__(self, reason):
-        super().__init__(503, "temporarily_unavailable", "The server cannot save anything just now; try again in a moment.",
-                         (("Retry-After", "5"),))
+        super().__init__(
+            503,
+            "temporarily_unavailable",
+            "The server cannot save anything just now; try again in a moment.",
+            (("Retry-After", "5"),),
+        )
         self.reason = reason
 
 
@@ -812,7 +1035,10 @@ class Store:
     def __init__(self, path, keyring, alone=True):
         """Open, make or migrate the store; `alone` keeps a second broker out, operators' commands come beside one."""
         self.path, self._lock_file, self._writer, self._reader = path, None, None, None
-        self._write_lock, self._read_lock = threading.Lock(), threading.Lock()  # guard a connection each; leaves
+        self._write_lock, self._read_lock = (
+            threading.Lock(),
+            threading.Lock(),
+        )  # guard a connection each; leaves
         try:
             if alone:
                 self._claim(path)
@@ -826,12 +1052,16 @@ class Store:
             if not isinstance(error, (sqlite3.Error, StoreUnavailable)):
                 raise
             reason = getattr(error, "reason", error)
-            raise ConfigurationError([f"store_path: {path} cannot be used: {reason}. Restore a backup; it is never made anew"]) from None
+            raise ConfigurationError(
+                [f"store_path: {path} cannot be used: {reason}. Restore a backup; it is never made anew"]
+            ) from None
 
     def _claim(self, path):
         """Take the store for this process; files are made 0600 before SQLite could make them otherwise."""
         try:
-            self._lock_file = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self._lock_file = os.open(
+                path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+            )
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
             for name in filter(os.path.exists, (path, path + "-wal", path + "-shm")):
@@ -843,19 +1073,31 @@ class Store:
 
     @staticmethod
     def _connect(path):
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_WAIT, cached_statements=256)
+        connection = sqlite3.connect(
+            path, isolation_level=None, check_same_thread=False, timeout=BUSY_WAIT, cached_statements=256
+        )
         connection.row_factory = _row_factory
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON", "trusted_schema=OFF"):
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "secure_delete=ON",
+            "foreign_keys=ON",
+            "trusted_schema=OFF",
+        ):
             connection.execute(f"PRAGMA {pragma}")
         return connection
 
     def _migrate(self):
         version = self._writer.execute("PRAGMA user_version").fetchone()[0]
         if version > len(MIGRATIONS):
-            raise ConfigurationError([f"store_path: {self.path} was written by a newer version of this program (schema {version})"])
+            raise ConfigurationError(
+                [f"store_path: {self.path} was written by a newer version of this program (schema {version})"]
+            )
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
             with self._batch() as db:
-                if db.execute("PRAGMA user_version").fetchone()[0] < number:  # a command beside us may have been faster
+                if (
+                    db.execute("PRAGMA user_version").fetchone()[0] < number
+                ):  # a command beside us may have been faster
                     for statement in filter(str.strip, script.split(";\n")):
                         db.execute(statement)
                     db.execute(f"PRAGMA user_version = {number}")
@@ -863,16 +1105,22 @@ class Store:
     def _check_key(self, keyring):
         """Refuse a wrong key at the start rather than at each user's next call."""
         if not self.boxes():
-            self._write("INSERT OR IGNORE INTO meta VALUES ('key_probe', ?)", (keyring.seal("probe", "store", "ok"),))
+            self._write(
+                "INSERT OR IGNORE INTO meta VALUES ('key_probe', ?)", (keyring.seal("probe", "store", "ok"),)
+            )
         try:
-            keyring.unseal("probe", "store", self._one("SELECT value FROM meta WHERE name = 'key_probe'").value)
+            keyring.unseal(
+                "probe", "store", self._one("SELECT value FROM meta WHERE name = 'key_probe'").value
+            )
         except ValueError:
             raise ConfigurationError([f"key_file: the key does not belong to {self.path}"]) from None
 
     @contextlib.contextmanager
     def _batch(self):
         """One transaction: everything within is committed to disk together, or nothing is."""
-        if not self._write_lock.acquire(timeout=BUSY_WAIT):  # else threads would queue behind one that waits for another process
+        if not self._write_lock.acquire(
+            timeout=BUSY_WAIT
+        ):  # else threads would queue behind one that waits for another process
             raise StoreUnavailable("another process keeps it locked")
         try:
             self._writer.execute("BEGIN IMMEDIATE")
@@ -925,20 +1173,40 @@ class Store:
 
     def add_client(self, client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, now):
         """Keep a client; one with the same id (a pre-registered one at the next start) is replaced."""
-        self._write("INSERT INTO clients (client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, created_at, used_at)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (client_id) DO UPDATE SET kind = excluded.kind, name = excluded.name,"
-                    " redirect_uris = excluded.redirect_uris, secret_hash = excluded.secret_hash, auth_method = excluded.auth_method",
-                    (client_id, kind, name, json.dumps(redirect_uris), secret_hash, auth_method, json.dumps(metadata), now, now))
+        self._write(
+            "INSERT INTO clients (client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, created_at, used_at)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (client_id) DO UPDATE SET kind = excluded.kind, name = excluded.name,"
+            " redirect_uris = excluded.redirect_uris, secret_hash = excluded.secret_hash, auth_method = excluded.auth_method",
+            (
+                client_id,
+                kind,
+                name,
+                json.dumps(redirect_uris),
+                secret_hash,
+                auth_method,
+                json.dumps(metadata),
+                now,
+                now,
+            ),
+        )
 
     def client(self, client_id):
         """A client's row (redirect_uris, metadata and keys as values), or None; `in_use`: somebody has logged in through it."""
-        row = self._one("SELECT *, used_at > created_at AS in_use FROM clients WHERE client_id = ?", (client_id,))
-        return row and row._replace(redirect_uris=json.loads(row.redirect_uris), metadata=json.loads(row.metadata), keys=json.loads(row.keys or "{}"))
+        row = self._one(
+            "SELECT *, used_at > created_at AS in_use FROM clients WHERE client_id = ?", (client_id,)
+        )
+        return row and row._replace(
+            redirect_uris=json.loads(row.redirect_uris),
+            metadata=json.loads(row.metadata),
+            keys=json.loads(row.keys or "{}"),
+        )
 
     def drop_configured_clients(self, still_configured):
         """Forget pre-registered clients that the configuration no longer names."""
-        self._write("DELETE FROM clients WHERE kind = 'configured' AND client_id NOT IN (SELECT value FROM json_each(?))",
-                    (json.dumps(list(still_configured)),))
+        self._write(
+            "DELETE FROM clients WHERE kind = 'configured' AND client_id NOT IN (SELECT value FROM json_each(?))",
+            (json.dumps(list(still_configured)),),
+        )
 
     # -- client documents
 
@@ -952,14 +1220,27 @@ class Store:
                 "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, fetched_at, fresh_until, created_at, used_at)"
                 " VALUES (:url, iif(:name = '', 'unreadable', 'document'), :name, :uris, :method, :metadata, :now, :fresh, :now, :now)"
                 " ON CONFLICT (client_id) DO UPDATE SET fetched_at = :now, fresh_until = :fresh",
-                {"url": url, "name": name, "uris": json.dumps(redirect_uris), "method": auth_method, "metadata": json.dumps(metadata),
-                 "now": now, "fresh": fresh_until})
+                {
+                    "url": url,
+                    "name": name,
+                    "uris": json.dumps(redirect_uris),
+                    "method": auth_method,
+                    "metadata": json.dumps(metadata),
+                    "now": now,
+                    "fresh": fresh_until,
+                },
+            )
             if name:
-                db.execute("UPDATE clients SET kind = 'document', name = ?, redirect_uris = ?, auth_method = ?, metadata = ? WHERE client_id = ?",
-                           (name, json.dumps(redirect_uris), auth_method, json.dumps(metadata), url))
-            db.execute("DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind IN ('document', 'unreadable') AND NOT"
-                       f" EXISTS (SELECT 1 FROM grants WHERE grants.client_id = clients.client_id AND {LIVE_GRANT})"
-                       " ORDER BY used_at DESC LIMIT -1 OFFSET :keep)", {"now": now, "keep": keep})
+                db.execute(
+                    "UPDATE clients SET kind = 'document', name = ?, redirect_uris = ?, auth_method = ?, metadata = ? WHERE client_id = ?",
+                    (name, json.dumps(redirect_uris), auth_method, json.dumps(metadata), url),
+                )
+            db.execute(
+                "DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind IN ('document', 'unreadable') AND NOT"
+                f" EXISTS (SELECT 1 FROM grants WHERE grants.client_id = clients.client_id AND {LIVE_GRANT})"
+                " ORDER BY used_at DESC LIMIT -1 OFFSET :keep)",
+                {"now": now, "keep": keep},
+            )
 
     def keep_keys(self, url, keys):
         """Keep the public keys that a document's jwks_uri named."""
@@ -969,7 +1250,12 @@ class Store:
     def spend_assertion(self, assertion_hash, expires_at):
         """Whether a client's assertion comes for the first time (RFC 7523 3, jti)."""
         with self._batch() as db:
-            return db.execute("INSERT OR IGNORE INTO assertions VALUES (?, ?)", (assertion_hash, expires_at)).rowcount == 1
+            return (
+                db.execute(
+                    "INSERT OR IGNORE INTO assertions VALUES (?, ?)", (assertion_hash, expires_at)
+                ).rowcount
+                == 1
+            )
 
     # -- account
 
@@ -980,8 +1266,11 @@ class Store:
 
     def account(self, browser_hash, now):
         """The user (sub, login) that a browser has logged in to the account page, or None."""
-        return self._one("SELECT sub, login FROM account_logins JOIN users USING (sub) WHERE browser_hash = ? AND expires_at > ?"
-                         " AND state = 'active'", (browser_hash, now))
+        return self._one(
+            "SELECT sub, login FROM account_logins JOIN users USING (sub) WHERE browser_hash = ? AND expires_at > ?"
+            " AND state = 'active'",
+            (browser_hash, now),
+        )
 
     def close_account(self, browser_hash):
         """A browser's login to the account page ends."""
@@ -990,38 +1279,70 @@ class Store:
 
     def grants_of(self, sub, now):
         """A user's live grants with their client's name, newest first."""
-        return self._all("SELECT grant_id, sub, client_id, name, scope, grants.created_at, grants.used_at FROM grants LEFT JOIN clients"
-                         f" USING (client_id) WHERE sub = :sub AND {LIVE_GRANT} ORDER BY grants.used_at DESC", {"sub": sub, "now": now})
+        return self._all(
+            "SELECT grant_id, sub, client_id, name, scope, grants.created_at, grants.used_at FROM grants LEFT JOIN clients"
+            f" USING (client_id) WHERE sub = :sub AND {LIVE_GRANT} ORDER BY grants.used_at DESC",
+            {"sub": sub, "now": now},
+        )
 
     def sessions_of(self, sub):
         """A user's sessions with their client's name, the last used first."""
-        return self._all("SELECT hash, client_id, name, sessions.created_at, sessions.used_at FROM sessions LEFT JOIN clients USING (client_id)"
-                         " WHERE sub = ? ORDER BY sessions.used_at DESC", (sub,))
+        return self._all(
+            "SELECT hash, client_id, name, sessions.created_at, sessions.used_at FROM sessions LEFT JOIN clients USING (client_id)"
+            " WHERE sub = ? ORDER BY sessions.used_at DESC",
+            (sub,),
+        )
 
     # -- logins
 
     def approve_login(self, state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at=None):
         """Keep an approved (or, with taken_at, a refused) login; False when this form was answered before."""
-        return self._write("INSERT OR IGNORE INTO logins VALUES (?, ?, ?, ?, ?, ?, ?)",
-                           (state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at)) == 1
+        return (
+            self._write(
+                "INSERT OR IGNORE INTO logins VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at),
+            )
+            == 1
+        )
 
     def take_login(self, state_hash, now):
         """The login of a state, once: (browser_hash, kind, sealed), or None when unknown, expired or taken."""
         with self._batch() as db:
-            row = db.execute("SELECT browser_hash, kind, sealed FROM logins WHERE state_hash = ?", (state_hash,)).fetchone()
-            taken = db.execute("UPDATE logins SET taken_at = ?, sealed = NULL WHERE state_hash = ? AND taken_at IS NULL"
-                               " AND expires_at > ?", (now, state_hash, now)).rowcount
+            row = db.execute(
+                "SELECT browser_hash, kind, sealed FROM logins WHERE state_hash = ?", (state_hash,)
+            ).fetchone()
+            taken = db.execute(
+                "UPDATE logins SET taken_at = ?, sealed = NULL WHERE state_hash = ? AND taken_at IS NULL"
+                " AND expires_at > ?",
+                (now, state_hash, now),
+            ).rowcount
             return row if taken else None
 
-    def finish_login(self, sub, client_id, scope, asked, resource, code_hash, redirect_uri, challenge, now, expires_at, code_expires_at):
+    def finish_login(
+        self,
+        sub,
+        client_id,
+        scope,
+        asked,
+        resource,
+        code_hash,
+        redirect_uri,
+        challenge,
+        now,
+        expires_at,
+        code_expires_at,
+    ):
         """Make the grant of an approved login and its authorization code; the grant's id."""
         with self._batch() as db:
             grant_id = db.execute(
                 "INSERT INTO grants (sub, client_id, scope, asked, resource, created_at, used_at, expires_at)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING grant_id",
-                (sub, client_id, scope, asked, resource, now, now, expires_at)).fetchone()[0]
-            db.execute("INSERT INTO codes (hash, grant_id, client_id, redirect_uri, challenge, expires_at) VALUES (?, ?, ?, ?, ?, ?)",
-                       (code_hash, grant_id, client_id, redirect_uri, challenge, code_expires_at))
+                (sub, client_id, scope, asked, resource, now, now, expires_at),
+            ).fetchone()[0]
+            db.execute(
+                "INSERT INTO codes (hash, grant_id, client_id, redirect_uri, challenge, expires_at) VALUES (?, ?, ?, ?, ?, ?)",
+                (code_hash, grant_id, client_id, redirect_uri, challenge, code_expires_at),
+            )
             db.execute("UPDATE clients SET used_at = ? WHERE client_id = ?", (now, client_id))
             return grant_id
 
@@ -1036,25 +1357,44 @@ class Store:
 
         `access`, `refresh`: (hash, expires_at). RFC 6749 4.1.3, RFC 7636 4.6.
         """
-        given = {"now": now, "hash": code_hash, "client": client_id, "uri": redirect_uri, "challenge": challenge, "attempts": attempts}
+        given = {
+            "now": now,
+            "hash": code_hash,
+            "client": client_id,
+            "uri": redirect_uri,
+            "challenge": challenge,
+            "attempts": attempts,
+        }
         theirs = "hash = :hash AND client_id = :client AND redirect_uri = :uri"
         with self._batch() as db:
             row = db.execute(
                 f"UPDATE codes SET used_at = :now WHERE {theirs} AND challenge = :challenge AND used_at IS NULL AND expires_at > :now AND"
                 f" attempts < :attempts AND EXISTS (SELECT 1 FROM grants WHERE grant_id = codes.grant_id AND {LIVE_GRANT})"
-                " RETURNING grant_id", given).fetchone()
+                " RETURNING grant_id",
+                given,
+            ).fetchone()
             if row is None:
-                db.execute(f"UPDATE codes SET attempts = attempts + 1 WHERE {theirs} AND challenge != :challenge", given)
+                db.execute(
+                    f"UPDATE codes SET attempts = attempts + 1 WHERE {theirs} AND challenge != :challenge",
+                    given,
+                )
                 return None
             return self._issue(db, row.grant_id, None, now, access, refresh)
 
     @staticmethod
     def _issue(db, grant_id, scope, now, access, refresh):
-        grant = db.execute("UPDATE grants SET used_at = ?, expires_at = ? WHERE grant_id = ? RETURNING grant_id, sub, client_id, scope",
-                           (now, refresh[1], grant_id)).fetchone()
-        db.execute("INSERT INTO access_tokens VALUES (?, ?, ?, ?, ?)", (access[0], grant_id, scope or grant.scope, now, access[1]))
-        db.execute("INSERT INTO refresh_tokens (hash, grant_id, issued_at, expires_at) VALUES (?, ?, ?, ?)",
-                   (refresh[0], grant_id, now, refresh[1]))
+        grant = db.execute(
+            "UPDATE grants SET used_at = ?, expires_at = ? WHERE grant_id = ? RETURNING grant_id, sub, client_id, scope",
+            (now, refresh[1], grant_id),
+        ).fetchone()
+        db.execute(
+            "INSERT INTO access_tokens VALUES (?, ?, ?, ?, ?)",
+            (access[0], grant_id, scope or grant.scope, now, access[1]),
+        )
+        db.execute(
+            "INSERT INTO refresh_tokens (hash, grant_id, issued_at, expires_at) VALUES (?, ?, ?, ?)",
+            (refresh[0], grant_id, now, refresh[1]),
+        )
         return grant
 
     def refresh_token(self, token_hash):
@@ -1067,12 +1407,18 @@ class Store:
             row = db.execute(
                 "UPDATE refresh_tokens SET rotated_at = :now, successor = :box WHERE hash = :hash AND rotated_at IS NULL"
                 f" AND expires_at > :now AND EXISTS (SELECT 1 FROM grants WHERE grant_id = refresh_tokens.grant_id AND {LIVE_GRANT})"
-                " RETURNING grant_id", {"now": now, "box": successor, "hash": token_hash}).fetchone()
+                " RETURNING grant_id",
+                {"now": now, "box": successor, "hash": token_hash},
+            ).fetchone()
             return row and self._issue(db, row.grant_id, scope, now, access, refresh)
 
     def bearer(self, token_hash, now):
         """Who an access token speaks for: one row of token, grant and user, or None when it is not good (any more)."""
-        return self._one(TOKEN.format("access_tokens") + " AND t.expires_at > ? AND g.ended_at IS NULL AND g.expires_at > ?", (token_hash, now, now))
+        return self._one(
+            TOKEN.format("access_tokens")
+            + " AND t.expires_at > ? AND g.ended_at IS NULL AND g.expires_at > ?",
+            (token_hash, now, now),
+        )
 
     def access_token(self, token_hash):
         """An access token with its grant, or None: for the grace of a refresh, and for revocation."""
@@ -1085,14 +1431,19 @@ class Store:
     def end_grant(self, grant_id, reason, now):
         """End a grant with all its tokens, and its owner's sessions if it was their last; None when it had ended before."""
         with self._batch() as db:
-            row = db.execute("UPDATE grants SET ended_at = ?, end_reason = ? WHERE grant_id = ? AND ended_at IS NULL"
-                             " RETURNING sub, client_id", (now, reason, grant_id)).fetchone()
+            row = db.execute(
+                "UPDATE grants SET ended_at = ?, end_reason = ? WHERE grant_id = ? AND ended_at IS NULL"
+                " RETURNING sub, client_id",
+                (now, reason, grant_id),
+            ).fetchone()
             db.execute("DELETE FROM access_tokens WHERE grant_id = ?", (grant_id,))
             db.execute("UPDATE refresh_tokens SET successor = NULL WHERE grant_id = ?", (grant_id,))
             if row:
-                db.execute("DELETE FROM sessions WHERE sub = :sub AND client_id = :client AND NOT EXISTS"
-                           f" (SELECT 1 FROM grants WHERE sub = :sub AND client_id = :client AND {LIVE_GRANT})",
-                           {"sub": row.sub, "client": row.client_id, "now": now})
+                db.execute(
+                    "DELETE FROM sessions WHERE sub = :sub AND client_id = :client AND NOT EXISTS"
+                    f" (SELECT 1 FROM grants WHERE sub = :sub AND client_id = :client AND {LIVE_GRANT})",
+                    {"sub": row.sub, "client": row.client_id, "now": now},
+                )
             return row
 
     def live_grants(self, now):
@@ -1113,9 +1464,12 @@ class Store:
 
     def update_user(self, sub, login, name, groups, now):
         """Make or refresh what userinfo says of a user; the state and the credential stay."""
-        self._write("INSERT INTO users (sub, login, name, groups, state, checked_at, created_at) VALUES (?, ?, ?, ?, 'logged_out', ?, ?)"
-                    " ON CONFLICT (sub) DO UPDATE SET login = excluded.login, name = excluded.name, groups = excluded.groups,"
-                    " checked_at = excluded.checked_at", (sub, login, name, json.dumps(list(groups)), now, now))
+        self._write(
+            "INSERT INTO users (sub, login, name, groups, state, checked_at, created_at) VALUES (?, ?, ?, ?, 'logged_out', ?, ?)"
+            " ON CONFLICT (sub) DO UPDATE SET login = excluded.login, name = excluded.name, groups = excluded.groups,"
+            " checked_at = excluded.checked_at",
+            (sub, login, name, json.dumps(list(groups)), now, now),
+        )
 
     def set_upstream_scope(self, sub, scope):
         """What Forgejo really granted, as introspection tells; None when unknown."""
@@ -1135,46 +1489,89 @@ class Store:
             " obtained_at = :obtained, credential_seq = credential_seq + 1, refreshing_since = NULL"
             " WHERE sub = :sub AND (:grant = 0 OR credential_grant < :grant"
             " OR (credential_grant = :grant AND credential_count <= :count)) RETURNING credential_seq",
-            {"box": box, "grant": grant, "count": count, "expires": expires_at, "obtained": obtained_at, "sub": sub})
+            {
+                "box": box,
+                "grant": grant,
+                "count": count,
+                "expires": expires_at,
+                "obtained": obtained_at,
+                "sub": sub,
+            },
+        )
         return rows[0].credential_seq if rows else None
 
     def set_user_state(self, sub, state, if_seq=None):
         """Set a user's state, if wanted only while a credential is still the stored one; whether it was set."""
-        return self._write("UPDATE users SET state = ?, refreshing_since = NULL WHERE sub = ? AND (? IS NULL OR credential_seq = ?)"
-                           " AND state != ?", (state, sub, if_seq, if_seq, state)) == 1
+        return (
+            self._write(
+                "UPDATE users SET state = ?, refreshing_since = NULL WHERE sub = ? AND (? IS NULL OR credential_seq = ?)"
+                " AND state != ?",
+                (state, sub, if_seq, if_seq, state),
+            )
+            == 1
+        )
 
     def users_to_refresh(self, obtained_before, now):
         """The users with a live grant whose credential is older than that: Forgejo's refresh token dies after 730 h unused."""
-        return [row.sub for row in self._all(
-            "SELECT sub FROM users WHERE state = 'active' AND obtained_at < :before AND EXISTS"
-            f" (SELECT 1 FROM grants WHERE grants.sub = users.sub AND {LIVE_GRANT})", {"before": obtained_before, "now": now})]
+        return [
+            row.sub
+            for row in self._all(
+                "SELECT sub FROM users WHERE state = 'active' AND obtained_at < :before AND EXISTS"
+                f" (SELECT 1 FROM grants WHERE grants.sub = users.sub AND {LIVE_GRANT})",
+                {"before": obtained_before, "now": now},
+            )
+        ]
 
     # -- sessions
 
     def add_session(self, session_hash, sub, client_id, protocol_version, initialize, server, now, keep):
         """Keep a session; of this user's, the longest unused above `keep` go: their hashes."""
         with self._batch() as db:
-            db.execute("INSERT INTO sessions (hash, sub, client_id, protocol_version, initialize, server, created_at, used_at)"
-                       " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                       (session_hash, sub, client_id, protocol_version, json.dumps(initialize), json.dumps(server), now, now))
-            return [row.hash for row in db.execute(
-                "DELETE FROM sessions WHERE hash IN (SELECT hash FROM sessions WHERE sub = ? ORDER BY used_at DESC, created_at DESC"
-                " LIMIT -1 OFFSET ?) RETURNING hash", (sub, keep)).fetchall()]
+            db.execute(
+                "INSERT INTO sessions (hash, sub, client_id, protocol_version, initialize, server, created_at, used_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    session_hash,
+                    sub,
+                    client_id,
+                    protocol_version,
+                    json.dumps(initialize),
+                    json.dumps(server),
+                    now,
+                    now,
+                ),
+            )
+            return [
+                row.hash
+                for row in db.execute(
+                    "DELETE FROM sessions WHERE hash IN (SELECT hash FROM sessions WHERE sub = ? ORDER BY used_at DESC, created_at DESC"
+                    " LIMIT -1 OFFSET ?) RETURNING hash",
+                    (sub, keep),
+                ).fetchall()
+            ]
 
     def session(self, session_hash, sub, client_id):
         """A session's row if it is theirs, else None."""
-        return self._one("SELECT * FROM sessions WHERE hash = ? AND sub = ? AND client_id = ?", (session_hash, sub, client_id))
+        return self._one(
+            "SELECT * FROM sessions WHERE hash = ? AND sub = ? AND client_id = ?",
+            (session_hash, sub, client_id),
+        )
 
     def update_session(self, session_hash, log_level, subscriptions, tools_hash):
         """What has to be replayed to a new child."""
         with self._batch() as db:
-            db.execute("UPDATE sessions SET log_level = ?, subscriptions = ?, tools_hash = ? WHERE hash = ?",
-                       (log_level, json.dumps(sorted(subscriptions)), tools_hash, session_hash))
+            db.execute(
+                "UPDATE sessions SET log_level = ?, subscriptions = ?, tools_hash = ? WHERE hash = ?",
+                (log_level, json.dumps(sorted(subscriptions)), tools_hash, session_hash),
+            )
 
     def touch_sessions(self, uses):
         """Write down when sessions were last used: {hash: time}."""
         with self._batch() as db:
-            db.executemany("UPDATE sessions SET used_at = max(used_at, ?) WHERE hash = ?", [(at, name) for name, at in uses.items()])
+            db.executemany(
+                "UPDATE sessions SET used_at = max(used_at, ?) WHERE hash = ?",
+                [(at, name) for name, at in uses.items()],
+            )
 
     def end_session(self, session_hash):
         """Forget a session; whether it was there."""
@@ -1184,9 +1581,14 @@ class Store:
     def end_orphaned_sessions(self, now):
         """Forget the sessions of every (user, client) without a live grant: their hashes."""
         with self._batch() as db:
-            return [row.hash for row in db.execute(
-                "DELETE FROM sessions WHERE NOT EXISTS (SELECT 1 FROM grants g WHERE g.sub = sessions.sub AND g.client_id ="
-                " sessions.client_id AND g.ended_at IS NULL AND g.expires_at > ?) RETURNING hash", (now,)).fetchall()]
+            return [
+                row.hash
+                for row in db.execute(
+                    "DELETE FROM sessions WHERE NOT EXISTS (SELECT 1 FROM grants g WHERE g.sub = sessions.sub AND g.client_id ="
+                    " sessions.client_id AND g.ended_at IS NULL AND g.expires_at > ?) RETURNING hash",
+                    (now,),
+                ).fetchall()
+            ]
 
     def binary(self, fingerprint):
         """What is known of a child's program: a row of era and asks, or None."""
@@ -1195,9 +1597,14 @@ class Store:
     def save_binary(self, fingerprint, era, now):
         """Remember the era of a child's program; only the newest programs are kept."""
         with self._batch() as db:
-            db.execute("INSERT INTO binaries VALUES (?, ?, 0, ?) ON CONFLICT (fingerprint) DO UPDATE SET era = excluded.era,"
-                       " seen_at = excluded.seen_at", (fingerprint, era, now))
-            db.execute("DELETE FROM binaries WHERE fingerprint NOT IN (SELECT fingerprint FROM binaries ORDER BY seen_at DESC LIMIT 20)")
+            db.execute(
+                "INSERT INTO binaries VALUES (?, ?, 0, ?) ON CONFLICT (fingerprint) DO UPDATE SET era = excluded.era,"
+                " seen_at = excluded.seen_at",
+                (fingerprint, era, now),
+            )
+            db.execute(
+                "DELETE FROM binaries WHERE fingerprint NOT IN (SELECT fingerprint FROM binaries ORDER BY seen_at DESC LIMIT 20)"
+            )
 
     def save_asking(self, fingerprint):
         """Remember that a child's program asks things of its client."""
@@ -1218,9 +1625,16 @@ class Store:
 
     def find_grants(self, kind, value, now):
         """The live grants of a user (by login), a client, of an id, or (kind `all`) of everybody."""
-        column = {"user": "login = :value COLLATE NOCASE", "client": "client_id = :value", "grant": "grant_id = :value", "all": "1"}[kind]
-        return self._all(f"SELECT grant_id, sub, client_id FROM grants JOIN users USING (sub) WHERE {column} AND {LIVE_GRANT}",
-                         {"value": value, "now": now})
+        column = {
+            "user": "login = :value COLLATE NOCASE",
+            "client": "client_id = :value",
+            "grant": "grant_id = :value",
+            "all": "1",
+        }[kind]
+        return self._all(
+            f"SELECT grant_id, sub, client_id FROM grants JOIN users USING (sub) WHERE {column} AND {LIVE_GRANT}",
+            {"value": value, "now": now},
+        )
 
     def backup(self, path):
         """Write a consistent copy to a file."""
@@ -1229,22 +1643,33 @@ class Store:
 
     def boxes(self):
         """(purpose, owner, box) of all that stays sealed here: the key's probe and the credentials."""
-        return self._all("SELECT 'probe' AS purpose, 'store' AS owner, value AS box FROM meta WHERE name = 'key_probe' UNION ALL"
-                         " SELECT 'upstream', 'user:' || sub, credential FROM users WHERE credential IS NOT NULL")
+        return self._all(
+            "SELECT 'probe' AS purpose, 'store' AS owner, value AS box FROM meta WHERE name = 'key_probe' UNION ALL"
+            " SELECT 'upstream', 'user:' || sub, credential FROM users WHERE credential IS NOT NULL"
+        )
 
     def replace_box(self, old, new):
         """Replace a box by one of the same content; whether it was still there. No two boxes are equal: each has its own salt."""
         with self._batch() as db:
-            return 0 < sum(db.execute(f"UPDATE {place} = ?", (new, old)).rowcount for place in (
-                "meta SET value = ? WHERE name = 'key_probe' AND value", "users SET credential = ? WHERE credential"))
+            return 0 < sum(
+                db.execute(f"UPDATE {place} = ?", (new, old)).rowcount
+                for place in (
+                    "meta SET value = ? WHERE name = 'key_probe' AND value",
+                    "users SET credential = ? WHERE credential",
+                )
+            )
 
     def sweep(self, now, session_lifetime, client_lifetime=30 * 86400):
         """Drop what has had its time; tombstones that reuse detection needs stay as long as their grant. Returns ended sessions."""
         with self._batch() as db:
             for statement, before in SWEEPS:
                 db.execute(statement, (now - (client_lifetime if before is None else before),))
-            return [row.hash for row in db.execute("DELETE FROM sessions WHERE used_at < ? RETURNING hash",
-                                                   (now - session_lifetime,)).fetchall()]
+            return [
+                row.hash
+                for row in db.execute(
+                    "DELETE FROM sessions WHERE used_at < ? RETURNING hash", (now - session_lifetime,)
+                ).fetchall()
+            ]
 
 
 # ======================================================================================================================
@@ -1252,6 +1677,7 @@ class Store:
 # Owns every outgoing HTTP request, what Forgejo's answers mean, and the one upstream credential of each user.
 # Must not know MCP clients' tokens, sessions or children.
 # ======================================================================================================================
+
 
 class FetchFailed(Exception):
     """An outgoing request that brought no whole answer: unreachable, too slow, too large, not HTTP."""
@@ -1305,7 +1731,9 @@ class Fetched:
 
 def _time_left(deadline):
     left = deadline - time.monotonic()
-    if left <= 0:  # asked even when data is there: an answer that never ends would never let a time-out happen
+    if (
+        left <= 0
+    ):  # asked even when data is there: an answer that never ends would never let a time-out happen
         raise TimeoutError("the answer took too long")
     return left
 
@@ -1334,7 +1762,9 @@ class _Socket(io.RawIOBase):
         """Nothing: http.client closes before the answer is read; fetch() closes after."""
 
 
-def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_file="", connect=None, on_data=None):
+def fetch(
+    method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_file="", connect=None, on_data=None
+):
     """One HTTP request without proxies or redirects, all of it within `deadline` seconds and `cap` bytes; FetchFailed otherwise.
 
     `connect(timeout)` gives another socket than the name's; TLS and Host stay the name's. `on_data` is called when the body begins.
@@ -1343,14 +1773,31 @@ def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_fi
     port = parts.port or {"https": 443, "http": 80}[parts.scheme]
     connection, sock = http.client.HTTPConnection(parts.hostname, port), None
     try:
-        sock = connect(deadline) if connect else socket.create_connection((parts.hostname, port), timeout=deadline)
+        sock = (
+            connect(deadline)
+            if connect
+            else socket.create_connection((parts.hostname, port), timeout=deadline)
+        )
         if parts.scheme == "https":
             sock.settimeout(_time_left(end))
-            sock = ssl.create_default_context(cafile=ca_file or None).wrap_socket(sock, server_hostname=parts.hostname)
+            sock = ssl.create_default_context(cafile=ca_file or None).wrap_socket(
+                sock, server_hostname=parts.hostname
+            )
         connection.sock = _Socket(sock, end)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request(method, target, body or None, {"Host": parts.netloc, "User-Agent": f"fjmcp-broker/{__version__}", "Accept": "application/json",
-                                                          "Accept-Encoding": "identity", "Connection": "close", **dict(headers)})
+        connection.request(
+            method,
+            target,
+            body or None,
+            {
+                "Host": parts.netloc,
+                "User-Agent": f"fjmcp-broker/{__version__}",
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",
+                "Connection": "close",
+                **dict(headers),
+            },
+        )
         response = connection.getresponse()
         data = response.read(1)
         if on_data:
@@ -1367,9 +1814,15 @@ def fetch(method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_fi
 
 
 # An explicit list, because `is_global` lets NAT64, 6to4, site-local and multicast addresses through. Of IPv6 only 2000::/3 is in use.
-NOT_PUBLIC = tuple(map(ipaddress.ip_network, (
-    "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16"
-    " 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3 ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 2002::/16 3fff::/20").split()))
+NOT_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16"
+            " 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3 ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 2002::/16 3fff::/20"
+        ).split(),
+    )
+)
 
 
 def is_public(address):
@@ -1380,7 +1833,9 @@ def is_public(address):
 
 def resolve_name(host):
     """The addresses of a host name, as texts."""
-    return list(dict.fromkeys(entry[4][0] for entry in socket.getaddrinfo(host, 443, type=socket.SOCK_STREAM)))
+    return list(
+        dict.fromkeys(entry[4][0] for entry in socket.getaddrinfo(host, 443, type=socket.SOCK_STREAM))
+    )
 
 
 class PublicWeb:
@@ -1399,8 +1854,14 @@ class PublicWeb:
         if not addresses or not all(map(is_public, addresses)):
             raise FetchFailed("the name is not of the public internet")
         # To the address that was checked: a name that resolves anew may resolve otherwise (DNS rebinding).
-        return fetch("GET", url, cap=cap, ca_file=self._ca_file, deadline=5.0 - (time.monotonic() - started),
-                     connect=lambda timeout: self._connect((addresses[0], 443), timeout=timeout))
+        return fetch(
+            "GET",
+            url,
+            cap=cap,
+            ca_file=self._ca_file,
+            deadline=5.0 - (time.monotonic() - started),
+            connect=lambda timeout: self._connect((addresses[0], 443), timeout=timeout),
+        )
 
 
 def with_query(url, parameters):
@@ -1438,16 +1899,32 @@ class Credential:
     def from_answer(cls, answer, now, old_refresh=""):
         """From a token answer; UpstreamDown when it is not one."""
         access, refresh = answer.get("access_token"), answer.get("refresh_token") or old_refresh
-        if not isinstance(access, str) or not access or not isinstance(refresh, str) or str(answer.get("token_type")).lower() != "bearer":
+        if (
+            not isinstance(access, str)
+            or not access
+            or not isinstance(refresh, str)
+            or str(answer.get("token_type")).lower() != "bearer"
+        ):
             raise UpstreamDown("Forgejo's token answer is incomplete")
         life = answer.get("expires_in")
-        life = float(life) if isinstance(life, (int, float)) and not isinstance(life, bool) or isinstance(life, str) and life.isdigit() else 3600.0
+        life = (
+            float(life)
+            if isinstance(life, (int, float))
+            and not isinstance(life, bool)
+            or isinstance(life, str)
+            and life.isdigit()
+            else 3600.0
+        )
         life = life if 0 < life < 366 * 86400 else 3600.0
         expires, issued = (_claim(jwt_claims(access), name) for name in ("exp", "iat"))
-        if expires and issued and 0 < expires - issued < life:  # by the token's own clock, so that a skew does not matter
+        if (
+            expires and issued and 0 < expires - issued < life
+        ):  # by the token's own clock, so that a skew does not matter
             life = expires - issued
         claims = jwt_claims(refresh)
-        subject = jwt_claims(answer["id_token"]).get("sub") if isinstance(answer.get("id_token"), str) else None
+        subject = (
+            jwt_claims(answer["id_token"]).get("sub") if isinstance(answer.get("id_token"), str) else None
+        )
         return cls(access, refresh, now + life, now, _claim(claims, "gnt"), _claim(claims, "cnt"), subject)
 
 
@@ -1478,19 +1955,35 @@ class Forgejo:
         if form:
             headers["Content-Type"] = "application/x-www-form-urlencoded"
         try:
-            return fetch(method, url, ca_file=self._settings.forgejo_ca_file, body=urlencode(form or {}).encode(), headers=headers)
+            return fetch(
+                method,
+                url,
+                ca_file=self._settings.forgejo_ca_file,
+                body=urlencode(form or {}).encode(),
+                headers=headers,
+            )
         except FetchFailed as error:
             raise UpstreamDown(str(error)) from None
 
     def authorize_url(self, state, challenge):
         """Where the browser goes to log in. PKCE is sent but not relied on: older Forgejo drops the challenge."""
-        query = {"response_type": "code", "client_id": self._settings.forgejo_oauth_client_id, "state": state,
-                 "redirect_uri": self._settings.public_url + "/oauth/callback", "scope": self._settings.forgejo_oauth_scopes,
-                 "code_challenge": challenge, "code_challenge_method": "S256"}
+        query = {
+            "response_type": "code",
+            "client_id": self._settings.forgejo_oauth_client_id,
+            "state": state,
+            "redirect_uri": self._settings.public_url + "/oauth/callback",
+            "scope": self._settings.forgejo_oauth_scopes,
+            "code_challenge": challenge,
+            "code_challenge_method": "S256",
+        }
         return with_query(self._authorize, query)
 
     def _grant(self, form, old_refresh=""):
-        form = {**form, "client_id": self._settings.forgejo_oauth_client_id, "client_secret": self._settings.forgejo_oauth_client_secret}
+        form = {
+            **form,
+            "client_id": self._settings.forgejo_oauth_client_id,
+            "client_secret": self._settings.forgejo_oauth_client_secret,
+        }
         answer = self._fetch("POST", self._token, form)
         value = answer.json()
         if answer.status == 200 and value is not None:
@@ -1505,8 +1998,14 @@ class Forgejo:
 
     def exchange(self, code, verifier):
         """A Credential for an authorization code."""
-        return self._grant({"grant_type": "authorization_code", "code": code, "code_verifier": verifier,
-                            "redirect_uri": self._settings.public_url + "/oauth/callback"})
+        return self._grant(
+            {
+                "grant_type": "authorization_code",
+                "code": code,
+                "code_verifier": verifier,
+                "redirect_uri": self._settings.public_url + "/oauth/callback",
+            }
+        )
 
     def refresh(self, refresh_token):
         """A Credential for a refresh token, which is spent by this."""
@@ -1523,9 +2022,16 @@ class Forgejo:
         if value is None:
             raise UpstreamDown(f"userinfo: status {answer.status}")
         sub, login, groups = value.get("sub"), value.get("preferred_username"), value.get("groups") or []
-        if not isinstance(sub, str) or not re.fullmatch(r"[1-9][0-9]{0,18}", sub) or not isinstance(login, str) or not login:
+        if (
+            not isinstance(sub, str)
+            or not re.fullmatch(r"[1-9][0-9]{0,18}", sub)
+            or not isinstance(login, str)
+            or not login
+        ):
             raise UpstreamDown("userinfo names nobody")
-        groups = tuple(group for group in groups if isinstance(group, str)) if isinstance(groups, list) else ()
+        groups = (
+            tuple(group for group in groups if isinstance(group, str)) if isinstance(groups, list) else ()
+        )
         return UserInfo(sub, login, value["name"] if isinstance(value.get("name"), str) else "", groups)
 
     def refuses(self, access):
@@ -1535,23 +2041,38 @@ class Forgejo:
         except UpstreamDown:
             return False
         value = answer.json()
-        return value is not None and (answer.status == 401 or answer.status == 403 and "scope" not in str(value.get("message")))
+        return value is not None and (
+            answer.status == 401 or answer.status == 403 and "scope" not in str(value.get("message"))
+        )
 
     def introspect(self, token):
         """The scopes that Forgejo really granted, or None when it does not say."""
-        credentials = f"{self._settings.forgejo_oauth_client_id}:{self._settings.forgejo_oauth_client_secret}".encode()
+        credentials = (
+            f"{self._settings.forgejo_oauth_client_id}:{self._settings.forgejo_oauth_client_secret}".encode()
+        )
         try:
-            value = self._fetch("POST", self._introspection, {"token": token}, "Basic " + base64.b64encode(credentials).decode()).json()
+            value = self._fetch(
+                "POST",
+                self._introspection,
+                {"token": token},
+                "Basic " + base64.b64encode(credentials).decode(),
+            ).json()
         except UpstreamDown:
             return None
-        return value["scope"] if value and value.get("active") is True and isinstance(value.get("scope"), str) else None
+        return (
+            value["scope"]
+            if value and value.get("active") is True and isinstance(value.get("scope"), str)
+            else None
+        )
 
 
 def allowed(settings, info):
     """Whether a user may use this broker, by login or by group."""
     if not settings.allowed_users and not settings.allowed_groups:
         return True
-    return info.login.lower() in {user.lower() for user in settings.allowed_users} or bool(set(info.groups) & set(settings.allowed_groups))
+    return info.login.lower() in {user.lower() for user in settings.allowed_users} or bool(
+        set(info.groups) & set(settings.allowed_groups)
+    )
 
 
 class Upstream:
@@ -1610,10 +2131,14 @@ class Upstream:
         return info
 
     def _save(self, sub, credential):
-        box = self._keyring.seal("upstream", f"user:{sub}", {"access": credential.access, "refresh": credential.refresh})
+        box = self._keyring.seal(
+            "upstream", f"user:{sub}", {"access": credential.access, "refresh": credential.refresh}
+        )
         with self._lock:
             self._retry.pop(sub, None)
-        return self._store.save_credential(sub, box, credential.grant, credential.count, credential.expires_at, credential.obtained_at)
+        return self._store.save_credential(
+            sub, box, credential.grant, credential.count, credential.expires_at, credential.obtained_at
+        )
 
     def _opened(self, sub):
         user = self._store.user(sub)
@@ -1675,7 +2200,9 @@ class Upstream:
                 raise LoggedOut(sub) from None
             except (UpstreamDown, UpstreamMisconfigured) as error:
                 if isinstance(error, UpstreamMisconfigured):
-                    self._log.event("error", "forgejo refuses this broker's client id or secret", reason=str(error))
+                    self._log.event(
+                        "error", "forgejo refuses this broker's client id or secret", reason=str(error)
+                    )
                 self._back_off(sub, now, wait)
                 raise
             self._save(sub, credential)
@@ -1713,7 +2240,9 @@ class Upstream:
         if self._store.set_user_state(sub, state):
             self._log.audit("access refused", user=sub, reason=reason)
         now = self._clock.now()
-        for grant in self._store.grants_of(sub, now) if state == "refused" else ():  # a suspension may be lifted again
+        for grant in (
+            self._store.grants_of(sub, now) if state == "refused" else ()
+        ):  # a suspension may be lifted again
             self._store.end_grant(grant.grant_id, reason, now)
 
     def may_ask(self, sub):
@@ -1762,7 +2291,9 @@ def _finite(text):
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
 _CHILD = json.JSONDecoder(parse_constant=_no_constant)
-_ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False)  # made once: json.dumps would make one a call
+_ENCODER = json.JSONEncoder(
+    separators=(",", ":"), check_circular=False
+)  # made once: json.dumps would make one a call
 
 
 def _check_depth(text):
@@ -1834,7 +2365,9 @@ def classify(value):
         return Message("request", value["id"], value["method"], value.get("params"), value)
     if ("result" in value) == ("error" in value) or not is_request_id(value.get("id")):
         raise ValueError("a response has an id, and either result or error")
-    if "error" in value and not (isinstance(value["error"], dict) and isinstance(value["error"].get("code"), int)):
+    if "error" in value and not (
+        isinstance(value["error"], dict) and isinstance(value["error"].get("code"), int)
+    ):
         raise ValueError("an error must be an object with a code")
     return Message("response", value["id"], "", None, value)
 
@@ -1855,7 +2388,9 @@ def without_meta(params, names):
     if not isinstance(meta, dict) or meta.keys().isdisjoint(names):
         return params
     left = {name: value for name, value in meta.items() if name not in names}
-    return {name: value for name, value in params.items() if name != "_meta"} | ({"_meta": left} if left else {})
+    return {name: value for name, value in params.items() if name != "_meta"} | (
+        {"_meta": left} if left else {}
+    )
 
 
 def result_message(request_id, result):
@@ -1872,12 +2407,23 @@ def error_message(request_id, code, message, data=None):
 def with_id(line, message, request_id, extra=None):
     """A child's answer with its id replaced and `extra` members in its result; large ones keep their bytes, where the envelope leaves no doubt."""
     match = ENVELOPE.match(line)
-    if match and int(match[1]) == message.id and message.body.keys() <= {"jsonrpc", "id", "result", "error"} and b"\r" not in line:
+    if (
+        match
+        and int(match[1]) == message.id
+        and message.body.keys() <= {"jsonrpc", "id", "result", "error"}
+        and b"\r" not in line
+    ):
         if not extra:
-            return line[:match.start(1)] + dump(request_id) + line[match.end(1):]
+            return line[: match.start(1)] + dump(request_id) + line[match.end(1) :]
         if match[2] == b'result":{':
             more = dump(extra)[1:-1] + (b"," if message.body["result"] else b"")
-            return line[:match.start(1)] + dump(request_id) + line[match.end(1):match.end()] + more + line[match.end():]
+            return (
+                line[: match.start(1)]
+                + dump(request_id)
+                + line[match.end(1) : match.end()]
+                + more
+                + line[match.end() :]
+            )
     body = {**message.body, "id": request_id}
     return dump(body | {"result": {**body["result"], **extra}} if extra else body)
 
@@ -1887,6 +2433,7 @@ def with_id(line, message, request_id, extra=None):
 # Owns what a handler is given and what it gives back: Request, Response, and Stream, the value of everything that waits.
 # Must not know sockets, routes, or what the bytes mean.
 # ======================================================================================================================
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -1952,12 +2499,17 @@ NO_STORE = (("Cache-Control", "no-store"), ("Pragma", "no-cache"))
 
 def refusal_response(error, headers=()):
     """A Refusal as JSON, for programs."""
-    return json_response(error.status, {"error": error.code, "error_description": error.sentence}, (*error.headers, *headers))
+    return json_response(
+        error.status, {"error": error.code, "error_description": error.sentence}, (*error.headers, *headers)
+    )
 
 
 def redirect(location):
     """A 303: what follows a form must be a GET (RFC 9700 4.12), and a URL with a code in it must not be cached."""
-    return Response(303, headers=(("Location", location), ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer")))
+    return Response(
+        303,
+        headers=(("Location", location), ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer")),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -1984,7 +2536,9 @@ class Stream:
     def __init__(self, max_items=256, max_bytes=1 << 20, stall=35.0, answers=0):
         self.key = b64url(os.urandom(9))  # new at every start of the broker, so stale event ids never match
         self._max_items, self._max_bytes, self._stall = max_items, max_bytes, stall
-        self._changed = threading.Condition()  # guards everything below; a leaf: nothing is taken while it is held
+        self._changed = (
+            threading.Condition()
+        )  # guards everything below; a leaf: nothing is taken while it is held
         self._items = collections.deque()
         self._bytes = self._number = self._taken = 0
         self._reader = None
@@ -1994,7 +2548,11 @@ class Stream:
     def put(self, data, answer=False, status=200):
         """Add a message; the last of the expected answers ends the stream. False when it has ended already."""
         with self._changed:
-            if self._reader and not answer and (len(self._items) >= self._max_items or self._bytes >= self._max_bytes):
+            if (
+                self._reader
+                and not answer
+                and (len(self._items) >= self._max_items or self._bytes >= self._max_bytes)
+            ):
                 self._changed.wait_for(lambda: self.finished or not self._reader_lags(), self._stall)
             if self.finished:
                 return False
@@ -2003,7 +2561,9 @@ class Stream:
             last = answer and self._answers_left <= 0
             self._items.append(Item(self._number, data, answer, last, status))
             self._bytes += len(data)
-            while len(self._items) > self._max_items or (self._bytes > self._max_bytes and len(self._items) > 1):
+            while len(self._items) > self._max_items or (
+                self._bytes > self._max_bytes and len(self._items) > 1
+            ):
                 if self._reader and self._items[0].number > self._reader.cursor:
                     break
                 self._bytes -= len(self._items.popleft().data)
@@ -2012,7 +2572,11 @@ class Stream:
             return True
 
     def _reader_lags(self):
-        untaken = [len(item.data) for item in self._items if item.number > self._reader.cursor] if self._reader else []
+        untaken = (
+            [len(item.data) for item in self._items if item.number > self._reader.cursor]
+            if self._reader
+            else []
+        )
         return len(untaken) >= self._max_items or sum(untaken) >= self._max_bytes
 
     def end(self):
@@ -2086,7 +2650,11 @@ class Limiter:
     """Token buckets by key: a burst of `rate` and `rate` a minute after that. Refusal 429 with Retry-After when empty."""
 
     def __init__(self, clock):
-        self._clock, self._lock, self._buckets = clock, threading.Lock(), {}  # the lock guards the dict; a leaf
+        self._clock, self._lock, self._buckets = (
+            clock,
+            threading.Lock(),
+            {},
+        )  # the lock guards the dict; a leaf
 
     def spend(self, kind, key, rate):
         """Take one token of `key`'s bucket for `kind`."""
@@ -2098,8 +2666,12 @@ class Limiter:
             if len(self._buckets) > 10000:
                 del self._buckets[next(iter(self._buckets))]  # the one unused for longest
         if left < 1:
-            raise Refusal(429, "too_many_requests", "Too many requests; try again in a moment.",
-                          (("Retry-After", str(max(1, round((1 - left) * 60 / rate)))),))
+            raise Refusal(
+                429,
+                "too_many_requests",
+                "Too many requests; try again in a moment.",
+                (("Retry-After", str(max(1, round((1 - left) * 60 / rate)))),),
+            )
 
 
 # ======================================================================================================================
@@ -2123,12 +2695,20 @@ button.main{background:var(--accent);border-color:var(--accent);color:var(--on)}
 """
 STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 # No form-action: Chromium applies it to the whole redirect chain behind a form, down to the client's callback.
-CONTENT_POLICY = f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; base-uri 'none'; frame-ancestors 'none'"
+CONTENT_POLICY = (
+    f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; base-uri 'none'; frame-ancestors 'none'"
+)
 
 SCOPE_MEANINGS = {
-    "repository": "your repositories and their contents", "issue": "issues and pull requests", "notification": "your notifications",
-    "organization": "your organizations and teams", "user": "your profile and account settings", "package": "packages",
-    "misc": "general information about the server", "activitypub": "federation", "admin": "administration of the whole server",
+    "repository": "your repositories and their contents",
+    "issue": "issues and pull requests",
+    "notification": "your notifications",
+    "organization": "your organizations and teams",
+    "user": "your profile and account settings",
+    "package": "packages",
+    "misc": "general information about the server",
+    "activitypub": "federation",
+    "admin": "administration of the whole server",
 }
 
 
@@ -2137,51 +2717,129 @@ def scope_meaning(scope):
     level, colon, area = scope.partition(":")
     if scope == "all":
         return "everything you can do yourself"
-    return f"{'see and change' if level == 'write' else 'see'} {SCOPE_MEANINGS.get(area, area)}" if colon else None
+    return (
+        f"{'see and change' if level == 'write' else 'see'} {SCOPE_MEANINGS.get(area, area)}"
+        if colon
+        else None
+    )
 
 
 def page(status, title, body, *, form=False, headers=()):
     """A whole page. `body` is HTML whose values are escaped already; `form`: it has one (its Referrer-Policy lets Origin be sent)."""
-    text = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<meta name="robots" content="noindex"><title>{html.escape(title)}</title><style>{STYLE}</style></head>'
-            f"<body><main><h1>{html.escape(title)}</h1>{body}</main></body></html>")
-    return Response(status, text.encode(), "text/html; charset=utf-8", (
-        ("Content-Security-Policy", CONTENT_POLICY), ("X-Frame-Options", "DENY"), ("Cache-Control", "no-store"),
-        ("Referrer-Policy", "same-origin" if form else "no-referrer"), *headers))
+    text = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta name="robots" content="noindex"><title>{html.escape(title)}</title><style>{STYLE}</style></head>'
+        f"<body><main><h1>{html.escape(title)}</h1>{body}</main></body></html>"
+    )
+    return Response(
+        status,
+        text.encode(),
+        "text/html; charset=utf-8",
+        (
+            ("Content-Security-Policy", CONTENT_POLICY),
+            ("X-Frame-Options", "DENY"),
+            ("Cache-Control", "no-store"),
+            ("Referrer-Policy", "same-origin" if form else "no-referrer"),
+            *headers,
+        ),
+    )
 
 
 def error_page(status, title, sentence, *, advice=(), headers=()):
     """A page that says what went wrong and what to do."""
     items = "".join(f"<li>{html.escape(item)}</li>" for item in advice)
-    return page(status, title, f"<p>{html.escape(sentence)}</p>" + (f"<ul>{items}</ul>" if items else ""), headers=headers)
+    return page(
+        status,
+        title,
+        f"<p>{html.escape(sentence)}</p>" + (f"<ul>{items}</ul>" if items else ""),
+        headers=headers,
+    )
 
 
 NOTICES = {  # what: (status, title, sentence, advice)
     "unknown client": (
-        400, "This application is not registered here", "Its registration was removed, or belongs to another server. Let the application register again:", (
+        400,
+        "This application is not registered here",
+        "Its registration was removed, or belongs to another server. Let the application register again:",
+        (
             "Claude.ai, Claude Desktop: remove the connector and add it again.",
             "Claude Code: /mcp, choose this server, clear its authentication, then authenticate.",
             "ChatGPT: delete the connector and create it again.",
             "VS Code: run the command “Authentication: Remove Dynamic Authentication Providers”.",
             "Cursor: remove the server in the settings and add it again.",
             "mcp-remote: delete the folder ~/.mcp-auth.",
-            "Others: remove the server and add it again.")),
+            "Others: remove the server and add it again.",
+        ),
+    ),
     "unreadable client": (
-        400, "This application cannot be looked up", "The address by which it introduces itself could not be read just now, or what stands there does not "
-        "describe it. Try again in a minute; if that does not help, ask who makes the application.", ()),
-    "expired": (400, "This login has expired", "It took too long, or was finished already. Start again from your application.", ()),
-    "answered": (400, "This was answered already", "If your application is still waiting, start again from it.", ()),
+        400,
+        "This application cannot be looked up",
+        "The address by which it introduces itself could not be read just now, or what stands there does not "
+        "describe it. Try again in a minute; if that does not help, ask who makes the application.",
+        (),
+    ),
+    "expired": (
+        400,
+        "This login has expired",
+        "It took too long, or was finished already. Start again from your application.",
+        (),
+    ),
+    "answered": (
+        400,
+        "This was answered already",
+        "If your application is still waiting, start again from it.",
+        (),
+    ),
     "wrong browser": (
-        403, "This login began in another browser", "For your safety it cannot go on here. If you started it yourself, start again from your application, "
-        "allow cookies for this site, and stay in one browser. If somebody sent you this link, close it.", ()),
-    "malformed": (400, "This request cannot be read", "Its parameters are malformed. Start again from your application.", ()),
-    "malformed answer": (400, "This answer cannot be used", "Forgejo's answer is malformed. Start again from your application.", ()),
-    "repeated": (400, "This request cannot be trusted", "It names client_id or redirect_uri more than once. Start again from your application.", ()),
-    "redirect": (400, "This request cannot be trusted", "It wants the answer sent to an address (redirect_uri) that the application has not registered. "
-                 "Remove the connection in your application and add it again.", ()),
-    "undecided": (400, "Nothing was decided", "The form came without a choice. Go back and choose again.", ()),
-    "foreign form": (403, "This form came from elsewhere", "Another website sent it. Start again from your application.", ()),
-    "two cookies": (400, "This browser's cookies cannot be trusted", "Clear the cookies of this site and start again.", ()),
+        403,
+        "This login began in another browser",
+        "For your safety it cannot go on here. If you started it yourself, start again from your application, "
+        "allow cookies for this site, and stay in one browser. If somebody sent you this link, close it.",
+        (),
+    ),
+    "malformed": (
+        400,
+        "This request cannot be read",
+        "Its parameters are malformed. Start again from your application.",
+        (),
+    ),
+    "malformed answer": (
+        400,
+        "This answer cannot be used",
+        "Forgejo's answer is malformed. Start again from your application.",
+        (),
+    ),
+    "repeated": (
+        400,
+        "This request cannot be trusted",
+        "It names client_id or redirect_uri more than once. Start again from your application.",
+        (),
+    ),
+    "redirect": (
+        400,
+        "This request cannot be trusted",
+        "It wants the answer sent to an address (redirect_uri) that the application has not registered. "
+        "Remove the connection in your application and add it again.",
+        (),
+    ),
+    "undecided": (
+        400,
+        "Nothing was decided",
+        "The form came without a choice. Go back and choose again.",
+        (),
+    ),
+    "foreign form": (
+        403,
+        "This form came from elsewhere",
+        "Another website sent it. Start again from your application.",
+        (),
+    ),
+    "two cookies": (
+        400,
+        "This browser's cookies cannot be trusted",
+        "Clear the cookies of this site and start again.",
+        (),
+    ),
 }
 
 
@@ -2196,21 +2854,54 @@ def destination(redirect_uri):
     parts = urlsplit(redirect_uri)
     if is_loopback_name(parts.hostname):
         return "an application on this device"
-    return parts.hostname if parts.scheme == "https" else f"the application on this device that opens {parts.scheme}: links"
+    return (
+        parts.hostname
+        if parts.scheme == "https"
+        else f"the application on this device that opens {parts.scheme}: links"
+    )
 
 
-def consent_page(*, client_name, client_id, client_host, redirect_uri, may_write, forgejo_scopes, forgejo_host, login_box, csrf, headers=()):
+def consent_page(
+    *,
+    client_name,
+    client_id,
+    client_host,
+    redirect_uri,
+    may_write,
+    forgejo_scopes,
+    forgejo_host,
+    login_box,
+    csrf,
+    headers=(),
+):
     """The broker's own consent: who asks, where the answer goes, what is allowed; the person chooses or refuses."""
     name, where = html.escape(client_name), html.escape(destination(redirect_uri))
-    meanings = "".join(f"<li>{html.escape(meaning)}</li>" for meaning in filter(None, map(scope_meaning, forgejo_scopes.split())))
-    full = ('<label><input type="radio" name="access" value="full" checked><strong>Full access</strong>: use every tool, '
-            "also those that change things</label>") if may_write else ""
-    read = (f'<label><input type="radio" name="access" value="read"{"" if may_write else " checked"}><strong>Read only</strong>: '
-            "use only tools that look things up</label>")
-    known = (f"The application calls itself that in its description at <strong>{html.escape(client_host)}</strong>." if client_host
-             else "The application calls itself that; the name is not verified.")
-    local = ("<p>Any program on this device can ask in an application's name: make sure that it is the one you started.</p>"
-             if urlsplit(redirect_uri).scheme != "https" else "")
+    meanings = "".join(
+        f"<li>{html.escape(meaning)}</li>"
+        for meaning in filter(None, map(scope_meaning, forgejo_scopes.split()))
+    )
+    full = (
+        (
+            '<label><input type="radio" name="access" value="full" checked><strong>Full access</strong>: use every tool, '
+            "also those that change things</label>"
+        )
+        if may_write
+        else ""
+    )
+    read = (
+        f'<label><input type="radio" name="access" value="read"{"" if may_write else " checked"}><strong>Read only</strong>: '
+        "use only tools that look things up</label>"
+    )
+    known = (
+        f"The application calls itself that in its description at <strong>{html.escape(client_host)}</strong>."
+        if client_host
+        else "The application calls itself that; the name is not verified."
+    )
+    local = (
+        "<p>Any program on this device can ask in an application's name: make sure that it is the one you started.</p>"
+        if urlsplit(redirect_uri).scheme != "https"
+        else ""
+    )
     body = f"""
 <div class="box"><p><span class="big">{name}</span> wants to use <span class="big">{html.escape(forgejo_host)}</span> as you.</p>
 <p class="quiet">{known}</p>
@@ -2238,15 +2929,28 @@ def account_login_page(forgejo_host, csrf, headers=()):
 
 def account_page(login, applications, sessions, csrf):
     """What a user has connected. `applications`: (client id, name, scopes, when used); `sessions`: (id, name, when begun, when used)."""
+
     def items(rows, field, action):
-        forms = (f"""<li><form method="post" action="/account/end"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
+        forms = (
+            f"""<li><form method="post" action="/account/end"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
 <strong>{html.escape(name)}</strong><br><span class="quiet">{html.escape(text)}</span>
-<div class="row"><button name="{field}" value="{html.escape(key)}">{action}</button></div></form></li>""" for key, name, text in rows)
+<div class="row"><button name="{field}" value="{html.escape(key)}">{action}</button></div></form></li>"""
+            for key, name, text in rows
+        )
         return f"<ul>{''.join(forms)}</ul>" if rows else '<p class="quiet">None.</p>'
 
-    shown_apps = [(key, name or key, f"{'reads and writes' if WRITE in scopes else 'reads only'}, last used {moment(used)}, id {key}")
-                  for key, name, scopes, used in applications]
-    shown_sessions = [(key, name or "An application", f"since {moment(begun)}, last used {moment(used)}") for key, name, begun, used in sessions]
+    shown_apps = [
+        (
+            key,
+            name or key,
+            f"{'reads and writes' if WRITE in scopes else 'reads only'}, last used {moment(used)}, id {key}",
+        )
+        for key, name, scopes, used in applications
+    ]
+    shown_sessions = [
+        (key, name or "An application", f"since {moment(begun)}, last used {moment(used)}")
+        for key, name, begun, used in sessions
+    ]
     body = f"""
 <p>You are <strong>{html.escape(login)}</strong>.</p>
 <h2>Connected applications</h2>{items(shown_apps, "client", "Disconnect")}
@@ -2280,8 +2984,11 @@ def home_page(public_url, forgejo_url):
 
 def clean_name(text, limit=100):
     """A client's name (any JSON value) for the page: no control or formatting characters, one line, cut to size."""
-    kept = "".join(" " if unicodedata.category(c) in ("Zl", "Zp", "Zs") or c in "\t\r\n" else c for c in (text if isinstance(text, str) else "")
-                   if c in "\t\r\n" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs", "Cn"))
+    kept = "".join(
+        " " if unicodedata.category(c) in ("Zl", "Zp", "Zs") or c in "\t\r\n" else c
+        for c in (text if isinstance(text, str) else "")
+        if c in "\t\r\n" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs", "Cn")
+    )
     return " ".join(kept.split())[:limit].strip() or "An application without a name"
 
 
@@ -2294,7 +3001,9 @@ def clean_name(text, limit=100):
 AUTH_METHODS = ("none", "client_secret_post", "client_secret_basic")
 URI_CHARACTERS = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]{1,2000}")
 # What a browser and Python disagree on (user names, odd ports and hosts) is refused, not interpreted.
-WEB_URI = re.compile(r"(?i:https?)://([A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[::1\])(?::([0-9]{1,5}))?(?:[/?].*)?")
+WEB_URI = re.compile(
+    r"(?i:https?)://([A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[::1\])(?::([0-9]{1,5}))?(?:[/?].*)?"
+)
 RESERVED_PARAMETERS = {"code", "state", "iss", "error", "error_description"}
 
 
@@ -2314,7 +3023,18 @@ def check_redirect_uri(uri, schemes):
     if RESERVED_PARAMETERS & {name for name, _ in parse_qsl(urlsplit(uri).query, keep_blank_values=True)}:
         raise ValueError("has a query parameter of our answer's names (code, state, iss, error)")
     if scheme not in ("http", "https"):
-        if scheme in ("javascript", "data", "file", "vbscript", "blob", "about", "view-source", "ws", "wss", "ftp"):
+        if scheme in (
+            "javascript",
+            "data",
+            "file",
+            "vbscript",
+            "blob",
+            "about",
+            "view-source",
+            "ws",
+            "wss",
+            "ftp",
+        ):
             raise ValueError(f"has the scheme {scheme}, which is never allowed")
         if scheme not in schemes:
             raise UnusableScheme(f"has the scheme {scheme}, which is not among allowed_redirect_schemes")
@@ -2326,7 +3046,9 @@ def check_redirect_uri(uri, schemes):
         raise ValueError("is http, which is for loopback only; use https")
 
 
-LOOPBACK_URI = re.compile(r"http://(?:localhost|127\.0\.0\.1|\[::1\])(?::([0-9]{1,5}))?(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
+LOOPBACK_URI = re.compile(
+    r"http://(?:localhost|127\.0\.0\.1|\[::1\])(?::([0-9]{1,5}))?(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE
+)
 
 
 def redirect_matches(registered, asked):
@@ -2360,7 +3082,11 @@ def registrable_uris(uris, schemes, limit):
 def choose(document, key, supported):
     """What is served of a list that was asked for; the first that is supported must be among it, and is the default."""
     values = document.get(key, [supported[0]])
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values) or supported[0] not in values:
+    if (
+        not isinstance(values, list)
+        or not all(isinstance(value, str) for value in values)
+        or supported[0] not in values
+    ):
         raise OAuthError("invalid_client_metadata", f"{key} must be a list that contains {supported[0]}.")
     return [value for value in supported if value in values]
 
@@ -2382,7 +3108,8 @@ def spend(limiter, settings, kind, request):
 # A name in lower case with a last label that is no number, so no spelling of an IP address; no port, user name, fragment or dot segment.
 DOCUMENT_URL = re.compile(
     r"https://((?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?)"
-    r"(?!/*(?:\?|$))(?!\S*/(?:\.|%2[eE]){1,2}(?:[/?]|$))/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*(?:\?[A-Za-z0-9._~!$&'()*+,;=:@%/?-]*)?")
+    r"(?!/*(?:\?|$))(?!\S*/(?:\.|%2[eE]){1,2}(?:[/?]|$))/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*(?:\?[A-Za-z0-9._~!$&'()*+,;=:@%/?-]*)?"
+)
 SHA256_PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")  # DigestInfo of RFC 8017 9.2 note 1
 
 
@@ -2424,7 +3151,10 @@ def read_client_document(url, answer, schemes):
     if document.get("client_id") != url:
         raise ValueError("its client_id is not its URL")
     method = document.get("token_endpoint_auth_method", "none")
-    if any(name.startswith("client_secret") for name in document) or method not in ("none", "private_key_jwt"):
+    if any(name.startswith("client_secret") for name in document) or method not in (
+        "none",
+        "private_key_jwt",
+    ):
         raise ValueError("it relies on a secret")
     choose(document, "grant_types", ("authorization_code",))
     choose(document, "response_types", ("code",))
@@ -2434,14 +3164,21 @@ def read_client_document(url, answer, schemes):
     kept = {name: document[name] for name in ("jwks", "jwks_uri") if name in document}
     if "jwks" in kept:
         public_rsa_keys(kept["jwks"])
-    return clean_name(document.get("client_name")), registrable_uris(document.get("redirect_uris"), schemes, 100), method, kept
+    return (
+        clean_name(document.get("client_name")),
+        registrable_uris(document.get("redirect_uris"), schemes, 100),
+        method,
+        kept,
+    )
 
 
 def freshness(answer):
     """Seconds for which a document may be used, by its Cache-Control: an hour if that is silent, at least a minute, at most a day."""
     control = answer.headers.get("cache-control", "").lower()
     age = re.search(r"(?<![a-z-])max-age=\"?([0-9]{1,9})", control)
-    return 60 if re.search("no-store|no-cache", control) else min(86400, max(60, int(age[1]))) if age else 3600
+    return (
+        60 if re.search("no-store|no-cache", control) else min(86400, max(60, int(age[1]))) if age else 3600
+    )
 
 
 def temporarily(sentence, seconds):
@@ -2459,15 +3196,33 @@ class Documents:
     RETRY = 60
 
     def __init__(self, settings, store, log, clock, limiter, web):
-        self._settings, self._store, self._log, self._clock, self._limiter, self._web = settings, store, log, clock, limiter, web
+        self._settings, self._store, self._log, self._clock, self._limiter, self._web = (
+            settings,
+            store,
+            log,
+            clock,
+            limiter,
+            web,
+        )
         # Strangers' documents never hold up those of applications that people have logged in to.
         self._slots = [threading.BoundedSemaphore(4) for in_use in (False, True)]
-        self._flights, self._lock = weakref.WeakValueDictionary(), threading.Lock()  # the lock guards the dict; a leaf
+        self._flights, self._lock = (
+            weakref.WeakValueDictionary(),
+            threading.Lock(),
+        )  # the lock guards the dict; a leaf
 
     def may_be_one(self, client_id):
         """Whether a client_id is the URL of a document that we would fetch: not our own host's, nor Forgejo's."""
-        match = DOCUMENT_URL.fullmatch(client_id) if len(client_id) <= 2000 and self._settings.client_documents else None
-        ours = (self._settings.public_url, self._settings.forgejo_url, self._settings.forgejo_internal_url or self._settings.forgejo_url)
+        match = (
+            DOCUMENT_URL.fullmatch(client_id)
+            if len(client_id) <= 2000 and self._settings.client_documents
+            else None
+        )
+        ours = (
+            self._settings.public_url,
+            self._settings.forgejo_url,
+            self._settings.forgejo_internal_url or self._settings.forgejo_url,
+        )
         return bool(match) and match[1] not in {urlsplit(url).hostname for url in ours}
 
     def client(self, url):
@@ -2493,7 +3248,9 @@ class Documents:
         with contextlib.ExitStack() as held:
             for lock, seconds in ((flight, 15), (self._slots[bool(in_use)], 5)):
                 if not lock.acquire(timeout=seconds):
-                    raise temporarily("Too many applications introduce themselves just now; try again in a moment.", 5)
+                    raise temporarily(
+                        "Too many applications introduce themselves just now; try again in a moment.", 5
+                    )
                 held.callback(lock.release)
             yield
 
@@ -2501,7 +3258,12 @@ class Documents:
         now = self._clock.now()
         try:
             answer = self._web.get(url, 5120)
-            self._store.keep_document(url, *read_client_document(url, answer, self._settings.allowed_redirect_schemes), now, now + freshness(answer))
+            self._store.keep_document(
+                url,
+                *read_client_document(url, answer, self._settings.allowed_redirect_schemes),
+                now,
+                now + freshness(answer),
+            )
         except (FetchFailed, ValueError, OAuthError) as error:
             self._store.keep_document(url, "", [], "none", {}, now, 0)
             self._log.event("info", "client document refused", client=url, reason=str(error))
@@ -2512,23 +3274,47 @@ class Documents:
             signed, _, signature = assertion.rpartition(".")
             header, claims = (read_json(unb64url(part)) for part in signed.split("."))
             kid, now = header.get("kid"), self._clock.now()
-            url, audience, expires, begins = self._settings.public_url, claims.get("aud"), claims.get("exp"), claims.get("nbf", 0)
+            url, audience, expires, begins = (
+                self._settings.public_url,
+                claims.get("aud"),
+                claims.get("exp"),
+                claims.get("nbf", 0),
+            )
             audiences = set([audience] if isinstance(audience, str) else audience or ())
             are_numbers = all(isinstance(moment, (int, float)) for moment in (expires, begins))
             for wrong, reason in (
-                (header.get("alg") != "RS256" or "crit" in header or len(assertion) > 8192, "it is not signed with RS256"),
-                ((claims.get("iss"), claims.get("sub")) != (client.client_id, client.client_id), "iss and sub are not the client_id"),
-                (not audiences or not audiences <= {url, url + "/oauth/token", url + "/token"}, "aud is not this server"),
-                (not are_numbers or not now < expires <= now + 3660 or begins > now + 60, "it has expired, is not valid yet, or lasts for more than an hour"),
+                (
+                    header.get("alg") != "RS256" or "crit" in header or len(assertion) > 8192,
+                    "it is not signed with RS256",
+                ),
+                (
+                    (claims.get("iss"), claims.get("sub")) != (client.client_id, client.client_id),
+                    "iss and sub are not the client_id",
+                ),
+                (
+                    not audiences or not audiences <= {url, url + "/oauth/token", url + "/token"},
+                    "aud is not this server",
+                ),
+                (
+                    not are_numbers or not now < expires <= now + 3660 or begins > now + 60,
+                    "it has expired, is not valid yet, or lasts for more than an hour",
+                ),
             ):
                 if wrong:
                     raise ValueError(reason)
         except (AttributeError, TypeError, RecursionError):
             raise ValueError("it is not a JWT") from None
-        if not any(verify_rs256(signed.encode(), unb64url(signature), n, e) for name, n, e in self._keys(client, kid) if kid in (None, name)):
+        if not any(
+            verify_rs256(signed.encode(), unb64url(signature), n, e)
+            for name, n, e in self._keys(client, kid)
+            if kid in (None, name)
+        ):
             raise ValueError("its signature is not the client's")
         # Without a jti what was signed stands for it; the signature could be spelled in two ways.
-        if not self._store.spend_assertion(digest(f"{client.client_id} {json.dumps(claims.get('jti')) if claims.get('jti') else signed}"), expires):
+        if not self._store.spend_assertion(
+            digest(f"{client.client_id} {json.dumps(claims.get('jti')) if claims.get('jti') else signed}"),
+            expires,
+        ):
             raise ValueError("it was used before")
 
     def _keys(self, client, kid):
@@ -2541,10 +3327,14 @@ class Documents:
         kept = client.keys
         if self._keys_due(kept, url, kid):
             with self._turn(url, client.in_use):
-                kept = (self._store.client(client.client_id) or client).keys  # another may have fetched them meanwhile
+                kept = (
+                    self._store.client(client.client_id) or client
+                ).keys  # another may have fetched them meanwhile
                 if self._keys_due(kept, url, kid):
                     kept = self._fetch_keys(client, url, kept)
-        if not kept["ok"] and kid not in (key[0] for key in kept["keys"]):  # our trouble must not look like the client's fault
+        if not kept["ok"] and kid not in (
+            key[0] for key in kept["keys"]
+        ):  # our trouble must not look like the client's fault
             raise temporarily("The client's keys cannot be read just now.", self.RETRY)
         return kept["keys"]
 
@@ -2552,16 +3342,30 @@ class Documents:
         if kept.get("uri") != url:
             return True
         age = self._clock.now() - kept["at"]
-        return age >= self.RETRY and (age >= 86400 or not kept["ok"] or kid not in (None, *(key[0] for key in kept["keys"])))
+        return age >= self.RETRY and (
+            age >= 86400 or not kept["ok"] or kid not in (None, *(key[0] for key in kept["keys"]))
+        )
 
     def _fetch_keys(self, client, url, kept):
         now = self._clock.now()
         try:
             answer = self._web.get(url, 65536)
-            kept = {"uri": url, "at": now, "ok": True, "keys": public_rsa_keys(answer.json() if answer.status == 200 else None)}
+            kept = {
+                "uri": url,
+                "at": now,
+                "ok": True,
+                "keys": public_rsa_keys(answer.json() if answer.status == 200 else None),
+            }
         except (FetchFailed, ValueError) as error:
-            self._log.event("warning", "client keys cannot be read", client=client.client_id, reason=str(error))
-            kept = {"uri": url, "at": now, "ok": False, "keys": kept["keys"] if kept.get("uri") == url else []}
+            self._log.event(
+                "warning", "client keys cannot be read", client=client.client_id, reason=str(error)
+            )
+            kept = {
+                "uri": url,
+                "at": now,
+                "ok": False,
+                "keys": kept["keys"] if kept.get("uri") == url else [],
+            }
         self._store.keep_keys(client.client_id, kept)
         return kept
 
@@ -2584,19 +3388,37 @@ class Clients:
     """Finds, registers and authenticates clients."""
 
     def __init__(self, settings, store, log, clock, limiter, web):
-        self._settings, self._store, self._log, self._clock, self._limiter = settings, store, log, clock, limiter
+        self._settings, self._store, self._log, self._clock, self._limiter = (
+            settings,
+            store,
+            log,
+            clock,
+            limiter,
+        )
         self._documents = Documents(settings, store, log, clock, limiter, web)
         check_configured_clients(settings)
         store.drop_configured_clients(item["client_id"] for item in settings.clients)
         for item in settings.clients:
             secret = item.get("client_secret")
-            store.add_client(item["client_id"], "configured", clean_name(item.get("name") or item["client_id"]), item["redirect_uris"],
-                             digest(secret) if secret else None, "client_secret_basic" if secret else "none", {}, clock.now())
+            store.add_client(
+                item["client_id"],
+                "configured",
+                clean_name(item.get("name") or item["client_id"]),
+                item["redirect_uris"],
+                digest(secret) if secret else None,
+                "client_secret_basic" if secret else "none",
+                {},
+                clock.now(),
+            )
 
     def find(self, client_id):
         """The client of an id as it was last known, or None. Nothing is fetched."""
         client = self._store.client(client_id)
-        usable = client and client.kind != "unreadable" and (client.kind != "document" or self._settings.client_documents)
+        usable = (
+            client
+            and client.kind != "unreadable"
+            and (client.kind != "document" or self._settings.client_documents)
+        )
         return client if usable else None
 
     def for_login(self, client_id):
@@ -2613,20 +3435,39 @@ class Clients:
         uris = registrable_uris(document.get("redirect_uris"), self._settings.allowed_redirect_schemes, 10)
         method = document.get("token_endpoint_auth_method", "client_secret_basic")
         if method not in AUTH_METHODS:
-            raise OAuthError("invalid_client_metadata", f"token_endpoint_auth_method must be one of {', '.join(AUTH_METHODS)}.")
+            raise OAuthError(
+                "invalid_client_metadata",
+                f"token_endpoint_auth_method must be one of {', '.join(AUTH_METHODS)}.",
+            )
         # Clients compare the answer with what they asked (clients.md 10); a refresh token is issued whatever it says.
         grant_types = choose(document, "grant_types", ("authorization_code", "refresh_token"))
         response_types = choose(document, "response_types", ("code",))
         # Whatever scope was asked, a later login decides; what is echoed is all that clients read (clients.md 10, 11).
-        scope = document["scope"] if isinstance(document.get("scope"), str) and document["scope"] else " ".join(SCOPES)
-        client_id, secret, now = new_secret("fjd_")[:36], None if method == "none" else new_secret("fjs_"), self._clock.now()
+        scope = (
+            document["scope"]
+            if isinstance(document.get("scope"), str) and document["scope"]
+            else " ".join(SCOPES)
+        )
+        client_id, secret, now = (
+            new_secret("fjd_")[:36],
+            None if method == "none" else new_secret("fjs_"),
+            self._clock.now(),
+        )
         name = clean_name(document.get("client_name"))
-        metadata = {"redirect_uris": uris, "client_name": name, "token_endpoint_auth_method": method, "scope": scope[:1000],
-                    "grant_types": grant_types, "response_types": response_types}
+        metadata = {
+            "redirect_uris": uris,
+            "client_name": name,
+            "token_endpoint_auth_method": method,
+            "scope": scope[:1000],
+            "grant_types": grant_types,
+            "response_types": response_types,
+        }
         for key in ("application_type", "software_id", "software_version"):
             if isinstance(document.get(key), str) and 0 < len(document[key]) <= 200:
                 metadata[key] = document[key]
-        self._store.add_client(client_id, "dynamic", name, uris, secret and digest(secret), method, metadata, now)
+        self._store.add_client(
+            client_id, "dynamic", name, uris, secret and digest(secret), method, metadata, now
+        )
         self._log.audit("client registered", client=client_id, name=name, address=request.address)
         answer = {"client_id": client_id, "client_id_issued_at": int(now), **metadata}
         if secret:
@@ -2635,15 +3476,24 @@ class Clients:
 
     def authenticate(self, request, form):
         """The client that speaks on /token or /revoke (RFC 6749 2.3.1): Basic, post or an assertion for one with a secret or keys."""
-        client_id, secret, assertion = form.get("client_id"), form.get("client_secret"), form.get("client_assertion")
+        client_id, secret, assertion = (
+            form.get("client_id"),
+            form.get("client_secret"),
+            form.get("client_assertion"),
+        )
         authorization = request.header("authorization")
         basic = authorization is not None
         if basic:
             asked = (client_id, secret)
             client_id, secret = self._basic(authorization)
             if asked not in ((None, None), (client_id, None)):
-                raise OAuthError("invalid_request", "Send the client's credentials in one place: the Authorization header or the body.")
-        if assertion and not client_id:  # RFC 7521 4.2: the assertion names the client; whether it may is checked below
+                raise OAuthError(
+                    "invalid_request",
+                    "Send the client's credentials in one place: the Authorization header or the body.",
+                )
+        if (
+            assertion and not client_id
+        ):  # RFC 7521 4.2: the assertion names the client; whether it may is checked below
             client_id = jwt_claims(assertion).get("sub")
         if not isinstance(client_id, str) or not client_id.isascii() or not client_id:
             raise OAuthError("invalid_request", "client_id is missing.")
@@ -2659,7 +3509,10 @@ class Clients:
 
     def _check_assertion(self, client, form, assertion):
         try:
-            if form.get("client_assertion_type") != "urn:ietf:params:oauth:client-assertion-type:jwt-bearer" or client.secret_hash:
+            if (
+                form.get("client_assertion_type") != "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+                or client.secret_hash
+            ):
                 raise ValueError("the client has a secret, or client_assertion_type is not jwt-bearer")
             self._documents.check_assertion(client, assertion)
         except ValueError as error:
@@ -2711,7 +3564,9 @@ def parse_form(raw, refusal):
     values = {}
     try:
         raw = raw.decode("ascii") if isinstance(raw, bytes) else raw
-        for name, value in parse_qsl(raw, keep_blank_values=True, max_num_fields=100, encoding="utf-8", errors="strict"):
+        for name, value in parse_qsl(
+            raw, keep_blank_values=True, max_num_fields=100, encoding="utf-8", errors="strict"
+        ):
             if "\0" in value:
                 raise refusal
             values.setdefault(name, []).append(value)
@@ -2740,10 +3595,18 @@ def canonical_resource(values, settings):
 class Authorization:
     """The authorization server. Its handlers take a Request and give a Response."""
 
-    def __init__(self, settings, store, keyring, clients, upstream, forgejo, log, clock, limiter, session_ended):
+    def __init__(
+        self, settings, store, keyring, clients, upstream, forgejo, log, clock, limiter, session_ended
+    ):
         self._settings, self._store, self._keyring, self._clients = settings, store, keyring, clients
         self._session_ended = session_ended  # called with the name of a session whose row is gone
-        self._upstream, self._forgejo, self._log, self._clock, self._limiter = upstream, forgejo, log, clock, limiter
+        self._upstream, self._forgejo, self._log, self._clock, self._limiter = (
+            upstream,
+            forgejo,
+            log,
+            clock,
+            limiter,
+        )
         secure = settings.public_url.startswith("https:")
         self._cookie_name = "__Host-fjmcp" if secure else "fjmcp"
         self._cookie_flags = f"; Path=/; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}"
@@ -2755,23 +3618,47 @@ class Authorization:
         """RFC 8414: what this authorization server offers."""
         url, methods = self._settings.public_url, {"methods_supported": list(AUTH_METHODS)}
         if self._settings.client_documents:
-            methods = {"methods_supported": [*AUTH_METHODS, "private_key_jwt"], "signing_alg_values_supported": ["RS256"]}
-        return json_response(200, {
-            "issuer": url, "authorization_endpoint": url + "/oauth/authorize", "token_endpoint": url + "/oauth/token",
-            "registration_endpoint": url + "/oauth/register", "revocation_endpoint": url + "/oauth/revoke",
-            "scopes_supported": [*SCOPES, "offline_access"], "response_types_supported": ["code"], "response_modes_supported": ["query"],
-            "grant_types_supported": ["authorization_code", "refresh_token"], "code_challenge_methods_supported": ["S256"],
-            **{f"{endpoint}_endpoint_auth_{name}": values for endpoint in ("token", "revocation") for name, values in methods.items()},
-            "authorization_response_iss_parameter_supported": True,
-            "client_id_metadata_document_supported": self._settings.client_documents,
-        }, (("Cache-Control", "public, max-age=300"),))
+            methods = {
+                "methods_supported": [*AUTH_METHODS, "private_key_jwt"],
+                "signing_alg_values_supported": ["RS256"],
+            }
+        return json_response(
+            200,
+            {
+                "issuer": url,
+                "authorization_endpoint": url + "/oauth/authorize",
+                "token_endpoint": url + "/oauth/token",
+                "registration_endpoint": url + "/oauth/register",
+                "revocation_endpoint": url + "/oauth/revoke",
+                "scopes_supported": [*SCOPES, "offline_access"],
+                "response_types_supported": ["code"],
+                "response_modes_supported": ["query"],
+                "grant_types_supported": ["authorization_code", "refresh_token"],
+                "code_challenge_methods_supported": ["S256"],
+                **{
+                    f"{endpoint}_endpoint_auth_{name}": values
+                    for endpoint in ("token", "revocation")
+                    for name, values in methods.items()
+                },
+                "authorization_response_iss_parameter_supported": True,
+                "client_id_metadata_document_supported": self._settings.client_documents,
+            },
+            (("Cache-Control", "public, max-age=300"),),
+        )
 
     def resource_metadata(self, request):
         """RFC 9728: which authorization server guards the MCP endpoint."""
-        return json_response(200, {
-            "resource": self._settings.resource, "authorization_servers": [self._settings.public_url],
-            "scopes_supported": list(SCOPES), "bearer_methods_supported": ["header"], "resource_name": "Forgejo",
-        }, (("Cache-Control", "public, max-age=300"),))
+        return json_response(
+            200,
+            {
+                "resource": self._settings.resource,
+                "authorization_servers": [self._settings.public_url],
+                "scopes_supported": list(SCOPES),
+                "bearer_methods_supported": ["header"],
+                "resource_name": "Forgejo",
+            },
+            (("Cache-Control", "public, max-age=300"),),
+        )
 
     # -- authorize and consent
 
@@ -2783,14 +3670,29 @@ class Authorization:
         try:
             login = self._authorization_request(form, client, redirect_uri)
         except ClientRedirect as error:
-            return self._to_client({"redirect_uri": redirect_uri, "state": form.get("state", [None])[0]}, **error.answer)
+            return self._to_client(
+                {"redirect_uri": redirect_uri, "state": form.get("state", [None])[0]}, **error.answer
+            )
         cookie, headers = self._marked_browser(request)
-        box = b64url(self._keyring.seal("login", digest(cookie).hex(), {**login, "expires": self._clock.now() + self._settings.login_lifetime}))
+        box = b64url(
+            self._keyring.seal(
+                "login",
+                digest(cookie).hex(),
+                {**login, "expires": self._clock.now() + self._settings.login_lifetime},
+            )
+        )
         return consent_page(
-            client_name=client.name, client_id=client.client_id, client_host=urlsplit(client.client_id).hostname if client.kind == "document" else None,
-            redirect_uri=redirect_uri, may_write=WRITE in login["scope"],
-            forgejo_scopes=self._settings.forgejo_oauth_scopes, forgejo_host=self._forgejo_host,
-            login_box=box, csrf=self._csrf(cookie, "consent:" + box), headers=headers)
+            client_name=client.name,
+            client_id=client.client_id,
+            client_host=urlsplit(client.client_id).hostname if client.kind == "document" else None,
+            redirect_uri=redirect_uri,
+            may_write=WRITE in login["scope"],
+            forgejo_scopes=self._settings.forgejo_oauth_scopes,
+            forgejo_host=self._forgejo_host,
+            login_box=box,
+            csrf=self._csrf(cookie, "consent:" + box),
+            headers=headers,
+        )
 
     def _authorized_target(self, form):
         """The client and its validated redirect URI; before these are known, errors are shown and never redirected."""
@@ -2808,23 +3710,42 @@ class Authorization:
     def _authorization_request(self, form, client, redirect_uri):
         """Everything else about an authorization request, checked in one place; ClientRedirect says what is wrong."""
         one = {name: values[0] for name, values in form.items()}
-        pkce = one.get("code_challenge_method") == "S256" and re.fullmatch(r"[A-Za-z0-9_-]{43}", one.get("code_challenge", ""))
+        pkce = one.get("code_challenge_method") == "S256" and re.fullmatch(
+            r"[A-Za-z0-9_-]{43}", one.get("code_challenge", "")
+        )
         for wrong, error, description in (
-            (any(len(values) > 1 for name, values in form.items() if name != "resource"), "invalid_request", "A parameter is given more than once"),
+            (
+                any(len(values) > 1 for name, values in form.items() if name != "resource"),
+                "invalid_request",
+                "A parameter is given more than once",
+            ),
             ("request" in one, "request_not_supported", "Request objects are not supported"),
             ("request_uri" in one, "request_uri_not_supported", "Request objects are not supported"),
             (not one.get("response_type"), "invalid_request", "response_type is missing"),
             (one.get("response_type") != "code", "unsupported_response_type", "response_type must be code"),
             (one.get("response_mode", "query") != "query", "invalid_request", "response_mode must be query"),
             (not pkce, "invalid_request", "PKCE is required: code_challenge with code_challenge_method=S256"),
-            (not canonical_resource(form.get("resource", ()), self._settings), "invalid_target", f"resource must be {self._settings.resource}"),
-            (len(one.get("state", "")) > 2048 or len(one.get("scope", "")) > 4096, "invalid_request", "state or scope is too long"),
+            (
+                not canonical_resource(form.get("resource", ()), self._settings),
+                "invalid_target",
+                f"resource must be {self._settings.resource}",
+            ),
+            (
+                len(one.get("state", "")) > 2048 or len(one.get("scope", "")) > 4096,
+                "invalid_request",
+                "state or scope is too long",
+            ),
             ("none" in one.get("prompt", "").split(), "interaction_required", "A person has to consent"),
         ):
             if wrong:
                 raise ClientRedirect(error, description)
-        return {"client": client.client_id, "redirect_uri": redirect_uri, "state": one.get("state"), "challenge": one["code_challenge"],
-                "scope": known_scopes(one.get("scope", "")) or list(SCOPES)}
+        return {
+            "client": client.client_id,
+            "redirect_uri": redirect_uri,
+            "state": one.get("state"),
+            "challenge": one["code_challenge"],
+            "scope": known_scopes(one.get("scope", "")) or list(SCOPES),
+        }
 
     def consent(self, request):
         """POST /oauth/consent: the person's decision, believed only from the browser that was shown the page (C02 to C05)."""
@@ -2843,8 +3764,12 @@ class Authorization:
         # Reading is less than writing, so read only is a narrower grant even where only forgejo:write was asked.
         granted = login["scope"] if access == "full" and WRITE in login["scope"] else [READ]
         denied = decision == "deny"
-        to_forgejo = self._start_login("client", {**login, "granted": granted}, cookie, box, now, now if denied else None)
-        self._log.audit("consent refused" if denied else "consent given", client=login["client"], scope=" ".join(granted))
+        to_forgejo = self._start_login(
+            "client", {**login, "granted": granted}, cookie, box, now, now if denied else None
+        )
+        self._log.audit(
+            "consent refused" if denied else "consent given", client=login["client"], scope=" ".join(granted)
+        )
         if denied:
             return self._to_client(login, error="access_denied", error_description="The person refused")
         return to_forgejo
@@ -2853,10 +3778,19 @@ class Authorization:
         """Keep a login that only this browser can finish, and send the browser to Forgejo."""
         state, verifier = new_secret(), new_secret()
         sealed = self._keyring.seal("login", digest(state).hex(), {**login, "verifier": verifier})
-        if not self._store.approve_login(digest(state), digest(box), digest(cookie), kind, None if taken_at else sealed,
-                                         now + self._settings.login_lifetime, taken_at):
+        if not self._store.approve_login(
+            digest(state),
+            digest(box),
+            digest(cookie),
+            kind,
+            None if taken_at else sealed,
+            now + self._settings.login_lifetime,
+            taken_at,
+        ):
             raise PageRefusal("answered")
-        return redirect(self._forgejo.authorize_url(state, b64url(hashlib.sha256(verifier.encode()).digest())))
+        return redirect(
+            self._forgejo.authorize_url(state, b64url(hashlib.sha256(verifier.encode()).digest()))
+        )
 
     # -- callback
 
@@ -2864,8 +3798,12 @@ class Authorization:
         """GET /oauth/callback: Forgejo's answer, taken once and only in the browser that consented."""
         spend(self._limiter, self._settings, "authorize", request)
         form = parse_form(request.query, PageRefusal("malformed answer"))
-        if any(len(values) > 1 for values in form.values()) or not form.get("state") or ("code" in form) == ("error" in form) or \
-                form.get("iss", [self._settings.forgejo_url])[0].rstrip("/") != self._settings.forgejo_url:  # RFC 9207 2.4
+        if (
+            any(len(values) > 1 for values in form.values())
+            or not form.get("state")
+            or ("code" in form) == ("error" in form)
+            or form.get("iss", [self._settings.forgejo_url])[0].rstrip("/") != self._settings.forgejo_url
+        ):  # RFC 9207 2.4
             raise PageRefusal("malformed answer")
         state, now = form["state"][0], self._clock.now()
         row = self._store.take_login(digest(state), now)
@@ -2880,18 +3818,26 @@ class Authorization:
             raise PageRefusal("expired") from None
         try:
             info = self._logged_in(form, login["verifier"])
-            return self._account_opened(info, now) if row.kind == "account" else self._client_answered(login, info, now)
+            return (
+                self._account_opened(info, now)
+                if row.kind == "account"
+                else self._client_answered(login, info, now)
+            )
         except ClientRedirect as error:
             if row.kind == "account":
-                raise PageRefusal(error_page(403, "You are not logged in", error.answer["error_description"] + ".")) from None
+                raise PageRefusal(
+                    error_page(403, "You are not logged in", error.answer["error_description"] + ".")
+                ) from None
             return self._to_client(login, **error.answer)
 
     def _logged_in(self, form, verifier):
         """Who logged in at Forgejo; ClientRedirect with the error of RFC 6749 4.1.2.1 otherwise, in our words: Forgejo's are not shown."""
         if "error" in form:
             denied = form["error"][0] == "access_denied"
-            raise ClientRedirect("access_denied" if denied else "server_error",
-                                 "The login at Forgejo was refused" if denied else "Forgejo could not log the person in")
+            raise ClientRedirect(
+                "access_denied" if denied else "server_error",
+                "The login at Forgejo was refused" if denied else "Forgejo could not log the person in",
+            )
         try:
             with self._upstream.callback():
                 return self._upstream.login(form["code"][0], verifier)
@@ -2899,17 +3845,36 @@ class Authorization:
             raise ClientRedirect("temporarily_unavailable", "Forgejo cannot be reached just now") from None
         except (UpstreamRefused, UpstreamMisconfigured) as error:
             self._log.event("error", "login failed at forgejo", reason=str(error))
-            raise ClientRedirect("server_error", "Forgejo refused the login; the operator's log says why") from None
+            raise ClientRedirect(
+                "server_error", "Forgejo refused the login; the operator's log says why"
+            ) from None
         except NotAllowed as error:
             self._log.audit("access refused", user=error.sub, login=error.login, reason=error.reason)
             raise ClientRedirect("access_denied", error.reason) from None
 
     def _client_answered(self, login, info, now):
         code, code_expires = new_secret("fjc_"), now + self._settings.code_lifetime
-        grant_id = self._store.finish_login(info.sub, login["client"], " ".join(login["granted"]), " ".join(login["scope"]),
-                                            self._settings.resource, digest(code), login["redirect_uri"], login["challenge"], now,
-                                            code_expires, code_expires)
-        self._log.audit("login", user=info.sub, login=info.login, client=login["client"], grant=grant_id, scope=" ".join(login["granted"]))
+        grant_id = self._store.finish_login(
+            info.sub,
+            login["client"],
+            " ".join(login["granted"]),
+            " ".join(login["scope"]),
+            self._settings.resource,
+            digest(code),
+            login["redirect_uri"],
+            login["challenge"],
+            now,
+            code_expires,
+            code_expires,
+        )
+        self._log.audit(
+            "login",
+            user=info.sub,
+            login=info.login,
+            client=login["client"],
+            grant=grant_id,
+            scope=" ".join(login["granted"]),
+        )
         return self._to_client(login, code=code)
 
     # -- account
@@ -2923,11 +3888,21 @@ class Authorization:
             browser, headers = self._marked_browser(request)
             return account_login_page(self._forgejo_host, self._csrf(browser, "account login"), headers)
         applications = {}
-        for grant in self._store.grants_of(user.sub, self._clock.now()):  # several logins of one application are one to people
+        for grant in self._store.grants_of(
+            user.sub, self._clock.now()
+        ):  # several logins of one application are one to people
             name, scopes, used = applications.get(grant.client_id, (grant.name, "", 0))[:3]
             applications[grant.client_id] = (name, f"{scopes} {grant.scope}", max(used, grant.used_at))
-        sessions = [(row.hash.hex(), row.name, row.created_at, row.used_at) for row in self._store.sessions_of(user.sub)[:100]]
-        return account_page(user.login, [(key, *shown) for key, shown in applications.items()], sessions, self._csrf(cookie, "account"))
+        sessions = [
+            (row.hash.hex(), row.name, row.created_at, row.used_at)
+            for row in self._store.sessions_of(user.sub)[:100]
+        ]
+        return account_page(
+            user.login,
+            [(key, *shown) for key, shown in applications.items()],
+            sessions,
+            self._csrf(cookie, "account"),
+        )
 
     def account_login(self, request):
         """POST /account/login: to Forgejo, and back to the account page."""
@@ -2939,7 +3914,13 @@ class Authorization:
         self._store.open_account(digest(cookie), info.sub, now + ACCOUNT_LIFETIME)
         self._log.audit("account opened", user=info.sub, login=info.login)
         response = redirect(self._settings.public_url + "/account")
-        return replace(response, headers=(*response.headers, self._set_cookie(self._cookie_name + "-account", cookie, ACCOUNT_LIFETIME)))
+        return replace(
+            response,
+            headers=(
+                *response.headers,
+                self._set_cookie(self._cookie_name + "-account", cookie, ACCOUNT_LIFETIME),
+            ),
+        )
 
     def account_end(self, request):
         """POST /account/end: end one application's grants, one session, or this login; nothing but the user's own."""
@@ -2967,7 +3948,9 @@ class Authorization:
         if not form.get("grant_type"):
             raise OAuthError("invalid_request", "grant_type is missing.")
         if form["grant_type"] not in grant_types:
-            raise OAuthError("unsupported_grant_type", "grant_type must be authorization_code or refresh_token.")
+            raise OAuthError(
+                "unsupported_grant_type", "grant_type must be authorization_code or refresh_token."
+            )
         if not canonical_resource(resources, self._settings):
             raise OAuthError("invalid_target", f"resource must be {self._settings.resource}.")
         return json_response(200, grant_types[form["grant_type"]](client, form), NO_STORE)
@@ -2978,11 +3961,20 @@ class Authorization:
         Whoever holds a token that we issued is limited by its grant, whatever address they share; all others by their address.
         """
         kind, _, parameters = (request.header("content-type") or "").partition(";")
-        if kind.strip().lower() != "application/x-www-form-urlencoded" or "charset" in parameters.lower() and "utf-8" not in parameters.lower():
+        if (
+            kind.strip().lower() != "application/x-www-form-urlencoded"
+            or "charset" in parameters.lower()
+            and "utf-8" not in parameters.lower()
+        ):
             raise OAuthError("invalid_request", "Send the parameters as application/x-www-form-urlencoded.")
-        values = parse_form(request.read_body(self._settings.max_form), OAuthError("invalid_request", "The body is malformed."))
+        values = parse_form(
+            request.read_body(self._settings.max_form),
+            OAuthError("invalid_request", "The body is malformed."),
+        )
         if request.query:
-            raise OAuthError("invalid_request", "Send the parameters in the body; secrets do not belong in a URL.")
+            raise OAuthError(
+                "invalid_request", "Send the parameters in the body; secrets do not belong in a URL."
+            )
         resources, form = values.get("resource", ()), {name: items[0] for name, items in values.items()}
         for name, items in values.items():
             if len(items) > 1 and name != "resource":
@@ -3006,14 +3998,26 @@ class Authorization:
         row = self._store.code(digest(code))
         if row and row.state != "active":
             raise OAuthError("invalid_grant", LOGGED_OUT)
-        grant = self._store.redeem_code(digest(code), client.client_id, form.get("redirect_uri", ""), challenge, now,
-                                        *self._hashed(pair, now), CODE_ATTEMPTS)
+        grant = self._store.redeem_code(
+            digest(code),
+            client.client_id,
+            form.get("redirect_uri", ""),
+            challenge,
+            now,
+            *self._hashed(pair, now),
+            CODE_ATTEMPTS,
+        )
         if grant is None:
             # A code that comes twice was stolen from one of the two: what the first made ends (RFC 6749 4.1.2).
             if row and row.used_at is not None and row.client_id == client.client_id:
                 self._end(row, "code replayed", "reuse detected")
-            raise OAuthError("invalid_grant", "The code is unknown, expired or used, or belongs to another request. Start again.")
-        self._log.audit("token issued", user=grant.sub, client=client.client_id, grant=grant.grant_id, scope=grant.scope)
+            raise OAuthError(
+                "invalid_grant",
+                "The code is unknown, expired or used, or belongs to another request. Start again.",
+            )
+        self._log.audit(
+            "token issued", user=grant.sub, client=client.client_id, grant=grant.grant_id, scope=grant.scope
+        )
         return self._pair_answer(pair, grant.scope, self._settings.access_token_lifetime)
 
     def _refresh(self, client, form):
@@ -3025,7 +4029,9 @@ class Authorization:
         token, now = form.get("refresh_token", ""), self._clock.now()
         for _ in range(100):
             row = self._store.refresh_token(digest(token)) if token.startswith("fjr_") else None
-            if row is None or row.client_id != client.client_id:  # another client's mistake must not end our client's grant
+            if (
+                row is None or row.client_id != client.client_id
+            ):  # another client's mistake must not end our client's grant
                 raise OAuthError("invalid_grant", "The refresh token is unknown. Log in again.")
             scope = self._narrowed(form.get("scope", ""), row.scope)
             if row.ended_at is not None or row.expires_at <= now:
@@ -3036,11 +4042,16 @@ class Authorization:
                 pair = self._new_pair()
                 box = self._keyring.chained(token).seal("successor", str(row.grant_id), pair)
                 if self._store.rotate(digest(token), scope, now, *self._hashed(pair, now), box):
-                    self._log.audit("token refreshed", user=row.sub, client=client.client_id, grant=row.grant_id)
+                    self._log.audit(
+                        "token refreshed", user=row.sub, client=client.client_id, grant=row.grant_id
+                    )
                     return self._pair_answer(pair, scope or row.scope, self._settings.access_token_lifetime)
                 continue  # another request was faster: the next look finds what it made
             pair = self._successor(token, row, now)
-            newer, access = self._store.refresh_token(digest(pair["refresh"])), self._store.access_token(digest(pair["access"]))
+            newer, access = (
+                self._store.refresh_token(digest(pair["refresh"])),
+                self._store.access_token(digest(pair["access"])),
+            )
             if newer and newer.rotated_at is None and access and access.expires_at > now and scope is None:
                 return self._pair_answer(pair, row.scope, access.expires_at - now)
             token = pair["refresh"]
@@ -3051,7 +4062,9 @@ class Authorization:
             self._end(row, "refresh token re-used", "reuse detected")
         else:
             with contextlib.suppress(ValueError):
-                return self._keyring.chained(token).unseal("successor", str(row.grant_id), row.successor or b"")
+                return self._keyring.chained(token).unseal(
+                    "successor", str(row.grant_id), row.successor or b""
+                )
         raise OAuthError("invalid_grant", "The refresh token was used before. Log in again.")
 
     @staticmethod
@@ -3067,13 +4080,20 @@ class Authorization:
         return {"access": new_secret("fja_"), "refresh": new_secret("fjr_")}
 
     def _hashed(self, pair, now):
-        return ((digest(pair["access"]), now + self._settings.access_token_lifetime),
-                (digest(pair["refresh"]), now + self._settings.refresh_token_lifetime))
+        return (
+            (digest(pair["access"]), now + self._settings.access_token_lifetime),
+            (digest(pair["refresh"]), now + self._settings.refresh_token_lifetime),
+        )
 
     @staticmethod
     def _pair_answer(pair, scope, expires_in):
-        return {"access_token": pair["access"], "token_type": "Bearer", "expires_in": max(1, int(expires_in)),
-                "refresh_token": pair["refresh"], "scope": scope}
+        return {
+            "access_token": pair["access"],
+            "token_type": "Bearer",
+            "expires_in": max(1, int(expires_in)),
+            "refresh_token": pair["refresh"],
+            "scope": scope,
+        }
 
     def _end(self, row, reason, event="token revoked"):
         if self._store.end_grant(row.grant_id, reason, self._clock.now()):
@@ -3099,12 +4119,16 @@ class Authorization:
         """(form, cookie) of a form that this browser was shown: its CSRF value fits the cookie, and no other site sent it (C03 to C05)."""
         spend(self._limiter, self._settings, "authorize", request)
         site = request.header("sec-fetch-site")
-        if site not in (None, "same-origin") or (site is None and request.header("origin") not in (None, self._settings.public_url)):
+        if site not in (None, "same-origin") or (
+            site is None and request.header("origin") not in (None, self._settings.public_url)
+        ):
             raise PageRefusal("foreign form")
         values = parse_form(request.read_body(self._settings.max_form), PageRefusal("malformed"))
         form = {name: items[0] for name, items in values.items() if len(items) == 1}
         cookie = self._cookie(request, cookie_name)
-        if not cookie or not hmac.compare_digest(self._csrf(cookie, purpose + form.get("login", "")).encode(), form.get("csrf", "").encode()):
+        if not cookie or not hmac.compare_digest(
+            self._csrf(cookie, purpose + form.get("login", "")).encode(), form.get("csrf", "").encode()
+        ):
             raise PageRefusal("wrong browser")
         return form, cookie
 
@@ -3114,8 +4138,12 @@ class Authorization:
 
     def _cookie(self, request, wanted):
         """The value of a cookie, None when it is absent or not one we made; two of the name are an attack (C16)."""
-        values = [value for line in request.headers.get("cookie", ()) for name, _, value in
-                  (pair.strip().partition("=") for pair in line.split(";")) if name == wanted]
+        values = [
+            value
+            for line in request.headers.get("cookie", ())
+            for name, _, value in (pair.strip().partition("=") for pair in line.split(";"))
+            if name == wanted
+        ]
         if len(values) > 1:
             raise PageRefusal("two cookies")
         return values[0] if values and re.fullmatch(r"[A-Za-z0-9_-]{43}", values[0]) else None
@@ -3187,8 +4215,16 @@ class Guardian:
             if self._process and self._process.poll() is None:
                 self._process.stdin.write(line.encode())
                 return
-        self._process = subprocess.Popen(["/bin/sh", "-c", GUARDIAN_SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                         stderr=subprocess.DEVNULL, start_new_session=True, close_fds=True, bufsize=0, env={"PATH": os.defpath})
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", GUARDIAN_SCRIPT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            close_fds=True,
+            bufsize=0,
+            env={"PATH": os.defpath},
+        )
         self._process.stdin.write("".join(f"+ {each}\n" for each in self._known).encode())
 
     def watch(self, child):
@@ -3211,14 +4247,30 @@ class Guardian:
                 self._process = None
 
 
-ENVIRONMENT_PASSED = ("PATH", "HOME", "LANG", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
-                      "http_proxy", "https_proxy", "no_proxy")
+ENVIRONMENT_PASSED = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "TZ",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+)
 
 
 def child_environment(settings, access_token):
     """A child's whole environment: an allow-list and the user's own token. Nothing else of ours is inherited (P01, P02)."""
-    return {**{name: os.environ[name] for name in ENVIRONMENT_PASSED if name in os.environ}, "FORGEJO_ACCESS_TOKEN": access_token,
-            "FORGEJO_URL": settings.forgejo_url, "FORGEJO_USER_AGENT": f"fjmcp-broker/{__version__}"}
+    return {
+        **{name: os.environ[name] for name in ENVIRONMENT_PASSED if name in os.environ},
+        "FORGEJO_ACCESS_TOKEN": access_token,
+        "FORGEJO_URL": settings.forgejo_url,
+        "FORGEJO_USER_AGENT": f"fjmcp-broker/{__version__}",
+    }
 
 
 def child_command(settings):
@@ -3228,7 +4280,11 @@ def child_command(settings):
     path = shutil.which(name)
     if path is None:
         raise ChildMissing(f"{name} is not an executable program")
-    return [path, "--transport", "stdio", "--url", settings.forgejo_url] if isinstance(command, str) else [path, *command[1:]]
+    return (
+        [path, "--transport", "stdio", "--url", settings.forgejo_url]
+        if isinstance(command, str)
+        else [path, *command[1:]]
+    )
 
 
 class Child:
@@ -3241,10 +4297,14 @@ class Child:
         self._guardian, self._settings, self._log, self._label = guardian, settings, log, label
         self._on_line, self._on_end = on_line, on_end
         self._write_lock = threading.Lock()  # one whole line at a time; guards _stdin
-        self._lock = threading.Lock()  # guards reason, _kill_at, and that nobody signals a number given back; a leaf
+        self._lock = (
+            threading.Lock()
+        )  # guards reason, _kill_at, and that nobody signals a number given back; a leaf
         self.reason, self._kill_at, self.ended = None, float("inf"), threading.Event()
         self.pid = self._process = self._stdin = self._exit = None
-        self._token = environment.get("FORGEJO_ACCESS_TOKEN", "").encode() or b"\n"  # what a child must not bring into the log
+        self._token = (
+            environment.get("FORGEJO_ACCESS_TOKEN", "").encode() or b"\n"
+        )  # what a child must not bring into the log
         try:
             self._start(command, environment)
         except (OSError, RuntimeError) as error:  # what was started must not stay behind
@@ -3252,15 +4312,25 @@ class Child:
             if self._process:
                 self.kill("not started")
             self._release()
-            raise (ChildMissing if is_missing else ChildFailed)(f"{command[0]}: {getattr(error, 'strerror', None) or error}") from None
+            raise (ChildMissing if is_missing else ChildFailed)(
+                f"{command[0]}: {getattr(error, 'strerror', None) or error}"
+            ) from None
 
     def _start(self, command, environment):
         stdin, self._stdin = os.pipe()
         announced = f"stdin:{os.fstat(stdin).st_ino}"
         try:
             self._guardian.watch(announced)
-            self._process = subprocess.Popen(command, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                             start_new_session=True, close_fds=True, bufsize=0)
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                close_fds=True,
+                bufsize=0,
+            )
             self.pid = self._process.pid
             self._guardian.watch(self.pid)
         finally:
@@ -3281,7 +4351,7 @@ class Child:
         with self._write_lock:
             while data and self._stdin is not None:
                 try:
-                    data = data[os.write(self._stdin, data):]
+                    data = data[os.write(self._stdin, data) :]
                 except BlockingIOError:
                     if time.monotonic() >= end or not self.alive:
                         self.kill("stuck")
@@ -3375,7 +4445,9 @@ class Child:
             stderr.start()
             self._read_stdout()
         except Exception as error:
-            self._log.event("error", "reader failed", user=self._label, error=f"{type(error).__name__}: {error}")
+            self._log.event(
+                "error", "reader failed", user=self._label, error=f"{type(error).__name__}: {error}"
+            )
         self.stop("exited")
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
@@ -3384,7 +4456,9 @@ class Child:
             stderr.join()
         status = self._release()
         if self.reason == "exited":
-            self.reason = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+            self.reason = (
+                f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+            )
         self._on_end(self)
 
     def _release(self):
@@ -3408,6 +4482,7 @@ class Child:
 # Must not know HTTP, tokens or eras: it is given a front, which speaks with the client, and edges, which speak with children.
 # ======================================================================================================================
 
+
 class Call:
     """One request on its way through a child, in the form both eras share: `params` without what only one era says.
 
@@ -3415,12 +4490,44 @@ class Call:
     are what this request says of its client; None: what the session says. `over` is called once when nothing more can come.
     """
 
-    __slots__ = ("method", "params", "reply", "deadline", "token", "capabilities", "client", "level", "after", "over", "paused_at",
-                 "undeclared", "answers", "state")
+    __slots__ = (
+        "method",
+        "params",
+        "reply",
+        "deadline",
+        "token",
+        "capabilities",
+        "client",
+        "level",
+        "after",
+        "over",
+        "paused_at",
+        "undeclared",
+        "answers",
+        "state",
+    )
 
-    def __init__(self, method, params, reply, deadline, *, capabilities=None, client=None, level=None, after=None, over=None):
+    def __init__(
+        self,
+        method,
+        params,
+        reply,
+        deadline,
+        *,
+        capabilities=None,
+        client=None,
+        level=None,
+        after=None,
+        over=None,
+    ):
         self.method, self.params, self.reply, self.deadline = method, params, reply, deadline
-        self.capabilities, self.client, self.level, self.after, self.over = capabilities, client, level, after, over
+        self.capabilities, self.client, self.level, self.after, self.over = (
+            capabilities,
+            client,
+            level,
+            after,
+            over,
+        )
         meta = (params or {}).get("_meta")
         self.token = meta.get("progressToken") if isinstance(meta, dict) else None
         self.paused_at = None  # since when its client owes an answer: the clock stands
@@ -3429,7 +4536,9 @@ class Call:
 
     def fail(self, reason, sentence, *, retryable, outcome_unknown=True, code=SERVER_ERROR):
         """Answer with an error of the broker's own (design 5: the table of cases)."""
-        self.reply.fail(code, sentence, {"reason": reason, "outcome_unknown": outcome_unknown, "retryable": retryable})
+        self.reply.fail(
+            code, sentence, {"reason": reason, "outcome_unknown": outcome_unknown, "retryable": retryable}
+        )
 
 
 class Waiting:
@@ -3462,14 +4571,25 @@ class Question:
     __slots__ = ("link", "key", "method", "params", "call", "deadline")
 
     def __init__(self, link, key, method, params, call=None):
-        self.link, self.key, self.method, self.params, self.call, self.deadline = link, key, method, params, call, 0.0
+        self.link, self.key, self.method, self.params, self.call, self.deadline = (
+            link,
+            key,
+            method,
+            params,
+            call,
+            0.0,
+        )
 
 
 class Link:
     """A child together with what is under way on it. Its maps are guarded by the session's lock."""
 
     def __init__(self, session, seq, fresh_until):
-        self.session, self.seq, self.fresh_until = session, seq, fresh_until  # of the credential that the child holds
+        self.session, self.seq, self.fresh_until = (
+            session,
+            seq,
+            fresh_until,
+        )  # of the credential that the child holds
         self.pending = {}  # our id towards the child -> Call
         self.numbers = itertools.count(1)
         self.child, self.edge, self.bad_lines, self.stray, self.used_at = None, None, 0, 0, time.monotonic()
@@ -3505,13 +4625,17 @@ class Link:
 
     def on_line(self, line):
         """A line of the child's output; in the child's reader thread."""
-        if self.bad_lines >= 100 or self.edge is None:  # it was told to end, or speaks before it was spoken to
+        if (
+            self.bad_lines >= 100 or self.edge is None
+        ):  # it was told to end, or speaks before it was spoken to
             return
         try:
             message = classify(read_child_json(line))
         except (ValueError, RecursionError):
             self.bad_lines += 1
-            self.session.log.event("warning", "bad line from child", user=self.session.sub, count=self.bad_lines)
+            self.session.log.event(
+                "warning", "bad line from child", user=self.session.sub, count=self.bad_lines
+            )
             if self.bad_lines >= 100:
                 self.child.kill("bad_lines")
             return
@@ -3541,7 +4665,11 @@ class Link:
         params = message.params or {}
         if message.method == "notifications/progress":
             with self.session.lock:
-                call = self.pending.get(params.get("progressToken")) if isinstance(params.get("progressToken"), int) else None
+                call = (
+                    self.pending.get(params.get("progressToken"))
+                    if isinstance(params.get("progressToken"), int)
+                    else None
+                )
             if call and call.token is not None:
                 call.reply.notify({**message.body, "params": {**params, "progressToken": call.token}})
         elif message.method == "ping" and message.kind == "request":
@@ -3568,8 +4696,21 @@ class Session:
     `lock` guards link, draining, waking, questions, the links' maps and the front's; it is never held across a spawn, a send or a wait.
     """
 
-    def __init__(self, registry, name, sub, client_id, initialize, front, *, version=None, level=None, subscriptions=(), tools_hash=None,
-                 durable=True):
+    def __init__(
+        self,
+        registry,
+        name,
+        sub,
+        client_id,
+        initialize,
+        front,
+        *,
+        version=None,
+        level=None,
+        subscriptions=(),
+        tools_hash=None,
+        durable=True,
+    ):
         self.registry, self.settings, self.log = registry, registry.settings, registry.log
         self.name, self.sub, self.client_id, self.durable = name, sub, client_id, durable
         self.initialize, self.version, self.level, self.server = initialize, version, level, None
@@ -3580,13 +4721,17 @@ class Session:
         self.link, self.draining, self.waking, self.ended, self.questions = None, set(), None, False, set()
         self.failures, self.retry_at, self.failure = 0, 0.0, None
         self.users, self.leased = 0, False  # of a place in a pool; guarded by the registry's lock
-        self._watch_lock = threading.Lock()  # one change of subscriptions at a time, child's answers awaited; taken before `lock`
+        self._watch_lock = (
+            threading.Lock()
+        )  # one change of subscriptions at a time, child's answers awaited; taken before `lock`
         self.used_at = self.saved_at = registry.clock.now()
         self.front = front(self)
 
     def new_stream(self, answers):
         """A stream to the client that ends with that many answers."""
-        return Stream(self.settings.stream_events, self.settings.stream_bytes, self.settings.write_timeout + 5, answers)
+        return Stream(
+            self.settings.stream_events, self.settings.stream_bytes, self.settings.write_timeout + 5, answers
+        )
 
     # -- calls, notifications and answers of the client
 
@@ -3599,7 +4744,9 @@ class Session:
                 if self.ended or link is not self.link or not link.alive:
                     continue
                 if len(self.calls()) + len(calls) > self.settings.max_inflight:
-                    raise unavailable("busy", "Too many requests of this session are in flight; wait for answers.", 429, 1)
+                    raise unavailable(
+                        "busy", "Too many requests of this session are in flight; wait for answers.", 429, 1
+                    )
                 lines = [link.register(call) for call in calls if not link.edge.serves(call)]
             for line in lines:
                 link.child.send(line)  # a child that died meanwhile answers through link_ended
@@ -3615,7 +4762,12 @@ class Session:
 
     def calls(self, link=None):
         """The client's requests in flight, on one link or all; under the lock."""
-        return [call for each in ([link] if link else self.links()) for call in each.pending.values() if not isinstance(call.reply, Waiting)]
+        return [
+            call
+            for each in ([link] if link else self.links())
+            for call in each.pending.values()
+            if not isinstance(call.reply, Waiting)
+        ]
 
     def notify(self, method, params=None):
         """A notification of the client for a child that is awake."""
@@ -3628,7 +4780,9 @@ class Session:
     def cancel(self, call, params=None):
         """Cancel a call at its child; whether it was in flight. No answer is given here."""
         with self.lock:
-            found = next(((link, n) for link in self.links() for n, each in link.pending.items() if each is call), None)
+            found = next(
+                ((link, n) for link in self.links() for n, each in link.pending.items() if each is call), None
+            )
             if not found:
                 return False
             link, number = found
@@ -3643,11 +4797,16 @@ class Session:
         with self.lock:
             before = (self.level, sorted(self.subscriptions), self.tools_hash)
             if "subscribe" in changes:  # a session subscribes once, the listeners of a pool count
-                self.subscriptions[changes["subscribe"]] += not self.durable or changes["subscribe"] not in self.subscriptions
+                self.subscriptions[changes["subscribe"]] += (
+                    not self.durable or changes["subscribe"] not in self.subscriptions
+                )
             if "unsubscribe" in changes:
                 self.subscriptions[changes["unsubscribe"]] -= 1
                 self.subscriptions = +self.subscriptions
-            self.level, self.tools_hash = changes.get("level", self.level), changes.get("tools_hash", self.tools_hash)
+            self.level, self.tools_hash = (
+                changes.get("level", self.level),
+                changes.get("tools_hash", self.tools_hash),
+            )
             after = (self.level, sorted(self.subscriptions), self.tools_hash)
         if self.durable and before != after:
             with contextlib.suppress(StoreUnavailable):  # what is lost is a replay's detail, not the answer
@@ -3705,7 +4864,11 @@ class Session:
         with self.lock:
             if self.ended:
                 raise session_not_found()
-            if self.link and self.link.alive and (self.settings.child_keeps_state or self.registry.clock.now() < self.link.fresh_until):
+            if (
+                self.link
+                and self.link.alive
+                and (self.settings.child_keeps_state or self.registry.clock.now() < self.link.fresh_until)
+            ):
                 return self.link
             if self.failures >= 3 and time.monotonic() < self.retry_at:
                 raise self.failure
@@ -3762,7 +4925,9 @@ class Session:
         except BaseException:
             self.registry.release_place(self)
             raise
-        self.log.audit("child started", user=self.sub, client=self.client_id, pid=link.child.pid, replay=replay)
+        self.log.audit(
+            "child started", user=self.sub, client=self.client_id, pid=link.child.pid, replay=replay
+        )
         try:
             server = self.registry.connect(link, probe)
             if server:
@@ -3778,7 +4943,13 @@ class Session:
 
     def _settle(self, link, server, replay):
         if self.version and server["protocolVersion"] != self.version:
-            self.log.event("warning", "child speaks another version", user=self.sub, was=self.version, now=server["protocolVersion"])
+            self.log.event(
+                "warning",
+                "child speaks another version",
+                user=self.sub,
+                was=self.version,
+                now=server["protocolVersion"],
+            )
         self.server, self.version = server, self.version or server["protocolVersion"]
         if replay or not self.durable:
             self._replay(link)
@@ -3794,6 +4965,7 @@ class Session:
 
     def _compare_tools(self, link):
         """Tell the client when the new child has other tools than the one it knew; the comparison holds up nobody."""
+
         def compare(result):
             digest_now = tools_digest(result)
             if digest_now != self.tools_hash:
@@ -3846,7 +5018,11 @@ class Session:
         if link is not self.link:
             self._stop_if_drained(link)
         self.registry.place_may_be_free()
-        if message and call.method == "tools/call" and message.body.get("error", {}).get("code") == INTERNAL_ERROR:
+        if (
+            message
+            and call.method == "tools/call"
+            and message.body.get("error", {}).get("code") == INTERNAL_ERROR
+        ):
             self.registry.tool_refused(self.sub)
 
     def _stop_if_drained(self, link):
@@ -3866,21 +5042,33 @@ class Session:
             calls, link.pending = list(link.pending.values()), {}
             self.questions = {question for question in self.questions if question.link is not link}
         for call in calls:
-            call.fail("child_died", f"The tool process ended ({reason}) before it answered; whether it did anything is not known.",
-                      retryable=True)
+            call.fail(
+                "child_died",
+                f"The tool process ended ({reason}) before it answered; whether it did anything is not known.",
+                retryable=True,
+            )
             if call.over:
                 call.over()
         self.registry.release_place(self)
-        self.log.audit("child stopped", user=self.sub, client=self.client_id, pid=link.child.pid, reason=reason)
+        self.log.audit(
+            "child stopped", user=self.sub, client=self.client_id, pid=link.child.pid, reason=reason
+        )
 
     def tick(self, now):
         """Answer what has waited too long (monotonic time `now`); called by the reaper."""
         with self.lock:
             links = self.links()
-            late = [call for link in links for call in link.pending.values() if call.deadline <= now and call.paused_at is None]
+            late = [
+                call
+                for link in links
+                for call in link.pending.values()
+                if call.deadline <= now and call.paused_at is None
+            ]
             stale = [question for question in self.questions if question.deadline <= now]
             self.front.tick()
-        if stale or late:  # in a thread of its own: a child that does not read must not hold up the clock of all
+        if (
+            stale or late
+        ):  # in a thread of its own: a child that does not read must not hold up the clock of all
             threading.Thread(target=self._give_up, args=(stale, late), daemon=True).start()
         for link in links:
             if link is not self.link:
@@ -3893,10 +5081,16 @@ class Session:
             call = question.call
             if call and call.reply.held and self.cancel(call, {"reason": "no retry came"}):
                 call.fail("timed_out", "Nobody came back with the answers in time.", retryable=False)
-            self.answer(question, error={"code": SERVER_ERROR, "message": "The client did not answer in time"})
+            self.answer(
+                question, error={"code": SERVER_ERROR, "message": "The client did not answer in time"}
+            )
         for call in calls:
             if self.cancel(call, {"reason": "timed out"}):
-                call.fail("timed_out", "The tool did not answer in time; whether it did anything is not known.", retryable=False)
+                call.fail(
+                    "timed_out",
+                    "The tool did not answer in time; whether it did anything is not known.",
+                    retryable=False,
+                )
 
     def end(self, reason):
         """The session is over: its child stops, its streams end, what is in flight is answered."""
@@ -3909,7 +5103,11 @@ class Session:
             for link in links:
                 link.pending = {}
         for call in calls:
-            call.fail("session_ended", f"The session ended ({reason}); whether the call did anything is not known.", retryable=False)
+            call.fail(
+                "session_ended",
+                f"The session ended ({reason}); whether the call did anything is not known.",
+                retryable=False,
+            )
         for link in links:
             link.child.stop(reason)
         self.front.end()
@@ -3928,10 +5126,16 @@ class Session:
         """{name: tool} over all pages; None when the child does not give them."""
         link, cursor, tools = self.awake(), None, {}
         for _ in range(100):
-            result = (link.call("tools/list", {"cursor": cursor} if cursor else {}, QUESTION_GRACE) or {}).get("result")
+            result = (
+                link.call("tools/list", {"cursor": cursor} if cursor else {}, QUESTION_GRACE) or {}
+            ).get("result")
             if not isinstance(result, dict) or not isinstance(result.get("tools"), list):
                 return None
-            tools.update((tool["name"], tool) for tool in result["tools"] if isinstance(tool, dict) and isinstance(tool.get("name"), str))
+            tools.update(
+                (tool["name"], tool)
+                for tool in result["tools"]
+                if isinstance(tool, dict) and isinstance(tool.get("name"), str)
+            )
             cursor = result.get("nextCursor")
             if not isinstance(cursor, str):
                 break
@@ -3951,7 +5155,9 @@ def session_not_found():
 
 def tools_digest(result):
     """A fingerprint of a tools/list result."""
-    return hashlib.sha256(json.dumps(result.get("tools") if isinstance(result, dict) else None, sort_keys=True).encode()).digest()
+    return hashlib.sha256(
+        json.dumps(result.get("tools") if isinstance(result, dict) else None, sort_keys=True).encode()
+    ).digest()
 
 
 # ======================================================================================================================
@@ -3961,19 +5167,49 @@ def tools_digest(result):
 # ======================================================================================================================
 
 META = "io.modelcontextprotocol/"
-META_CLIENT, META_CAPABILITIES, META_LEVEL = META + "clientInfo", META + "clientCapabilities", META + "logLevel"
+META_CLIENT, META_CAPABILITIES, META_LEVEL = (
+    META + "clientInfo",
+    META + "clientCapabilities",
+    META + "logLevel",
+)
 META_SERVER, META_SUBSCRIPTION = META + "serverInfo", META + "subscriptionId"
 MODERN_META = {META_VERSION, META_CLIENT, META_CAPABILITIES, META_LEVEL}
 LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
 HEADER_MISMATCH, MISSING_CAPABILITY, LEGACY_NOT_FOUND, LEGACY_URL_REQUIRED = -32020, -32021, -32002, -32042
-STATUS_OF_ERROR = {METHOD_NOT_FOUND: 404, HEADER_MISMATCH: 400, MISSING_CAPABILITY: 400, UNSUPPORTED_VERSION: 400}
-CACHEABLE = {"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list", "resources/read"}
+STATUS_OF_ERROR = {
+    METHOD_NOT_FOUND: 404,
+    HEADER_MISMATCH: 400,
+    MISSING_CAPABILITY: 400,
+    UNSUPPORTED_VERSION: 400,
+}
+CACHEABLE = {
+    "server/discover",
+    "tools/list",
+    "prompts/list",
+    "resources/list",
+    "resources/templates/list",
+    "resources/read",
+}
 STAMPS = {"resultType", "ttlMs", "cacheScope"}
 ASKS = {"elicitation/create": "elicitation", "sampling/createMessage": "sampling", "roots/list": "roots"}
-MAY_ASK = ("tools/call", "prompts/get", "resources/read")  # the requests that may be answered by `input_required`
+MAY_ASK = (
+    "tools/call",
+    "prompts/get",
+    "resources/read",
+)  # the requests that may be answered by `input_required`
 LEGACY_ONLY = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
-LIST_CHANGES = {f"notifications/{kind}/list_changed": f"{kind}ListChanged" for kind in ("tools", "prompts", "resources")}
-SERVER_CAPABILITIES = ("experimental", "extensions", "logging", "completions", "prompts", "resources", "tools")
+LIST_CHANGES = {
+    f"notifications/{kind}/list_changed": f"{kind}ListChanged" for kind in ("tools", "prompts", "resources")
+}
+SERVER_CAPABILITIES = (
+    "experimental",
+    "extensions",
+    "logging",
+    "completions",
+    "prompts",
+    "resources",
+    "tools",
+)
 LEGACY_MISSING = re.compile(r"client does not support|\bcapabilit", re.IGNORECASE)
 COLLECT_WAIT = 0.05  # seconds in which a legacy child may ask more, so that all goes out in one answer
 PROBE_WAIT = 5.0  # seconds a child may keep silent when it is asked for its era; then it is legacy
@@ -3981,7 +5217,9 @@ PROBE_WAIT = 5.0  # seconds a child may keep silent when it is asked for its era
 
 def known_capabilities(capabilities):
     """Of what a client says it can do, what a child may ask of it."""
-    return {name: capabilities[name] for name in sorted(ASKS.values()) if isinstance(capabilities.get(name), dict)}
+    return {
+        name: capabilities[name] for name in sorted(ASKS.values()) if isinstance(capabilities.get(name), dict)
+    }
 
 
 def run_later(seconds, function, *arguments):
@@ -4006,17 +5244,26 @@ def connect(link, known, seconds):
         body = link.call("server/discover", None, seconds if known else min(seconds, PROBE_WAIT)) or {}
         result, error = body.get("result"), body.get("error") or {}
         versions = result.get("supportedVersions") if isinstance(result, dict) else None
-        if versions is None and error.get("code") == UNSUPPORTED_VERSION and isinstance(error.get("data"), dict):
+        if (
+            versions is None
+            and error.get("code") == UNSUPPORTED_VERSION
+            and isinstance(error.get("data"), dict)
+        ):
             versions = error["data"].get("supported")
         versions = versions if isinstance(versions, list) else []
-        modern, legacy = FIRST_MODERN_VERSION in versions, any(version in versions for version in LEGACY_VERSIONS)
+        modern, legacy = (
+            FIRST_MODERN_VERSION in versions,
+            any(version in versions for version in LEGACY_VERSIONS),
+        )
         era = ("both" if legacy else "modern") if modern else "legacy"
         if modern and isinstance(result, dict) and not (legacy and session.durable):
             return era, link.edge.server(result)
         if link.child.ended.is_set():
             return era, None
         if versions and not legacy:
-            raise unavailable("starting_failed", f"The tool process speaks only {', '.join(map(str, versions))}.")
+            raise unavailable(
+                "starting_failed", f"The tool process speaks only {', '.join(map(str, versions))}."
+            )
     link.edge = LegacyEdge(link)
     return era, link.edge.initialize(seconds)
 
@@ -4037,7 +5284,9 @@ class Edge:
 
     def cancel(self, number, params):
         """Tell the child that nobody waits any more."""
-        self._link.send({"method": "notifications/cancelled", "params": {**(params or {}), "requestId": number}})
+        self._link.send(
+            {"method": "notifications/cancelled", "params": {**(params or {}), "requestId": number}}
+        )
 
 
 class LegacyEdge(Edge):
@@ -4050,12 +5299,20 @@ class LegacyEdge(Edge):
     def initialize(self, seconds):
         """The child's result, with the version that was negotiated before; None when it gives none."""
         session = self._session
-        answer = self._link.call("initialize", session.initialize | ({"protocolVersion": session.version} if session.version else {}), seconds)
+        answer = self._link.call(
+            "initialize",
+            session.initialize | ({"protocolVersion": session.version} if session.version else {}),
+            seconds,
+        )
         if answer is None or "error" in answer and self._link.child.ended.is_set():
             return None
         if "error" in answer:
-            raise RpcError(answer["error"]["code"], str(answer["error"].get("message", "")), answer["error"].get("data"))
-        if not isinstance(answer["result"], dict) or not isinstance(answer["result"].get("protocolVersion"), str):
+            raise RpcError(
+                answer["error"]["code"], str(answer["error"].get("message", "")), answer["error"].get("data")
+            )
+        if not isinstance(answer["result"], dict) or not isinstance(
+            answer["result"].get("protocolVersion"), str
+        ):
             raise unavailable("starting_failed", "The tool process does not speak MCP.")
         return answer["result"]
 
@@ -4066,7 +5323,17 @@ class LegacyEdge(Edge):
             params = {**params, "_meta": {**params["_meta"], "progressToken": number}}
         if call.level not in (None, self._level):
             self._level = call.level
-            setting = self._link.register(Call("logging/setLevel", {"level": call.level}, Waiting(), time.monotonic() + QUESTION_GRACE)) + b"\n"
+            setting = (
+                self._link.register(
+                    Call(
+                        "logging/setLevel",
+                        {"level": call.level},
+                        Waiting(),
+                        time.monotonic() + QUESTION_GRACE,
+                    )
+                )
+                + b"\n"
+            )
         return setting + dump(asking(call.method, params, jsonrpc="2.0", id=number))
 
     def said(self, message):
@@ -4074,9 +5341,13 @@ class LegacyEdge(Edge):
         params = message.params or {}
         if message.kind == "request":
             self._session.registry.note_asking()
-            self._session.front.asked(self._link, [Question(self._link, message.id, message.method, message.params)])
+            self._session.front.asked(
+                self._link, [Question(self._link, message.id, message.method, message.params)]
+            )
         elif message.method == "notifications/cancelled":
-            self._session.front.withdrawn(message, self._session.withdraw(self._link, params.get("requestId")))
+            self._session.front.withdrawn(
+                message, self._session.withdraw(self._link, params.get("requestId"))
+            )
         else:
             self._session.front.heard(self._link, message.method, params)
 
@@ -4124,11 +5395,16 @@ class ModernEdge(Edge):
         capabilities = result.get("capabilities") if isinstance(result.get("capabilities"), dict) else {}
         asked = session.version or session.initialize.get("protocolVersion")
         session.ttl = ttl if isinstance(ttl := result.get("ttlMs"), int) and ttl > 0 else 0
-        self._kinds = {f"{kind}ListChanged": True for kind in ("tools", "prompts", "resources")
-                       if isinstance(capabilities.get(kind), dict) and capabilities[kind].get("listChanged") is True}
-        return {"protocolVersion": asked if asked in LEGACY_VERSIONS else LEGACY_VERSIONS[0], "capabilities": capabilities,
-                "serverInfo": info if isinstance(info, dict) else {"name": "forgejo-mcp", "version": "unknown"}} \
-            | ({"instructions": result["instructions"]} if isinstance(result.get("instructions"), str) else {})
+        self._kinds = {
+            f"{kind}ListChanged": True
+            for kind in ("tools", "prompts", "resources")
+            if isinstance(capabilities.get(kind), dict) and capabilities[kind].get("listChanged") is True
+        }
+        return {
+            "protocolVersion": asked if asked in LEGACY_VERSIONS else LEGACY_VERSIONS[0],
+            "capabilities": capabilities,
+            "serverInfo": info if isinstance(info, dict) else {"name": "forgejo-mcp", "version": "unknown"},
+        } | ({"instructions": result["instructions"]} if isinstance(result.get("instructions"), str) else {})
 
     def encode(self, number, call):
         """A call as a line, with what its client says of itself; and after a question with the answers."""
@@ -4139,17 +5415,40 @@ class ModernEdge(Edge):
         capabilities = (call.capabilities if call else None) or session.initialize.get("capabilities")
         capabilities = capabilities if isinstance(capabilities, dict) else {}
         given = (params or {}).get("_meta")
-        meta = {**(given if isinstance(given, dict) else {}), META_VERSION: FIRST_MODERN_VERSION,
-                META_CLIENT: (call.client if call else None) or session.initialize.get("clientInfo") or {"name": "fjmcp-broker", "version": __version__},
-                META_CAPABILITIES: {name: {} if name == "roots" else value for name, value in capabilities.items()
-                                    if name in ("experimental", "extensions", *ASKS.values()) and isinstance(value, dict)}}
+        meta = {
+            **(given if isinstance(given, dict) else {}),
+            META_VERSION: FIRST_MODERN_VERSION,
+            META_CLIENT: (call.client if call else None)
+            or session.initialize.get("clientInfo")
+            or {"name": "fjmcp-broker", "version": __version__},
+            META_CAPABILITIES: {
+                name: {} if name == "roots" else value
+                for name, value in capabilities.items()
+                if name in ("experimental", "extensions", *ASKS.values()) and isinstance(value, dict)
+            },
+        }
         level = call and (call.level or session.level)
         if level:
             meta[META_LEVEL] = level
         if call and call.token is not None:
             meta["progressToken"] = number
-        retry = {} if not call else {name: value for name, value in (("inputResponses", call.answers), ("requestState", call.state)) if value}
-        return dump({"jsonrpc": "2.0", "id": number, "method": method, "params": {**(params or {}), **retry, "_meta": meta}})
+        retry = (
+            {}
+            if not call
+            else {
+                name: value
+                for name, value in (("inputResponses", call.answers), ("requestState", call.state))
+                if value
+            }
+        )
+        return dump(
+            {
+                "jsonrpc": "2.0",
+                "id": number,
+                "method": method,
+                "params": {**(params or {}), **retry, "_meta": meta},
+            }
+        )
 
     def serves(self, call):
         """Whether the edge answers a call itself: what this era has no more."""
@@ -4180,7 +5479,11 @@ class ModernEdge(Edge):
     def asks(self, call, message):
         """Whether an answer is no end but a question, or comes while one is open (and is dropped then)."""
         result = message.body.get("result")
-        return call.paused_at is not None or isinstance(result, dict) and result.get("resultType") == "input_required"
+        return (
+            call.paused_at is not None
+            or isinstance(result, dict)
+            and result.get("resultType") == "input_required"
+        )
 
     def ask(self, call, message):
         """The child needs input: ask for all of it, and answer with a retry (MCP 2026-07-28 patterns/mrtr)."""
@@ -4189,8 +5492,11 @@ class ModernEdge(Edge):
         result = message.body["result"]
         requests = result.get("inputRequests") if isinstance(result.get("inputRequests"), dict) else {}
         call.state, call.answers = result.get("requestState"), {}
-        questions = [Question(self._link, key, request["method"], request.get("params"), call) for key, request in requests.items()
-                     if isinstance(request, dict) and request.get("method") in ASKS]
+        questions = [
+            Question(self._link, key, request["method"], request.get("params"), call)
+            for key, request in requests.items()
+            if isinstance(request, dict) and request.get("method") in ASKS
+        ]
         if questions:
             self._session.front.asked(self._link, questions, call)
         else:  # it wants nothing but to be asked again, which must not become a loop at full speed
@@ -4220,15 +5526,29 @@ class ModernEdge(Edge):
         params = message.params or {}
         meta = params.get("_meta") if isinstance(params.get("_meta"), dict) else {}
         if message.kind == "request":
-            self._link.send({"id": message.id, "error": {"code": METHOD_NOT_FOUND, "message": "A server of this revision does not send requests"}})
+            self._link.send(
+                {
+                    "id": message.id,
+                    "error": {
+                        "code": METHOD_NOT_FOUND,
+                        "message": "A server of this revision does not send requests",
+                    },
+                }
+            )
         elif META_SUBSCRIPTION in meta:
-            listening = self._listens.get(meta[META_SUBSCRIPTION]) if isinstance(meta[META_SUBSCRIPTION], int) else None
+            listening = (
+                self._listens.get(meta[META_SUBSCRIPTION])
+                if isinstance(meta[META_SUBSCRIPTION], int)
+                else None
+            )
             if listening and message.method == "notifications/subscriptions/acknowledged":
                 honoured = (params.get("notifications") or {}).get("resourceSubscriptions")
                 self._honoured = set(honoured) if isinstance(honoured, list) else set()
                 listening.set()
             elif listening:
-                self._session.front.heard(self._link, message.method, without_meta(params, {META_SUBSCRIPTION}), listened=True)
+                self._session.front.heard(
+                    self._link, message.method, without_meta(params, {META_SUBSCRIPTION}), listened=True
+                )
         elif message.method != "notifications/cancelled":
             self._session.front.heard(self._link, message.method, params)
 
@@ -4286,8 +5606,12 @@ class LegacyReply:
 
     def give(self, result):
         """A result as an answer."""
-        result = without_meta({name: value for name, value in result.items() if name not in STAMPS}, {META_SERVER})
-        self.stream.put(result_message(self.id, self._change(result) if self._change else result), answer=True)
+        result = without_meta(
+            {name: value for name, value in result.items() if name not in STAMPS}, {META_SERVER}
+        )
+        self.stream.put(
+            result_message(self.id, self._change(result) if self._change else result), answer=True
+        )
 
     def fail(self, code, sentence, data):
         """An error as an answer."""
@@ -4313,7 +5637,10 @@ class LegacyFront:
     @property
     def keeps_nothing(self):
         """Whether no client reads or has left something untaken."""
-        return all(stream.is_taken and not stream.is_open for stream in (self.get_stream, *list(self.streams.values())))
+        return all(
+            stream.is_taken and not stream.is_open
+            for stream in (self.get_stream, *list(self.streams.values()))
+        )
 
     def stream_after(self, event_id):
         """The stream and number that a Last-Event-ID names; the session's own stream when it names none of ours."""
@@ -4328,7 +5655,11 @@ class LegacyFront:
         """notifications/cancelled: the newest request of that id ends with an error, its child is told."""
         request_id = params.get("requestId")
         with self._session.lock:
-            found = [call for call in self._session.calls() if call.reply.id == request_id and type(call.reply.id) is type(request_id)]
+            found = [
+                call
+                for call in self._session.calls()
+                if call.reply.id == request_id and type(call.reply.id) is type(request_id)
+            ]
         if found and self._session.cancel(found[-1], params):
             found[-1].fail("cancelled", "The request was cancelled.", retryable=False)
 
@@ -4363,7 +5694,11 @@ class LegacyFront:
         stream, guess = self._target(link)
         for question in questions:
             number = f"{stream.key}.{next(self._numbers)}"
-            self._session.hold(question, call or guess, self._session.settings.input_timeout if stream.is_open else QUESTION_GRACE)
+            self._session.hold(
+                question,
+                call or guess,
+                self._session.settings.input_timeout if stream.is_open else QUESTION_GRACE,
+            )
             with self._session.lock:
                 self._asked[number] = question
             stream.put(dump(asking(question.method, question.params, jsonrpc="2.0", id=number)))
@@ -4375,7 +5710,9 @@ class LegacyFront:
             for number in numbers:
                 del self._asked[number]
         for number in numbers:
-            self._target(questions[0].link)[0].put(dump({**message.body, "params": {**message.params, "requestId": number}}))
+            self._target(questions[0].link)[0].put(
+                dump({**message.body, "params": {**message.params, "requestId": number}})
+            )
 
     def tick(self):
         """Under the session's lock: forget streams that were taken, all but the newest, and questions that are over."""
@@ -4383,7 +5720,11 @@ class LegacyFront:
             del self.streams[key]
         while len(self.streams) > 64:
             self.streams.popitem(last=False)
-        self._asked = {number: question for number, question in self._asked.items() if question in self._session.questions}
+        self._asked = {
+            number: question
+            for number, question in self._asked.items()
+            if question in self._session.questions
+        }
 
     def end(self):
         """The session is over."""
@@ -4403,7 +5744,14 @@ class ModernReply:
     """
 
     def __init__(self, place, request_id, method, hold, level=None, change=None):
-        self.place, self.id, self._method, self._hold, self._level, self._change = place, request_id, method, hold, level, change
+        self.place, self.id, self._method, self._hold, self._level, self._change = (
+            place,
+            request_id,
+            method,
+            hold,
+            level,
+            change,
+        )
         self.stream, self.call, self._keys = place.new_stream(1), None, {}
         self.held = self.gone = False
 
@@ -4445,14 +5793,18 @@ class ModernReply:
         """An error as an answer; the legacy era's own code for it is not used in this one. A call that is held is gone with it."""
         self.gone = self.held
         code = INTERNAL_ERROR if code == SERVER_ERROR else code
-        self.stream.put(error_message(self.id, code, sentence, data), answer=True, status=STATUS_OF_ERROR.get(code, 200))
+        self.stream.put(
+            error_message(self.id, code, sentence, data), answer=True, status=STATUS_OF_ERROR.get(code, 200)
+        )
 
     def refuse(self, error, undeclared):
         """An error as an answer, of a child or of a client; `undeclared`: what was missed in the client."""
         if undeclared:
             self.fail(MISSING_CAPABILITY, str(error.get("message", "")), {"requiredCapabilities": undeclared})
         else:
-            code = {LEGACY_NOT_FOUND: INVALID_PARAMS, LEGACY_URL_REQUIRED: INTERNAL_ERROR}.get(error["code"], error["code"])
+            code = {LEGACY_NOT_FOUND: INVALID_PARAMS, LEGACY_URL_REQUIRED: INTERNAL_ERROR}.get(
+                error["code"], error["code"]
+            )
             self.fail(code, str(error.get("message", "")), error.get("data"))
 
     def _missing(self, error):
@@ -4480,8 +5832,12 @@ class ModernReply:
             self.held, self._keys = True, named_questions(questions)
             stream, self.stream = self.stream, self.place.new_stream(1)
         requests = {key: asking(question.method, question.params) for key, question in self._keys.items()}
-        result = {"resultType": "input_required", "inputRequests": requests, "requestState": self._hold(self),
-                  "_meta": self.place.front.server_meta}
+        result = {
+            "resultType": "input_required",
+            "inputRequests": requests,
+            "requestState": self._hold(self),
+            "_meta": self.place.front.server_meta,
+        }
         stream.put(result_message(self.id, result), answer=True)
 
     def retried(self, request_id, responses):
@@ -4505,7 +5861,11 @@ def named_questions(questions):
         if not isinstance(question.link.edge, ModernEdge):
             schema = (question.params or {}).get("requestedSchema")
             properties = schema.get("properties") if isinstance(schema, dict) else None
-            key = next(iter(properties)) if isinstance(properties, dict) and len(properties) == 1 else ASKS[question.method]
+            key = (
+                next(iter(properties))
+                if isinstance(properties, dict) and len(properties) == 1
+                else ASKS[question.method]
+            )
         named[key if key not in named else f"{key}_{len(named) + 1}"] = question
     return named
 
@@ -4521,7 +5881,11 @@ class Listener:
 
     def hears(self, method, params):
         """Whether a notification is for this one."""
-        return LIST_CHANGES.get(method) in self.kinds or method == "notifications/resources/updated" and params.get("uri") in self.uris
+        return (
+            LIST_CHANGES.get(method) in self.kinds
+            or method == "notifications/resources/updated"
+            and params.get("uri") in self.uris
+        )
 
 
 class PoolFront:
@@ -4552,17 +5916,28 @@ class PoolFront:
             self._session.awake()
         server = self._session.server
         capabilities = server.get("capabilities") if isinstance(server.get("capabilities"), dict) else {}
-        return {"supportedVersions": [FIRST_MODERN_VERSION, *LEGACY_VERSIONS], "ttlMs": self._session.ttl,
-                "capabilities": {name: capabilities[name] for name in SERVER_CAPABILITIES if isinstance(capabilities.get(name), dict)},
-                **{name: server[name] for name in ("instructions",) if isinstance(server.get(name), str)}}
+        return {
+            "supportedVersions": [FIRST_MODERN_VERSION, *LEGACY_VERSIONS],
+            "ttlMs": self._session.ttl,
+            "capabilities": {
+                name: capabilities[name]
+                for name in SERVER_CAPABILITIES
+                if isinstance(capabilities.get(name), dict)
+            },
+            **{name: server[name] for name in ("instructions",) if isinstance(server.get(name), str)},
+        }
 
     def listen(self, request_id, wanted):
         """Serve a `subscriptions/listen`: its stream, which says first what is honoured (MCP 2026-07-28 patterns/subscriptions)."""
         session = self._session
         session.awake()
         capabilities = session.server.get("capabilities") or {}
-        kinds = {name for name in LIST_CHANGES.values() if wanted.get(name) is True
-                 and (capabilities.get(name.removesuffix("ListChanged")) or {}).get("listChanged") is True}
+        kinds = {
+            name
+            for name in LIST_CHANGES.values()
+            if wanted.get(name) is True
+            and (capabilities.get(name.removesuffix("ListChanged")) or {}).get("listChanged") is True
+        }
         uris = wanted.get("resourceSubscriptions")
         uris = {uri for uri in uris if isinstance(uri, str)} if isinstance(uris, list) else set()
         if not (capabilities.get("resources") or {}).get("subscribe"):
@@ -4574,8 +5949,12 @@ class PoolFront:
             session.remember(unsubscribe=uri)
         uris -= refused
         stream = session.new_stream(1)
-        honoured = {name: True for name in sorted(kinds)} | ({"resourceSubscriptions": sorted(uris)} if uris else {})
-        stream.put(self._tagged("notifications/subscriptions/acknowledged", {"notifications": honoured}, request_id))
+        honoured = {name: True for name in sorted(kinds)} | (
+            {"resourceSubscriptions": sorted(uris)} if uris else {}
+        )
+        stream.put(
+            self._tagged("notifications/subscriptions/acknowledged", {"notifications": honoured}, request_id)
+        )
         with session.lock:
             self._listeners[stream.key] = Listener(stream, request_id, frozenset(kinds), frozenset(uris))
         return stream
@@ -4593,7 +5972,13 @@ class PoolFront:
     @staticmethod
     def _tagged(method, params, request_id):
         meta = params.get("_meta") if isinstance(params.get("_meta"), dict) else {}
-        return dump({"jsonrpc": "2.0", "method": method, "params": {**params, "_meta": {**meta, META_SUBSCRIPTION: request_id}}})
+        return dump(
+            {
+                "jsonrpc": "2.0",
+                "method": method,
+                "params": {**params, "_meta": {**meta, META_SUBSCRIPTION: request_id}},
+            }
+        )
 
     def heard(self, link, method, params, listened=False):
         """A notification of the child: news to who listens, other things to the only request in flight."""
@@ -4618,10 +6003,19 @@ class PoolFront:
             if call and question.method in ASKS:
                 call.undeclared[ASKS[question.method]] = {}
             self._session.hold(question, call, QUESTION_GRACE)
-            self._session.answer(question, error={"code": METHOD_NOT_FOUND, "message": "The client that asked cannot be told from others, "
-                                 "or did not say that it answers such questions"})
+            self._session.answer(
+                question,
+                error={
+                    "code": METHOD_NOT_FOUND,
+                    "message": "The client that asked cannot be told from others, "
+                    "or did not say that it answers such questions",
+                },
+            )
         if call and call.undeclared and self._session.cancel(call):
-            call.reply.refuse({"code": METHOD_NOT_FOUND, "message": "The client did not declare what this needs"}, call.undeclared)
+            call.reply.refuse(
+                {"code": METHOD_NOT_FOUND, "message": "The client did not declare what this needs"},
+                call.undeclared,
+            )
         if able:
             call.reply.asked(able, whole)
 
@@ -4636,7 +6030,12 @@ class PoolFront:
         with self._session.lock:
             listeners, self._listeners = list(self._listeners.values()), {}
         for listener in listeners:
-            listener.stream.put(result_message(listener.id, {"resultType": "complete", "_meta": {META_SUBSCRIPTION: listener.id}}), answer=True)
+            listener.stream.put(
+                result_message(
+                    listener.id, {"resultType": "complete", "_meta": {META_SUBSCRIPTION: listener.id}}
+                ),
+                answer=True,
+            )
 
 
 # ======================================================================================================================
@@ -4644,6 +6043,7 @@ class PoolFront:
 # Owns which sessions are in memory and who has a place among the children; and everything that happens by the clock.
 # Must not know HTTP or what a message says.
 # ======================================================================================================================
+
 
 class Registry:
     """Sessions by name, pools by (user, client, what its clients can be asked), places for children, and the way to credentials.
@@ -4669,8 +6069,16 @@ class Registry:
         with self.lock:
             self.sessions[session.name] = session
         try:
-            too_many = self.store.add_session(session.name, sub, client_id, session.version, initialize, session.server, now,
-                                              self.settings.max_session_rows_per_user)
+            too_many = self.store.add_session(
+                session.name,
+                sub,
+                client_id,
+                session.version,
+                initialize,
+                session.server,
+                now,
+                self.settings.max_session_rows_per_user,
+            )
         except BaseException:
             self.forget([session.name], "could not be saved")
             raise
@@ -4684,13 +6092,25 @@ class Registry:
         with self.lock:
             session = self.sessions.get(name)
             if session and (session.sub, session.client_id) == (sub, client_id):
-                session.used_at = self.clock.now()  # in the lock: from here on unload() keeps it; what a stranger sends keeps nothing
+                session.used_at = (
+                    self.clock.now()
+                )  # in the lock: from here on unload() keeps it; what a stranger sends keeps nothing
         if session is None:
             row = self.store.session(name, sub, client_id)
             if row is None:
                 raise session_not_found()
-            found = Session(self, name, sub, client_id, json.loads(row.initialize), LegacyFront, version=row.protocol_version,
-                            level=row.log_level, subscriptions=json.loads(row.subscriptions), tools_hash=row.tools_hash)
+            found = Session(
+                self,
+                name,
+                sub,
+                client_id,
+                json.loads(row.initialize),
+                LegacyFront,
+                version=row.protocol_version,
+                level=row.log_level,
+                subscriptions=json.loads(row.subscriptions),
+                tools_hash=row.tools_hash,
+            )
             with self.lock:
                 session = self.sessions.setdefault(name, found)
         if session.ended or (session.sub, session.client_id) != (sub, client_id):
@@ -4710,8 +6130,11 @@ class Registry:
                 if not session.leased and not session.ended and not (alone and session.users):
                     break
             else:
-                initialize = {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": known,
-                              "clientInfo": {"name": "fjmcp-broker", "version": __version__}}
+                initialize = {
+                    "protocolVersion": LEGACY_VERSIONS[0],
+                    "capabilities": known,
+                    "clientInfo": {"name": "fjmcp-broker", "version": __version__},
+                }
                 session = Session(self, None, sub, client_id, initialize, PoolFront, durable=False)
                 pool.append(session)
             session.users, session.leased, session.used_at = session.users + 1, alone, self.clock.now()
@@ -4759,7 +6182,11 @@ class Registry:
 
     def save_uses(self):
         """Write down when sessions were last used, those that were since the last time."""
-        used = {session.name: session.used_at for session in self.all() if session.durable and session.used_at > session.saved_at}
+        used = {
+            session.name: session.used_at
+            for session in self.all()
+            if session.durable and session.used_at > session.saved_at
+        }
         if used:
             self.store.touch_sessions(used)
             for session in self.all():
@@ -4767,6 +6194,7 @@ class Registry:
 
     def unload(self, before):
         """Drop from memory what sleeps, was not used since, and keeps nothing for a client: the row is enough to come back."""
+
         def kept(session):
             return session.used_at >= before or not session.keeps_nothing
 
@@ -4798,13 +6226,23 @@ class Registry:
                     return
                 self.waiting += 1
             try:
-                others = [each for each in self.all() if each is not session and (not own or each.sub == session.sub)]
-                idle = [(since, index, each) for index, each in enumerate(others) if (since := each.idle_since()) is not None]
+                others = [
+                    each
+                    for each in self.all()
+                    if each is not session and (not own or each.sub == session.sub)
+                ]
+                idle = [
+                    (since, index, each)
+                    for index, each in enumerate(others)
+                    if (since := each.idle_since()) is not None
+                ]
                 if idle and not self.settings.child_keeps_state:
                     min(idle)[2].sleep("place needed")
                 with self.lock:
                     if time.monotonic() >= deadline or self.closing:
-                        raise unavailable("busy", "All places for tool processes are busy; try again in a moment.")
+                        raise unavailable(
+                            "busy", "All places for tool processes are busy; try again in a moment."
+                        )
                     self.lock.wait(min(1.0, max(0.0, deadline - time.monotonic())))
             finally:
                 with self.lock:
@@ -4846,15 +6284,27 @@ class Registry:
     def spawn(self, access, sub, link):
         """Start a child for a link; RpcError when the binary is missing or cannot be run."""
         try:
-            child = Child(child_command(self.settings), child_environment(self.settings, access), sub, self.guardian, self.settings, self.log,
-                          link.on_line, link.on_end)
+            child = Child(
+                child_command(self.settings),
+                child_environment(self.settings, access),
+                sub,
+                self.guardian,
+                self.settings,
+                self.log,
+                link.on_line,
+                link.on_end,
+            )
             with self.lock:
                 self.children.append(child)
             return child
         except ChildMissing as error:
             self.log.event("error", "forgejo-mcp is missing", reason=str(error))
-            raise RpcError(INTERNAL_ERROR, "The tool program is missing on the server; tell its operator.",
-                           {"reason": "child_missing", "outcome_unknown": False, "retryable": False}, 500) from None
+            raise RpcError(
+                INTERNAL_ERROR,
+                "The tool program is missing on the server; tell its operator.",
+                {"reason": "child_missing", "outcome_unknown": False, "retryable": False},
+                500,
+            ) from None
         except ChildFailed as error:
             self.log.event("error", "forgejo-mcp cannot be started", reason=str(error))
             raise self._starting_failed() from None
@@ -4898,7 +6348,9 @@ class Registry:
 
     @staticmethod
     def _starting_failed():
-        return unavailable("starting_failed", "The tool process could not be started; the operator's log says why.")
+        return unavailable(
+            "starting_failed", "The tool process could not be started; the operator's log says why."
+        )
 
     def why_not_started(self, sub, access):
         """Why a child ended at its start: it exits alike when Forgejo is down and when it refuses the token, so we ask Forgejo."""
@@ -4931,13 +6383,20 @@ class Registry:
 
 def binary_fingerprint(command):
     """What tells whether a child's program is another than before: its words, and size and age of the files among them."""
-    files = [(file.st_size, file.st_mtime_ns) for word in command if os.path.isfile(word) for file in (os.stat(word),)]
+    files = [
+        (file.st_size, file.st_mtime_ns)
+        for word in command
+        if os.path.isfile(word)
+        for file in (os.stat(word),)
+    ]
     return hashlib.sha256(json.dumps([command, files]).encode()).hexdigest()
 
 
 def invalid_token(settings, sentence):
     """401 for a presented token that is not good (RFC 6750 3.1)."""
-    return Refusal(401, "invalid_token", sentence, (("WWW-Authenticate", challenge_header(settings, "invalid_token")),))
+    return Refusal(
+        401, "invalid_token", sentence, (("WWW-Authenticate", challenge_header(settings, "invalid_token")),)
+    )
 
 
 def challenge_header(settings, error=None, scope=" ".join(SCOPES)):
@@ -4983,9 +6442,12 @@ class Reaper:
         for session in self._registry.all():
             session.tick(time.monotonic())
             idle_since = session.idle_since()
-            if idle_since is not None and not self._settings.child_keeps_state \
-                    and now - session.used_at >= self._settings.session_idle_timeout \
-                    and time.monotonic() - idle_since >= min(1.0, self._settings.session_idle_timeout):
+            if (
+                idle_since is not None
+                and not self._settings.child_keeps_state
+                and now - session.used_at >= self._settings.session_idle_timeout
+                and time.monotonic() - idle_since >= min(1.0, self._settings.session_idle_timeout)
+            ):
                 session.sleep("idle")
         self._end_what_was_revoked(now)
         self._refresh(now)
@@ -5007,13 +6469,17 @@ class Reaper:
                 reader.close()
         if marker == self._marker:
             return
-        sessions = self._registry.all()  # before the grants are read: one that is opened meanwhile may have a newer grant
+        sessions = (
+            self._registry.all()
+        )  # before the grants are read: one that is opened meanwhile may have a newer grant
         live, pairs = self._store.live_grants(now)
         for reader, (caller, _) in streams:
             if caller.grant_id not in live:
                 reader.close()
         self._registry.forget_but(pairs, sessions, "grant ended")
-        with self._lock:  # only now: what failed above is done again; and who came meanwhile is looked at by the next tick
+        with (
+            self._lock
+        ):  # only now: what failed above is done again; and who came meanwhile is looked at by the next tick
             self._marker = marker if self._streams.keys() <= {reader for reader, _ in streams} else None
 
     def _refresh(self, now):
@@ -5064,6 +6530,7 @@ class Reaper:
 # Must not know sockets or children.
 # ======================================================================================================================
 
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Whose token came: the user, client and grant, and what it may do. `asked` is what the login had asked for."""
@@ -5093,8 +6560,12 @@ class Endpoint:
         """The Caller of a request by its bearer token; Refusal 401 (RFC 6750 3). Each request reads its row: revocation is immediate."""
         authorization = request.header("authorization")
         if authorization is None:
-            raise Refusal(401, "unauthorized", "Log in first: see WWW-Authenticate.",
-                          (("WWW-Authenticate", challenge_header(self._settings)),))
+            raise Refusal(
+                401,
+                "unauthorized",
+                "Log in first: see WWW-Authenticate.",
+                (("WWW-Authenticate", challenge_header(self._settings)),),
+            )
         scheme, _, token = authorization.partition(" ")
         token = token.strip()
         row = None
@@ -5112,7 +6583,9 @@ class Endpoint:
         request_id, modern = None, False
         try:
             value = self._read(request)
-            request_id = value.get("id") if isinstance(value, dict) and is_request_id(value.get("id")) else None
+            request_id = (
+                value.get("id") if isinstance(value, dict) and is_request_id(value.get("id")) else None
+            )
             if isinstance(value, list):
                 return self._batch(request, caller, value)
             try:
@@ -5130,7 +6603,12 @@ class Endpoint:
             return read_json(body)
         except (ValueError, RecursionError) as error:
             duplicate = "twice" in str(error)
-            raise RpcError(INVALID_REQUEST if duplicate else PARSE_ERROR, f"The body is not JSON: {str(error)[:200]}.", None, 400) from None
+            raise RpcError(
+                INVALID_REQUEST if duplicate else PARSE_ERROR,
+                f"The body is not JSON: {str(error)[:200]}.",
+                None,
+                400,
+            ) from None
 
     def _deadline(self):
         return time.monotonic() + self._settings.request_timeout
@@ -5142,15 +6620,26 @@ class Endpoint:
         if message.method == "initialize":
             return self._initialize(caller, message)
         if header is not None and header not in LEGACY_VERSIONS:
-            raise RpcError(INVALID_REQUEST, f"Unsupported MCP-Protocol-Version; supported: {', '.join(LEGACY_VERSIONS)}.",
-                           {"supported": list(LEGACY_VERSIONS)}, 400)
+            raise RpcError(
+                INVALID_REQUEST,
+                f"Unsupported MCP-Protocol-Version; supported: {', '.join(LEGACY_VERSIONS)}.",
+                {"supported": list(LEGACY_VERSIONS)},
+                400,
+            )
         session = self._session(request, caller)
         if message.kind != "request":
             if session:
                 self._take(session, message)
             return Response(202)
-        if session is None and message.method in ("logging/setLevel", "resources/subscribe", "resources/unsubscribe"):
-            raise RpcError(METHOD_NOT_FOUND, f"{message.method} needs a session: send initialize, then the Mcp-Session-Id it returns.")
+        if session is None and message.method in (
+            "logging/setLevel",
+            "resources/subscribe",
+            "resources/unsubscribe",
+        ):
+            raise RpcError(
+                METHOD_NOT_FOUND,
+                f"{message.method} needs a session: send initialize, then the Mcp-Session-Id it returns.",
+            )
         return self._submitted(request, caller, session, [message], batch=False)
 
     @staticmethod
@@ -5165,14 +6654,22 @@ class Endpoint:
 
     def _initialize(self, caller, message):
         params = message.params
-        if message.kind != "request" or not isinstance(params, dict) or not isinstance(params.get("protocolVersion"), str):
+        if (
+            message.kind != "request"
+            or not isinstance(params, dict)
+            or not isinstance(params.get("protocolVersion"), str)
+        ):
             raise RpcError(INVALID_PARAMS, "initialize needs an id, and params.protocolVersion.", None, 400)
-        if not isinstance(params.get("capabilities", {}), dict) or not isinstance(params.get("clientInfo", {}), dict):
+        if not isinstance(params.get("capabilities", {}), dict) or not isinstance(
+            params.get("clientInfo", {}), dict
+        ):
             raise RpcError(INVALID_PARAMS, "capabilities and clientInfo must be objects.", None, 400)
         if len(dump(params)) > self._settings.max_form:  # they are kept, and replayed to each child
             raise RpcError(INVALID_PARAMS, "The params of initialize are too large.", None, 400)
         session_id, server = self._registry.open(caller.sub, caller.client_id, params)
-        return Response(200, result_message(message.id, server), "application/json", (("Mcp-Session-Id", session_id),))
+        return Response(
+            200, result_message(message.id, server), "application/json", (("Mcp-Session-Id", session_id),)
+        )
 
     def _session(self, request, caller):
         """The session that a legacy request names, None when it names none."""
@@ -5187,7 +6684,9 @@ class Endpoint:
         """Only a session negotiated at 2025-03-26 may send one, never with initialize in it."""
         session = self._session(request, caller)
         if not values or session is None or session.version != BATCH_VERSION:
-            raise RpcError(INVALID_REQUEST, "Batches are not served here; send each message by itself.", None, 400)
+            raise RpcError(
+                INVALID_REQUEST, "Batches are not served here; send each message by itself.", None, 400
+            )
         try:
             messages = [classify(value) for value in values]
         except ValueError as error:
@@ -5214,8 +6713,17 @@ class Endpoint:
                 if refusal:
                     reply.give(refusal)
                 else:
-                    calls.append(Call(message.method, message.params, reply, self._deadline(), after=session and remembers(session, message),
-                                      capabilities=None if session else {}, over=over))
+                    calls.append(
+                        Call(
+                            message.method,
+                            message.params,
+                            reply,
+                            self._deadline(),
+                            after=session and remembers(session, message),
+                            capabilities=None if session else {},
+                            over=over,
+                        )
+                    )
             if session:
                 with session.lock:
                     session.front.streams[stream.key] = stream
@@ -5260,12 +6768,30 @@ class Endpoint:
     def _called(self, request, caller, message, place, meta, over):
         if message.method == "tools/call":
             check_parameter_headers(request, message.params, place)
-        reply = ModernReply(place, message.id, message.method, functools.partial(self._hold, caller, message), meta.get(META_LEVEL),
-                            self._change(caller, message))
-        call = reply.call = Call(message.method, without_meta(message.params, MODERN_META), reply, self._deadline(), capabilities=meta[META_CAPABILITIES],
-                                 client=meta.get(META_CLIENT), level=meta.get(META_LEVEL), over=over)
+        reply = ModernReply(
+            place,
+            message.id,
+            message.method,
+            functools.partial(self._hold, caller, message),
+            meta.get(META_LEVEL),
+            self._change(caller, message),
+        )
+        call = reply.call = Call(
+            message.method,
+            without_meta(message.params, MODERN_META),
+            reply,
+            self._deadline(),
+            capabilities=meta[META_CAPABILITIES],
+            client=meta.get(META_CLIENT),
+            level=meta.get(META_LEVEL),
+            over=over,
+        )
         reader = reply.stream.open()
-        own = place.front.discover() if message.method == "server/discover" else self._refusal(caller, place, message)
+        own = (
+            place.front.discover()
+            if message.method == "server/discover"
+            else self._refusal(caller, place, message)
+        )
         if own:
             if place.server is None:
                 place.awake()
@@ -5277,7 +6803,14 @@ class Endpoint:
 
     def _pumped(self, request, caller, reader, place, call):
         self._reaper.watch(reader, caller, True)
-        return Response(200, later=Later(reader, 2.0 if takes_streams(request) else None, gone=lambda: place.cancel(call, {"reason": "the client hung up"})))
+        return Response(
+            200,
+            later=Later(
+                reader,
+                2.0 if takes_streams(request) else None,
+                gone=lambda: place.cancel(call, {"reason": "the client hung up"}),
+            ),
+        )
 
     def _listening(self, caller, message, place, over):
         wanted = message.params.get("notifications")
@@ -5295,12 +6828,22 @@ class Endpoint:
 
     def _owner(self, caller, message):
         """What a requestState is bound to: who asked, through which client, for exactly what."""
-        what = {name: value for name, value in message.params.items() if name not in ("_meta", "requestState", "inputResponses")}
+        what = {
+            name: value
+            for name, value in message.params.items()
+            if name not in ("_meta", "requestState", "inputResponses")
+        }
         return f"{caller.sub} {caller.client_id} {hashlib.sha256(dump([message.method, what])).hexdigest()}"
 
     def _hold(self, caller, message, reply):
         """The requestState of a reply that asks for input: sealed, and good for one retry of the same request (patterns/mrtr)."""
-        return b64url(self._keyring.seal("mrtr", self._owner(caller, message), {"held": self._registry.hold(reply), "write": caller.may_write}))
+        return b64url(
+            self._keyring.seal(
+                "mrtr",
+                self._owner(caller, message),
+                {"held": self._registry.hold(reply), "write": caller.may_write},
+            )
+        )
 
     def _retried(self, request, caller, message):
         """A retry with the answers that were asked for goes on with the call that asked; nothing is run again."""
@@ -5309,12 +6852,18 @@ class Endpoint:
             sealed = self._keyring.unseal("mrtr", self._owner(caller, message), unb64url(state))
             held, wrote = sealed["held"], sealed["write"]
         except (ValueError, TypeError):
-            raise RpcError(INVALID_PARAMS, "requestState is not one that was given for this request.") from None
+            raise RpcError(
+                INVALID_PARAMS, "requestState is not one that was given for this request."
+            ) from None
         if wrote and not caller.may_write:  # each request is limited by the token that it carries
-            raise RpcError(INVALID_PARAMS, "requestState was given to a login with more access; send the request anew.")
+            raise RpcError(
+                INVALID_PARAMS, "requestState was given to a login with more access; send the request anew."
+            )
         reply = self._registry.retried(held)
         if reply is None or reply.gone:
-            raise RpcError(INVALID_PARAMS, "requestState was used before, or its call has ended; send the request anew.")
+            raise RpcError(
+                INVALID_PARAMS, "requestState was used before, or its call has ended; send the request anew."
+            )
         reader = reply.retried(message.id, responses if isinstance(responses, dict) else {})
         return self._pumped(request, caller, reader, reply.place, reply.call)
 
@@ -5328,8 +6877,12 @@ class Endpoint:
         if isinstance(name, str) and (name_reads(name, self._settings) or hint_reads(place.tool(name))):
             return None
         if WRITE not in caller.asked.split():
-            raise Refusal(403, "insufficient_scope", "This tool writes; the login was for reading only.",
-                          (("WWW-Authenticate", challenge_header(self._settings, "insufficient_scope")),))
+            raise Refusal(
+                403,
+                "insufficient_scope",
+                "This tool writes; the login was for reading only.",
+                (("WWW-Authenticate", challenge_header(self._settings, "insufficient_scope")),),
+            )
         # The person was asked and chose read only: asking again would be a loop, so the model is told instead.
         text = "This connection is read only: that was chosen at its login. To use this tool, connect again and choose full access."
         return {"content": [{"type": "text", "text": text}], "isError": True}
@@ -5341,8 +6894,15 @@ class Endpoint:
     def _only_reading(self, result):
         if not isinstance(result.get("tools"), list):
             return result
-        return {**result, "tools": [tool for tool in result["tools"] if isinstance(tool, dict) and
-                                    (name_reads(str(tool.get("name")), self._settings) or hint_reads(tool))]}
+        return {
+            **result,
+            "tools": [
+                tool
+                for tool in result["tools"]
+                if isinstance(tool, dict)
+                and (name_reads(str(tool.get("name")), self._settings) or hint_reads(tool))
+            ],
+        }
 
     # -- GET and DELETE
 
@@ -5362,7 +6922,9 @@ class Endpoint:
         """The client ends its session."""
         caller = self.gate(request)
         try:
-            self._registry.delete(self._named(request, caller, "Name the session to end with Mcp-Session-Id."))
+            self._registry.delete(
+                self._named(request, caller, "Name the session to end with Mcp-Session-Id.")
+            )
         except RpcError as error:
             return rpc_error_response(None, error)
         return Response(204)
@@ -5370,7 +6932,9 @@ class Endpoint:
     def _named(self, request, caller, sentence):
         """The session of a GET or DELETE; Refusal 405 without one, and in the modern era, which has neither."""
         if (request.header("mcp-protocol-version") or "") >= FIRST_MODERN_VERSION:
-            raise Refusal(405, "method_not_allowed", "This revision of MCP has only POST.", (("Allow", "POST"),))
+            raise Refusal(
+                405, "method_not_allowed", "This revision of MCP has only POST.", (("Allow", "POST"),)
+            )
         session = self._session(request, caller)
         if session is None:
             raise Refusal(405, "method_not_allowed", sentence, (("Allow", "POST"),))
@@ -5385,7 +6949,12 @@ class Endpoint:
 def rpc_error_response(request_id, error, modern=False):
     """An RpcError as an HTTP answer; MCP 2026-07-28 has no use for the codes that earlier revisions allotted."""
     code = INTERNAL_ERROR if modern and error.code == SERVER_ERROR else error.code
-    return Response(error.status, error_message(request_id, code, error.message, error.data), "application/json", error.headers)
+    return Response(
+        error.status,
+        error_message(request_id, code, error.message, error.data),
+        "application/json",
+        error.headers,
+    )
 
 
 def takes_streams(request):
@@ -5415,7 +6984,9 @@ def remembers(session, message):
     params = message.params or {}
     if message.method == "logging/setLevel":
         return lambda result: session.remember(level=params.get("level"))
-    if message.method in ("resources/subscribe", "resources/unsubscribe") and isinstance(params.get("uri"), str):
+    if message.method in ("resources/subscribe", "resources/unsubscribe") and isinstance(
+        params.get("uri"), str
+    ):
         return lambda result: session.remember(**{message.method.removeprefix("resources/"): params["uri"]})
     if message.method == "tools/list" and not params.get("cursor"):
         return lambda result: session.remember(tools_hash=tools_digest(result))
@@ -5431,7 +7002,12 @@ def is_modern(request, message):
     if message.method == "initialize" and "protocolVersion" in (message.params or {}):
         return False
     header = request.header("mcp-protocol-version") or ""
-    return isinstance(meta, dict) and META_VERSION in meta or bool(re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", header)) and header >= FIRST_MODERN_VERSION
+    return (
+        isinstance(meta, dict)
+        and META_VERSION in meta
+        or bool(re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", header))
+        and header >= FIRST_MODERN_VERSION
+    )
 
 
 def no_such_method(method):
@@ -5444,6 +7020,7 @@ def check_metadata(request, message, limit):
 
     `limit`: the bytes that capabilities may have, which are kept as the key of a pool.
     """
+
     def wrong(code, sentence, data=None):
         return RpcError(code, sentence, data, 400)
 
@@ -5457,7 +7034,11 @@ def check_metadata(request, message, limit):
     if header != version:
         raise wrong(HEADER_MISMATCH, "Header mismatch: MCP-Protocol-Version is not what the body says")
     if version != FIRST_MODERN_VERSION:
-        raise wrong(UNSUPPORTED_VERSION, "Unsupported protocol version", {"supported": [FIRST_MODERN_VERSION, *LEGACY_VERSIONS], "requested": version})
+        raise wrong(
+            UNSUPPORTED_VERSION,
+            "Unsupported protocol version",
+            {"supported": [FIRST_MODERN_VERSION, *LEGACY_VERSIONS], "requested": version},
+        )
     if not isinstance(meta.get(META_CAPABILITIES), dict):
         raise wrong(INVALID_PARAMS, f"params._meta needs {META_CAPABILITIES}")
     if len(dump(meta[META_CAPABILITIES])) > limit:
@@ -5497,15 +7078,27 @@ def check_parameter_headers(request, params, place):
             value = value.get(key) if isinstance(value, dict) else None
         shown = None if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         header = decoded_header(request, f"Mcp-Param-{name}")
-        same = header == shown or isinstance(value, int) and not isinstance(value, bool) and is_number(header, value)
+        same = (
+            header == shown
+            or isinstance(value, int)
+            and not isinstance(value, bool)
+            and is_number(header, value)
+        )
         if not same and isinstance(value, (str, int, type(None))):
-            raise RpcError(HEADER_MISMATCH, f"Header mismatch: Mcp-Param-{name} is missing, or is not what the body says", None, 400)
+            raise RpcError(
+                HEADER_MISMATCH,
+                f"Header mismatch: Mcp-Param-{name} is missing, or is not what the body says",
+                None,
+                400,
+            )
 
 
 def is_number(text, number):
     """Whether a text is that number, however it is written."""
     try:
-        return text is not None and re.fullmatch(r"[-+0-9.eE]{1,40}", text) is not None and float(text) == number
+        return (
+            text is not None and re.fullmatch(r"[-+0-9.eE]{1,40}", text) is not None and float(text) == number
+        )
     except (ValueError, OverflowError):
         return False
 
@@ -5527,7 +7120,9 @@ def marked_properties(schema, path=()):
 # ======================================================================================================================
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]+) HTTP/([0-9]\.[0-9])")
-HEADER_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*((?:[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*")
+HEADER_LINE = re.compile(
+    rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*((?:[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*"
+)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
 MAX_LINE, MAX_HEAD, MAX_HEADERS = 8192, 32768, 100
 URI_TOO_LONG = (414, "uri_too_long", "The request line is too long.")
@@ -5549,7 +7144,10 @@ class Watcher(threading.Thread):
     def __init__(self, log):
         super().__init__(daemon=True, name="watcher")
         self._log, self._epoll, self._wake, self._ended = log, select.epoll(), os.eventfd(0), False
-        self._readers, self._lock = {}, threading.Lock()  # the lock guards the dict and what is registered; a leaf
+        self._readers, self._lock = (
+            {},
+            threading.Lock(),
+        )  # the lock guards the dict and what is registered; a leaf
         self._epoll.register(self._wake, select.EPOLLIN)
 
     def close(self):
@@ -5575,7 +7173,9 @@ class Watcher(threading.Thread):
         happened.register(self._epoll, select.POLLIN)
         while not self._ended:
             happened.poll()
-            with self._lock:  # what happened is asked only now: a socket may have been closed, and its number be another's
+            with (
+                self._lock
+            ):  # what happened is asked only now: a socket may have been closed, and its number be another's
                 readers = [self._readers.get(descriptor) for descriptor, _ in self._epoll.poll(0)]
             for reader in filter(None, readers):
                 reader.close()
@@ -5595,9 +7195,15 @@ class Server(http.server.ThreadingHTTPServer):
         is_v6 = ":" in address[0]
         try:
             self.socket = listener or socket.create_server(
-                address, family=socket.AF_INET6 if is_v6 else socket.AF_INET, backlog=1024, dualstack_ipv6=is_v6)
+                address,
+                family=socket.AF_INET6 if is_v6 else socket.AF_INET,
+                backlog=1024,
+                dualstack_ipv6=is_v6,
+            )
         except OSError as error:
-            raise ConfigurationError([f"cannot listen on {address[0]}:{address[1]}: {os.strerror(error.errno)}"]) from None
+            raise ConfigurationError(
+                [f"cannot listen on {address[0]}:{address[1]}: {os.strerror(error.errno)}"]
+            ) from None
         self.socket.setblocking(False)  # a process that shares it may be the faster one
         self.port = self.socket.getsockname()[1]
 
@@ -5640,7 +7246,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _is_full_for(self, peer):
         held = 0 if self.trusts(peer) else sum(each.peer == peer for each in self._connections)
-        return len(self._connections) >= self.settings.max_connections or held >= self.settings.max_connections_per_address
+        return (
+            len(self._connections) >= self.settings.max_connections
+            or held >= self.settings.max_connections_per_address
+        )
 
     def _serve(self, connection):
         try:
@@ -5686,8 +7295,12 @@ class Server(http.server.ThreadingHTTPServer):
 
 def write_head(status, headers):
     """The one place where headers are written. CR, LF and NUL are refused: nothing reflected can split a response (H12)."""
-    lines = [f"HTTP/1.1 {status} {http.client.responses[status]}", f"Date: {email.utils.formatdate(usegmt=True)}", "Server: fjmcp-broker",
-             "X-Content-Type-Options: nosniff"]
+    lines = [
+        f"HTTP/1.1 {status} {http.client.responses[status]}",
+        f"Date: {email.utils.formatdate(usegmt=True)}",
+        "Server: fjmcp-broker",
+        "X-Content-Type-Options: nosniff",
+    ]
     for name, value in headers:
         if not re.fullmatch(r"[A-Za-z0-9-]+", name) or re.search(r"[\r\n\0]", value):
             raise ValueError("a header that would break the response")
@@ -5700,13 +7313,21 @@ class Connection:
 
     def __init__(self, server, sock, peer):
         self.server, self.sock, self.peer, self.settings = server, sock, peer, server.settings
-        self.buffer, self.busy, self.idle_reader, self.close_after, self.http11 = bytearray(), False, None, False, True
+        self.buffer, self.busy, self.idle_reader, self.close_after, self.http11 = (
+            bytearray(),
+            False,
+            None,
+            False,
+            True,
+        )
         self.unread = 0  # the body that is still to be read: its length, or "chunked"
 
     def run(self):
         """Serve requests until the connection ends."""
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        patience = self.settings.header_timeout  # a connection is worth keeping once a request has come over it
+        patience = (
+            self.settings.header_timeout
+        )  # a connection is worth keeping once a request has come over it
         while not self.close_after:
             try:
                 request = self._read_request(patience)
@@ -5716,12 +7337,16 @@ class Connection:
             self.busy = True
             self._respond(request)
             self.busy, patience = False, self.settings.idle_timeout
-            self.close_after |= self.server.draining  # looked at after `busy` is cleared: hurry() does it the other way round
+            self.close_after |= (
+                self.server.draining
+            )  # looked at after `busy` is cleared: hurry() does it the other way round
 
     def hurry(self):
         """The server drains: an idle connection ends now, an idle stream too, anything else after its answer."""
         reader = self.idle_reader
-        if reader and not reader.stream.finished:  # one that is finished ends by itself, once all of it is sent
+        if (
+            reader and not reader.stream.finished
+        ):  # one that is finished ends by itself, once all of it is sent
             reader.close()
         if not self.busy:  # what has arrived can still be read
             with contextlib.suppress(OSError):
@@ -5800,14 +7425,21 @@ class Connection:
         if expect not in ([], ["100-continue"]):
             raise Refusal(417, "expectation_failed", "Only Expect: 100-continue is understood.")
         self.wants_continue = bool(expect) and self.http11
-        tokens = {token.strip().lower() for value in headers.get("connection", ()) for token in value.split(",")}
+        tokens = {
+            token.strip().lower() for value in headers.get("connection", ()) for token in value.split(",")
+        }
         self.close_after |= "close" in tokens or not self.http11 and "keep-alive" not in tokens
         path, _, query = target.partition("?")
-        return Request(method, path, query, headers, *self._client_address(headers), os.urandom(6).hex(), self._read_body)
+        return Request(
+            method, path, query, headers, *self._client_address(headers), os.urandom(6).hex(), self._read_body
+        )
 
     def _framing(self, headers):
         """How the body is framed: a length, or "chunked"; whatever could be read in two ways is refused (RFC 9112 6.3)."""
-        lengths, codings = headers.get("content-length", ()), [coding.lower() for coding in headers.get("transfer-encoding", ())]
+        lengths, codings = (
+            headers.get("content-length", ()),
+            [coding.lower() for coding in headers.get("transfer-encoding", ())],
+        )
         if codings and (lengths or not self.http11):
             raise bad_request("Transfer-Encoding cannot stand with Content-Length or in HTTP/1.0.")
         if codings not in ([], ["chunked"]):
@@ -5834,14 +7466,20 @@ class Connection:
         if self.wants_continue and not self.buffer:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         deadline = time.monotonic() + self.settings.body_timeout
-        body = self._chunks(limit, deadline, too_large) if self.unread == "chunked" else self._exactly(self.unread, deadline)
+        body = (
+            self._chunks(limit, deadline, too_large)
+            if self.unread == "chunked"
+            else self._exactly(self.unread, deadline)
+        )
         self.unread = 0
         return body
 
     def _chunks(self, limit, deadline, too_large):
         body = bytearray()
         while True:
-            match = CHUNK_LINE.fullmatch(self._line(deadline, MAX_LINE, (400, "bad_request", "A chunk's line is too long.")))
+            match = CHUNK_LINE.fullmatch(
+                self._line(deadline, MAX_LINE, (400, "bad_request", "A chunk's line is too long."))
+            )
             if not match:
                 raise bad_request("A chunk's size is malformed.")
             size = int(match[1], 16)
@@ -5867,14 +7505,28 @@ class Connection:
             except (Gone, OSError):
                 raise
             except Exception as error:
-                place = traceback.extract_tb(error.__traceback__)[-1].lineno  # for the operator; the client learns a number only
+                place = traceback.extract_tb(error.__traceback__)[
+                    -1
+                ].lineno  # for the operator; the client learns a number only
                 self.server.log.event("error", "internal error", error=type(error).__name__, line=place)
-                response, close = json_response(500, {"error": "server_error", "error_description": f"Internal error {request.id}."}), True
+                response, close = (
+                    json_response(
+                        500, {"error": "server_error", "error_description": f"Internal error {request.id}."}
+                    ),
+                    True,
+                )
                 self._send(response, close, is_head)
             if response.later:
                 self._pump(response, close)
-            self.server.log.event("debug", "request", method=request.method, path=request.path[:200], status=response.status,
-                                  ms=round((time.monotonic() - started) * 1000, 1), address=request.address)
+            self.server.log.event(
+                "debug",
+                "request",
+                method=request.method,
+                path=request.path[:200],
+                status=response.status,
+                ms=round((time.monotonic() - started) * 1000, 1),
+                address=request.address,
+            )
         self.close_after |= close
         if self.unread:
             self._linger()
@@ -5922,14 +7574,29 @@ class Connection:
             if later.json_wait != 0:
                 items = self._collect(later, reader)
                 if items and items[-1].last:
-                    body = b"[" + b",".join(i.data for i in items if i.answer) + b"]" if later.batch else items[-1].data
+                    body = (
+                        b"[" + b",".join(i.data for i in items if i.answer) + b"]"
+                        if later.batch
+                        else items[-1].data
+                    )
                     status = response.status if later.batch else items[-1].status
-                    self._send(replace(response, status=status, body=body, content_type="application/json"), close)
+                    self._send(
+                        replace(response, status=status, body=body, content_type="application/json"), close
+                    )
                     for item in items:
                         reader.taken(item)
                     return
                 if reader.ended:
-                    self._send(json_response(503, {"error": "unavailable", "error_description": "The answer is not to be had here."}), True)
+                    self._send(
+                        json_response(
+                            503,
+                            {
+                                "error": "unavailable",
+                                "error_description": "The answer is not to be had here.",
+                            },
+                        ),
+                        True,
+                    )
                     self.close_after = True
                     return
             self._stream(response, reader, items, close)
@@ -5941,9 +7608,15 @@ class Connection:
 
     def _collect(self, later, reader):
         """Items until the last; for a client that can take a stream, only those that make plain JSON possible."""
-        answers, seen, deadline = [], reader.cursor, None if later.json_wait is None else time.monotonic() + later.json_wait
+        answers, seen, deadline = (
+            [],
+            reader.cursor,
+            None if later.json_wait is None else time.monotonic() + later.json_wait,
+        )
         while True:
-            item = self._take(reader, 3600.0 if deadline is None else max(0.0, deadline - time.monotonic()), seen)
+            item = self._take(
+                reader, 3600.0 if deadline is None else max(0.0, deadline - time.monotonic()), seen
+            )
             if item is None:
                 if reader.ended or deadline is not None:
                     break
@@ -5961,12 +7634,18 @@ class Connection:
 
     def _stream(self, response, reader, items, close):
         key, later = reader.stream.key, response.later
-        headers = [*response.headers, ("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"),
-                   ("X-Accel-Buffering", "no")]
+        headers = [
+            *response.headers,
+            ("Content-Type", "text/event-stream"),
+            ("Cache-Control", "no-store"),
+            ("X-Accel-Buffering", "no"),
+        ]
         headers.append(("Transfer-Encoding", "chunked") if self.http11 else ("Connection", "close"))
         if close and self.http11:
             headers.append(("Connection", "close"))
-        opening = f"id: {key}-{reader.cursor}\nretry: 1000\ndata: \n\n".encode() if later.prime else b": open\n\n"
+        opening = (
+            f"id: {key}-{reader.cursor}\nretry: 1000\ndata: \n\n".encode() if later.prime else b": open\n\n"
+        )
         self._write(write_head(response.status, headers) + self._framed(opening))
         while True:
             item = self._take(reader, 15.0)
@@ -6011,11 +7690,23 @@ class Broker:
         forgejo = Forgejo(settings, self.clock)
         self.upstream = Upstream(settings, self.store, keyring, forgejo, self.log, self.clock)
         self.guardian, limiter = Guardian(), Limiter(self.clock)
-        self.registry = Registry(settings, self.store, self.upstream, forgejo, self.guardian, self.log, self.clock)
+        self.registry = Registry(
+            settings, self.store, self.upstream, forgejo, self.guardian, self.log, self.clock
+        )
         self.reaper = Reaper(settings, self.store, self.registry, self.upstream, self.log, self.clock)
         clients = Clients(settings, self.store, self.log, self.clock, limiter, web or PublicWeb())
-        authorization = Authorization(settings, self.store, keyring, clients, self.upstream, forgejo, self.log, self.clock, limiter,
-                                      lambda name: self.registry.forget([name], "ended by the user"))
+        authorization = Authorization(
+            settings,
+            self.store,
+            keyring,
+            clients,
+            self.upstream,
+            forgejo,
+            self.log,
+            self.clock,
+            limiter,
+            lambda name: self.registry.forget([name], "ended by the user"),
+        )
         endpoint = Endpoint(settings, self.store, keyring, self.registry, self.reaper, self.clock)
         self.routes = self._routes(clients, authorization, endpoint)
         self.server = Server(settings, self.handle, self.log, settings.listen, listener)
@@ -6025,12 +7716,34 @@ class Broker:
         self._hosts, self._blob = own_hosts(settings.public_url, self.server.port), git_blob_id(__file__)
 
     def _routes(self, clients, authorization, endpoint):
-        server_metadata, resource_metadata = "/.well-known/oauth-authorization-server", "/.well-known/oauth-protected-resource"
+        server_metadata, resource_metadata = (
+            "/.well-known/oauth-authorization-server",
+            "/.well-known/oauth-protected-resource",
+        )
         table = (  # the paths at the root are for clients that ignore metadata
-            ("page", "GET HEAD", lambda request: home_page(self.settings.public_url, self.settings.forgejo_url), "/"),
+            (
+                "page",
+                "GET HEAD",
+                lambda request: home_page(self.settings.public_url, self.settings.forgejo_url),
+                "/",
+            ),
             ("health", "GET HEAD", self.health, "/healthz"),
-            ("public", "GET HEAD", authorization.metadata, server_metadata, server_metadata + "/mcp", "/mcp" + server_metadata),
-            ("public", "GET HEAD", authorization.resource_metadata, resource_metadata, resource_metadata + "/mcp", resource_metadata + "/mcp/"),
+            (
+                "public",
+                "GET HEAD",
+                authorization.metadata,
+                server_metadata,
+                server_metadata + "/mcp",
+                "/mcp" + server_metadata,
+            ),
+            (
+                "public",
+                "GET HEAD",
+                authorization.resource_metadata,
+                resource_metadata,
+                resource_metadata + "/mcp",
+                resource_metadata + "/mcp/",
+            ),
             ("page", "GET HEAD", authorization.authorize, "/oauth/authorize", "/authorize"),
             ("page", "POST", authorization.consent, "/oauth/consent"),
             ("page", "GET HEAD", authorization.callback, "/oauth/callback"),
@@ -6039,10 +7752,24 @@ class Broker:
             ("page", "POST", authorization.account_end, "/account/end"),
             ("public", "POST", clients.register, "/oauth/register", "/register"),
             ("public", "POST", authorization.token, "/oauth/token", "/token"),
-            ("public", "POST", authorization.revoke, "/oauth/revoke", "/revoke"))
-        mcp = {"POST": endpoint.post, "GET": endpoint.get, "DELETE": endpoint.delete, "HEAD": endpoint.head, "OPTIONS": self._preflight}
-        routes = {path: (kind, dict.fromkeys(verbs.split(), handler) | ({"OPTIONS": self._preflight} if kind == "public" else {}))
-                  for kind, verbs, handler, *paths in table for path in paths}
+            ("public", "POST", authorization.revoke, "/oauth/revoke", "/revoke"),
+        )
+        mcp = {
+            "POST": endpoint.post,
+            "GET": endpoint.get,
+            "DELETE": endpoint.delete,
+            "HEAD": endpoint.head,
+            "OPTIONS": self._preflight,
+        }
+        routes = {
+            path: (
+                kind,
+                dict.fromkeys(verbs.split(), handler)
+                | ({"OPTIONS": self._preflight} if kind == "public" else {}),
+            )
+            for kind, verbs, handler, *paths in table
+            for path in paths
+        }
         return routes | dict.fromkeys(("/mcp", "/mcp/"), ("mcp", mcp))
 
     def handle(self, request):
@@ -6054,15 +7781,22 @@ class Broker:
             if not kind:
                 raise Refusal(404, "not_found", "There is nothing at this address.")
             cors = self._cors(request, kind)
-            handler = methods.get(request.method) or (methods["HEAD"] if kind == "mcp" else None)  # there the bearer comes before the method
+            handler = methods.get(request.method) or (
+                methods["HEAD"] if kind == "mcp" else None
+            )  # there the bearer comes before the method
             if not handler:
-                raise Refusal(405, "method_not_allowed", f"Use {next(iter(methods))}.", (("Allow", ", ".join(methods)),))
+                raise Refusal(
+                    405, "method_not_allowed", f"Use {next(iter(methods))}.", (("Allow", ", ".join(methods)),)
+                )
             response = handler(request)
         except PageRefusal as error:
             response = error.response
         except Refusal as error:
-            response = error_page(error.status, "This did not work", error.sentence, headers=error.headers) if kind == "page" \
+            response = (
+                error_page(error.status, "This did not work", error.sentence, headers=error.headers)
+                if kind == "page"
                 else refusal_response(error, NO_STORE[:1])
+            )
         return replace(response, headers=(*response.headers, *cors)) if cors else response
 
     def _cors(self, request, kind):
@@ -6071,35 +7805,68 @@ class Broker:
             return ("Access-Control-Allow-Origin", "*"), EXPOSED
         origins = request.headers.get("origin", ()) if kind == "mcp" else ()
         for origin in origins:
-            if len(origins) > 1 or not (LOOPBACK_ORIGIN.fullmatch(origin) or origin in (self.settings.public_url, *self.settings.allowed_origins)):
-                raise Refusal(403, "forbidden_origin", "This web origin may not call this server; the operator can add it to allowed_origins.")
+            if len(origins) > 1 or not (
+                LOOPBACK_ORIGIN.fullmatch(origin)
+                or origin in (self.settings.public_url, *self.settings.allowed_origins)
+            ):
+                raise Refusal(
+                    403,
+                    "forbidden_origin",
+                    "This web origin may not call this server; the operator can add it to allowed_origins.",
+                )
             return ("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), EXPOSED
         return ()
 
     def _preflight(self, request):
-        asked = re.sub(r"[^A-Za-z0-9_, -]", "", request.headers.get("access-control-request-headers", [""])[0])
-        return Response(204, headers=(("Access-Control-Allow-Methods", ", ".join(self.routes[request.path][1])),
-                                      ("Access-Control-Allow-Headers", asked), ("Access-Control-Max-Age", "7200")))
+        asked = re.sub(
+            r"[^A-Za-z0-9_, -]", "", request.headers.get("access-control-request-headers", [""])[0]
+        )
+        return Response(
+            204,
+            headers=(
+                ("Access-Control-Allow-Methods", ", ".join(self.routes[request.path][1])),
+                ("Access-Control-Allow-Headers", asked),
+                ("Access-Control-Max-Age", "7200"),
+            ),
+        )
 
     def health(self, request):
         """GET /healthz: 200, or 503 when the store fails. As an event stream it lasts a moment, which shows proxies that buffer."""
-        if request.method == "GET" and any("text/event-stream" in value for value in request.headers.get("accept", ())):
+        if request.method == "GET" and any(
+            "text/event-stream" in value for value in request.headers.get("accept", ())
+        ):
             stream = Stream()
             threading.Timer(0.5, stream.end).start()
             return Response(200, later=Later(stream.open(), 0))
         ok = self.store.healthy()
         sessions, children = self.registry.counts() if ok else (None, None)
-        return json_response(200 if ok else 503, {"status": "ok" if ok else "failing", "version": __version__, "git": self._blob,
-                                                  "store": "ok" if ok else "failing", "sessions": sessions, "children": children},
-                             NO_STORE[:1])
+        return json_response(
+            200 if ok else 503,
+            {
+                "status": "ok" if ok else "failing",
+                "version": __version__,
+                "git": self._blob,
+                "store": "ok" if ok else "failing",
+                "sessions": sessions,
+                "children": children,
+            },
+            NO_STORE[:1],
+        )
 
     def metrics(self, request):
         """GET /metrics on its own listener: Prometheus text, counts without names."""
         if request.path != "/metrics":
             return refusal_response(Refusal(404, "not_found", "Only /metrics is here."))
         sessions, children = self.registry.counts()
-        lines = [f"fjmcp_sessions {sessions}", f"fjmcp_children {children}", f"fjmcp_connections {self.server.open_connections}"]
-        lines += [f'fjmcp_events_total{{event="{event}"}} {count}' for event, count in sorted(self.log.counters.items())]
+        lines = [
+            f"fjmcp_sessions {sessions}",
+            f"fjmcp_children {children}",
+            f"fjmcp_connections {self.server.open_connections}",
+        ]
+        lines += [
+            f'fjmcp_events_total{{event="{event}"}} {count}'
+            for event, count in sorted(self.log.counters.items())
+        ]
         return Response(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
 
     def start(self):
@@ -6118,7 +7885,9 @@ class Broker:
         for server in self.servers:
             server.close(1)
         with self.registry.lock:  # the reaper still ticks
-            self.registry.lock.wait_for(lambda: not any(self.registry.places.values()), self.settings.stop_timeout + 3)
+            self.registry.lock.wait_for(
+                lambda: not any(self.registry.places.values()), self.settings.stop_timeout + 3
+            )
         self.reaper.stop()
         self.guardian.close()
         with contextlib.suppress(StoreUnavailable):
@@ -6146,6 +7915,7 @@ def git_blob_id(path):
 # Owns the command line: flags from the table of settings, `serve`, `check` and `doctor`, what operators do, signals and exit status.
 # ======================================================================================================================
 
+
 def flag_of(name):
     """A setting's flag."""
     return "--" + name.replace("_", "-")
@@ -6153,14 +7923,30 @@ def flag_of(name):
 
 def usage():
     """The text of --help, from the tables of commands and settings."""
-    lines = ["usage: fjmcp_broker.py --config broker.toml [COMMAND] [--SETTING VALUE]...", "",
-             "Lets people use their own Forgejo from MCP clients, as themselves.", "",
-             "  --config FILE   TOML file with the settings (or FJMCP_BROKER_CONFIG)", "  --version       print the version",
-             "  --help          print this", "", "Commands:", *(f"  {name:14}{command.help}" for name, command in COMMANDS.items()), "",
-             "Settings, each also as a key of the file and as FJMCP_BROKER_<NAME> (flag > environment > file > default).",
-             "A setting that is one piece of text can be read from a file with --<name>-file.", ""]
+    lines = [
+        "usage: fjmcp_broker.py --config broker.toml [COMMAND] [--SETTING VALUE]...",
+        "",
+        "Lets people use their own Forgejo from MCP clients, as themselves.",
+        "",
+        "  --config FILE   TOML file with the settings (or FJMCP_BROKER_CONFIG)",
+        "  --version       print the version",
+        "  --help          print this",
+        "",
+        "Commands:",
+        *(f"  {name:14}{command.help}" for name, command in COMMANDS.items()),
+        "",
+        "Settings, each also as a key of the file and as FJMCP_BROKER_<NAME> (flag > environment > file > default).",
+        "A setting that is one piece of text can be read from a file with --<name>-file.",
+        "",
+    ]
     for setting in SETTINGS[:-1]:  # not [[clients]], which are tables
-        default = " (required)" if setting.default is REQUIRED else f" (default {setting.default})" if setting.default else ""
+        default = (
+            " (required)"
+            if setting.default is REQUIRED
+            else f" (default {setting.default})"
+            if setting.default
+            else ""
+        )
         lines.append(f"  {flag_of(setting.name)}\n        {setting.help}{default}")
     return "\n".join(lines)
 
@@ -6201,7 +7987,12 @@ def parse_arguments(arguments):
         name, given, value = argument[2:].partition("=")
         key = name.replace("-", "_")
         setting, _ = KEYS.get(key, (None, False))
-        is_switch = key in ("json", "all") or setting and setting.kind == "switch" and left[:1] not in (["true"], ["false"])
+        is_switch = (
+            key in ("json", "all")
+            or setting
+            and setting.kind == "switch"
+            and left[:1] not in (["true"], ["false"])
+        )
         if not setting and key != "config" and not any(key in command.flags for command in COMMANDS.values()):
             problems.append(f"unknown flag --{name}{did_you_mean(key)}")
         elif not given and not is_switch and not left:
@@ -6209,12 +8000,19 @@ def parse_arguments(arguments):
         else:
             (flags if setting else options)[key] = value if given else "true" if is_switch else left.pop(0)
     name, *words = words or ["serve"]
-    config, command = options.pop("config", None) or os.environ.get(ENVIRONMENT_PREFIX + "CONFIG"), COMMANDS.get(name)
+    config, command = (
+        options.pop("config", None) or os.environ.get(ENVIRONMENT_PREFIX + "CONFIG"),
+        COMMANDS.get(name),
+    )
     if command is None:
         problems.append(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
     elif len(words) != bool(command.word):
         problems.append(f"{name} takes {f'one {command.word}' if command.word else 'no further words'}")
-    problems += [f"--{option} is not for {name}" for option in options if option not in (command.flags if command else ())]
+    problems += [
+        f"--{option} is not for {name}"
+        for option in options
+        if option not in (command.flags if command else ())
+    ]
     if problems:
         raise ConfigurationError(problems)
     return Arguments(config, name, "".join(words), options, flags)
@@ -6227,12 +8025,29 @@ def configuration_text(values):
     """A broker.toml with the given values, every other setting commented out with its default and what it means."""
     lines = ["# fjmcp-broker. Each line that is commented out shows the default.", ""]
     for setting in SETTINGS[:-1]:
-        given = [f"{key} = {json.dumps(values[key])}" for key, (which, _) in KEYS.items() if which is setting and key in values]
+        given = [
+            f"{key} = {json.dumps(values[key])}"
+            for key, (which, _) in KEYS.items()
+            if which is setting and key in values
+        ]
         required = setting.default is REQUIRED
-        lines += [f"# {setting.help}{' (required)' if required else ''}",
-                  *(given or [f"# {setting.name} = {json.dumps('' if required else setting.default)}"]), ""]
-    return "\n".join([*lines, "# Clients that are known beforehand:", "# [[clients]]", '# client_id = "my-client"', '# name = "My client"',
-                      '# redirect_uris = ["https://client.example.org/callback"]', '# client_secret = ""', ""])
+        lines += [
+            f"# {setting.help}{' (required)' if required else ''}",
+            *(given or [f"# {setting.name} = {json.dumps('' if required else setting.default)}"]),
+            "",
+        ]
+    return "\n".join(
+        [
+            *lines,
+            "# Clients that are known beforehand:",
+            "# [[clients]]",
+            '# client_id = "my-client"',
+            '# name = "My client"',
+            '# redirect_uris = ["https://client.example.org/callback"]',
+            '# client_secret = ""',
+            "",
+        ]
+    )
 
 
 def ask(setting, problems):
@@ -6252,7 +8067,12 @@ def ask(setting, problems):
 
 def init(arguments):
     """Write broker.toml, and the client secret and a new sealing key into files of their own: `secrets_file`, or one for each."""
-    path, values, problems, files = os.path.abspath(arguments.config or "broker.toml"), dict(arguments.flags), [], {}
+    path, values, problems, files = (
+        os.path.abspath(arguments.config or "broker.toml"),
+        dict(arguments.flags),
+        [],
+        {},
+    )
     folder, secret_file = os.path.dirname(path), "forgejo_oauth_client_secret_file"
     for setting in SETTINGS:
         if setting.default is REQUIRED and not {setting.name, setting.name + "_file"} & set(values):
@@ -6271,7 +8091,10 @@ def init(arguments):
         problems.append(f"flag: {secret_file}: cannot read it: {getattr(error, 'strerror', None) or error}")
     if "key_file" not in values:
         values.setdefault("key", new_key().strip())
-    for name, setting, file in (("forgejo_oauth_client_secret", secret_file, "client-secret"), ("key", "key_file", "sealing-key")):
+    for name, setting, file in (
+        ("forgejo_oauth_client_secret", secret_file, "client-secret"),
+        ("key", "key_file", "sealing-key"),
+    ):
         text = values.pop(name, None)
         if text and together:
             values["secrets_file"] = together
@@ -6279,7 +8102,9 @@ def init(arguments):
         elif text:
             values[setting] = os.path.join(folder, file)
             files[values[setting]] = text + "\n"
-    problems += [f"{name} is there already; move it away first" for name in (path, *files) if os.path.exists(name)]
+    problems += [
+        f"{name} is there already; move it away first" for name in (path, *files) if os.path.exists(name)
+    ]
     if problems:
         raise ConfigurationError(problems)
     if "store_path" not in values:
@@ -6287,8 +8112,10 @@ def init(arguments):
         os.makedirs(os.path.dirname(values["store_path"]), mode=0o700, exist_ok=True)
     for name, text in {**files, path: configuration_text(values)}.items():
         put_file(name, text)
-    print(f"Wrote {path}. In Forgejo, the OAuth2 application (confidential) needs the redirect URI\n  {values['public_url'].rstrip('/')}"
-          f"/oauth/callback\nNext: python3 {sys.argv[0]} --config {path} check")
+    print(
+        f"Wrote {path}. In Forgejo, the OAuth2 application (confidential) needs the redirect URI\n  {values['public_url'].rstrip('/')}"
+        f"/oauth/callback\nNext: python3 {sys.argv[0]} --config {path} check"
+    )
     return 0
 
 
@@ -6306,10 +8133,19 @@ def report(findings):
 
 def check(arguments):
     """Try everything that serving needs, and name each problem with its fix; 0 when nothing fails."""
+
     def findings():
         settings = arguments.settings()
-        for part in (check_store, check_urls, check_forgejo, check_child, check_containment, check_public_url):
+        for part in (
+            check_store,
+            check_urls,
+            check_forgejo,
+            check_child,
+            check_containment,
+            check_public_url,
+        ):
             yield from guarded(part(settings))
+
     return report(guarded(findings()))
 
 
@@ -6320,7 +8156,11 @@ def guarded(findings):
     except ConfigurationError as error:
         yield from (("fail", problem) for problem in error.problems)
     except FetchFailed as error:
-        yield "fail", f"the URL does not answer: {error}", "its name, its certificate and port 443 must be good for everybody"
+        yield (
+            "fail",
+            f"the URL does not answer: {error}",
+            "its name, its certificate and port 443 must be good for everybody",
+        )
 
 
 def check_store(settings):
@@ -6328,17 +8168,28 @@ def check_store(settings):
     path, key = os.path.abspath(settings.store_path), os.path.abspath(key_path(settings))
     folder = os.path.dirname(path)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        yield "fail", f"store_path: {folder} is not a folder this user can write to", f"make it, for the user that serves: install -d -m 700 {folder}"
+        yield (
+            "fail",
+            f"store_path: {folder} is not a folder this user can write to",
+            f"make it, for the user that serves: install -d -m 700 {folder}",
+        )
         return
     if not settings.key and os.path.dirname(key) == folder:
-        yield "warn", f"key_file: {key} lies beside the store: who copies one has both", "keep the key elsewhere, and out of the backup of the store"
+        yield (
+            "warn",
+            f"key_file: {key} lies beside the store: who copies one has both",
+            "keep the key elsewhere, and out of the backup of the store",
+        )
     for name, place, mode in (("store_path", folder, "700"), ("key_file", key, "600")):
         if (place == folder or not settings.key) and os.path.exists(place) and os.stat(place).st_mode & 0o077:
             yield "warn", f"{name}: {place} is open to other users", f"chmod {mode} {place}"
     if not os.path.exists(path):
         if settings.key or os.path.exists(key):
             load_keyring(settings)
-        yield "ok", f"store_path: {path} will be made at the first start, and so will the key if there is none"
+        yield (
+            "ok",
+            f"store_path: {path} will be made at the first start, and so will the key if there is none",
+        )
         return
     keyring = load_keyring(settings)
     store = Store(path, keyring, alone=False)
@@ -6346,17 +8197,32 @@ def check_store(settings):
     yield "ok", f"store_path: {path} opens with this key; sessions on file: {store.count_sessions()}"
     store.close()
     if older:
-        yield "warn", f"key_file: {older} credentials are still sealed with older keys", "run rotate-key, which goes on where it was"
+        yield (
+            "warn",
+            f"key_file: {older} credentials are still sealed with older keys",
+            "run rotate-key, which goes on where it was",
+        )
     elif len(keyring.keys) > 1:
-        yield "ok", f"key_file: every credential is sealed with the newest of {len(keyring.keys)} keys; the others can be taken out"
+        yield (
+            "ok",
+            f"key_file: every credential is sealed with the newest of {len(keyring.keys)} keys; the others can be taken out",
+        )
 
 
 def check_reach(public):
     """Whether clients elsewhere can reach such a URL at all."""
     if public.port and not is_loopback_name(public.hostname):
-        yield "warn", "public_url: it names a port; Claude.ai and others reach 443 only", "let the proxy serve https on its usual port, and leave the port out"
+        yield (
+            "warn",
+            "public_url: it names a port; Claude.ai and others reach 443 only",
+            "let the proxy serve https on its usual port, and leave the port out",
+        )
     if public.scheme == "http":
-        yield "warn", "public_url: http on loopback is for trying out; web clients cannot reach it", "put a proxy with https in front"
+        yield (
+            "warn",
+            "public_url: http on loopback is for trying out; web clients cannot reach it",
+            "put a proxy with https in front",
+        )
 
 
 def check_urls(settings):
@@ -6367,9 +8233,15 @@ def check_urls(settings):
     if internal.scheme == "http":
         private = False
         with contextlib.suppress(OSError, ValueError):
-            private = ipaddress.ip_address(socket.getaddrinfo(internal.hostname, None)[0][4][0].partition("%")[0]).is_private
+            private = ipaddress.ip_address(
+                socket.getaddrinfo(internal.hostname, None)[0][4][0].partition("%")[0]
+            ).is_private
         if not private:
-            yield "warn", "forgejo_internal_url: http to an address that is not private: tokens would travel in the clear", "use https"
+            yield (
+                "warn",
+                "forgejo_internal_url: http to an address that is not private: tokens would travel in the clear",
+                "use https",
+            )
 
 
 def check_forgejo(settings):
@@ -6377,36 +8249,72 @@ def check_forgejo(settings):
     base = settings.forgejo_internal_url or settings.forgejo_url
     try:
         answer = fetch("GET", base + "/.well-known/openid-configuration", ca_file=settings.forgejo_ca_file)
-        version = str((fetch("GET", base + "/api/v1/version", ca_file=settings.forgejo_ca_file).json() or {}).get("version", "unknown"))
+        version = str(
+            (fetch("GET", base + "/api/v1/version", ca_file=settings.forgejo_ca_file).json() or {}).get(
+                "version", "unknown"
+            )
+        )
     except FetchFailed as error:
-        yield "fail", f"forgejo_url: {base} does not answer: {error}", "check the address, DNS, firewall and certificate (forgejo_ca_file)"
+        yield (
+            "fail",
+            f"forgejo_url: {base} does not answer: {error}",
+            "check the address, DNS, firewall and certificate (forgejo_ca_file)",
+        )
         return
     document = answer.json() if answer.status == 200 else None
     if document is None:
-        yield "fail", f"forgejo_url: {base} answers {answer.status}, and not as Forgejo does", "give the address under which Forgejo itself is"
+        yield (
+            "fail",
+            f"forgejo_url: {base} answers {answer.status}, and not as Forgejo does",
+            "give the address under which Forgejo itself is",
+        )
         return
     yield "ok", f"forgejo_url: {base} answers, version {version}"
     if re.match(r"[0-8]\.", version):
-        yield "warn", "forgejo_url: this Forgejo knows no scopes of OAuth2 tokens: each has all of its user's power", "upgrade Forgejo to 9 or newer"
+        yield (
+            "warn",
+            "forgejo_url: this Forgejo knows no scopes of OAuth2 tokens: each has all of its user's power",
+            "upgrade Forgejo to 9 or newer",
+        )
     if document.get("authorization_endpoint") != settings.forgejo_url + "/login/oauth/authorize":
-        yield "warn", f"forgejo_url: Forgejo calls itself {document.get('issuer')}", "set forgejo_url to that, or ROOT_URL in Forgejo to the other"
+        yield (
+            "warn",
+            f"forgejo_url: Forgejo calls itself {document.get('issuer')}",
+            "set forgejo_url to that, or ROOT_URL in Forgejo to the other",
+        )
     with contextlib.suppress(ValueError, TypeError, KeyError):
         skew = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time()
         if abs(skew) > 60:
-            yield "fail", f"the clocks of Forgejo and of this machine differ by {abs(skew):.0f} s", "set both by NTP"
+            yield (
+                "fail",
+                f"the clocks of Forgejo and of this machine differ by {abs(skew):.0f} s",
+                "set both by NTP",
+            )
     # A code that cannot be good is refused for the first thing that is wrong, in Forgejo's order: id, secret, redirect URI, code.
     try:
         Forgejo(settings, Clock()).exchange("check", "check")
     except UpstreamMisconfigured as error:
         which = "secret" if "secret" in str(error) else "id"
-        yield "fail", f"forgejo_oauth_client_{which}: Forgejo refuses it: {error}", "copy it again from the application in Forgejo"
+        yield (
+            "fail",
+            f"forgejo_oauth_client_{which}: Forgejo refuses it: {error}",
+            "copy it again from the application in Forgejo",
+        )
     except UpstreamRefused as error:
         if "redirect" in str(error).lower():
-            yield "fail", "the application in Forgejo has another redirect URI", f"set it to {settings.public_url}/oauth/callback"
+            yield (
+                "fail",
+                "the application in Forgejo has another redirect URI",
+                f"set it to {settings.public_url}/oauth/callback",
+            )
         else:
             yield "ok", "Forgejo knows the application, its secret and its redirect URI"
     except UpstreamDown as error:
-        yield "fail", f"Forgejo's token endpoint does not work: {error}", "look into Forgejo's log, and at proxies between"
+        yield (
+            "fail",
+            f"Forgejo's token endpoint does not work: {error}",
+            "look into Forgejo's log, and at proxies between",
+        )
 
 
 def check_child(settings):
@@ -6414,11 +8322,24 @@ def check_child(settings):
     try:
         command, environment = child_command(settings), child_environment(settings, "")
         if isinstance(settings.forgejo_mcp_binary, str):
-            shown = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL).stdout.strip()
+            shown = subprocess.run(
+                [command[0], "--version"],
+                capture_output=True,
+                text=True,
+                timeout=20,
+                stdin=subprocess.DEVNULL,
+            ).stdout.strip()
             number = re.search(r"v?([0-9]+)\.[0-9]+", shown)
             if number and int(number[1]) < 2:
                 yield "fail", f"forgejo_mcp_binary: {shown} is too old", "install forgejo-mcp 2.0 or newer"
-        child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0)
+        child = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+        )
     except (ChildMissing, OSError, subprocess.TimeoutExpired) as error:
         yield "fail", f"forgejo_mcp_binary: {error}", "install forgejo-mcp, and give its path"
         return
@@ -6427,8 +8348,13 @@ def check_child(settings):
     server, us = None, {"name": "fjmcp-broker", "version": __version__}
     with contextlib.suppress(OSError), child:  # closing the pipe to one that has ended
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            for method, params in (("initialize", {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": us}), (
-                    "server/discover", {"_meta": {META_VERSION: FIRST_MODERN_VERSION, META_CLIENT: us, META_CAPABILITIES: {}}})):
+            for method, params in (
+                ("initialize", {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": us}),
+                (
+                    "server/discover",
+                    {"_meta": {META_VERSION: FIRST_MODERN_VERSION, META_CLIENT: us, META_CAPABILITIES: {}}},
+                ),
+            ):
                 if server is None:  # what refuses the handshake may speak the era that has none
                     child.stdin.write(dump(asking(method, params, jsonrpc="2.0", id=method)) + b"\n")
                     child.stdin.flush()
@@ -6438,10 +8364,16 @@ def check_child(settings):
             os.killpg(child.pid, signal.SIGKILL)
     end.cancel()
     if server:
-        yield "ok", f"forgejo_mcp_binary: {command[0]} starts and answers as {server.get('name')} {server.get('version')}"
+        yield (
+            "ok",
+            f"forgejo_mcp_binary: {command[0]} starts and answers as {server.get('name')} {server.get('version')}",
+        )
     else:
-        yield ("fail", f"forgejo_mcp_binary: {command[0]} does not answer (status {child.returncode})",
-               "run it by hand with FORGEJO_URL set; where Forgejo wants a login for everything it cannot start without a token")
+        yield (
+            "fail",
+            f"forgejo_mcp_binary: {command[0]} does not answer (status {child.returncode})",
+            "run it by hand with FORGEJO_URL set; where Forgejo wants a login for everything it cannot start without a token",
+        )
 
 
 def check_containment(settings):
@@ -6450,17 +8382,32 @@ def check_containment(settings):
         path = os.path.realpath(child_command(settings)[0])
     except ChildMissing:
         return
-    owner, binary = os.stat(settings.store_path if os.path.exists(settings.store_path) else "/proc/self"), os.stat(path)
-    readable = binary.st_mode & (0o400 if binary.st_uid == owner.st_uid else 0o040 if binary.st_gid == owner.st_gid else 0o004)
+    owner, binary = (
+        os.stat(settings.store_path if os.path.exists(settings.store_path) else "/proc/self"),
+        os.stat(path),
+    )
+    readable = binary.st_mode & (
+        0o400 if binary.st_uid == owner.st_uid else 0o040 if binary.st_gid == owner.st_gid else 0o004
+    )
     if readable or binary.st_uid == owner.st_uid or owner.st_uid == 0:
-        yield ("warn", f"containment: {path} can be read by the user that serves, so the children of one user can read the tokens of others",
-               f"serve as a user of its own, not root; chown root:root {path}; chmod 0711 {path} (a script cannot be protected so)")
+        yield (
+            "warn",
+            f"containment: {path} can be read by the user that serves, so the children of one user can read the tokens of others",
+            f"serve as a user of its own, not root; chown root:root {path}; chmod 0711 {path} (a script cannot be protected so)",
+        )
     else:
         yield "ok", f"containment: children of {path} cannot read each other's tokens"
     if hide_from_children():
-        yield "ok", "containment: children cannot read the broker's memory and environment (PR_SET_DUMPABLE is 0 when serving)"
+        yield (
+            "ok",
+            "containment: children cannot read the broker's memory and environment (PR_SET_DUMPABLE is 0 when serving)",
+        )
     else:
-        yield "warn", "containment: the broker cannot make itself unreadable (PR_SET_DUMPABLE)", "serve on Linux with /proc, outside of emulators"
+        yield (
+            "warn",
+            "containment: the broker cannot make itself unreadable (PR_SET_DUMPABLE)",
+            "serve on Linux with /proc, outside of emulators",
+        )
 
 
 def check_public_url(settings):
@@ -6468,78 +8415,268 @@ def check_public_url(settings):
     try:
         health = fetch("GET", settings.public_url + "/healthz").json() or {}
         if health.get("git") != git_blob_id(__file__):
-            yield "warn", "public_url: another revision of this file, or something else, is running there", "restart the broker; let the proxy pass all to it"
+            yield (
+                "warn",
+                "public_url: another revision of this file, or something else, is running there",
+                "restart the broker; let the proxy pass all to it",
+            )
         failures = [finding for finding in examine(settings.public_url, register=False) if finding[0] != "ok"]
-        yield from failures or [("ok", f"public_url: {settings.public_url} is answered by version {health.get('version')}")]
+        yield from failures or [
+            ("ok", f"public_url: {settings.public_url} is answered by version {health.get('version')}")
+        ]
     except FetchFailed as error:
-        yield ("warn", f"public_url: {settings.public_url} does not answer from here: {error}",
-               "start the broker and the proxy, then check again; some networks cannot reach their own public address")
+        yield (
+            "warn",
+            f"public_url: {settings.public_url} does not answer from here: {error}",
+            "start the broker and the proxy, then check again; some networks cannot reach their own public address",
+        )
 
 
 # -- doctor: PROBES says who needs what; {url} and {client} are filled in when it is tried
 
 REGISTRATION = {  # what real clients register, in one: each redirect URI is somebody's
-    "client_name": "fjmcp-broker doctor", "application_type": "web", "scope": "openid claudeai", "token_endpoint_auth_method": "none",
-    "grant_types": ["authorization_code", "refresh_token"], "response_types": ["code"], "redirect_uris": [
-        "cursor://anysphere.cursor-mcp/oauth/callback", "https://www.cursor.com/agents/mcp/oauth/callback", "http://localhost:3118/callback",
-        "https://claude.ai/api/mcp/auth_callback", "https://claude.com/api/mcp/auth_callback", "https://chatgpt.com/connector/oauth/doctor",
-        "https://vscode.dev/redirect", "http://127.0.0.1/", "http://127.0.0.1:33418/"]}
+    "client_name": "fjmcp-broker doctor",
+    "application_type": "web",
+    "scope": "openid claudeai",
+    "token_endpoint_auth_method": "none",
+    "grant_types": ["authorization_code", "refresh_token"],
+    "response_types": ["code"],
+    "redirect_uris": [
+        "cursor://anysphere.cursor-mcp/oauth/callback",
+        "https://www.cursor.com/agents/mcp/oauth/callback",
+        "http://localhost:3118/callback",
+        "https://claude.ai/api/mcp/auth_callback",
+        "https://claude.com/api/mcp/auth_callback",
+        "https://chatgpt.com/connector/oauth/doctor",
+        "https://vscode.dev/redirect",
+        "http://127.0.0.1/",
+        "http://127.0.0.1:33418/",
+    ],
+}
 # What must come back: members of the JSON object (`json`), the status and headers (in lower case): equal, or holding each of a list, `!`: none.
-RESOURCE = {"status": 200, "json": {"resource": "{url}/mcp", "authorization_servers": ["{url}"], "!scopes_supported": ["offline_access"]}}
-METADATA = {"status": 200, "json": {
-    "issuer": "{url}", "authorization_endpoint": "{url}/oauth/authorize", "token_endpoint": "{url}/oauth/token", "response_types_supported": ["code"],
-    "registration_endpoint": "{url}/oauth/register", "revocation_endpoint": "{url}/oauth/revoke", "code_challenge_methods_supported": ["S256"],
-    "grant_types_supported": ["authorization_code", "refresh_token"], "scopes_supported": ["offline_access"],
-    "token_endpoint_auth_methods_supported": ["none", "client_secret_post", "client_secret_basic"], "authorization_response_iss_parameter_supported": True}}
-CHALLENGE = {"status": 401, "!www-authenticate": ["error="], "www-authenticate": [
-    "bearer ", 'resource_metadata="{url}/.well-known/oauth-protected-resource/mcp"', "scope="]}
-CONSENT = {"status": 200, "content-type": ["text/html"], "content-security-policy": ["frame-ancestors 'none'"], "!content-security-policy": ["form-action"]}
-PREFLIGHT = {"status": 204, "access-control-allow-headers": ["authorization", "content-type", "mcp-session-id"]}
+RESOURCE = {
+    "status": 200,
+    "json": {
+        "resource": "{url}/mcp",
+        "authorization_servers": ["{url}"],
+        "!scopes_supported": ["offline_access"],
+    },
+}
+METADATA = {
+    "status": 200,
+    "json": {
+        "issuer": "{url}",
+        "authorization_endpoint": "{url}/oauth/authorize",
+        "token_endpoint": "{url}/oauth/token",
+        "response_types_supported": ["code"],
+        "registration_endpoint": "{url}/oauth/register",
+        "revocation_endpoint": "{url}/oauth/revoke",
+        "code_challenge_methods_supported": ["S256"],
+        "grant_types_supported": ["authorization_code", "refresh_token"],
+        "scopes_supported": ["offline_access"],
+        "token_endpoint_auth_methods_supported": ["none", "client_secret_post", "client_secret_basic"],
+        "authorization_response_iss_parameter_supported": True,
+    },
+}
+CHALLENGE = {
+    "status": 401,
+    "!www-authenticate": ["error="],
+    "www-authenticate": [
+        "bearer ",
+        'resource_metadata="{url}/.well-known/oauth-protected-resource/mcp"',
+        "scope=",
+    ],
+}
+CONSENT = {
+    "status": 200,
+    "content-type": ["text/html"],
+    "content-security-policy": ["frame-ancestors 'none'"],
+    "!content-security-policy": ["form-action"],
+}
+PREFLIGHT = {
+    "status": 204,
+    "access-control-allow-headers": ["authorization", "content-type", "mcp-session-id"],
+}
 AUTHORIZE = f"GET /oauth/authorize?response_type=code&client_id={{client}}&state=s&code_challenge_method=S256&code_challenge={'A' * 43}&redirect_uri="
-LOOPBACK, WEB = "http%3A%2F%2Flocalhost%3A41999%2Fcallback", ("https://claude.ai", "https://chatgpt.com", "http://localhost:6274")
-PING, FORM = {"jsonrpc": "2.0", "id": 0, "method": "ping"}, {"Content-Type": "application/x-www-form-urlencoded"}
-PASS_ON, BROKER = "let the proxy pass this on, with all headers, and its answer back", "let the proxy leave answers alone; upgrade the broker"
-BOTS, CORS = "exempt /mcp, /.well-known, /oauth, /register, /token from the proxy's bot rules", "let the proxy pass OPTIONS on; add the origin to allowed_origins"
-PROBES = (  # who needs it, request, its headers and body, what must come back, how to mend it
-    *((who, f"GET /.well-known/oauth-protected-resource{path}", {}, "", RESOURCE, PASS_ON) for who, path in (
-        ("Claude, VS Code, Gemini CLI, Zed, SDKs", "/mcp"), ("clients given the URL with a slash", "/mcp/"), ("ChatGPT, Claude Code", ""))),
-    *((who, f"GET {path}", {"MCP-Protocol-Version": "2024-11-05"}, "", METADATA, PASS_ON) for who, path in (
-        ("every client", "/.well-known/oauth-authorization-server"), ("Claude.ai, Codex", "/.well-known/oauth-authorization-server/mcp"),
-        ("Codex", "/mcp/.well-known/oauth-authorization-server"))),
-    *(("Claude.ai, ChatGPT, SDKs", f"GET {path}", {}, "", {"status": 404, "json": {}}, PASS_ON) for path in (
-        "/.well-known/openid-configuration", "/.well-known/openid-configuration/mcp", "/mcp/.well-known/openid-configuration")),
-    ("clients given the URL with a slash", "POST /mcp/", {}, PING, CHALLENGE, PASS_ON),
-    *((who, f"{method} /mcp", {}, PING if method == "POST" else "", CHALLENGE, f"let the proxy pass {method} on") for method, who in (
-        ("POST", "every client"), ("HEAD", "Gemini CLI, Claude.ai"), ("GET", "clients that open a stream first"), ("DELETE", "SDKs"))),
-    ("clients of revision 2026-07-28", "POST /mcp", {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "server/discover"}, PING, CHALLENGE, PASS_ON),
-    *(("the client of that name", "POST /mcp", {"User-Agent": agent}, PING, CHALLENGE, BOTS) for agent in (
-        "Claude-User", "openai-mcp/1.0.0", "python-httpx/0.28.1", "node", "Ruby", "")),
-    *(("clients in a browser", "POST /mcp", {"Origin": origin}, PING, CHALLENGE, CORS) for origin in WEB),
-    *(("clients in a browser", f"OPTIONS {path}", {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers":
-       "authorization, content-type, mcp-session-id"}, "", PREFLIGHT, CORS) for origin in WEB for path in (
-        "/mcp", "/.well-known/oauth-protected-resource/mcp", "/oauth/register", "/oauth/token")),
-    ("every client whose token has expired", "POST /mcp", {"Authorization": "Bearer fja_expired"}, PING,
-     {"status": 401, "www-authenticate": ['error="invalid_token"']}, PASS_ON),
-    ("people who also visit other sites", "POST /mcp", {"Origin": "https://attacker.example"}, PING, {"status": 403},
-     "let the proxy pass Origin on; allowed_origins is for origins you trust"),
-    ("Claude.ai, Cursor, VS Code: each its URI", "POST /oauth/register", {}, REGISTRATION,
-     {"status": 201, "json": {**REGISTRATION, "client_secret": None}, "cache-control": ["no-store"]}, "see allowed_redirect_schemes"),
-    ("people: a script is no redirect URI", "POST /register", {}, {"redirect_uris": ["javascript:alert(1)"]},
-     {"status": 400, "json": {"error": "invalid_redirect_uri"}}, PASS_ON),
-    ("people whose client was forgotten", "GET /authorize?client_id=nobody", {}, "", {"status": 400, "content-type": ["text/html"], "location": None}, PASS_ON),
-    *((who, f"{AUTHORIZE}{uri}", {}, "", CONSENT, BROKER) for who, uri in (
-        ("Codex, Zed, Goose: a loopback port of the day", LOOPBACK + "&resource={url}/mcp"), ("clients without `resource`", LOOPBACK),
-        ("Claude.ai, ChatGPT: unknown scopes, a slash", LOOPBACK + "&scope=claudeai+openid&prompt=consent&resource={url}/mcp/"),
-        ("Cursor", "cursor%3A%2F%2Fanysphere.cursor-mcp%2Foauth%2Fcallback&resource={url}"), ("VS Code", "http%3A%2F%2F127.0.0.1%3A50001%2F"))),
-    ("clients that check `iss`, on errors too", f"{AUTHORIZE}{LOOPBACK}&resource=https://attacker.example/mcp", {}, "",
-     {"status": 303, "location": ["http://localhost:41999/callback?", "error=invalid_target", "iss="], "!location": ["code="]}, BROKER),
-    *((who, f"POST {path}", FORM, "grant_type=refresh_token&refresh_token=x&client_id=" + client,
-       {"status": status, "json": {"error": error}, "cache-control": ["no-store"]}, PASS_ON) for who, path, client, status, error in (
-        ("clients that ignore metadata", "/token", "nobody", 401, "invalid_client"), ("every client", "/oauth/token", "{client}", 400, "invalid_grant"))),
+LOOPBACK, WEB = (
+    "http%3A%2F%2Flocalhost%3A41999%2Fcallback",
+    ("https://claude.ai", "https://chatgpt.com", "http://localhost:6274"),
 )
-HINTS = {403: BOTS, 413: "raise the proxy's limit for bodies", 421: "let the proxy pass the Host header on unchanged", 429: BOTS,
-         **dict.fromkeys((301, 302, 307, 308), "serve this path directly: clients do not repeat a POST, or drop its token"),
-         **dict.fromkeys((500, 502, 503, 504), "start the broker, and give the proxy its address; look into both logs")}
+PING, FORM = (
+    {"jsonrpc": "2.0", "id": 0, "method": "ping"},
+    {"Content-Type": "application/x-www-form-urlencoded"},
+)
+PASS_ON, BROKER = (
+    "let the proxy pass this on, with all headers, and its answer back",
+    "let the proxy leave answers alone; upgrade the broker",
+)
+BOTS, CORS = (
+    "exempt /mcp, /.well-known, /oauth, /register, /token from the proxy's bot rules",
+    "let the proxy pass OPTIONS on; add the origin to allowed_origins",
+)
+PROBES = (  # who needs it, request, its headers and body, what must come back, how to mend it
+    *(
+        (who, f"GET /.well-known/oauth-protected-resource{path}", {}, "", RESOURCE, PASS_ON)
+        for who, path in (
+            ("Claude, VS Code, Gemini CLI, Zed, SDKs", "/mcp"),
+            ("clients given the URL with a slash", "/mcp/"),
+            ("ChatGPT, Claude Code", ""),
+        )
+    ),
+    *(
+        (who, f"GET {path}", {"MCP-Protocol-Version": "2024-11-05"}, "", METADATA, PASS_ON)
+        for who, path in (
+            ("every client", "/.well-known/oauth-authorization-server"),
+            ("Claude.ai, Codex", "/.well-known/oauth-authorization-server/mcp"),
+            ("Codex", "/mcp/.well-known/oauth-authorization-server"),
+        )
+    ),
+    *(
+        ("Claude.ai, ChatGPT, SDKs", f"GET {path}", {}, "", {"status": 404, "json": {}}, PASS_ON)
+        for path in (
+            "/.well-known/openid-configuration",
+            "/.well-known/openid-configuration/mcp",
+            "/mcp/.well-known/openid-configuration",
+        )
+    ),
+    ("clients given the URL with a slash", "POST /mcp/", {}, PING, CHALLENGE, PASS_ON),
+    *(
+        (
+            who,
+            f"{method} /mcp",
+            {},
+            PING if method == "POST" else "",
+            CHALLENGE,
+            f"let the proxy pass {method} on",
+        )
+        for method, who in (
+            ("POST", "every client"),
+            ("HEAD", "Gemini CLI, Claude.ai"),
+            ("GET", "clients that open a stream first"),
+            ("DELETE", "SDKs"),
+        )
+    ),
+    (
+        "clients of revision 2026-07-28",
+        "POST /mcp",
+        {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "server/discover"},
+        PING,
+        CHALLENGE,
+        PASS_ON,
+    ),
+    *(
+        ("the client of that name", "POST /mcp", {"User-Agent": agent}, PING, CHALLENGE, BOTS)
+        for agent in ("Claude-User", "openai-mcp/1.0.0", "python-httpx/0.28.1", "node", "Ruby", "")
+    ),
+    *(("clients in a browser", "POST /mcp", {"Origin": origin}, PING, CHALLENGE, CORS) for origin in WEB),
+    *(
+        (
+            "clients in a browser",
+            f"OPTIONS {path}",
+            {
+                "Origin": origin,
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "authorization, content-type, mcp-session-id",
+            },
+            "",
+            PREFLIGHT,
+            CORS,
+        )
+        for origin in WEB
+        for path in ("/mcp", "/.well-known/oauth-protected-resource/mcp", "/oauth/register", "/oauth/token")
+    ),
+    (
+        "every client whose token has expired",
+        "POST /mcp",
+        {"Authorization": "Bearer fja_expired"},
+        PING,
+        {"status": 401, "www-authenticate": ['error="invalid_token"']},
+        PASS_ON,
+    ),
+    (
+        "people who also visit other sites",
+        "POST /mcp",
+        {"Origin": "https://attacker.example"},
+        PING,
+        {"status": 403},
+        "let the proxy pass Origin on; allowed_origins is for origins you trust",
+    ),
+    (
+        "Claude.ai, Cursor, VS Code: each its URI",
+        "POST /oauth/register",
+        {},
+        REGISTRATION,
+        {"status": 201, "json": {**REGISTRATION, "client_secret": None}, "cache-control": ["no-store"]},
+        "see allowed_redirect_schemes",
+    ),
+    (
+        "people: a script is no redirect URI",
+        "POST /register",
+        {},
+        {"redirect_uris": ["javascript:alert(1)"]},
+        {"status": 400, "json": {"error": "invalid_redirect_uri"}},
+        PASS_ON,
+    ),
+    (
+        "people whose client was forgotten",
+        "GET /authorize?client_id=nobody",
+        {},
+        "",
+        {"status": 400, "content-type": ["text/html"], "location": None},
+        PASS_ON,
+    ),
+    *(
+        (who, f"{AUTHORIZE}{uri}", {}, "", CONSENT, BROKER)
+        for who, uri in (
+            ("Codex, Zed, Goose: a loopback port of the day", LOOPBACK + "&resource={url}/mcp"),
+            ("clients without `resource`", LOOPBACK),
+            (
+                "Claude.ai, ChatGPT: unknown scopes, a slash",
+                LOOPBACK + "&scope=claudeai+openid&prompt=consent&resource={url}/mcp/",
+            ),
+            ("Cursor", "cursor%3A%2F%2Fanysphere.cursor-mcp%2Foauth%2Fcallback&resource={url}"),
+            ("VS Code", "http%3A%2F%2F127.0.0.1%3A50001%2F"),
+        )
+    ),
+    (
+        "clients that check `iss`, on errors too",
+        f"{AUTHORIZE}{LOOPBACK}&resource=https://attacker.example/mcp",
+        {},
+        "",
+        {
+            "status": 303,
+            "location": ["http://localhost:41999/callback?", "error=invalid_target", "iss="],
+            "!location": ["code="],
+        },
+        BROKER,
+    ),
+    *(
+        (
+            who,
+            f"POST {path}",
+            FORM,
+            "grant_type=refresh_token&refresh_token=x&client_id=" + client,
+            {"status": status, "json": {"error": error}, "cache-control": ["no-store"]},
+            PASS_ON,
+        )
+        for who, path, client, status, error in (
+            ("clients that ignore metadata", "/token", "nobody", 401, "invalid_client"),
+            ("every client", "/oauth/token", "{client}", 400, "invalid_grant"),
+        )
+    ),
+)
+HINTS = {
+    403: BOTS,
+    413: "raise the proxy's limit for bodies",
+    421: "let the proxy pass the Host header on unchanged",
+    429: BOTS,
+    **dict.fromkeys(
+        (301, 302, 307, 308), "serve this path directly: clients do not repeat a POST, or drop its token"
+    ),
+    **dict.fromkeys(
+        (500, 502, 503, 504), "start the broker, and give the proxy its address; look into both logs"
+    ),
+}
 
 
 def unlike(found, rules):
@@ -6554,7 +8691,10 @@ def unlike(found, rules):
 
 def mistakes(answer, want, origin):
     """What is wrong with an answer (Fetched)."""
-    headers, document = {name: value.lower() for name, value in answer.headers.items()}, answer.json() if "json" in want else {}
+    headers, document = (
+        {name: value.lower() for name, value in answer.headers.items()},
+        answer.json() if "json" in want else {},
+    )
     if origin and want["status"] != 403 and headers.get("access-control-allow-origin") != "*":
         want = {**want, "access-control-allow-origin": [origin]}
     if answer.status != want["status"]:
@@ -6562,7 +8702,11 @@ def mistakes(answer, want, origin):
     if document is None:
         return ["it is no JSON object, or not labelled as application/json"]
     empty = [f"{name} is {value!r}" for name, value in document.items() if value in (None, "")]
-    return [*empty, *unlike(document, want.get("json", {})), *unlike(headers, {name: want[name] for name in want if name not in ("status", "json")})]
+    return [
+        *empty,
+        *unlike(document, want.get("json", {})),
+        *unlike(headers, {name: want[name] for name in want if name not in ("status", "json")}),
+    ]
 
 
 def examine(url, register=True):
@@ -6571,26 +8715,58 @@ def examine(url, register=True):
     for probe in map(json.dumps, PROBES):
         if "{client}" in probe and not client or '"POST /oauth/register"' in probe and not register:
             continue
-        who, request, headers, body, want, fix = json.loads(probe.replace("{url}", url).replace("{client}", client))
+        who, request, headers, body, want, fix = json.loads(
+            probe.replace("{url}", url).replace("{client}", client)
+        )
         (method, path), before = request.split(" "), time.monotonic()
-        answer = fetch(method, url + path, headers=tuple({"Content-Type": "application/json", **headers}.items()),
-                       body=(json.dumps(body) if isinstance(body, dict) else body).encode())
+        answer = fetch(
+            method,
+            url + path,
+            headers=tuple({"Content-Type": "application/json", **headers}.items()),
+            body=(json.dumps(body) if isinstance(body, dict) else body).encode(),
+        )
         client = client or str((answer.json() or {}).get("client_id", "")) if answer.status == 201 else client
-        wrong, shown = "; ".join(mistakes(answer, want, headers.get("Origin"))), f"{request.partition('?')[0]} {headers or ''}".strip()
+        wrong, shown = (
+            "; ".join(mistakes(answer, want, headers.get("Origin"))),
+            f"{request.partition('?')[0]} {headers or ''}".strip(),
+        )
         if wrong:
-            yield "fail", f"{shown}: {wrong}. Needed by {who}", fix if answer.status == want["status"] else HINTS.get(answer.status, fix)
+            yield (
+                "fail",
+                f"{shown}: {wrong}. Needed by {who}",
+                fix if answer.status == want["status"] else HINTS.get(answer.status, fix),
+            )
         elif (took := time.monotonic() - before) > 2:
-            yield "warn", f"{shown}: took {took:.0f} s; Codex gives up after 5, Claude after 10", "look for what is slow between here and the broker"
+            yield (
+                "warn",
+                f"{shown}: took {took:.0f} s; Codex gives up after 5, Claude after 10",
+                "look for what is slow between here and the broker",
+            )
         else:
             yield "ok", f"{shown}: {who}"
     if url.startswith("https:"):
         with contextlib.suppress(FetchFailed):
             if "www-authenticate" in fetch("POST", url.replace("https:", "http:", 1) + "/mcp").headers:
-                yield "warn", "POST /mcp: answered over http, too, where tokens travel in the clear", "let the proxy redirect http to https"
+                yield (
+                    "warn",
+                    "POST /mcp: answered over http, too, where tokens travel in the clear",
+                    "let the proxy redirect http to https",
+                )
     started = time.monotonic()
-    fetch("GET", url + "/healthz", headers=(("Accept", "text/event-stream"),), on_data=lambda: moments.append(time.monotonic() - started))
-    if not moments or moments[0] > 0.5 * (time.monotonic() - started):  # the first event of a short stream came when it ended
-        yield "fail", "GET /healthz: a proxy holds streams back until they end. Needed by every client", "turn its buffering off (docs/install.md)"
+    fetch(
+        "GET",
+        url + "/healthz",
+        headers=(("Accept", "text/event-stream"),),
+        on_data=lambda: moments.append(time.monotonic() - started),
+    )
+    if not moments or moments[0] > 0.5 * (
+        time.monotonic() - started
+    ):  # the first event of a short stream came when it ended
+        yield (
+            "fail",
+            "GET /healthz: a proxy holds streams back until they end. Needed by every client",
+            "turn its buffering off (docs/install.md)",
+        )
 
 
 def doctor(arguments):
@@ -6608,6 +8784,7 @@ def doctor(arguments):
 @contextlib.contextmanager
 def acting_as(uid, gid):
     """Do something as another user, where root runs the command: files that SQLite makes are the broker's, keys and backups are not."""
+
     def become(uid, gid):
         if os.getuid() == 0:
             os.seteuid(0)
@@ -6629,7 +8806,10 @@ def open_store(arguments):
     if not os.path.exists(settings.store_path):
         raise ConfigurationError([f"store_path: there is no store at {settings.store_path}"])
     keyring, owner = load_keyring(settings), os.stat(settings.store_path)
-    with acting_as(owner.st_uid, owner.st_gid), contextlib.closing(Store(settings.store_path, keyring, alone=False)) as store:
+    with (
+        acting_as(owner.st_uid, owner.st_gid),
+        contextlib.closing(Store(settings.store_path, keyring, alone=False)) as store,
+    ):
         yield settings, keyring, store
 
 
@@ -6662,7 +8842,13 @@ def revoke(arguments):
         ended = store.find_grants(*next(iter(arguments.options.items())), Clock().now())
         for grant in ended:
             if store.end_grant(grant.grant_id, "revoked by operator", Clock().now()):
-                log.audit("token revoked", user=grant.sub, client=grant.client_id, grant=grant.grant_id, reason="revoked by operator")
+                log.audit(
+                    "token revoked",
+                    user=grant.sub,
+                    client=grant.client_id,
+                    grant=grant.grant_id,
+                    reason="revoked by operator",
+                )
     print(f"ended {len(ended)} login{'' if len(ended) == 1 else 's'}")
     return 0 if ended else 1
 
@@ -6689,7 +8875,9 @@ def rotate_key(arguments):
         if not settings.key and all(keyring.is_newest(box) for _, _, box in store.boxes()):
             with acting_as(os.getuid(), os.getgid()):
                 before = read_file(key_path(settings))
-                with contextlib.suppress(FileExistsError):  # another rotate-key was faster: this one goes on with its key
+                with contextlib.suppress(
+                    FileExistsError
+                ):  # another rotate-key was faster: this one goes on with its key
                     put_file(key_path(settings), new_key() + before.decode(), over=before)
                 keyring = load_keyring(settings)
         for purpose, owner, box in store.boxes():
@@ -6699,10 +8887,15 @@ def rotate_key(arguments):
                     count += store.replace_box(box, fresh) and purpose == "upstream"
                 except ValueError:
                     lost += 1
-    print(f"sealed {count} credential{'' if count == 1 else 's'} with the newest key.\n"
-          "When the logins that are under way now have ended (10 minutes), `check` says whether older keys can be taken out.")
+    print(
+        f"sealed {count} credential{'' if count == 1 else 's'} with the newest key.\n"
+        "When the logins that are under way now have ended (10 minutes), `check` says whether older keys can be taken out."
+    )
     if lost:
-        print(f"{lost} credentials open with no key that is here; their users have to log in again.", file=sys.stderr)
+        print(
+            f"{lost} credentials open with no key that is here; their users have to log in again.",
+            file=sys.stderr,
+        )
     return int(lost > 0)
 
 
@@ -6749,7 +8942,11 @@ def serve(arguments):
     broker.start()
     broker.log.event("info", "serving", url=settings.public_url, port=broker.server.port, version=__version__)
     if settings.debug:
-        broker.log.event("warning", "debug is on", means="what forgejo-mcp writes to its stderr is logged, and each request's path")
+        broker.log.event(
+            "warning",
+            "debug is on",
+            means="what forgejo-mcp writes to its stderr is logged, and each request's path",
+        )
     notify_service_manager("READY=1")
     while True:
         for number in signals.recv(64):
@@ -6773,14 +8970,34 @@ def reload(broker, arguments):
 
 COMMANDS = {
     "serve": Command(serve, "serve (the default command)"),
-    "check": Command(check, "validate the configuration, then try it: store, key, Forgejo, forgejo-mcp, public URL"),
-    "init": Command(init, "write a commented configuration, asking for what it cannot know (flags answer for it)"),
-    "doctor": Command(doctor, "URL: do what real clients do at a public URL, short of logging in, and name what would break each", word="URL"),
-    **{kind: Command(listing, f"list the {what}; as JSON with --json", ("json",)) for kind, what in (
-        ("users", "users"), ("clients", "clients"), ("grants", "logins"), ("sessions", "sessions"))},
-    "revoke": Command(revoke, "end logins: --user NAME, --client ID, --grant ID or --all; in force within a second",
-                      ("user", "client", "grant", "all")),
-    "backup": Command(backup, "FILE: write a consistent copy of the store, also while the broker runs", word="FILE"),
+    "check": Command(
+        check, "validate the configuration, then try it: store, key, Forgejo, forgejo-mcp, public URL"
+    ),
+    "init": Command(
+        init, "write a commented configuration, asking for what it cannot know (flags answer for it)"
+    ),
+    "doctor": Command(
+        doctor,
+        "URL: do what real clients do at a public URL, short of logging in, and name what would break each",
+        word="URL",
+    ),
+    **{
+        kind: Command(listing, f"list the {what}; as JSON with --json", ("json",))
+        for kind, what in (
+            ("users", "users"),
+            ("clients", "clients"),
+            ("grants", "logins"),
+            ("sessions", "sessions"),
+        )
+    },
+    "revoke": Command(
+        revoke,
+        "end logins: --user NAME, --client ID, --grant ID or --all; in force within a second",
+        ("user", "client", "grant", "all"),
+    ),
+    "backup": Command(
+        backup, "FILE: write a consistent copy of the store, also while the broker runs", word="FILE"
+    ),
     "rotate-key": Command(rotate_key, "seal everything under a new key; may be interrupted and run again"),
 }
 

@@ -2,6 +2,7 @@
 
 Standard library only: the demo uses it too.
 """
+
 from __future__ import annotations
 
 import json
@@ -37,22 +38,44 @@ class NotReady(Exception):
 
 def toml(values):
     """Texts, lists of texts, and lists of tables of them as TOML. JSON's strings are TOML's basic strings (but for DEL, which no value has)."""
-    tables = {key: value for key, value in values.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
-    plain = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items() if key not in tables)
-    return plain + "".join(f"[[{key}]]\n{toml(table)}" for key, entries in tables.items() for table in entries)
+    tables = {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    }
+    plain = "".join(
+        f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+        for key, value in values.items()
+        if key not in tables
+    )
+    return plain + "".join(
+        f"[[{key}]]\n{toml(table)}" for key, entries in tables.items() for table in entries
+    )
 
 
 def broker_environment(ready_address):
     """This environment without what would speak to the broker, or for another service of this machine."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FJMCP_BROKER_", "LISTEN_"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("FJMCP_BROKER_", "LISTEN_"))
+    }
     return {**kept, "NOTIFY_SOCKET": ready_address, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 class BrokerProcess:
     """The broker as a process. The socket and the log file belong to who makes it."""
 
-    def __init__(self, config, listener, log_path, folder, *, python=sys.executable, program=None, stdin=subprocess.DEVNULL,
-                 arguments=()):
+    def __init__(
+        self,
+        config,
+        listener,
+        log_path,
+        folder,
+        *,
+        python=sys.executable,
+        program=None,
+        stdin=subprocess.DEVNULL,
+        arguments=(),
+    ):
         self.log_path = Path(log_path)
         self._readiness = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = str(Path(folder) / f"ready-{os.urandom(3).hex()}")
@@ -60,9 +83,25 @@ class BrokerProcess:
         descriptor = listener.fileno()
         with open(log_path, "ab") as log:
             self.process = subprocess.Popen(
-                [python, "-c", LAUNCHER, str(descriptor), "-I", str(program or BROKER), "--config", str(config), *arguments],
-                stdin=stdin, stdout=log, stderr=log, pass_fds=[descriptor], cwd=folder,
-                env=broker_environment(address), process_group=0)
+                [
+                    python,
+                    "-c",
+                    LAUNCHER,
+                    str(descriptor),
+                    "-I",
+                    str(program or BROKER),
+                    "--config",
+                    str(config),
+                    *arguments,
+                ],
+                stdin=stdin,
+                stdout=log,
+                stderr=log,
+                pass_fds=[descriptor],
+                cwd=folder,
+                env=broker_environment(address),
+                process_group=0,
+            )
 
     def await_ready(self):
         """Return self once the broker says that it serves; NotReady if it ends first or says nothing."""
@@ -139,9 +178,16 @@ class Installation:
         self.url = "http://127.0.0.1:%d" % self.socket.getsockname()[1]
         self.app = forgejo.add_app([self.url + "/oauth/callback"])
         self.config, self.log_path = self.folder / "broker.toml", self.folder / "broker.log"
-        self.write(public_url=self.url, forgejo_url=forgejo.url, forgejo_oauth_client_id=self.app.client_id,
-                   forgejo_oauth_client_secret=self.app.client_secret, forgejo_mcp_binary=list(child),
-                   store_path=str(self.folder / "broker.db"), key_file=str(self.folder / "key"), **settings)
+        self.write(
+            public_url=self.url,
+            forgejo_url=forgejo.url,
+            forgejo_oauth_client_id=self.app.client_id,
+            forgejo_oauth_client_secret=self.app.client_secret,
+            forgejo_mcp_binary=list(child),
+            store_path=str(self.folder / "broker.db"),
+            key_file=str(self.folder / "key"),
+            **settings,
+        )
         self.broker = None
 
     def write(self, **settings):
@@ -152,14 +198,29 @@ class Installation:
 
     def start(self, **arguments):
         """Start the broker and wait until it serves; gives the BrokerProcess."""
-        self.broker = BrokerProcess(self.config, self.socket, self.log_path, self.folder, python=self.python, program=self.program,
-                                    **arguments)
+        self.broker = BrokerProcess(
+            self.config,
+            self.socket,
+            self.log_path,
+            self.folder,
+            python=self.python,
+            program=self.program,
+            **arguments,
+        )
         return self.broker.await_ready()
 
     def command(self, *words, stdin="", environment=None):
         """Run a command on this configuration; the finished process with its output as text."""
-        return run_program("--config", str(self.config), *words, python=self.python, program=self.program, cwd=self.folder, stdin=stdin,
-                           environment=environment)
+        return run_program(
+            "--config",
+            str(self.config),
+            *words,
+            python=self.python,
+            program=self.program,
+            cwd=self.folder,
+            stdin=stdin,
+            environment=environment,
+        )
 
     def records(self, event=None):
         """The log as objects, or those of one event."""
@@ -175,6 +236,17 @@ class Installation:
 
 def run_program(*words, python=sys.executable, program=None, cwd=None, stdin="", environment=None):
     """Run the program to its end; the finished process with its output as text."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("FJMCP_BROKER_", "LISTEN_", "NOTIFY_"))}
-    return subprocess.run([python, "-I", str(program or BROKER), *words], capture_output=True, text=True, input=stdin, cwd=cwd, timeout=60,
-                          env={**clean, "PYTHONDONTWRITEBYTECODE": "1", **(environment or {})})
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("FJMCP_BROKER_", "LISTEN_", "NOTIFY_"))
+    }
+    return subprocess.run(
+        [python, "-I", str(program or BROKER), *words],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        cwd=cwd,
+        timeout=60,
+        env={**clean, "PYTHONDONTWRITEBYTECODE": "1", **(environment or {})},
+    )

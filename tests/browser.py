@@ -7,6 +7,7 @@ script and loads no subresource.
     browser = Browser()
     callback = approve_login(browser, authorize_url, "alice", "secret")
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -45,6 +46,7 @@ class LoginFailed(BrowserError):
 
 
 # ---- Origins and sites ----------------------------------------------------------------------------------------------
+
 
 def origin_of(url):
     """The origin of a URL as browsers write it (default ports left out), or "null" for what has none."""
@@ -96,6 +98,7 @@ def is_trustworthy(url):
 
 # ---- Cookies --------------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Cookie:
     name: str
@@ -130,8 +133,11 @@ class CookieJar:
     def __iter__(self):
         with self._lock:
             now = self.clock()
-            alive = {key: cookie for key, cookie in self._cookies.items()
-                     if cookie.expires is None or cookie.expires > now}
+            alive = {
+                key: cookie
+                for key, cookie in self._cookies.items()
+                if cookie.expires is None or cookie.expires > now
+            }
             self._cookies = alive
             return iter(list(alive.values()))
 
@@ -226,16 +232,22 @@ class CookieJar:
 
     def _shadows_secure(self, new):
         """Plain HTTP may not lay a cookie over a Secure one (RFC 6265bis, "leave Secure cookies alone")."""
-        return any(old.secure and old.name == new.name and (old.fits_host(new.domain) or new.fits_host(old.domain))
-                   for old in self)
+        return any(
+            old.secure and old.name == new.name and (old.fits_host(new.domain) or new.fits_host(old.domain))
+            for old in self
+        )
 
     def header(self, url, method="GET", site="none"):
         """The Cookie header of a top-level navigation to `url`, or "". `site` is as in Sec-Fetch-Site."""
         parts = urlsplit(url)
-        fitting = [cookie for cookie in self
-                   if cookie.fits_host(parts.hostname) and cookie.fits_path(parts.path or "/")
-                   and (parts.scheme == "https" or not cookie.secure)
-                   and crosses(cookie.same_site, method, site)]
+        fitting = [
+            cookie
+            for cookie in self
+            if cookie.fits_host(parts.hostname)
+            and cookie.fits_path(parts.path or "/")
+            and (parts.scheme == "https" or not cookie.secure)
+            and crosses(cookie.same_site, method, site)
+        ]
         fitting.sort(key=lambda cookie: -len(cookie.path))
         return "; ".join(f"{cookie.name}={cookie.value}" for cookie in fitting)
 
@@ -250,7 +262,7 @@ def crosses(same_site, method, site):
 
 def default_path(path):
     """The path of a cookie that names none (RFC 6265, 5.1.4)."""
-    return path[:path.rfind("/")] or "/" if path.startswith("/") else "/"
+    return path[: path.rfind("/")] or "/" if path.startswith("/") else "/"
 
 
 def http_date(text, default):
@@ -263,6 +275,7 @@ def http_date(text, default):
 
 # ---- Pages and forms ------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Button:
     name: str
@@ -274,6 +287,7 @@ class Button:
 @dataclass
 class Form:
     """One form. `fields` is what a submit sends if nothing is touched; `radios` maps a name to the values offered."""
+
     action: str
     method: str
     fields: dict = field(default_factory=dict)
@@ -282,8 +296,9 @@ class Form:
 
     def button(self, name, value=None):
         """The button of this name (and value), or None."""
-        return next((button for button in self.buttons
-                     if button.name == name and value in (None, button.value)), None)
+        return next(
+            (button for button in self.buttons if button.name == name and value in (None, button.value)), None
+        )
 
     def __contains__(self, name):
         return name in self.fields or name in self.radios or self.button(name) is not None
@@ -293,6 +308,7 @@ class Form:
 class Page:
     """What one navigation came to. `history` holds (status, method, url) of each answer, this one's last;
     `redirected_to` is the URL the browser did not follow, if it stopped at a redirect."""
+
     url: str
     status: int
     headers: http.client.HTTPMessage
@@ -333,8 +349,9 @@ class _PageReader(HTMLParser):
         if tag in ("style", "script", "template"):
             self._hidden += 1
         elif tag == "form":
-            self._form = Form(urljoin(self.url, attrs.get("action") or self.url),
-                              attrs.get("method", "get").upper())
+            self._form = Form(
+                urljoin(self.url, attrs.get("action") or self.url), attrs.get("method", "get").upper()
+            )
             self.forms.append(self._form)
         elif self._form is not None and "disabled" not in attrs:
             self._control(tag, attrs)
@@ -399,6 +416,7 @@ class _PageReader(HTMLParser):
 
 # ---- The browser ----------------------------------------------------------------------------------------------------
 
+
 def connect(url, *, routes=None, timeout=TIMEOUT, context=None):
     """An unopened http.client connection for a URL. `routes` maps an origin to the origin that is really spoken to
     ({"https://broker.example": "http://127.0.0.1:8080"}: what a proxy that ends TLS does; or to https elsewhere)."""
@@ -408,7 +426,9 @@ def connect(url, *, routes=None, timeout=TIMEOUT, context=None):
         return http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout)
     # The certificate is that of the name which was asked for, wherever it is spoken to.
     connection = http.client.HTTPSConnection(asked.hostname, asked.port, timeout=timeout, context=context)
-    connection._create_connection = lambda _address, *rest: socket.create_connection((parts.hostname, parts.port), *rest)
+    connection._create_connection = lambda _address, *rest: socket.create_connection(
+        (parts.hostname, parts.port), *rest
+    )
     return connection
 
 
@@ -430,8 +450,18 @@ class Browser:
     `routes` and `context` are as in `connect`; `hop(url)` is called before each request; `fetch_metadata=False` makes
     a browser that sends no Sec-Fetch-*, as older ones do; `clock` gives the time by which cookies expire."""
 
-    def __init__(self, callbacks=(), *, routes=None, context=None, hop=None, fetch_metadata=True, timeout=TIMEOUT,
-                 max_redirects=MAX_REDIRECTS, clock=time.time):
+    def __init__(
+        self,
+        callbacks=(),
+        *,
+        routes=None,
+        context=None,
+        hop=None,
+        fetch_metadata=True,
+        timeout=TIMEOUT,
+        max_redirects=MAX_REDIRECTS,
+        clock=time.time,
+    ):
         self.callbacks = {origin_of(url) for url in callbacks}
         self.routes, self.context, self.hop = dict(routes or {}), context, hop
         self.fetch_metadata, self.timeout, self.max_redirects = fetch_metadata, timeout, max_redirects
@@ -463,8 +493,9 @@ class Browser:
         action = (pressed.action if pressed is not None else None) or form.action
         initiator = origin_of(page.url)
         if form.method == "POST":
-            return self._navigate("POST", action, urlencode(fields).encode(), initiator,
-                                  origin_header(page, action), stop, None)
+            return self._navigate(
+                "POST", action, urlencode(fields).encode(), initiator, origin_header(page, action), stop, None
+            )
         target = urlunsplit(urlsplit(action)._replace(query=urlencode(fields), fragment=""))
         return self._navigate("GET", target, None, initiator, initiator, stop, None)
 
@@ -493,8 +524,14 @@ class Browser:
         while True:
             if initiator is not None:
                 site = farther(site, relation(initiator, url))
-            page = self._exchange(method, url, body, self._headers(method, url, body, site, origin, headers),
-                                  relation(initiator, url) if initiator else "none", history)
+            page = self._exchange(
+                method,
+                url,
+                body,
+                self._headers(method, url, body, site, origin, headers),
+                relation(initiator, url) if initiator else "none",
+                history,
+            )
             location = page.headers.get("Location")
             if page.status not in REDIRECTS or location is None:
                 return page
@@ -509,17 +546,27 @@ class Browser:
             url = target
 
     def _headers(self, method, url, body, site, origin, extra):
-        headers = {"Host": host_header(url), "Connection": "close", "User-Agent": USER_AGENT,
-                   "Accept": ACCEPT_PAGES, "Accept-Language": "en", "Accept-Encoding": "identity",
-                   "Upgrade-Insecure-Requests": "1"}
+        headers = {
+            "Host": host_header(url),
+            "Connection": "close",
+            "User-Agent": USER_AGENT,
+            "Accept": ACCEPT_PAGES,
+            "Accept-Language": "en",
+            "Accept-Encoding": "identity",
+            "Upgrade-Insecure-Requests": "1",
+        }
         if body is not None:
             headers["Content-Type"] = FORM_TYPE
             headers["Content-Length"] = str(len(body))
         if method not in ("GET", "HEAD"):
             headers["Origin"] = origin
         if self.fetch_metadata and is_trustworthy(url):
-            headers |= {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-User": "?1",
-                        "Sec-Fetch-Dest": "document"}
+            headers |= {
+                "Sec-Fetch-Site": site,
+                "Sec-Fetch-Mode": "navigate",
+                "Sec-Fetch-User": "?1",
+                "Sec-Fetch-Dest": "document",
+            }
         headers |= extra or {}
         return {name: value for name, value in headers.items() if value is not None}
 
@@ -572,7 +619,10 @@ def followed(url, location):
 
 # ---- A login --------------------------------------------------------------------------------------------------------
 
-def approve_login(browser, authorize_url, login, password, *, access="full", decision="approve", redirect_uri=None):
+
+def approve_login(
+    browser, authorize_url, login, password, *, access="full", decision="approve", redirect_uri=None
+):
     """Walk an authorization request as a person does: the broker's consent page, Forgejo's sign-in and consent pages
     where they are shown, up to the client's redirect URI (by default the one in `authorize_url`).
 
@@ -605,7 +655,11 @@ class _LoginWalk:
         if self.callback is None:
             return self.browser.stops_at(url)
         there, wanted = urlsplit(url), urlsplit(self.callback)
-        return (there.scheme, there.netloc, there.path or "/") == (wanted.scheme, wanted.netloc, wanted.path or "/")
+        return (there.scheme, there.netloc, there.path or "/") == (
+            wanted.scheme,
+            wanted.netloc,
+            wanted.path or "/",
+        )
 
     def stop(self, url):
         return self.is_callback(url) or self.browser.stops_at(url)
@@ -635,4 +689,6 @@ class _LoginWalk:
         if self.signed_in:
             raise LoginFailed(f"{self.login} could not sign in", page)
         self.signed_in = True
-        return self.browser.submit(page, None, form, stop=self.stop, user_name=self.login, password=self.password)
+        return self.browser.submit(
+            page, None, form, stop=self.stop, user_name=self.login, password=self.password
+        )

@@ -53,11 +53,31 @@ EXPLAINED = {
     "": set(),
     "child": {"child_died", "starting_failed", "busy"},
     "paused": {"child_died", "starting_failed", "busy", "tool"},
-    "broker": {"cut", "child_died", "session_ended", "starting_failed", "busy", "upstream_down", "tool", 401, 503},
+    "broker": {
+        "cut",
+        "child_died",
+        "session_ended",
+        "starting_failed",
+        "busy",
+        "upstream_down",
+        "tool",
+        401,
+        503,
+    },
     "Forgejo": {"upstream_down", "starting_failed", "busy", "child_died", "tool", 401, 503},
     "disk": {"busy", "starting_failed", "upstream_down", "tool", 401, 503},
 }
-AFTER = {"busy", "starting_failed", "upstream_down", "child_died", "session_ended", "tool", "cut", 401, 503}  # for a moment only
+AFTER = {
+    "busy",
+    "starting_failed",
+    "upstream_down",
+    "child_died",
+    "session_ended",
+    "tool",
+    "cut",
+    401,
+    503,
+}  # for a moment only
 
 # The broker, ended like `kill -9` at a chosen commit: just before it, or after it and before the next.
 CRASHING = """
@@ -113,8 +133,16 @@ class World:
             self.forgejo.add_user(user)
         self.disk = self._small_disk() if tmpfs else None
         self.store = (self.disk or self.folder) / "broker.db"
-        self.installation = Installation(self.folder, self.forgejo, CHILD, session_idle_timeout="2s", stop_timeout="1s", request_timeout="20s",
-                                         max_sessions=str(MAX_CHILDREN), max_sessions_per_user=str(MAX_CHILDREN_OF_USER))
+        self.installation = Installation(
+            self.folder,
+            self.forgejo,
+            CHILD,
+            session_idle_timeout="2s",
+            stop_timeout="1s",
+            request_timeout="20s",
+            max_sessions=str(MAX_CHILDREN),
+            max_sessions_per_user=str(MAX_CHILDREN_OF_USER),
+        )
         self.installation.write(**{**self.installation.settings, "store_path": str(self.store)})
         self.broker = self.installation.start()
         for user in USERS:
@@ -126,7 +154,9 @@ class World:
         """A tmpfs that can be filled, where this machine lets us mount one."""
         place = self.folder / "disk"
         place.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "none", place], capture_output=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "none", place], capture_output=True
+        )
         return place if done.returncode == 0 else None
 
     def close(self):
@@ -154,8 +184,14 @@ class World:
             title, writes = f"issue {self._number} of {seat.user}", self._habits.random() < 0.5
             if writes:
                 self.unanswered.append(title)
-        params = {"name": "create_issue", "arguments": {"owner": seat.user, "repo": f"{seat.user}-private", "title": title}} if writes else \
-            {"name": "get_my_user_info", "arguments": {}}
+        params = (
+            {
+                "name": "create_issue",
+                "arguments": {"owner": seat.user, "repo": f"{seat.user}-private", "title": title},
+            }
+            if writes
+            else {"name": "get_my_user_info", "arguments": {}}
+        )
         with contextlib.closing(seat.client()) as mcp:
             try:
                 answer = mcp.post({"jsonrpc": "2.0", "id": title, "method": "tools/call", "params": params})
@@ -180,10 +216,14 @@ class World:
         if "error" in messages[0]:
             if isinstance(messages[0]["error"], str):  # of the broker's HTTP, not of the bridge
                 return answer.status
-            return (messages[0]["error"].get("data") or {}).get("reason") or ("tool" if messages[0]["error"]["code"] == -32603 else answer.status)
+            return (messages[0]["error"].get("data") or {}).get("reason") or (
+                "tool" if messages[0]["error"]["code"] == -32603 else answer.status
+            )
         text = messages[0]["result"]["content"][0]["text"]
         expected = title if writes else f'"login": "{seat.user}"'
-        if expected not in text or [user for user in USERS if user != seat.user and f'"login": "{user}"' in text]:
+        if expected not in text or [
+            user for user in USERS if user != seat.user and f'"login": "{user}"' in text
+        ]:
             raise Violation(f"{seat.user} was answered {text[:300]}")
         return None
 
@@ -252,7 +292,9 @@ class World:
         before = self.broker.children()
         self.broker.kill()
         self.start()
-        self.await_true(lambda: not [pid for pid in before if command_of(pid)], "children outlived the broker", limit=5)
+        self.await_true(
+            lambda: not [pid for pid in before if command_of(pid)], "children outlived the broker", limit=5
+        )
         self.counts["broker killed"] += 1
 
     def restart_broker(self):
@@ -266,7 +308,11 @@ class World:
         """The broker dies just before or after one of its commits."""
         self.stop()
         program = self.folder / "crashing.py"
-        program.write_text(CRASHING.format(folder=str(BROKER.parent), count=self.random.randint(1, 14), after=self.random.random() < 0.5))
+        program.write_text(
+            CRASHING.format(
+                folder=str(BROKER.parent), count=self.random.randint(1, 14), after=self.random.random() < 0.5
+            )
+        )
         self.installation.program = program
         try:
             self.installation.start()
@@ -306,7 +352,11 @@ class World:
         elif how == "lost":
             self.forgejo.inject("/login/oauth/access_token", lose_response())
         else:
-            self.forgejo.inject("/", html() if how == "pages" else status(502, "<html>bad gateway</html>", "text/html"), times=None)
+            self.forgejo.inject(
+                "/",
+                html() if how == "pages" else status(502, "<html>bad gateway</html>", "text/html"),
+                times=None,
+            )
         self.pause(0.5, 2)
         self.forgejo.up()
         self.forgejo.clear_faults()
@@ -389,7 +439,9 @@ class World:
     def check_writes(self):
         """What was answered was written once; what was not was written at most once."""
         written = collections.Counter(self.forgejo.issue_titles())
-        wrong = [title for title in self.answered if written[title] != 1] + [title for title in self.unanswered if written[title] > 1]
+        wrong = [title for title in self.answered if written[title] != 1] + [
+            title for title in self.unanswered if written[title] > 1
+        ]
         if wrong:
             raise Violation(f"written more or less than once: {[(title, written[title]) for title in wrong]}")
 
@@ -403,7 +455,9 @@ class World:
 
     def figures(self):
         """(threads, file descriptors) of the broker."""
-        return len(os.listdir(f"/proc/{self.broker.pid}/task")), len(os.listdir(f"/proc/{self.broker.pid}/fd"))
+        return len(os.listdir(f"/proc/{self.broker.pid}/task")), len(
+            os.listdir(f"/proc/{self.broker.pid}/fd")
+        )
 
     def check_leaks(self):
         """At rest, a broker that did much soon has no more than one that just started."""
@@ -417,12 +471,26 @@ class World:
             self.storm("child", self.kill_children)
         self.settle()
         self.rest()
-        self.await_true(lambda: all(now <= then for now, then in zip(self.figures(), fresh)), f"left over: {self.figures()} after {fresh}")
+        self.await_true(
+            lambda: all(now <= then for now, then in zip(self.figures(), fresh)),
+            f"left over: {self.figures()} after {fresh}",
+        )
         self.counts["threads at rest"], self.counts["descriptors at rest"] = self.figures()
 
-    STEPS = ((kill_children, "child", 4), (suspend_child, "child", 2), (suspend_broker, "paused", 1), (kill_broker, "broker", 3),
-             (restart_broker, "broker", 2), (crash_at_a_commit, "broker", 4), (break_forgejo, "Forgejo", 3), (fill_disk, "disk", 1),
-             (refresh_everybody, "", 2), (newcomer, None, 2), (leave, None, 1), (rest, None, 1))
+    STEPS = (
+        (kill_children, "child", 4),
+        (suspend_child, "child", 2),
+        (suspend_broker, "paused", 1),
+        (kill_broker, "broker", 3),
+        (restart_broker, "broker", 2),
+        (crash_at_a_commit, "broker", 4),
+        (break_forgejo, "Forgejo", 3),
+        (fill_disk, "disk", 1),
+        (refresh_everybody, "", 2),
+        (newcomer, None, 2),
+        (leave, None, 1),
+        (rest, None, 1),
+    )
 
     def step(self, say):
         """Disturb something (with kind None while nobody calls), put it right, check."""
@@ -466,11 +534,17 @@ def run(seed, *, steps=None, minutes=None, say=print, tmpfs=True):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Break everything around the broker, and see that nothing is lost.")
+    parser = argparse.ArgumentParser(
+        description="Break everything around the broker, and see that nothing is lost."
+    )
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--steps", type=int)
     parser.add_argument("--minutes", type=float)
-    parser.add_argument("--no-tmpfs", action="store_true", help="fill the disk by RLIMIT_FSIZE also where a tmpfs could be mounted")
+    parser.add_argument(
+        "--no-tmpfs",
+        action="store_true",
+        help="fill the disk by RLIMIT_FSIZE also where a tmpfs could be mounted",
+    )
     options = parser.parse_args()
     if options.steps is None and options.minutes is None:
         options.minutes = 1

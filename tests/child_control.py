@@ -7,6 +7,7 @@ Added here: gone, when a child's connection has ended, however it died.
 It obeys {"cmd": "release", "key"}, {"cmd": "emit", "message"}, {"cmd": "raw", "text" or "hex"}, {"cmd": "exit", "code"}, and ends
 when the connection does: no child outlives the control it was started with.
 """
+
 import json
 import selectors
 import shutil
@@ -78,13 +79,24 @@ class ChildControl:
 
     def wait_event(self, predicate=None, timeout=WAIT, **fields):
         """The first event, past ones included, that has these fields and satisfies the predicate; else TimeoutError."""
+
         def found():
-            return next((event for event in self._events if all(event.get(name) == fields[name] for name in fields)
-                         and (predicate is None or predicate(event))), None)
+            return next(
+                (
+                    event
+                    for event in self._events
+                    if all(event.get(name) == fields[name] for name in fields)
+                    and (predicate is None or predicate(event))
+                ),
+                None,
+            )
+
         with self._changed:
             event = self._changed.wait_for(found, timeout)
             if event is None:
-                raise TimeoutError(f"no event {fields or ''} within {timeout} s; the last ones: {self._events[-20:]}")
+                raise TimeoutError(
+                    f"no event {fields or ''} within {timeout} s; the last ones: {self._events[-20:]}"
+                )
             return event
 
     # What children are told

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, settings
 import mcp_client
 import schemas
 
-settings.register_profile("ci", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
 settings.load_profile("ci")
 pytest_plugins = ("real_parts",)
 PR_SET_CHILD_SUBREAPER = 36
@@ -21,7 +23,9 @@ END_LIMIT = 10
 
 def pytest_addoption(parser):
     """--long: the long forms of floods, races and fuzzing too."""
-    parser.addoption("--long", action="store_true", help="run the long forms of floods, races and fuzzing too")
+    parser.addoption(
+        "--long", action="store_true", help="run the long forms of floods, races and fuzzing too"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -84,7 +88,6 @@ def nothing_is_left(request):
         if thread.is_alive():
             left.append(thread)
     assert not left
-
 
 
 @pytest.fixture

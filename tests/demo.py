@@ -6,6 +6,7 @@
 Starts a stand-in for Forgejo (tests/fake_forgejo.py) and the real broker, lets a scripted client log in as alice and
 then as bob, and has each call the same tool. The child is `forgejo-mcp` where it is installed, else a small stand-in.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -41,6 +42,7 @@ class DemoFailed(Exception):
 
 # ---- The parts ------------------------------------------------------------------------------------------------------
 
+
 def find_child():
     """(configuration value, description) of the MCP server to run: forgejo-mcp if there is one, else the stand-in."""
     binary = installed_forgejo_mcp()
@@ -55,8 +57,11 @@ def installed_forgejo_mcp():
     if on_path:
         return on_path
     cache = Path(os.environ.get("FJMCP_CACHE") or ROOT / ".cache")
-    found = sorted(path for path in cache.glob("forgejo-mcp-*/**/forgejo-mcp")
-                   if path.is_file() and os.access(path, os.X_OK))
+    found = sorted(
+        path
+        for path in cache.glob("forgejo-mcp-*/**/forgejo-mcp")
+        if path.is_file() and os.access(path, os.X_OK)
+    )
     return str(found[-1]) if found else None
 
 
@@ -74,6 +79,7 @@ def log_tail(broker):
 
 
 # ---- What is shown --------------------------------------------------------------------------------------------------
+
 
 class Screen:
     """Prints for people: numbered steps, what happened, why it matters. Colours only on a terminal."""
@@ -122,7 +128,9 @@ class Screen:
 
 def tool_text(result):
     """The text of a tool's result; DemoFailed if the tool reports an error."""
-    text = "\n".join(block.get("text", "") for block in result.get("content", ()) if block.get("type") == "text")
+    text = "\n".join(
+        block.get("text", "") for block in result.get("content", ()) if block.get("type") == "text"
+    )
     if result.get("isError"):
         raise DemoFailed(f"the tool reports an error: {text}")
     return text
@@ -145,7 +153,9 @@ def show_discovery(screen, url):
     if made.status != 201:
         raise DemoFailed(f"the registration was answered with {made.status}: {made.text}")
     screen.fact("registered", f"client_id {oauth.client_id}")
-    screen.why("No client needs to be set up by hand, and nobody copies a token: any MCP client can do these steps.")
+    screen.why(
+        "No client needs to be set up by hand, and nobody copies a token: any MCP client can do these steps."
+    )
     return oauth
 
 
@@ -192,8 +202,10 @@ def show_main_job(screen, url):
         show_call(screen, alice, "alice", ["bob"])
         with log_in(screen, oauth, "bob") as bob:
             show_call(screen, bob, "bob", ["alice"])
-            screen.why("The same URL, the same client and the same tool: each person acts with their own rights, in a "
-                       "child process that holds only their own token.")
+            screen.why(
+                "The same URL, the same client and the same tool: each person acts with their own rights, in a "
+                "child process that holds only their own token."
+            )
             show_call(screen, alice, "alice", ["bob"])
             screen.why("bob's login changed nothing for alice.")
             bob.delete()
@@ -214,6 +226,7 @@ def show_how_to_connect(screen, url, forgejo_url):
 
 # ---- The whole ------------------------------------------------------------------------------------------------------
 
+
 def run(screen, options):
     """Start everything, show it, and end everything again; gives the exit status."""
     with contextlib.ExitStack() as cleanup:
@@ -225,11 +238,21 @@ def run(screen, options):
         child, description = find_child()
         app = forgejo.add_app([url + "/oauth/callback"])
         config = folder / "broker.toml"
-        config.write_text(toml({
-            "public_url": url, "listen": url.removeprefix("http://"), "forgejo_url": forgejo.url,
-            "forgejo_oauth_client_id": app.client_id, "forgejo_oauth_client_secret": app.client_secret,
-            "forgejo_mcp_binary": child, "store_path": str(folder / "broker.db"),
-            "key_file": str(folder / "broker.key"), "log_format": "text"}))
+        config.write_text(
+            toml(
+                {
+                    "public_url": url,
+                    "listen": url.removeprefix("http://"),
+                    "forgejo_url": forgejo.url,
+                    "forgejo_oauth_client_id": app.client_id,
+                    "forgejo_oauth_client_secret": app.client_secret,
+                    "forgejo_mcp_binary": child,
+                    "store_path": str(folder / "broker.db"),
+                    "key_file": str(folder / "broker.key"),
+                    "log_format": "text",
+                }
+            )
+        )
         config.chmod(0o600)
         broker = BrokerProcess(config, listener, folder / "broker.log", folder, program=BROKER)
         cleanup.callback(broker.stop)
@@ -243,8 +266,11 @@ def run(screen, options):
             show_main_job(screen, url)
         except Exception as error:
             status = broker.stop()
-            screen.failure(f"{error if isinstance(error, (DemoFailed, NotReady)) else f'{type(error).__name__}: {error}'} "
-                           f"(broker's exit status: {status})", log_tail(broker))
+            screen.failure(
+                f"{error if isinstance(error, (DemoFailed, NotReady)) else f'{type(error).__name__}: {error}'} "
+                f"(broker's exit status: {status})",
+                log_tail(broker),
+            )
             return 1
         if not options.once:
             show_how_to_connect(screen, url, forgejo.url)
@@ -279,8 +305,10 @@ def interrupt(*_args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Show the broker's main job on this machine, with a stand-in for "
-                                                 "Forgejo; then stay up for real clients.")
+    parser = argparse.ArgumentParser(
+        description="Show the broker's main job on this machine, with a stand-in for "
+        "Forgejo; then stay up for real clients."
+    )
     parser.add_argument("--once", action="store_true", help="end after the scripted part")
     parser.add_argument("--port", type=int, default=0, help="the broker's port (default: a free one)")
     options = parser.parse_args(argv)

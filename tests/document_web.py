@@ -18,16 +18,47 @@ NAMES = ("claude.ai", "chatgpt.com", "vscode.dev", "zed.dev", "goose-docs.ai", "
 
 def make_authority(folder):
     """A certificate authority and a certificate of it for NAMES; gives (CA file, certificate file, key file)."""
+
     def openssl(*words):
         subprocess.run(["openssl", *words], check=True, capture_output=True, cwd=folder)
 
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *curve, "-days", "2", "-subj", "/CN=throw-away", "-addext", "keyUsage=critical,keyCertSign,cRLSign",
-            "-keyout", "ca.key", "-out", "ca.pem")
+    openssl(
+        "req",
+        "-x509",
+        *curve,
+        "-days",
+        "2",
+        "-subj",
+        "/CN=throw-away",
+        "-addext",
+        "keyUsage=critical,keyCertSign,cRLSign",
+        "-keyout",
+        "ca.key",
+        "-out",
+        "ca.pem",
+    )
     openssl("req", *curve, "-subj", "/CN=app.example", "-keyout", "leaf.key", "-out", "leaf.csr")
-    (folder / "names").write_text("authorityKeyIdentifier=keyid\nsubjectAltName=" + ",".join(f"DNS:{name}" for name in NAMES) + "\n")
-    openssl("x509", "-req", "-in", "leaf.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names",
-            "-out", "leaf.pem")
+    (folder / "names").write_text(
+        "authorityKeyIdentifier=keyid\nsubjectAltName=" + ",".join(f"DNS:{name}" for name in NAMES) + "\n"
+    )
+    openssl(
+        "x509",
+        "-req",
+        "-in",
+        "leaf.csr",
+        "-CA",
+        "ca.pem",
+        "-CAkey",
+        "ca.key",
+        "-CAcreateserial",
+        "-days",
+        "2",
+        "-extfile",
+        "names",
+        "-out",
+        "leaf.pem",
+    )
     return folder / "ca.pem", folder / "leaf.pem", folder / "leaf.key"
 
 
@@ -66,7 +97,11 @@ class DocumentWeb:
         """Serve a document at its client_id (or another URL); gives the URL."""
         url = url or document["client_id"]
         body = document if isinstance(document, bytes) else json.dumps(document).encode()
-        self.answers[url] = (status, (("Content-Type", kind), ("Content-Length", str(len(body))), *headers), body)
+        self.answers[url] = (
+            status,
+            (("Content-Type", kind), ("Content-Length", str(len(body))), *headers),
+            body,
+        )
         return url
 
     def _accept(self):
@@ -100,7 +135,9 @@ class DocumentWeb:
                     return
                 status, headers, body = answer
                 text = "".join(f"{name}: {value}\r\n" for name, value in headers)
-                connection.sendall(f"HTTP/1.1 {status} Some\r\n{text}Connection: close\r\n\r\n".encode() + body)
+                connection.sendall(
+                    f"HTTP/1.1 {status} Some\r\n{text}Connection: close\r\n\r\n".encode() + body
+                )
         except OSError:
             pass  # the broker hung up, as it should on what it does not want
 
@@ -126,8 +163,16 @@ class RsaKey:
     """A private RSA key in plain numbers, so that tests can also sign what no library would."""
 
     def __init__(self, bits=2048, kid="k1"):
-        p, q = (int(subprocess.run(["openssl", "prime", "-generate", "-bits", str(bits // 2)], check=True, capture_output=True).stdout)
-                for _ in "pq")
+        p, q = (
+            int(
+                subprocess.run(
+                    ["openssl", "prime", "-generate", "-bits", str(bits // 2)],
+                    check=True,
+                    capture_output=True,
+                ).stdout
+            )
+            for _ in "pq"
+        )
         self.n, self.e, self.kid = p * q, 65537, kid
         self._d = pow(self.e, -1, (p - 1) * (q - 1))
         self.size = (self.n.bit_length() + 7) // 8
@@ -135,8 +180,14 @@ class RsaKey:
     @property
     def jwk(self):
         """The public key (RFC 7517)."""
-        return {"kty": "RSA", "use": "sig", "alg": "RS256", "kid": self.kid, "e": b64url(self.e.to_bytes(3, "big")),
-                "n": b64url(self.n.to_bytes(self.size, "big"))}
+        return {
+            "kty": "RSA",
+            "use": "sig",
+            "alg": "RS256",
+            "kid": self.kid,
+            "e": b64url(self.e.to_bytes(3, "big")),
+            "n": b64url(self.n.to_bytes(self.size, "big")),
+        }
 
     def sign_block(self, block):
         """The signature whose block is this."""

@@ -12,6 +12,7 @@ In a test:
 
 As a program: `python3 fake_forgejo.py --port 3000` prints the users and the application and serves until stopped.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,8 +39,17 @@ WAIT = 10.0
 CONSENT_LIMIT = 600
 SESSION_COOKIE = "i_like_gitea"
 OIDC_SCOPES = ("openid", "profile", "email", "groups")
-SCOPE_CATEGORIES = ("activitypub", "admin", "misc", "notification", "organization", "package", "issue",
-                    "repository", "user")
+SCOPE_CATEGORIES = (
+    "activitypub",
+    "admin",
+    "misc",
+    "notification",
+    "organization",
+    "package",
+    "issue",
+    "repository",
+    "user",
+)
 API_SCOPES = {f"{level}:{category}" for level in ("read", "write") for category in SCOPE_CATEGORIES}
 API_SCOPES |= {"all", "public-only"}
 PROHIBITED = "This account is prohibited from signing in, please contact your site administrator."
@@ -52,6 +62,7 @@ MISSING = object()
 @dataclass(frozen=True)
 class Profile:
     """What differs between the servers and versions met in practice."""
+
     rotates_refresh_tokens: bool
     api_reads_scopes: bool
     s256_lost_on_consent: bool
@@ -68,11 +79,14 @@ class Profile:
 PROFILES = {
     "forgejo": Profile(True, True, False, "unauthorized_client", True, True, None, False, True, True, False),
     "forgejo-old": Profile(False, False, True, "", False, False, None, False, False, False, False),
-    "gitea": Profile(False, True, False, "invalid_grant", True, False, CONSENT_LIMIT, True, True, False, True),
+    "gitea": Profile(
+        False, True, False, "invalid_grant", True, False, CONSENT_LIMIT, True, True, False, True
+    ),
 }
 
 
 # ---- What is stored -------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class User:
@@ -104,10 +118,14 @@ class App:
     def accepts_redirect(self, uri):
         """Forgejo's comparison: case and one trailing slash of the whole string do not count; a public client's
         loopback address may carry any port."""
+
         def plain(text):
             return text.lower().removesuffix("/")
+
         registered = {plain(known) for known in self.redirect_uris}
-        return plain(uri) in registered or (not self.confidential and plain(_without_loopback_port(uri)) in registered)
+        return plain(uri) in registered or (
+            not self.confidential and plain(_without_loopback_port(uri)) in registered
+        )
 
 
 @dataclass
@@ -154,6 +172,7 @@ class WebSession:
 @dataclass
 class Identity:
     """The bearer of an access token, as the API's middleware sees it."""
+
     user: User
     grant: Grant
     scopes: set
@@ -177,10 +196,12 @@ class Cut(Exception):
 
 # ---- Requests, responses, log ---------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Recorded:
     """One request. `status` is 0 while it hangs in a fault, and stays 0 if it was never answered; a lost answer keeps
     its status. `query` and `form` map each name to its first value; the names in `headers` are lower-case."""
+
     method: str
     path: str
     query: dict
@@ -215,7 +236,7 @@ class RequestLog(Sequence):
         """Put `new` where `old` is, or at the end."""
         with self._changed:
             place = next((n for n, item in enumerate(self._items) if item is old), len(self._items))
-            self._items[place:place + 1] = [new]
+            self._items[place : place + 1] = [new]
             self._changed.notify_all()
 
     def clear(self):
@@ -229,8 +250,10 @@ class RequestLog(Sequence):
     def wait_for(self, predicate, timeout=WAIT, *, start=0):
         """The first logged request from index `start` on that satisfies `predicate`; blocks until there is one.
         TimeoutError, with the log as text, if none comes."""
+
         def found():
             return next((item for item in self._items[start:] if predicate(item)), None)
+
         with self._changed:
             hit = self._changed.wait_for(found, timeout)
             if hit is None:
@@ -259,7 +282,9 @@ class Request:
         if kind == "application/json":
             value = self.json()
             if isinstance(value, dict):
-                return {name: item if isinstance(item, str) else json.dumps(item) for name, item in value.items()}
+                return {
+                    name: item if isinstance(item, str) else json.dumps(item) for name, item in value.items()
+                }
         return {}
 
     def json(self):
@@ -276,13 +301,23 @@ class Request:
         return morsel.value if morsel else None
 
     def recorded(self, status):
-        return Recorded(self.method, self.path, self.query, self.headers.get("User-Agent", ""), self.auth_user,
-                        self.grant_id, status, self.form, {k.lower(): v for k, v in self.headers.items()})
+        return Recorded(
+            self.method,
+            self.path,
+            self.query,
+            self.headers.get("User-Agent", ""),
+            self.auth_user,
+            self.grant_id,
+            status,
+            self.form,
+            {k.lower(): v for k, v in self.headers.items()},
+        )
 
 
 @dataclass
 class Response:
     """`send_only`: how many bytes of the body to send before the connection is cut; None for all of it."""
+
     status: int
     body: bytes = b""
     content_type: str = ""
@@ -291,7 +326,9 @@ class Response:
 
     def cookie(self, name, value, *, http_only=True):
         age = "; Max-Age=0" if value == "" else ""
-        self.headers.append(("Set-Cookie", f"{name}={value}; Path=/; SameSite=Lax{age}" + "; HttpOnly" * http_only))
+        self.headers.append(
+            ("Set-Cookie", f"{name}={value}; Path=/; SameSite=Lax{age}" + "; HttpOnly" * http_only)
+        )
         return self
 
     def json(self):
@@ -303,7 +340,9 @@ class Response:
 
 
 def _json(status, value):
-    return Response(status, json.dumps(value, separators=(",", ":")).encode(), "application/json;charset=utf-8")
+    return Response(
+        status, json.dumps(value, separators=(",", ":")).encode(), "application/json;charset=utf-8"
+    )
 
 
 def _text(status, text, headers=()):
@@ -315,6 +354,7 @@ def _see_other(location):
 
 
 # ---- Faults ---------------------------------------------------------------------------------------------------------
+
 
 class Fault:
     """Something that goes wrong with a request.
@@ -350,6 +390,7 @@ def hang(*, processed=False):
     def wait_after(response, pause):
         pause(fault.released)
         return response
+
     fault._before, fault._after = (None, wait_after) if processed else (wait_before, None)
     return fault
 
@@ -361,8 +402,10 @@ def slow_until(event):
 
 def run(action):
     """Call `action()` just before the request is processed, for a change at exactly this point."""
+
     def before(_request, _pause):
         action()
+
     return Fault(before=before)
 
 
@@ -394,49 +437,61 @@ def redirect(location, code=303):
 
 def lose_response():
     """Process the request fully, then cut the connection: what it changed stays changed, nobody hears of it."""
+
     def after(_response, _pause):
         raise Cut
+
     return Fault(after=after)
 
 
 def cut_body():
     """Announce the whole body, send half of it, cut the connection."""
+
     def after(response, _pause):
         response.send_only = len(response.body) // 2
         return response
+
     return Fault(after=after)
 
 
 def json_override(change):
     """Process the request, then change its JSON: a dict replaces members (MISSING removes one), a callable maps the
     whole value to another."""
+
     def merged(value):
         value = {**value, **change}
         return {name: item for name, item in value.items() if item is not MISSING}
+
     mapping = change if callable(change) else merged
     return Fault(after=lambda response, _pause: response.with_json(mapping(response.json())))
 
 
 def wrong_content_type(content_type="text/plain"):
     """Process the request and send the right body under another media type."""
+
     def after(response, _pause):
         response.content_type = content_type
         return response
+
     return Fault(after=after)
 
 
 def truncated_json():
     """Process the request and send the first half of the JSON as a complete HTTP message."""
+
     def after(response, _pause):
-        response.body = response.body[:len(response.body) // 2]
+        response.body = response.body[: len(response.body) // 2]
         return response
+
     return Fault(after=after)
 
 
 def huge_json(size=32 << 20):
     """Process the request and send its JSON object with `size` bytes of padding first."""
+
     def after(response, _pause):
         return response.with_json({"padding": "x" * size, **response.json()})
+
     return Fault(after=after)
 
 
@@ -444,7 +499,13 @@ class Injection:
     """A fault in its place: it strikes the nth to (nth + times - 1)th request counted from its injection."""
 
     def __init__(self, path_prefix, fault, nth, times, method):
-        self.path_prefix, self.fault, self.nth, self.times, self.method = path_prefix, fault, nth, times, method
+        self.path_prefix, self.fault, self.nth, self.times, self.method = (
+            path_prefix,
+            fault,
+            nth,
+            times,
+            method,
+        )
         self.hits = self._seen = 0
         self._changed = threading.Condition()
 
@@ -526,13 +587,23 @@ class Gate:
 
 # ---- The server -----------------------------------------------------------------------------------------------------
 
+
 class FakeForgejo:
     """One instance on 127.0.0.1. `profile` is a name in PROFILES or a Profile; `clock` (replaceable at any time)
     gives the seconds by which tokens and codes expire. Two users exist from the start, alice and bob, password
     "secret". The port is bound at once and kept until `stop()`; until `start()` and while `down()` it refuses."""
 
-    def __init__(self, *, port=0, clock=time.time, access_lifetime=3600, refresh_lifetime=730 * 3600,
-                 profile="forgejo", version="11.0.1+gitea-1.22.0", issuer_slash=True):
+    def __init__(
+        self,
+        *,
+        port=0,
+        clock=time.time,
+        access_lifetime=3600,
+        refresh_lifetime=730 * 3600,
+        profile="forgejo",
+        version="11.0.1+gitea-1.22.0",
+        issuer_slash=True,
+    ):
         self.clock, self.access_lifetime, self.refresh_lifetime = clock, access_lifetime, refresh_lifetime
         self.profile = PROFILES[profile] if isinstance(profile, str) else profile
         self.version, self.issuer_slash = version, issuer_slash
@@ -548,7 +619,9 @@ class FakeForgejo:
         self._connections, self._threads = set(), set()
         self._listener = self._acceptor = None
         if port:
-            socket.create_server(("127.0.0.1", port)).close()  # SO_REUSEPORT below would share a taken port silently
+            socket.create_server(
+                ("127.0.0.1", port)
+            ).close()  # SO_REUSEPORT below would share a taken port silently
         self._reservation = self._bound_socket(port)
         self.port = self._reservation.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -661,8 +734,9 @@ class FakeForgejo:
         with self._lock:
             repo = Repo(next(self._ids), self._need_user(login).id, name, private)
             self._repos[repo.id] = repo
-            repo.issues.append({"title": f"First issue of {login}", "body": f"Written by {login}.",
-                                "user_id": repo.owner_id})
+            repo.issues.append(
+                {"title": f"First issue of {login}", "body": f"Written by {login}.", "user_id": repo.owner_id}
+            )
             return repo
 
     def issue_titles(self):
@@ -673,8 +747,14 @@ class FakeForgejo:
     def add_app(self, redirect_uris, *, confidential=True, name="broker", client_id=None, client_secret=None):
         """A registered OAuth2 application."""
         with self._lock:
-            app = App(next(self._ids), client_id or _uuid(), client_secret or _secret("gto_"),
-                      list(redirect_uris), confidential, name)
+            app = App(
+                next(self._ids),
+                client_id or _uuid(),
+                client_secret or _secret("gto_"),
+                list(redirect_uris),
+                confidential,
+                name,
+            )
             self._apps[app.client_id] = app
             return app
 
@@ -725,8 +805,9 @@ class FakeForgejo:
     def set_grant_scope(self, login, client_id, scope):
         """Give the grant this scope; makes the grant if there is none, as an earlier login would have."""
         with self._lock:
-            grant = self.grant_of(login, client_id) or self._make_grant(self._need_user(login),
-                                                                        self._apps[client_id], scope)
+            grant = self.grant_of(login, client_id) or self._make_grant(
+                self._need_user(login), self._apps[client_id], scope
+            )
             grant.scope = scope
             return grant
 
@@ -789,8 +870,11 @@ class FakeForgejo:
 
     def _wait_at_gates(self, request, at):
         with self._lock:
-            gates = [gate for gate in self._gates if gate.at == at and
-                     _matches(request, gate.path_prefix, gate.method)]
+            gates = [
+                gate
+                for gate in self._gates
+                if gate.at == at and _matches(request, gate.path_prefix, gate.method)
+            ]
         for gate in gates:
             gate.pass_through()
 
@@ -821,6 +905,7 @@ class FakeForgejo:
                     break
             if self._stopping.is_set():
                 raise Cut
+
         status_known = 0
         try:
             response = fault.before(request, pause) or self._process(request)
@@ -850,7 +935,11 @@ class FakeForgejo:
             revoke = re.fullmatch(r"/user/settings/applications/oauth2/\d+/revoke/(\d+)", request.path)
             if revoke and method == "POST":
                 return self._revoke_by_user(request, int(revoke[1]))
-            return _text(405, "") if request.path in known else self._page(404, "Not found", "<p>No such page.</p>")
+            return (
+                _text(405, "")
+                if request.path in known
+                else self._page(404, "Not found", "<p>No such page.</p>")
+            )
 
     # -- discovery, keys --
 
@@ -860,22 +949,40 @@ class FakeForgejo:
 
     def _discovery(self, _request):
         base = self.url + "/login/oauth/"
-        return _json(200, {
-            "issuer": self.issuer,
-            "authorization_endpoint": base + "authorize",
-            "token_endpoint": base + "access_token",
-            "jwks_uri": base + "keys",
-            "userinfo_endpoint": base + "userinfo",
-            "introspection_endpoint": base + "introspect",
-            "response_types_supported": ["code", "id_token"],
-            "id_token_signing_alg_values_supported": ["HS256"],
-            "subject_types_supported": ["public"],
-            "scopes_supported": list(OIDC_SCOPES),
-            "claims_supported": ["aud", "exp", "iat", "iss", "sub", "name", "preferred_username", "profile",
-                                 "picture", "website", "locale", "updated_at", "email", "email_verified", "groups"],
-            "code_challenge_methods_supported": ["plain", "S256"],
-            "grant_types_supported": ["authorization_code", "refresh_token"],
-        })
+        return _json(
+            200,
+            {
+                "issuer": self.issuer,
+                "authorization_endpoint": base + "authorize",
+                "token_endpoint": base + "access_token",
+                "jwks_uri": base + "keys",
+                "userinfo_endpoint": base + "userinfo",
+                "introspection_endpoint": base + "introspect",
+                "response_types_supported": ["code", "id_token"],
+                "id_token_signing_alg_values_supported": ["HS256"],
+                "subject_types_supported": ["public"],
+                "scopes_supported": list(OIDC_SCOPES),
+                "claims_supported": [
+                    "aud",
+                    "exp",
+                    "iat",
+                    "iss",
+                    "sub",
+                    "name",
+                    "preferred_username",
+                    "profile",
+                    "picture",
+                    "website",
+                    "locale",
+                    "updated_at",
+                    "email",
+                    "email_verified",
+                    "groups",
+                ],
+                "code_challenge_methods_supported": ["plain", "S256"],
+                "grant_types_supported": ["authorization_code", "refresh_token"],
+            },
+        )
 
     def _keys(self, _request):
         return _json(200, {"keys": [{"kty": "oct", "alg": "HS256", "use": "sig"}]})
@@ -883,8 +990,10 @@ class FakeForgejo:
     # -- tokens --
 
     def _sign(self, claims, key=None):
-        signed = ".".join(_b64(json.dumps(part, separators=(",", ":")).encode())
-                          for part in ({"alg": "HS256", "typ": "JWT"}, claims))
+        signed = ".".join(
+            _b64(json.dumps(part, separators=(",", ":")).encode())
+            for part in ({"alg": "HS256", "typ": "JWT"}, claims)
+        )
         return signed + "." + _b64(hmac.digest(key or self._key, signed.encode(), "sha256"))
 
     def _claims(self, token):
@@ -907,11 +1016,20 @@ class FakeForgejo:
             grant.counter += 1
         now = int(self.clock())
         response = {
-            "access_token": self._sign({"gnt": grant.id, "tt": 0, "exp": now + self.access_lifetime, "iat": now}),
+            "access_token": self._sign(
+                {"gnt": grant.id, "tt": 0, "exp": now + self.access_lifetime, "iat": now}
+            ),
             "token_type": "bearer",
             "expires_in": self.access_lifetime,
-            "refresh_token": self._sign({"gnt": grant.id, "tt": 1, **({"cnt": grant.counter} if grant.counter else {}),
-                                         "exp": now + self.refresh_lifetime, "iat": now}),
+            "refresh_token": self._sign(
+                {
+                    "gnt": grant.id,
+                    "tt": 1,
+                    **({"cnt": grant.counter} if grant.counter else {}),
+                    "exp": now + self.refresh_lifetime,
+                    "iat": now,
+                }
+            ),
         }
         if "openid" in grant.scope.split():
             response["id_token"] = self._id_token(grant, app, now)
@@ -919,13 +1037,21 @@ class FakeForgejo:
 
     def _id_token(self, grant, app, now):
         user, scopes = self._users[grant.user_id], grant.scope.split()
-        claims = {"iss": self.issuer, "sub": user.sub, "aud": [app.client_id], "exp": now + self.access_lifetime,
-                  "iat": now}
+        claims = {
+            "iss": self.issuer,
+            "sub": user.sub,
+            "aud": [app.client_id],
+            "exp": now + self.access_lifetime,
+            "iat": now,
+        }
         if grant.nonce:
             claims["nonce"] = grant.nonce
         if "profile" in scopes:
-            claims |= {"name": self._display_name(user), "preferred_username": user.login,
-                       "profile": f"{self.url}/{user.login}"}
+            claims |= {
+                "name": self._display_name(user),
+                "preferred_username": user.login,
+                "profile": f"{self.url}/{user.login}",
+            }
         if "email" in scopes:
             claims |= {"email": user.email, "email_verified": not user.inactive}
         if "groups" in scopes:
@@ -947,8 +1073,9 @@ class FakeForgejo:
         if form.get("grant_type") == "authorization_code":
             with self._lock:
                 return self._exchange(request, form, client_id, secret)
-        raise _token_error("unsupported_grant_type",
-                           "Only refresh_token or authorization_code grant type is supported")
+        raise _token_error(
+            "unsupported_grant_type", "Only refresh_token or authorization_code grant type is supported"
+        )
 
     @staticmethod
     def _basic_client(request, client_id, secret):
@@ -961,16 +1088,22 @@ class FakeForgejo:
             raise _token_error("invalid_request", "cannot parse basic auth header")
         for name, sent, known in (("client_id", client_id, pair[0]), ("client_secret", secret, pair[1])):
             if sent and sent != known:
-                raise _token_error("invalid_request", f"{name} in request body inconsistent with Authorization header")
+                raise _token_error(
+                    "invalid_request", f"{name} in request body inconsistent with Authorization header"
+                )
         return pair
 
     def _client(self, client_id, secret, wrong_secret, mark):
         """The application; the two grant types differ in the error for a wrong secret and in a quotation mark."""
         app = self._apps.get(client_id)
         if app is None:
-            raise _token_error("invalid_client", f"cannot load client with client id: {mark}{client_id}{mark}")
+            raise _token_error(
+                "invalid_client", f"cannot load client with client id: {mark}{client_id}{mark}"
+            )
         if app.confidential and not hmac.compare_digest(app.client_secret.encode(), secret.encode()):
-            raise _token_error(wrong_secret, "invalid client secret" if secret else "invalid empty client secret")
+            raise _token_error(
+                wrong_secret, "invalid client secret" if secret else "invalid empty client secret"
+            )
         return app
 
     def _exchange(self, request, form, client_id, secret):
@@ -981,13 +1114,17 @@ class FakeForgejo:
         code = self._codes.get(form.get("code", ""))
         if code is None:
             raise _token_error("unauthorized_client", "client is not authorized")
-        if self.profile.code_lifetime is not None and self.clock() >= code.made_at + self.profile.code_lifetime:
+        if (
+            self.profile.code_lifetime is not None
+            and self.clock() >= code.made_at + self.profile.code_lifetime
+        ):
             raise _token_error("invalid_grant", "authorization code expired")
         if not code.accepts(form.get("code_verifier", "")):
             raise _token_error("unauthorized_client", "failed PKCE code challenge")
         if self.profile.binds_code_to_redirect and redirect_uri != code.redirect_uri:
-            raise _token_error(self.profile.binds_code_to_redirect,
-                               "redirect_uri does not match the authorization request")
+            raise _token_error(
+                self.profile.binds_code_to_redirect, "redirect_uri does not match the authorization request"
+            )
         grant = self._grants[code.grant_id]
         if grant.app_id != app.id:
             raise _token_error("invalid_grant", "invalid grant")
@@ -1040,8 +1177,9 @@ class FakeForgejo:
             if claims["iat"] > self.clock():
                 raise BadToken("token was expired")
         except BadToken as bad:
-            raise BadToken(str(bad) if self.profile.names_auth_failures else
-                           "user does not exist [uid: 0, name: ]") from None
+            raise BadToken(
+                str(bad) if self.profile.names_auth_failures else "user does not exist [uid: 0, name: ]"
+            ) from None
         self._note(request, grant)
         scopes = _api_scopes(grant.scope) if self.profile.api_reads_scopes else {"all"}
         return Identity(self._users[grant.user_id], grant, scopes)
@@ -1057,8 +1195,13 @@ class FakeForgejo:
             return _text(401, "no valid authorization", [("WWW-Authenticate", 'Bearer realm=""')])
         self._refuse_web_access(who.user)
         user = who.user
-        value = {"sub": user.sub, "name": self._display_name(user), "preferred_username": user.login,
-                 "email": user.email, "picture": f"{self.url}/avatars/{user.id}"}
+        value = {
+            "sub": user.sub,
+            "name": self._display_name(user),
+            "preferred_username": user.login,
+            "email": user.email,
+            "picture": f"{self.url}/avatars/{user.id}",
+        }
         if user.groups or self.profile.groups_when_none:
             value["groups"] = user.groups or None
         return _json(200, value)
@@ -1076,7 +1219,9 @@ class FakeForgejo:
         scheme, _, data = request.headers.get("Authorization", "").partition(" ")
         pair = (_basic_pair(data) if scheme.lower() == "basic" else None) or ("", "")
         app = self._apps.get(pair[0])
-        if not (app and app.confidential and hmac.compare_digest(app.client_secret.encode(), pair[1].encode())):
+        if not (
+            app and app.confidential and hmac.compare_digest(app.client_secret.encode(), pair[1].encode())
+        ):
             return _text(401, "no valid authorization", [("WWW-Authenticate", 'Basic realm=""')])
         try:
             grant = self._grants.get(self._claims(request.form.get("token", ""))["gnt"])
@@ -1087,8 +1232,14 @@ class FakeForgejo:
         self._note(request, grant)
         user = self._users[grant.user_id]
         issued_to = next(app for app in self._apps.values() if app.id == grant.app_id)
-        value = {"active": True, "scope": grant.scope, "username": user.login, "iss": self.issuer, "sub": user.sub,
-                 "aud": [issued_to.client_id]}
+        value = {
+            "active": True,
+            "scope": grant.scope,
+            "username": user.login,
+            "iss": self.issuer,
+            "sub": user.sub,
+            "aud": [issued_to.client_id],
+        }
         return _json(200, {name: item for name, item in value.items() if item != ""})
 
     # -- pages: sign-in, consent --
@@ -1133,10 +1284,23 @@ class FakeForgejo:
         _session, user = self._session(request)
         if user:
             return _see_other("/")
-        return self._with_cookies(request, self._page(200, "Sign in", _LOGIN.format(
-            message=f'<p class="flash" role="alert">{html_text.escape(message)}</p>' if message else "",
-            users="".join(f"<li><code>{html_text.escape(user.login)}</code> / "
-                          f"<code>{html_text.escape(user.password)}</code></li>" for user in self._users.values()))))
+        return self._with_cookies(
+            request,
+            self._page(
+                200,
+                "Sign in",
+                _LOGIN.format(
+                    message=f'<p class="flash" role="alert">{html_text.escape(message)}</p>'
+                    if message
+                    else "",
+                    users="".join(
+                        f"<li><code>{html_text.escape(user.login)}</code> / "
+                        f"<code>{html_text.escape(user.password)}</code></li>"
+                        for user in self._users.values()
+                    ),
+                ),
+            ),
+        )
 
     def _login(self, request):
         user = self._user_named(request.form.get("user_name", ""))
@@ -1146,7 +1310,10 @@ class FakeForgejo:
             return self._page(200, "Sign-in prohibited", f"<p>{PROHIBITED}</p>")
         self._session(request)
         del self._sessions[request.session_id]
-        request.session_id, request.session = secrets.token_hex(16), WebSession(secrets.token_urlsafe(24), user.id)
+        request.session_id, request.session = (
+            secrets.token_hex(16),
+            WebSession(secrets.token_urlsafe(24), user.id),
+        )
         self._sessions[request.session_id] = request.session
         request.auth_user = user.login
         target = unquote(request.cookie("redirect_to") or "/")
@@ -1162,11 +1329,23 @@ class FakeForgejo:
     def _home(self, request):
         session, user = self._signed_in(request)
         apps = {app.id: app for app in self._apps.values()}
-        rows = "".join(_GRANT_ROW.format(name=html_text.escape(apps[grant.app_id].name), id=grant.id,
-                                         scope=html_text.escape(grant.scope or "(none)"), csrf=session.csrf)
-                       for grant in self._grants.values() if grant.user_id == user.id)
-        return self._page(200, "Forgejo", _HOME.format(login=html_text.escape(user.login),
-                                                       rows=rows or "<p>No application has access.</p>"))
+        rows = "".join(
+            _GRANT_ROW.format(
+                name=html_text.escape(apps[grant.app_id].name),
+                id=grant.id,
+                scope=html_text.escape(grant.scope or "(none)"),
+                csrf=session.csrf,
+            )
+            for grant in self._grants.values()
+            if grant.user_id == user.id
+        )
+        return self._page(
+            200,
+            "Forgejo",
+            _HOME.format(
+                login=html_text.escape(user.login), rows=rows or "<p>No application has access.</p>"
+            ),
+        )
 
     def _revoke_by_user(self, request, grant_id):
         self._check_csrf(request)
@@ -1202,19 +1381,33 @@ class FakeForgejo:
         return self._with_cookies(request, self._consent_page(request, user, app, asked))
 
     def _consent_page(self, request, user, app, asked):
-        hidden = {name: asked.get(name, "") for name in ("client_id", "state", "scope", "nonce", "redirect_uri")}
-        inputs = "".join(f'<input type="hidden" name="{name}" value="{html_text.escape(value)}">'
-                         for name, value in {"_csrf": request.session.csrf, **hidden}.items())
-        return self._page(200, f"Authorize {app.name}", _CONSENT.format(
-            inputs=inputs, name=html_text.escape(app.name), login=html_text.escape(user.login),
-            other=html_text.escape("/user/logout?" + urlencode({"redirect_to": request.target})),
-            scope=html_text.escape(hidden["scope"] or "(none)"), redirect=html_text.escape(hidden["redirect_uri"])))
+        hidden = {
+            name: asked.get(name, "") for name in ("client_id", "state", "scope", "nonce", "redirect_uri")
+        }
+        inputs = "".join(
+            f'<input type="hidden" name="{name}" value="{html_text.escape(value)}">'
+            for name, value in {"_csrf": request.session.csrf, **hidden}.items()
+        )
+        return self._page(
+            200,
+            f"Authorize {app.name}",
+            _CONSENT.format(
+                inputs=inputs,
+                name=html_text.escape(app.name),
+                login=html_text.escape(user.login),
+                other=html_text.escape("/user/logout?" + urlencode({"redirect_to": request.target})),
+                scope=html_text.escape(hidden["scope"] or "(none)"),
+                redirect=html_text.escape(hidden["redirect_uri"]),
+            ),
+        )
 
     def _consent(self, request):
         session = self._check_csrf(request)
         _session, user = self._signed_in(request)
         form = request.form
-        if any(session.values.get(name) != form.get(name, "") for name in ("client_id", "redirect_uri", "state")):
+        if any(
+            session.values.get(name) != form.get(name, "") for name in ("client_id", "redirect_uri", "state")
+        ):
             return _text(400, "Bad Request\n")
         if form.get("granted") not in ("true", "1", "on"):
             return self._authorize_error(form, "access_denied", "the request is denied")
@@ -1226,8 +1419,9 @@ class FakeForgejo:
         self._follow_scope(grant, form)
         if grant.scope != form.get("scope", ""):
             return self._authorize_error(form, "server_error", "a grant exists with different scope")
-        return self._redirect_with_code(grant, form, session.values.get("challenge", ""),
-                                        session.values.get("method", ""))
+        return self._redirect_with_code(
+            grant, form, session.values.get("challenge", ""), session.values.get("method", "")
+        )
 
     def _follow_scope(self, grant, asked):
         if self.profile.scope_of_grant_follows_request and asked.get("scope"):
@@ -1242,8 +1436,12 @@ class FakeForgejo:
 
     @staticmethod
     def _authorize_error(asked, error, description):
-        return _see_other(_with_query(asked["redirect_uri"], {"error": error, "error_description": description,
-                                                              "state": asked.get("state", "")}))
+        return _see_other(
+            _with_query(
+                asked["redirect_uri"],
+                {"error": error, "error_description": description, "state": asked.get("state", "")},
+            )
+        )
 
     _PAGES = {
         ("GET", "/"): _home,
@@ -1297,14 +1495,20 @@ class FakeForgejo:
         if user.inactive:
             raise Refusal(self._api_error(403, NOT_ACTIVATED))
         if user.must_change_password:
-            raise Refusal(self._api_error(403, "You must change your password. Change it at: "
-                                               f"{self.url}/user/change_password"))
+            raise Refusal(
+                self._api_error(
+                    403, f"You must change your password. Change it at: {self.url}/user/change_password"
+                )
+            )
 
     def _require_scopes(self, who, level, categories):
         wanted = [f"{level}:{category}" for category in categories]
         if not all(_allows(who.scopes, scope) for scope in wanted):
-            raise Refusal(self._api_error(403, "token does not have at least one of required scope(s): "
-                                               f"[{' '.join(wanted)}]"))
+            raise Refusal(
+                self._api_error(
+                    403, f"token does not have at least one of required scope(s): [{' '.join(wanted)}]"
+                )
+            )
 
     def _api_version(self, _request, _who):
         return _json(200, {"version": self.version})
@@ -1319,15 +1523,19 @@ class FakeForgejo:
         return _json(200, self._user_json(user))
 
     def _api_my_repos(self, request, who):
-        return self._listing(request, [self._repo_json(repo, who) for repo in self._visible_repos(who)
-                                       if repo.owner_id == who.user.id])
+        return self._listing(
+            request,
+            [self._repo_json(repo, who) for repo in self._visible_repos(who) if repo.owner_id == who.user.id],
+        )
 
     def _api_user_repos(self, request, who, login):
         user = self._user_named(login)
         if user is None:
             return self._api_error(404, f"user redirect does not exist [name: {login}]")
-        return self._listing(request, [self._repo_json(repo, who) for repo in self._visible_repos(who)
-                                       if repo.owner_id == user.id])
+        return self._listing(
+            request,
+            [self._repo_json(repo, who) for repo in self._visible_repos(who) if repo.owner_id == user.id],
+        )
 
     def _api_search(self, request, who):
         word = request.query.get("q", "").lower()
@@ -1347,36 +1555,72 @@ class FakeForgejo:
         asked = request.json()
         if not isinstance(asked, dict) or not asked.get("title"):
             return self._api_error(422, "[Title]: Required")
-        repo.issues.append({"title": str(asked["title"]), "body": str(asked.get("body", "")), "user_id": who.user.id})
+        repo.issues.append(
+            {"title": str(asked["title"]), "body": str(asked.get("body", "")), "user_id": who.user.id}
+        )
         return _json(201, self._issue_json(repo, len(repo.issues)))
 
     def _api_notifications(self, request, who):
         mine = [repo for repo in self._visible_repos(who) if repo.owner_id == who.user.id]
-        return self._listing(request, [{
-            "id": repo.id, "unread": True, "pinned": False, "updated_at": CREATED,
-            "url": f"{self.url}/api/v1/notifications/threads/{repo.id}", "repository": self._repo_json(repo, who),
-            "subject": {"title": f"Notification for {who.user.login}", "type": "Issue", "state": "open",
-                        "url": self._issue_json(repo, 1)["url"], "html_url": self._issue_json(repo, 1)["html_url"]},
-        } for repo in mine])
+        return self._listing(
+            request,
+            [
+                {
+                    "id": repo.id,
+                    "unread": True,
+                    "pinned": False,
+                    "updated_at": CREATED,
+                    "url": f"{self.url}/api/v1/notifications/threads/{repo.id}",
+                    "repository": self._repo_json(repo, who),
+                    "subject": {
+                        "title": f"Notification for {who.user.login}",
+                        "type": "Issue",
+                        "state": "open",
+                        "url": self._issue_json(repo, 1)["url"],
+                        "html_url": self._issue_json(repo, 1)["html_url"],
+                    },
+                }
+                for repo in mine
+            ],
+        )
 
     def _api_my_orgs(self, request, who):
         names = [group for group in who.user.groups if ":" not in group]
-        return self._listing(request, [{
-            "id": 5000 + place, "name": name, "username": name, "full_name": name, "email": "", "website": "",
-            "description": f"Organization of {who.user.login}", "location": "", "visibility": "public",
-            "avatar_url": f"{self.url}/avatars/{name}", "repo_admin_change_team_access": False,
-        } for place, name in enumerate(names)])
+        return self._listing(
+            request,
+            [
+                {
+                    "id": 5000 + place,
+                    "name": name,
+                    "username": name,
+                    "full_name": name,
+                    "email": "",
+                    "website": "",
+                    "description": f"Organization of {who.user.login}",
+                    "location": "",
+                    "visibility": "public",
+                    "avatar_url": f"{self.url}/avatars/{name}",
+                    "repo_admin_change_team_access": False,
+                }
+                for place, name in enumerate(names)
+            ],
+        )
 
     def _listing(self, request, items):
-        page, limit = (_positive(request.query.get(name), default) for name, default in (("page", 1), ("limit", 30)))
-        response = _json(200, items[(page - 1) * limit:page * limit])
+        page, limit = (
+            _positive(request.query.get(name), default) for name, default in (("page", 1), ("limit", 30))
+        )
+        response = _json(200, items[(page - 1) * limit : page * limit])
         response.headers.append(("X-Total-Count", str(len(items))))
         return response
 
     def _visible_repos(self, who):
         hide_private = who is None or "public-only" in who.scopes
-        return [repo for repo in self._repos.values()
-                if not repo.private or (not hide_private and repo.owner_id == who.user.id)]
+        return [
+            repo
+            for repo in self._repos.values()
+            if not repo.private or (not hide_private and repo.owner_id == who.user.id)
+        ]
 
     def _find_repo(self, who, owner, name):
         user = self._user_named(owner)
@@ -1386,37 +1630,91 @@ class FakeForgejo:
         raise Refusal(self._not_found())
 
     def _user_json(self, user):
-        return {"id": user.id, "login": user.login, "login_name": "", "source_id": 0, "full_name": user.full_name,
-                "email": user.email, "avatar_url": f"{self.url}/avatars/{user.id}",
-                "html_url": f"{self.url}/{user.login}", "language": "", "is_admin": user.admin, "last_login": CREATED,
-                "created": CREATED, "restricted": False, "active": not user.inactive,
-                "prohibit_login": user.suspended, "location": "", "website": "", "description": "",
-                "visibility": "public", "followers_count": 0, "following_count": 0, "starred_repos_count": 0,
-                "username": user.login}
+        return {
+            "id": user.id,
+            "login": user.login,
+            "login_name": "",
+            "source_id": 0,
+            "full_name": user.full_name,
+            "email": user.email,
+            "avatar_url": f"{self.url}/avatars/{user.id}",
+            "html_url": f"{self.url}/{user.login}",
+            "language": "",
+            "is_admin": user.admin,
+            "last_login": CREATED,
+            "created": CREATED,
+            "restricted": False,
+            "active": not user.inactive,
+            "prohibit_login": user.suspended,
+            "location": "",
+            "website": "",
+            "description": "",
+            "visibility": "public",
+            "followers_count": 0,
+            "following_count": 0,
+            "starred_repos_count": 0,
+            "username": user.login,
+        }
 
     def _repo_json(self, repo, who):
         owner = self._users[repo.owner_id]
         full_name, mine = f"{owner.login}/{repo.name}", who is not None and who.user is owner
-        return {"id": repo.id, "owner": self._user_json(owner), "name": repo.name, "full_name": full_name,
-                "description": f"Repository of {owner.login}", "empty": False, "private": repo.private, "fork": False,
-                "template": False, "parent": None, "mirror": False, "size": 1, "html_url": f"{self.url}/{full_name}",
-                "clone_url": f"{self.url}/{full_name}.git", "ssh_url": f"ssh://git@127.0.0.1/{full_name}.git",
-                "website": "", "stars_count": 0, "forks_count": 0, "watchers_count": 1, "archived": False,
-                "open_issues_count": len(repo.issues), "open_pr_counter": 0, "default_branch": "main",
-                "created_at": CREATED, "updated_at": CREATED, "has_issues": True,
-                "permissions": {"admin": mine, "push": mine, "pull": True}}
+        return {
+            "id": repo.id,
+            "owner": self._user_json(owner),
+            "name": repo.name,
+            "full_name": full_name,
+            "description": f"Repository of {owner.login}",
+            "empty": False,
+            "private": repo.private,
+            "fork": False,
+            "template": False,
+            "parent": None,
+            "mirror": False,
+            "size": 1,
+            "html_url": f"{self.url}/{full_name}",
+            "clone_url": f"{self.url}/{full_name}.git",
+            "ssh_url": f"ssh://git@127.0.0.1/{full_name}.git",
+            "website": "",
+            "stars_count": 0,
+            "forks_count": 0,
+            "watchers_count": 1,
+            "archived": False,
+            "open_issues_count": len(repo.issues),
+            "open_pr_counter": 0,
+            "default_branch": "main",
+            "created_at": CREATED,
+            "updated_at": CREATED,
+            "has_issues": True,
+            "permissions": {"admin": mine, "push": mine, "pull": True},
+        }
 
     def _issue_json(self, repo, number):
         issue, owner = repo.issues[number - 1], self._users[repo.owner_id]
         full_name = f"{owner.login}/{repo.name}"
         author = self._users.get(issue["user_id"], owner)
-        return {"id": repo.id * 1000 + number, "number": number, "title": issue["title"], "body": issue["body"],
-                "url": f"{self.url}/api/v1/repos/{full_name}/issues/{number}",
-                "html_url": f"{self.url}/{full_name}/issues/{number}", "user": self._user_json(author), "labels": [],
-                "milestone": None, "assignee": None, "assignees": None, "state": "open", "is_locked": False,
-                "comments": 0, "created_at": CREATED, "updated_at": CREATED, "closed_at": None, "due_date": None,
-                "pull_request": None,
-                "repository": {"id": repo.id, "name": repo.name, "owner": owner.login, "full_name": full_name}}
+        return {
+            "id": repo.id * 1000 + number,
+            "number": number,
+            "title": issue["title"],
+            "body": issue["body"],
+            "url": f"{self.url}/api/v1/repos/{full_name}/issues/{number}",
+            "html_url": f"{self.url}/{full_name}/issues/{number}",
+            "user": self._user_json(author),
+            "labels": [],
+            "milestone": None,
+            "assignee": None,
+            "assignees": None,
+            "state": "open",
+            "is_locked": False,
+            "comments": 0,
+            "created_at": CREATED,
+            "updated_at": CREATED,
+            "closed_at": None,
+            "due_date": None,
+            "pull_request": None,
+            "repository": {"id": repo.id, "name": repo.name, "owner": owner.login, "full_name": full_name},
+        }
 
     # method, path, is a token needed, groups of scope categories of which each is checked by itself, handler
     _API = (
@@ -1436,6 +1734,7 @@ class FakeForgejo:
 
 class _Handler(BaseHTTPRequestHandler):
     """One connection. `server` is the FakeForgejo."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -1453,12 +1752,15 @@ class _Handler(BaseHTTPRequestHandler):
         except Cut:
             self.close_connection = True
             return
-        headers = [("Date", self.date_time_string(self.server.clock())), ("Content-Length", str(len(response.body)))]
+        headers = [
+            ("Date", self.date_time_string(self.server.clock())),
+            ("Content-Length", str(len(response.body))),
+        ]
         if response.content_type:
             headers.append(("Content-Type", response.content_type))
         head = "".join(f"{name}: {value}\r\n" for name, value in headers + response.headers)
         phrase = self.responses.get(response.status, ("Unknown",))[0]
-        body = b"" if self.command == "HEAD" else response.body[:response.send_only]
+        body = b"" if self.command == "HEAD" else response.body[: response.send_only]
         if response.send_only is not None:
             self.close_connection = True
         self.wfile.write(f"HTTP/1.1 {response.status} {phrase}\r\n{head}\r\n".encode("latin-1") + body)
@@ -1478,6 +1780,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 # ---- Small helpers --------------------------------------------------------------------------------------------------
+
 
 def _b64(data):
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
@@ -1501,7 +1804,9 @@ def _first_values(text):
 
 def _with_query(uri, added):
     parts = urlsplit(uri)
-    return urlunsplit(parts._replace(query=urlencode(sorted({**_first_values(parts.query), **added}.items()))))
+    return urlunsplit(
+        parts._replace(query=urlencode(sorted({**_first_values(parts.query), **added}.items())))
+    )
 
 
 def _without_loopback_port(uri):
@@ -1592,10 +1897,13 @@ _GRANT_ROW = """<form method="post" action="/user/settings/applications/oauth2/1
 
 # ---- As a program ---------------------------------------------------------------------------------------------------
 
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Serve a fake Forgejo on 127.0.0.1 until stopped.")
     parser.add_argument("--port", type=int, default=3000, help="0 picks a free one (default: %(default)s)")
-    parser.add_argument("--redirect-uri", action="append", help="may be repeated (default: a broker on port 8080)")
+    parser.add_argument(
+        "--redirect-uri", action="append", help="may be repeated (default: a broker on port 8080)"
+    )
     parser.add_argument("--client-id", help="default: made up")
     parser.add_argument("--client-secret", help="default: made up")
     parser.add_argument("--access-lifetime", type=int, default=3600, help="seconds (default: %(default)s)")
@@ -1605,12 +1913,16 @@ def main(argv=None):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_args: stopped.set())
     try:
-        forgejo = FakeForgejo(port=options.port, access_lifetime=options.access_lifetime, profile=options.profile)
+        forgejo = FakeForgejo(
+            port=options.port, access_lifetime=options.access_lifetime, profile=options.profile
+        )
     except OSError as error:
         parser.error(f"cannot listen on port {options.port}: {error.strerror}")
-    app = forgejo.add_app(options.redirect_uri or [f"http://{host}:8080/oauth/callback"
-                                                   for host in ("127.0.0.1", "localhost")],
-                          client_id=options.client_id, client_secret=options.client_secret)
+    app = forgejo.add_app(
+        options.redirect_uri or [f"http://{host}:8080/oauth/callback" for host in ("127.0.0.1", "localhost")],
+        client_id=options.client_id,
+        client_secret=options.client_secret,
+    )
     with forgejo:
         print(f"url            {forgejo.url}")
         print("users          alice / secret, bob / secret")

@@ -65,16 +65,21 @@ class Load:
         """Until so many more calls have come to something."""
         with self._changed:
             wanted = len(self.outcomes) + more
-            assert self._changed.wait_for(lambda: len(self.outcomes) >= wanted, timeout), "the load stands still"
+            assert self._changed.wait_for(lambda: len(self.outcomes) >= wanted, timeout), (
+                "the load stands still"
+            )
 
     def wait_each(self, predicate, timeout=30):
         """Until the newest outcome of every session satisfies `predicate(session, outcome)`."""
+
         def all_do():
             newest = {session: outcome for session, _, outcome in self.outcomes}
-            return len(newest) == len(self._threads) and all(predicate(session, outcome) for session, outcome in newest.items())
+            return len(newest) == len(self._threads) and all(
+                predicate(session, outcome) for session, outcome in newest.items()
+            )
 
         with self._changed:
-            assert self._changed.wait_for(all_do, timeout), f"not so: {self.outcomes[-len(self._threads):]}"
+            assert self._changed.wait_for(all_do, timeout), f"not so: {self.outcomes[-len(self._threads) :]}"
 
     @property
     def failures(self):

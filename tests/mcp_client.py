@@ -9,6 +9,7 @@ here, and nothing is sent twice by itself. Standard library only.
         client.initialize()
         client.call_tool("get_my_user_info")
 """
+
 from __future__ import annotations
 
 import base64
@@ -68,6 +69,7 @@ class StreamEnded(ClientError):
 class Event:
     """One server-sent event: `data` is the parsed JSON, or the text if it is none ("" in an event that is only an
     id, as servers send to make a stream resumable from its start)."""
+
     id: str | None
     data: object
     event: str = "message"
@@ -76,6 +78,7 @@ class Event:
 @dataclass
 class Response:
     """One HTTP answer, read to its end."""
+
     status: int
     headers: http.client.HTTPMessage
     body: bytes
@@ -179,6 +182,7 @@ def readable(wire):
 
 # ---- OAuth ----------------------------------------------------------------------------------------------------------
 
+
 def challenge_parameters(header):
     """The parameters of a WWW-Authenticate: Bearer header as a dict."""
     pairs = re.findall(r'([\w-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))', header or "")
@@ -193,6 +197,7 @@ def well_known(url, name):
 @dataclass
 class Attempt:
     """One authorization request: what its code is redeemed with."""
+
     verifier: str
     redirect_uri: str
     resource: str | None
@@ -202,8 +207,16 @@ class OAuthClient:
     """An MCP client's OAuth side. `broker_url` is the public URL (or the MCP URL itself). Requests' fields can be
     replaced by keyword; None leaves one out. `routes` and `context` are as in browser.connect."""
 
-    def __init__(self, broker_url, *, name="scripted client", redirect_uri="http://localhost/callback",
-                 auth_method="none", routes=None, context=None):
+    def __init__(
+        self,
+        broker_url,
+        *,
+        name="scripted client",
+        redirect_uri="http://localhost/callback",
+        auth_method="none",
+        routes=None,
+        context=None,
+    ):
         self.broker_url = broker_url.rstrip("/").removesuffix("/mcp")
         self.mcp_url = self.broker_url + "/mcp"
         self.name, self.redirect_uri, self.auth_method = name, redirect_uri, auth_method
@@ -244,12 +257,20 @@ class OAuthClient:
 
     def register(self, **overrides):
         """Dynamic registration; on 201 the client is this one from now on."""
-        asked = {"client_name": self.name, "redirect_uris": [self.redirect_uri],
-                 "grant_types": ["authorization_code", "refresh_token"], "response_types": ["code"],
-                 "token_endpoint_auth_method": self.auth_method}
+        asked = {
+            "client_name": self.name,
+            "redirect_uris": [self.redirect_uri],
+            "grant_types": ["authorization_code", "refresh_token"],
+            "response_types": ["code"],
+            "token_endpoint_auth_method": self.auth_method,
+        }
         asked = {name: value for name, value in {**asked, **overrides}.items() if value is not None}
-        response = self._http("POST", self._endpoint("registration_endpoint"), json.dumps(asked).encode(),
-                              {"Content-Type": "application/json"})
+        response = self._http(
+            "POST",
+            self._endpoint("registration_endpoint"),
+            json.dumps(asked).encode(),
+            {"Content-Type": "application/json"},
+        )
         if response.status == 201:
             made = response.json()
             self.client_id, self.client_secret = made["client_id"], made.get("client_secret")
@@ -267,11 +288,16 @@ class OAuthClient:
         """An authorization request's URL, with a new state and PKCE pair. `resource` is the MCP URL unless given."""
         verifier = secrets.token_urlsafe(48)
         digest = hashlib.sha256(verifier.encode()).digest()
-        asked = {"response_type": "code", "client_id": self.client_id, "redirect_uri": self.redirect_uri,
-                 "state": secrets.token_urlsafe(16), "scope": scope,
-                 "resource": self.mcp_url if resource == "" else resource,
-                 "code_challenge": base64.urlsafe_b64encode(digest).decode().rstrip("="),
-                 "code_challenge_method": "S256"}
+        asked = {
+            "response_type": "code",
+            "client_id": self.client_id,
+            "redirect_uri": self.redirect_uri,
+            "state": secrets.token_urlsafe(16),
+            "scope": scope,
+            "resource": self.mcp_url if resource == "" else resource,
+            "code_challenge": base64.urlsafe_b64encode(digest).decode().rstrip("="),
+            "code_challenge_method": "S256",
+        }
         asked = {name: value for name, value in {**asked, **overrides}.items() if value is not None}
         attempt = Attempt(verifier, asked.get("redirect_uri"), asked.get("resource"))
         self._attempts[asked.get("state")] = self._last_attempt = attempt
@@ -300,9 +326,15 @@ class OAuthClient:
         if answer.get("iss") != self.metadata["issuer"]:
             raise ClientError(f"the callback's iss is {answer.get('iss')!r}, not {self.metadata['issuer']!r}")
         if "code" not in answer:
-            raise ClientError(f"the login ended with {answer.get('error')}: {answer.get('error_description')}")
-        response = self.redeem(answer["code"], code_verifier=attempt.verifier, redirect_uri=attempt.redirect_uri,
-                               resource=attempt.resource)
+            raise ClientError(
+                f"the login ended with {answer.get('error')}: {answer.get('error_description')}"
+            )
+        response = self.redeem(
+            answer["code"],
+            code_verifier=attempt.verifier,
+            redirect_uri=attempt.redirect_uri,
+            resource=attempt.resource,
+        )
         if response.status != 200:
             raise HttpError(response, "tokens")
         return self.tokens
@@ -312,13 +344,23 @@ class OAuthClient:
     def redeem(self, code, **overrides):
         """Exchange a code, by default of the latest `authorize_url`; on 200 the tokens are in `tokens`."""
         attempt = self._last_attempt or Attempt(None, self.redirect_uri, self.mcp_url)
-        return self._grant({"grant_type": "authorization_code", "code": code, "redirect_uri": attempt.redirect_uri,
-                            "code_verifier": attempt.verifier, "resource": attempt.resource}, overrides)
+        return self._grant(
+            {
+                "grant_type": "authorization_code",
+                "code": code,
+                "redirect_uri": attempt.redirect_uri,
+                "code_verifier": attempt.verifier,
+                "resource": attempt.resource,
+            },
+            overrides,
+        )
 
     def refresh(self, **overrides):
         """Refresh, by default with the newest refresh token; on 200 the new tokens are in `tokens`."""
         token = (self.tokens or {}).get("refresh_token")
-        return self._grant({"grant_type": "refresh_token", "refresh_token": token, "resource": self.mcp_url}, overrides)
+        return self._grant(
+            {"grant_type": "refresh_token", "refresh_token": token, "resource": self.mcp_url}, overrides
+        )
 
     def _grant(self, fields, overrides):
         response = self._authenticated("token_endpoint", fields, overrides)
@@ -345,13 +387,18 @@ class OAuthClient:
     def _http(self, method, url, body=None, headers=None):
         wire = Wire(url, routes=self._routes, context=self._context)
         try:
-            return wire.exchange(method, url, body, {"Accept": "application/json, text/event-stream",
-                                                     "Connection": "close", **(headers or {})})
+            return wire.exchange(
+                method,
+                url,
+                body,
+                {"Accept": "application/json, text/event-stream", "Connection": "close", **(headers or {})},
+            )
         finally:
             wire.close()
 
 
 # ---- Streams --------------------------------------------------------------------------------------------------------
+
 
 class EventReader:
     """Server-sent events, line by line: `feed(line)` gives an Event when one is complete. `comments` counts the
@@ -398,7 +445,11 @@ class SseStream:
         self.status, self.headers, self.response = answer.status, answer.headers, None
         self.ended = threading.Event()
         self._connection, self._wire, self._answer, self._on_close = connection, wire, answer, on_close
-        self._reader, self._queue, self._keepalive = EventReader(), queue.SimpleQueue(), threading.Semaphore(0)
+        self._reader, self._queue, self._keepalive = (
+            EventReader(),
+            queue.SimpleQueue(),
+            threading.Semaphore(0),
+        )
         self._thread, self._received = None, received or (lambda message: message)
         if answer.headers.get_content_type() != EVENT_STREAM:
             self.response = Response(answer.status, answer.headers, answer.read())
@@ -469,6 +520,7 @@ class SseStream:
 
 # ---- MCP ------------------------------------------------------------------------------------------------------------
 
+
 class McpClient:
     """One MCP client over Streamable HTTP, usable from several threads.
 
@@ -477,8 +529,18 @@ class McpClient:
     makes an error; without it `ping` is answered and all else refused); `on_notification(method, params)` gets what
     the server tells. `events` collects all events of POST answers."""
 
-    def __init__(self, url, token, *, protocol=LEGACY, session_id=None, capabilities=None, name="scripted client",
-                 routes=None, context=None):
+    def __init__(
+        self,
+        url,
+        token,
+        *,
+        protocol=LEGACY,
+        session_id=None,
+        capabilities=None,
+        name="scripted client",
+        routes=None,
+        context=None,
+    ):
         self.url, self.token, self.protocol, self.session_id = url, token, protocol, session_id
         self.capabilities, self.info = capabilities or {}, {"name": name, "version": "1"}
         self.version = protocol if session_id else None  # what was negotiated: sent once it is known
@@ -514,9 +576,15 @@ class McpClient:
         if capabilities is not None:
             self.capabilities = capabilities
         self.session_id = self.version = None
-        message = self._message("initialize", {"protocolVersion": version or self.protocol,
-                                               "capabilities": self.capabilities, "clientInfo": self.info},
-                                next(self._ids))
+        message = self._message(
+            "initialize",
+            {
+                "protocolVersion": version or self.protocol,
+                "capabilities": self.capabilities,
+                "clientInfo": self.info,
+            },
+            next(self._ids),
+        )
         response, answer = self._call(message, {}, timeout)
         self.server = self._result(response, answer)
         self.version = self.server["protocolVersion"]
@@ -564,8 +632,11 @@ class McpClient:
         if id is not None:
             message["id"] = id
         if self.is_modern and method != "initialize":
-            meta = {META + "protocolVersion": self.protocol, META + "clientInfo": self.info,
-                    META + "clientCapabilities": self.capabilities}
+            meta = {
+                META + "protocolVersion": self.protocol,
+                META + "clientInfo": self.info,
+                META + "clientCapabilities": self.capabilities,
+            }
             params = {**(params or {}), "_meta": {**meta, **(params or {}).get("_meta", {})}}
         if params is not None:
             message["params"] = params
@@ -586,11 +657,21 @@ class McpClient:
 
     def received(self, message):
         """A message of the server, judged by the revision that is spoken."""
-        if judge is not None and isinstance(message, dict) and not isinstance(message.get("error"), str):  # that is OAuth's form
-            method = self._asked.get((type(message.get("id")), message.get("id"))) if "method" not in message else None
+        if (
+            judge is not None and isinstance(message, dict) and not isinstance(message.get("error"), str)
+        ):  # that is OAuth's form
+            method = (
+                self._asked.get((type(message.get("id")), message.get("id")))
+                if "method" not in message
+                else None
+            )
             opened = message.get("result", {}).get("protocolVersion") if method == "initialize" else None
             # `initialize` is of the earlier eras, always, whatever the client speaks otherwise.
-            judge(message, opened or (LEGACY if method == "initialize" else self.version or self.protocol), method)
+            judge(
+                message,
+                opened or (LEGACY if method == "initialize" else self.version or self.protocol),
+                method,
+            )
         return message
 
     def headers(self, message=None):
@@ -640,7 +721,9 @@ class McpClient:
             raise
         self._wire.give_back(connection)
         if awaited is not None and found is None:
-            found = next((each for each in response.messages() if answers(each, awaited, response.status)), None)
+            found = next(
+                (each for each in response.messages() if answers(each, awaited, response.status)), None
+            )
         return response, found
 
     def _begin(self, method, message, headers, timeout):
@@ -712,8 +795,11 @@ class McpClient:
 
     def open_stream(self, last_event_id=None, timeout=TIMEOUT, headers=None):
         """GET the session's stream; HttpError if it is refused."""
-        extra = {"Accept": EVENT_STREAM, **({"Last-Event-ID": last_event_id} if last_event_id else {}),
-                 **(headers or {})}
+        extra = {
+            "Accept": EVENT_STREAM,
+            **({"Last-Event-ID": last_event_id} if last_event_id else {}),
+            **(headers or {}),
+        }
         stream = self._stream("GET", None, extra, timeout)
         if stream.response is not None:
             raise HttpError(stream.response, "a stream")

@@ -5,15 +5,23 @@ import contextlib
 from mcp_client import META, MODERN, McpClient, RpcError, SseStream
 
 ALL_INPUT = {"elicitation": {}, "sampling": {}, "roots": {}}
-ANSWERS = {"elicitation/create": {"action": "accept", "content": {"answer": "blue"}},
-           "sampling/createMessage": {"role": "assistant", "content": {"type": "text", "text": "said"}, "model": "m"},
-           "roots/list": {"roots": [{"uri": "file:///home", "name": "home"}]}}
+ANSWERS = {
+    "elicitation/create": {"action": "accept", "content": {"answer": "blue"}},
+    "sampling/createMessage": {
+        "role": "assistant",
+        "content": {"type": "text", "text": "said"},
+        "model": "m",
+    },
+    "roots/list": {"roots": [{"uri": "file:///home", "name": "home"}]},
+}
 
 
 def connect(rig, user="alice", access="full", capabilities=None, *, oauth=None, **arguments):
     """A modern McpClient of a user who logged in through a client of its own (or through `oauth`)."""
     oauth = oauth or rig.login(user, access, **arguments)
-    mcp = McpClient(rig.url + "/mcp", oauth.tokens["access_token"], protocol=MODERN, capabilities=capabilities)
+    mcp = McpClient(
+        rig.url + "/mcp", oauth.tokens["access_token"], protocol=MODERN, capabilities=capabilities
+    )
     mcp.oauth = oauth
     return mcp
 
@@ -34,7 +42,11 @@ def call(mcp, name, arguments=None, headers=None, **params):
 
 def retry_of(asked, answers=None):
     """The parameters that answer an `input_required`: every question by its kind, or `answers` as they are."""
-    given = {key: ANSWERS[question["method"]] for key, question in asked["inputRequests"].items()} if answers is None else answers
+    given = (
+        {key: ANSWERS[question["method"]] for key, question in asked["inputRequests"].items()}
+        if answers is None
+        else answers
+    )
     return {"inputResponses": given, "requestState": asked["requestState"]}
 
 
@@ -54,7 +66,12 @@ def listening(mcp, request_id=None, **wanted):
     """(acknowledged filter, stream, id) of a subscriptions/listen."""
     request_id, stream = mcp.start_request("subscriptions/listen", {"notifications": wanted}, id=request_id)
     with stream:
-        assert isinstance(stream, SseStream) and stream.response is None, stream.response and stream.response.text
+        assert isinstance(stream, SseStream) and stream.response is None, (
+            stream.response and stream.response.text
+        )
         first = stream.next().data
-        assert first["method"] == "notifications/subscriptions/acknowledged" and subscription_of(first) == request_id
+        assert (
+            first["method"] == "notifications/subscriptions/acknowledged"
+            and subscription_of(first) == request_id
+        )
         yield first["params"]["notifications"], stream, request_id

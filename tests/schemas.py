@@ -13,14 +13,32 @@ FOLDER = Path(__file__).resolve().parent / "schema"
 REVISIONS = ("2025-03-26", "2025-06-18", "2025-11-25", "2026-07-28")
 MODERN = "2026-07-28"
 RESULTS = {
-    "initialize": "InitializeResult", "ping": "EmptyResult", "logging/setLevel": "EmptyResult", "resources/subscribe": "EmptyResult",
-    "resources/unsubscribe": "EmptyResult", "tools/list": "ListToolsResult", "tools/call": "CallToolResult",
-    "prompts/list": "ListPromptsResult", "prompts/get": "GetPromptResult", "resources/list": "ListResourcesResult",
-    "resources/templates/list": "ListResourceTemplatesResult", "resources/read": "ReadResourceResult",
-    "completion/complete": "CompleteResult", "server/discover": "DiscoverResult", "subscriptions/listen": "SubscriptionsListenResult"}
+    "initialize": "InitializeResult",
+    "ping": "EmptyResult",
+    "logging/setLevel": "EmptyResult",
+    "resources/subscribe": "EmptyResult",
+    "resources/unsubscribe": "EmptyResult",
+    "tools/list": "ListToolsResult",
+    "tools/call": "CallToolResult",
+    "prompts/list": "ListPromptsResult",
+    "prompts/get": "GetPromptResult",
+    "resources/list": "ListResourcesResult",
+    "resources/templates/list": "ListResourceTemplatesResult",
+    "resources/read": "ReadResourceResult",
+    "completion/complete": "CompleteResult",
+    "server/discover": "DiscoverResult",
+    "subscriptions/listen": "SubscriptionsListenResult",
+}
 ASKS_FOR_INPUT = ("tools/call", "prompts/get", "resources/read")
-ERRORS = {-32020: "HeaderMismatchError", -32021: "MissingRequiredClientCapabilityError", -32022: "UnsupportedProtocolVersionError"}
-EARLIER_CODES = (-32002, -32042)  # "Implementations of this protocol version MUST NOT emit these codes" (2026-07-28, Error Codes)
+ERRORS = {
+    -32020: "HeaderMismatchError",
+    -32021: "MissingRequiredClientCapabilityError",
+    -32022: "UnsupportedProtocolVersionError",
+}
+EARLIER_CODES = (
+    -32002,
+    -32042,
+)  # "Implementations of this protocol version MUST NOT emit these codes" (2026-07-28, Error Codes)
 
 
 class SchemaViolation(AssertionError):
@@ -42,7 +60,11 @@ def failures(value, revision, *names):
     found = validator(revision, *names)
     if found is None:
         return [f"{revision} has no {' or '.join(names)}"]
-    return [f"{' or '.join(names)} at {error.json_path}: {sentence}" for error in found.iter_errors(value) for sentence in sentences(error)]
+    return [
+        f"{' or '.join(names)} at {error.json_path}: {sentence}"
+        for error in found.iter_errors(value)
+        for sentence in sentences(error)
+    ]
 
 
 def sentences(error):
@@ -57,7 +79,10 @@ def violations(message, revision, method=None):
     if "error" in message:
         return error_violations(message, revision)
     wrong = failures(message, revision, "JSONRPCResultResponse", "JSONRPCResponse")
-    names = [RESULTS.get(method, "Result"), *(["InputRequiredResult"] if revision >= MODERN and method in ASKS_FOR_INPUT else [])]
+    names = [
+        RESULTS.get(method, "Result"),
+        *(["InputRequiredResult"] if revision >= MODERN and method in ASKS_FOR_INPUT else []),
+    ]
     if revision >= MODERN and message["result"].get("resultType") == "input_required":
         names = names[1:] or ["nothing that asks for input"]
     return wrong or failures(message["result"], revision, *names)
@@ -70,10 +95,15 @@ def error_violations(message, revision):
     if revision >= MODERN and code in EARLIER_CODES:
         return [f"{code} is a code of earlier revisions"]
     return failures(message, revision, "JSONRPCErrorResponse", "JSONRPCError") or (
-        failures(message, revision, ERRORS[code]) if revision >= MODERN and code in ERRORS else [])
+        failures(message, revision, ERRORS[code]) if revision >= MODERN and code in ERRORS else []
+    )
 
 
 def judge(message, revision, method=None):
     """SchemaViolation if the revision does not allow this message; of revisions without a schema here anything goes."""
-    if revision in REVISIONS and isinstance(message, dict) and (wrong := violations(message, revision, method)):
+    if (
+        revision in REVISIONS
+        and isinstance(message, dict)
+        and (wrong := violations(message, revision, method))
+    ):
         raise SchemaViolation(f"{revision}, answer to {method}: {wrong[:5]} in {json.dumps(message)[:1500]}")

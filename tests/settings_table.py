@@ -23,10 +23,18 @@ def table():
     """The document's text."""
     rows = []
     for setting in fjmcp_broker.SETTINGS:
-        default = "required" if setting.default is fjmcp_broker.REQUIRED else f"`{setting.default}`" if setting.default else ""
+        default = (
+            "required"
+            if setting.default is fjmcp_broker.REQUIRED
+            else f"`{setting.default}`"
+            if setting.default
+            else ""
+        )
         default = "off" if setting.default is False else default
         marks = " ".join(mark for mark, is_set in (("s", setting.secret), ("r", setting.reload)) if is_set)
-        rows.append(f"| `{setting.name}` | {default} | {setting.help.replace('|', chr(92) + '|')} | {marks} |\n")
+        rows.append(
+            f"| `{setting.name}` | {default} | {setting.help.replace('|', chr(92) + '|')} | {marks} |\n"
+        )
     return HEAD + "".join(rows)
 
 

@@ -21,6 +21,7 @@ Modes (scripting is on the command line because a child's environment is an allo
 
 With --control the child reports what it sees to a test and takes commands from it: see child_control.py.
 """
+
 import itertools
 import json
 import os
@@ -35,8 +36,19 @@ PROTOCOLS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
 LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
 MODERN = ("2026-07-28",)
 META = "io.modelcontextprotocol/"
-KINDS = {"elicitation/create": "elicitation", "sampling/createMessage": "sampling", "roots/list": "roots"}  # and the capability each needs
-CACHEABLE = ("server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list", "resources/read")
+KINDS = {
+    "elicitation/create": "elicitation",
+    "sampling/createMessage": "sampling",
+    "roots/list": "roots",
+}  # and the capability each needs
+CACHEABLE = (
+    "server/discover",
+    "tools/list",
+    "prompts/list",
+    "resources/list",
+    "resources/templates/list",
+    "resources/read",
+)
 STATE_KEY = b"stands in for a key of the operator's"
 VALUED = ("url", "transport", "mode", "control", "era")
 CHUNK = 65536
@@ -44,8 +56,13 @@ GONE = {"error": {"code": -32603, "message": "the client is gone"}}
 TOOLS = {}
 RESOURCES = {"test://note": "a note", "test://whoami": None}
 TEMPLATES = [{"uriTemplate": "test://echo/{text}", "name": "echo", "mimeType": "text/plain"}]
-PROMPTS = [{"name": "summary", "description": "Sum something up",
-            "arguments": [{"name": "topic", "description": "what to sum up", "required": True}]}]
+PROMPTS = [
+    {
+        "name": "summary",
+        "description": "Sum something up",
+        "arguments": [{"name": "topic", "description": "what to sum up", "required": True}],
+    }
+]
 
 
 class Refused(Exception):
@@ -65,6 +82,7 @@ class InputRequired(Exception):
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
+
 
 class Options:
     """What the command line says, read as Go's flag package does (one dash or two), unknown options skipped."""
@@ -99,6 +117,7 @@ class Options:
 
 # ---- Forgejo --------------------------------------------------------------------------------------------------------
 
+
 class Forgejo:
     """The API calls. HTTP by hand over a plain socket: http.client would double the start time."""
 
@@ -121,13 +140,19 @@ class Forgejo:
         if not self.tls:
             return connection
         import ssl
+
         return ssl.create_default_context().wrap_socket(connection, server_hostname=host.strip("[]"))
 
     def call(self, method, path, body=None):
         """The decoded JSON answer of one API call; Refused if it is not a success."""
         payload = b"" if body is None else json.dumps(body).encode()
-        headers = [f"{method} {self.base}/api/v1{path} HTTP/1.0", f"Host: {self.authority}",
-                   f"User-Agent: {self.user_agent}", "Accept: application/json", f"Content-Length: {len(payload)}"]
+        headers = [
+            f"{method} {self.base}/api/v1{path} HTTP/1.0",
+            f"Host: {self.authority}",
+            f"User-Agent: {self.user_agent}",
+            "Accept: application/json",
+            f"Content-Length: {len(payload)}",
+        ]
         if body is not None:
             headers.append("Content-Type: application/json")
         if self.token:
@@ -156,7 +181,7 @@ def read_response(stream):
     if len(status_line) < 2:
         raise OSError("no HTTP response")
     length = None
-    while (line := stream.readline().strip()):
+    while line := stream.readline().strip():
         name, _, value = line.partition(b":")
         if name.lower() == b"content-length":
             length = int(value)
@@ -180,6 +205,7 @@ def decoded(method, path, status, text):
 
 
 # ---- Control --------------------------------------------------------------------------------------------------------
+
 
 class Control:
     """The line to a test: events out, commands in. Without a path it says nothing."""
@@ -218,6 +244,7 @@ class Control:
 
 
 # ---- The server -----------------------------------------------------------------------------------------------------
+
 
 def packed(message):
     return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
@@ -312,7 +339,9 @@ class ModernCall(Call):
                 raise Refused(-32021, f"needs {KINDS[method]}", {"requiredCapabilities": {KINDS[method]: {}}})
         keys = [f"round{self.round}-{number}" for number in range(len(questions))]
         if not all(isinstance(self.given.get(key), dict) for key in keys):
-            requests = {key: {"method": method, "params": params} for key, (method, params) in zip(keys, questions)}
+            requests = {
+                key: {"method": method, "params": params} for key, (method, params) in zip(keys, questions)
+            }
             raise InputRequired(requests, sealed(self.rounds))
         self.rounds.append([self.given[key] for key in keys])
         return self.rounds[-1]
@@ -321,6 +350,7 @@ class ModernCall(Call):
 def mark_of(data):
     import hashlib
     import hmac
+
     return hmac.new(STATE_KEY, data, hashlib.sha256).hexdigest()
 
 
@@ -361,15 +391,26 @@ class Server:
         self.subscriptions = []
         self.cancelled = []
         self.methods = {
-            "initialize": self.initialize, "ping": lambda _params: {}, "logging/setLevel": self.set_level,
-            "tools/list": self.list_tools, "prompts/get": self.get_prompt,
+            "initialize": self.initialize,
+            "ping": lambda _params: {},
+            "logging/setLevel": self.set_level,
+            "tools/list": self.list_tools,
+            "prompts/get": self.get_prompt,
             "prompts/list": lambda _params: {"prompts": PROMPTS},
-            "resources/list": lambda _params: {"resources": [{"uri": uri, "name": uri[7:]} for uri in RESOURCES]},
+            "resources/list": lambda _params: {
+                "resources": [{"uri": uri, "name": uri[7:]} for uri in RESOURCES]
+            },
             "resources/templates/list": lambda _params: {"resourceTemplates": TEMPLATES},
-            "resources/read": self.read_resource, "resources/subscribe": self.subscribe,
+            "resources/read": self.read_resource,
+            "resources/subscribe": self.subscribe,
             "resources/unsubscribe": self.unsubscribe,
             "completion/complete": lambda params: {
-                "completion": {"values": [params["argument"]["value"] + "-completed"], "total": 1, "hasMore": False}},
+                "completion": {
+                    "values": [params["argument"]["value"] + "-completed"],
+                    "total": 1,
+                    "hasMore": False,
+                }
+            },
         }
 
     # Output
@@ -380,7 +421,7 @@ class Server:
         with self.output:
             while view:
                 try:
-                    view = view[os.write(1, view):]
+                    view = view[os.write(1, view) :]
                 except BrokenPipeError:
                     # A Go program dies of a broken stdout; the signal is pending and was only held back.
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPIPE})
@@ -389,7 +430,9 @@ class Server:
         self.write(packed({"jsonrpc": "2.0", **message}) + b"\n")
 
     def refuse(self, request_id, code, text, data=None):
-        self.send(id=request_id, error={"code": code, "message": text, **({} if data is None else {"data": data})})
+        self.send(
+            id=request_id, error={"code": code, "message": text, **({} if data is None else {"data": data})}
+        )
 
     def announce(self, method, params=None, kind=None):
         """A notification of what belongs to no request; `kind` is the filter of 2026-07-28 it falls under."""
@@ -508,13 +551,20 @@ class Server:
             self.key(call.get("key", "")).wait()
 
     def run_call(self, call, name):
-        self.control.tell("call", tool=name, id=call.id, args=call.arguments)  # from here on it is one of `running`
+        self.control.tell(
+            "call", tool=name, id=call.id, args=call.arguments
+        )  # from here on it is one of `running`
         try:
             text = self.tools[name][1](call)
             if text is not None:
                 call.answer(text)
         except InputRequired as needed:
-            self.send(id=call.id, result=self.stamped({"inputRequests": needed.requests, "requestState": needed.state}, "input_required"))
+            self.send(
+                id=call.id,
+                result=self.stamped(
+                    {"inputRequests": needed.requests, "requestState": needed.state}, "input_required"
+                ),
+            )
         except Refused as error:
             self.refuse(call.id, error.code, str(error), error.data)
         except Exception as error:
@@ -536,8 +586,12 @@ class Server:
             if self.input_ended:
                 question.answer(question.message or GONE)
             question.answered.wait()
-        return [question.message["result"] if "result" in question.message else {"error": question.message.get("error")}
-                for question in asked]
+        return [
+            question.message["result"]
+            if "result" in question.message
+            else {"error": question.message.get("error")}
+            for question in asked
+        ]
 
     def ask_on_init(self):
         self.answer_on_init = self.ask(("roots/list", {}))[0]
@@ -552,10 +606,16 @@ class Server:
         if os.path.exists(modes.get("version_file", "")):
             with open(modes["version_file"], encoding="ascii") as file:
                 modes = {**modes, "version": file.read()}
-        result = {"protocolVersion": modes.get("version") or (asked if asked in PROTOCOLS else PROTOCOLS[-1]),
-                  "capabilities": {"logging": {}, "resources": {"subscribe": True}, "tools": {"listChanged": True},
-                                   "prompts": {}},
-                  "serverInfo": {"name": NAME, "version": VERSION}}
+        result = {
+            "protocolVersion": modes.get("version") or (asked if asked in PROTOCOLS else PROTOCOLS[-1]),
+            "capabilities": {
+                "logging": {},
+                "resources": {"subscribe": True},
+                "tools": {"listChanged": True},
+                "prompts": {},
+            },
+            "serverInfo": {"name": NAME, "version": VERSION},
+        }
         return {**result, "instructions": modes["instructions"]} if "instructions" in modes else result
 
     def set_level(self, params):
@@ -574,7 +634,7 @@ class Server:
         if not cursor.startswith("after-") or not cursor[6:].isdigit():
             raise Refused(-32602, f"invalid cursor {cursor!r}")
         end = int(cursor[6:]) + size
-        page = {"tools": tools[end - size:end]}
+        page = {"tools": tools[end - size : end]}
         return {**page, "nextCursor": f"after-{end}"} if end < len(tools) else page
 
     def read_resource(self, params):
@@ -615,13 +675,28 @@ class ModernServer(Server):
     def __init__(self, options, forgejo, token, control):
         super().__init__(options, forgejo, token, control)
         self.listeners = {}
-        for gone in ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe"):
+        for gone in (
+            "initialize",
+            "ping",
+            "logging/setLevel",
+            "resources/subscribe",
+            "resources/unsubscribe",
+        ):
             del self.methods[gone]
         self.methods["server/discover"] = self.discover
 
     def stamped(self, result, kind="complete", method=None):
-        kept = {"ttlMs": int(self.options.modes.get("ttl") or 0), "cacheScope": "private"} if method in CACHEABLE else {}
-        return {"resultType": kind, **kept, **result, "_meta": {**result.get("_meta", {}), META + "serverInfo": {"name": NAME, "version": VERSION}}}
+        kept = (
+            {"ttlMs": int(self.options.modes.get("ttl") or 0), "cacheScope": "private"}
+            if method in CACHEABLE
+            else {}
+        )
+        return {
+            "resultType": kind,
+            **kept,
+            **result,
+            "_meta": {**result.get("_meta", {}), META + "serverInfo": {"name": NAME, "version": VERSION}},
+        }
 
     def take_request(self, request_id, method, params):
         try:
@@ -651,7 +726,13 @@ class ModernServer(Server):
 
     def discover(self, _params):
         modes = self.options.modes
-        capabilities = {"logging": {}, "resources": {"subscribe": True}, "tools": {"listChanged": True}, "prompts": {}, "completions": {}}
+        capabilities = {
+            "logging": {},
+            "resources": {"subscribe": True},
+            "tools": {"listChanged": True},
+            "prompts": {},
+            "completions": {},
+        }
         found = {"supportedVersions": list(MODERN), "capabilities": capabilities}
         return {**found, "instructions": modes["instructions"]} if "instructions" in modes else found
 
@@ -663,36 +744,58 @@ class ModernServer(Server):
 
     def listen(self, request_id, wanted):
         """Acknowledge first; the answer comes when it is over, which for a client that cancels is never."""
-        honoured = {kind: value for kind, value in wanted.items() if kind in ("toolsListChanged", "resourceSubscriptions") and value}
+        honoured = {
+            kind: value
+            for kind, value in wanted.items()
+            if kind in ("toolsListChanged", "resourceSubscriptions") and value
+        }
         self.seen["subscribe"] += 1
         self.control.tell("listen", id=request_id, notifications=wanted)
-        self.send(method="notifications/subscriptions/acknowledged",
-                  params={"_meta": {META + "subscriptionId": request_id}, "notifications": honoured})
+        self.send(
+            method="notifications/subscriptions/acknowledged",
+            params={"_meta": {META + "subscriptionId": request_id}, "notifications": honoured},
+        )
         self.listeners[request_id] = honoured
 
     def take_notification(self, method, params):
         super().take_notification(method, params)
-        if method == "notifications/cancelled" and self.listeners.pop(params.get("requestId"), None) is not None:
+        if (
+            method == "notifications/cancelled"
+            and self.listeners.pop(params.get("requestId"), None) is not None
+        ):
             self.seen["unsubscribe"] += 1
 
     def announce(self, method, params=None, kind=None):
         for listener, honoured in list(self.listeners.items()):
             wanted = honoured.get(kind)
             if wanted is True or (wanted and params["uri"] in wanted):
-                self.send(method=method, params={**(params or {}), "_meta": {META + "subscriptionId": listener}})
+                self.send(
+                    method=method, params={**(params or {}), "_meta": {META + "subscriptionId": listener}}
+                )
 
 
 # ---- Tools ----------------------------------------------------------------------------------------------------------
 
+
 def definition_of(name, description="", read_only=False, properties=None):
     """A tool as tools/list shows it; the annotations are those mcp-go stamps on every tool."""
     properties = properties or {}
-    schema = {"type": "object", "properties": {key: {"type": kind.rstrip("!")} for key, kind in properties.items()}}
+    schema = {
+        "type": "object",
+        "properties": {key: {"type": kind.rstrip("!")} for key, kind in properties.items()},
+    }
     required = [key for key, kind in properties.items() if kind.endswith("!")]
-    return {"name": name, "description": description,
-            "inputSchema": {**schema, "required": required} if required else schema,
-            "annotations": {"readOnlyHint": read_only, "destructiveHint": True, "idempotentHint": False,
-                            "openWorldHint": True}}
+    return {
+        "name": name,
+        "description": description,
+        "inputSchema": {**schema, "required": required} if required else schema,
+        "annotations": {
+            "readOnlyHint": read_only,
+            "destructiveHint": True,
+            "idempotentHint": False,
+            "openWorldHint": True,
+        },
+    }
 
 
 def tool(read_only=False, **properties):
@@ -700,10 +803,12 @@ def tool(read_only=False, **properties):
 
     `properties`: {argument: JSON type}, a required one's with "!".
     """
+
     def register(function):
         name = function.__name__
         TOOLS[name] = (definition_of(name, function.__doc__, read_only, properties), function)
         return function
+
     return register
 
 
@@ -720,6 +825,7 @@ def api(call, what, *request, offline):
 def token_mark(call):
     """What tells one user from another where there is no Forgejo to ask."""
     import hashlib
+
     return hashlib.sha256(call.server.token.encode()).hexdigest()[:8]
 
 
@@ -739,6 +845,7 @@ def list_my_repos(call):
 def create_issue(call):
     """Open an issue"""
     from urllib.parse import quote
+
     owner, repo, title = (call.arguments[name] for name in ("owner", "repo", "title"))
     path = f"/repos/{quote(owner, '')}/{quote(repo, '')}/issues"
     return api(call, "create issue", "POST", path, {"title": title}, offline=f"{owner}/{repo}: {title}")
@@ -765,8 +872,15 @@ def get_progress(call):
     n = call.get("n", 3)
     for step in range(1, n + 1):
         if call.progress_token is not None:
-            call.server.send(method="notifications/progress", params={
-                "progressToken": call.progress_token, "progress": step, "total": n, "message": f"step {step}"})
+            call.server.send(
+                method="notifications/progress",
+                params={
+                    "progressToken": call.progress_token,
+                    "progress": step,
+                    "total": n,
+                    "message": f"step {step}",
+                },
+            )
     return f"{n} steps"
 
 
@@ -776,8 +890,10 @@ def get_log(call):
     level = call.get("level", "info")
     for _ in range(call.get("n", 1)):
         if call.wants_log(level):
-            call.server.send(method="notifications/message", params={
-                "level": level, "logger": "stdio_child", "data": call.get("text", "a log message")})
+            call.server.send(
+                method="notifications/message",
+                params={"level": level, "logger": "stdio_child", "data": call.get("text", "a log message")},
+            )
     return "logged"
 
 
@@ -790,8 +906,14 @@ def asked(call, method, params):
 
 
 def elicitation(message):
-    return {"message": message,
-            "requestedSchema": {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}}
+    return {
+        "message": message,
+        "requestedSchema": {
+            "type": "object",
+            "properties": {"answer": {"type": "string"}},
+            "required": ["answer"],
+        },
+    }
 
 
 def sampling(message):
@@ -813,8 +935,13 @@ def ask_sampling(call):
 @tool()
 def ask_all(call):
     """Asks for all three kinds of input at once; the answers as a JSON list"""
-    return json.dumps(call.ask(("elicitation/create", elicitation("Which colour?")),
-                               ("sampling/createMessage", sampling("Say something")), ("roots/list", {})))
+    return json.dumps(
+        call.ask(
+            ("elicitation/create", elicitation("Which colour?")),
+            ("sampling/createMessage", sampling("Say something")),
+            ("roots/list", {}),
+        )
+    )
 
 
 @tool()
@@ -846,7 +973,9 @@ def get_fds(call):
             found[number] = os.readlink(f"/proc/self/fd/{number}")
         except FileNotFoundError:  # the listing's own
             pass
-    return json.dumps({number: what for number, what in found.items() if not own or int(number) != own.fileno()})
+    return json.dumps(
+        {number: what for number, what in found.items() if not own or int(number) != own.fileno()}
+    )
 
 
 @tool()
@@ -865,8 +994,16 @@ def get_pid(_call):
 def get_initialize(call):
     """What this process was told of its client"""
     server = call.server
-    return json.dumps({**server.seen, "params": server.parameters, "level": server.level, "cancelled": server.cancelled,
-                       "subscriptions": server.subscriptions, "answer_on_init": server.answer_on_init})
+    return json.dumps(
+        {
+            **server.seen,
+            "params": server.parameters,
+            "level": server.level,
+            "cancelled": server.cancelled,
+            "subscriptions": server.subscriptions,
+            "answer_on_init": server.answer_on_init,
+        }
+    )
 
 
 @tool()
@@ -887,7 +1024,9 @@ def crash(call):
     if "signal" in call.arguments:
         number = signal.Signals[call.arguments["signal"]]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
-        signal.pthread_kill(threading.get_ident(), number)  # to the process it might reach the thread that waits for signals
+        signal.pthread_kill(
+            threading.get_ident(), number
+        )  # to the process it might reach the thread that waits for signals
     os._exit(3)
 
 
@@ -965,7 +1104,13 @@ def null_id(call):
     return "right id" if call.get("answer") else None
 
 
-BAD_LINES = (b"no JSON at all\n", b'{"jsonrpc":"2.0"}\n', b"12\n", b'{"jsonrpc":"2.0","method":"\xff\n', b'{"cut": \n')
+BAD_LINES = (
+    b"no JSON at all\n",
+    b'{"jsonrpc":"2.0"}\n',
+    b"12\n",
+    b'{"jsonrpc":"2.0","method":"\xff\n',
+    b'{"cut": \n',
+)
 
 
 @tool(n="integer")
@@ -996,11 +1141,11 @@ def partial_line(call):
     """Writes half of its answer, and the rest when the key is released or after `ms`; with `exit` it ends in between"""
     line = call.answer_line("two halves")
     with call.server.output:
-        call.server.write(line[:len(line) // 2])
+        call.server.write(line[: len(line) // 2])
         if call.get("exit"):
             call.server.leave(0, "partial_line")
         call.pause()
-        call.server.write(line[len(line) // 2:] + b"\n")
+        call.server.write(line[len(line) // 2 :] + b"\n")
 
 
 @tool(bytes="integer!")
@@ -1013,9 +1158,17 @@ def stderr_flood(call):
 @tool(own_session="boolean")
 def grandchild(call):
     """Starts a process that holds stdout and stderr for ten minutes; its pid"""
-    return str(os.posix_spawnp("sleep", ["sleep", "600"], os.environ, setsigmask=(), setsigdef=(signal.SIGTERM,),
-                               setsid=bool(call.get("own_session")),
-                               file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]))
+    return str(
+        os.posix_spawnp(
+            "sleep",
+            ["sleep", "600"],
+            os.environ,
+            setsigmask=(),
+            setsigdef=(signal.SIGTERM,),
+            setsid=bool(call.get("own_session")),
+            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
+        )
+    )
 
 
 @tool(key="string")
@@ -1026,6 +1179,7 @@ def stop_reading(_call):
 
 # ---- Start ----------------------------------------------------------------------------------------------------------
 
+
 def log(level, text):
     os.write(2, f"{time.strftime('%Y-%m-%dT%H:%M:%S')}\t{level}\tstdio_child\t{text}\n".encode())
 
@@ -1034,9 +1188,9 @@ def flood_stderr(size):
     line = b"flood " * 16 + b"...\n"
     for start in range(0, size, CHUNK):
         block = line * (CHUNK // len(line) + 1)
-        rest = memoryview(block)[:min(CHUNK, size - start)]
+        rest = memoryview(block)[: min(CHUNK, size - start)]
         while rest:
-            rest = rest[os.write(2, rest):]
+            rest = rest[os.write(2, rest) :]
 
 
 def misstart(options, server):

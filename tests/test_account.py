@@ -32,7 +32,11 @@ def press(browser, page, name, value=None):
 
 
 def status(rig, client):
-    return McpClient(rig.url + "/mcp", client.tokens["access_token"]).post({"jsonrpc": "2.0", "id": 1, "method": "ping"}).status
+    return (
+        McpClient(rig.url + "/mcp", client.tokens["access_token"])
+        .post({"jsonrpc": "2.0", "id": 1, "method": "ping"})
+        .status
+    )
 
 
 def test_a_user_sees_their_applications_and_sessions_and_nobody_elses(rig):
@@ -42,7 +46,11 @@ def test_a_user_sees_their_applications_and_sessions_and_nobody_elses(rig):
     rig.login("bob", name="Bobs app")
     _, page = open_account(rig)
     assert page.status == 200 and "You are alice" in page.words
-    assert "My editor reads and writes" in page.words and "My reader reads only" in page.words and "Bobs app" not in page.words
+    assert (
+        "My editor reads and writes" in page.words
+        and "My reader reads only" in page.words
+        and "Bobs app" not in page.words
+    )
     assert page.text.count('name="session"') == 1 and page.headers["cache-control"] == "no-store"
 
 
@@ -54,7 +62,10 @@ def test_several_logins_of_one_application_are_shown_and_ended_as_one(rig):
     assert page.text.count('name="client"') == 1
     page = press(browser, page, "client")
     assert "Connected applications None." in page.words and page.url == rig.url + "/account"
-    assert status(rig, client) == 401 and client.refresh(refresh_token=first["refresh_token"]).json()["error"] == "invalid_grant"
+    assert (
+        status(rig, client) == 401
+        and client.refresh(refresh_token=first["refresh_token"]).json()["error"] == "invalid_grant"
+    )
     assert {record["reason"] for record in rig.log.named("token revoked")} == {"ended by the user"}
 
 
@@ -63,7 +74,9 @@ def test_disconnecting_an_application_leaves_the_others_and_ends_its_sessions_an
     browser, page = open_account(rig)
     press(browser, page, "client", mcp.oauth.client_id)
     rig.tick()
-    assert mcp.post({"jsonrpc": "2.0", "id": 1, "method": "ping"}).status == 401 and "alice" in str(other.call_tool("get_my_user_info"))
+    assert mcp.post({"jsonrpc": "2.0", "id": 1, "method": "ping"}).status == 401 and "alice" in str(
+        other.call_tool("get_my_user_info")
+    )
     rig.log.wait("session ended")
 
 
@@ -72,7 +85,10 @@ def test_ending_a_session_ends_its_child_at_once_and_keeps_the_login(rig):
     browser, page = open_account(rig)
     page = press(browser, page, "session")
     assert "Open sessions None." in page.words
-    assert mcp.post({"jsonrpc": "2.0", "id": 1, "method": "ping"}).status == 404 and mcp.oauth.refresh().status == 200
+    assert (
+        mcp.post({"jsonrpc": "2.0", "id": 1, "method": "ping"}).status == 404
+        and mcp.oauth.refresh().status == 200
+    )
     rig.log.wait("child stopped")
 
 
@@ -87,7 +103,9 @@ def test_nobody_ends_what_belongs_to_another(rig):
 
 
 @pytest.mark.parametrize("path", ["/account/login", "/account/end"])
-@pytest.mark.parametrize("attack", ["no csrf", "wrong csrf", "cross-site", "other origin", "another browser", "other form"])
+@pytest.mark.parametrize(
+    "attack", ["no csrf", "wrong csrf", "cross-site", "other origin", "another browser", "other form"]
+)
 def test_C03_C04_C05_forms_of_the_account_page_are_believed_from_their_own_browser_only(rig, path, attack):
     client = rig.login("alice")
     if path == "/account/end":
@@ -170,7 +188,12 @@ def test_an_account_login_does_not_disturb_a_consent_page_that_is_open(rig):
     browser = Browser()
     shown = browser.get(client.authorize_url())
     open_account(rig, browser=browser)
-    approved = browser.submit(shown, ("decision", "approve"), form=shown.form_with("login"), stop=lambda url: url.startswith(rig.forgejo.url))
+    approved = browser.submit(
+        shown,
+        ("decision", "approve"),
+        form=shown.form_with("login"),
+        stop=lambda url: url.startswith(rig.forgejo.url),
+    )
     assert approved.redirected_to
     assert approve_login(browser, client.authorize_url(), "alice", "secret")
 

@@ -23,8 +23,16 @@ from test_child import ECHO, Running, counts, guardian  # noqa: F401
 from test_process import await_end, in_thread, session
 
 PING = {"jsonrpc": "2.0", "id": "a ping", "method": "ping"}
-INITIALIZE = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
-    "protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "x", "version": "1"}}}
+INITIALIZE = {
+    "jsonrpc": "2.0",
+    "id": 1,
+    "method": "initialize",
+    "params": {
+        "protocolVersion": "2025-11-25",
+        "capabilities": {},
+        "clientInfo": {"name": "x", "version": "1"},
+    },
+}
 
 
 class Heard:
@@ -41,7 +49,11 @@ class Heard:
 
     def methods(self):
         end = self._mark("end")
-        return [event["method"] for event in self._control.events[self._from + 1:end] if event["event"] == "message"]
+        return [
+            event["method"]
+            for event in self._control.events[self._from + 1 : end]
+            if event["event"] == "message"
+        ]
 
 
 # -- J: bridge and JSON-RPC
@@ -60,7 +72,9 @@ def test_J02_line_ends_within_strings_reach_the_child_as_one_message(controlled,
     mcp = controlled.session()
     text = 'a\nb\rc\x00d\x85e\u2028f\u2029g\ud83d\ude00"\\{"jsonrpc":"2.0","id":1,"method":"ping"}\n'
     sent = Heard(mcp, control)
-    assert text_of(mcp.call_tool("get_echo", text=text)) == text.encode("utf-16", "surrogatepass").decode("utf-16")
+    assert text_of(mcp.call_tool("get_echo", text=text)) == text.encode("utf-16", "surrogatepass").decode(
+        "utf-16"
+    )
     assert sent.methods() == ["tools/call"]
 
 
@@ -68,9 +82,16 @@ def test_J05_two_callers_with_the_same_id_get_each_their_own_answer(controlled, 
     mcp = controlled.session()
     joins = {}
     for key in ("a", "b"):
-        message = {"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {"name": "get_slow", "arguments": {"key": key}}}
+        message = {
+            "jsonrpc": "2.0",
+            "id": 7,
+            "method": "tools/call",
+            "params": {"name": "get_slow", "arguments": {"key": key}},
+        }
         joins[key] = in_thread(same(mcp).post, message)
-        control.wait_event(lambda event, key=key: event["event"] == "call" and event["args"].get("key") == key)
+        control.wait_event(
+            lambda event, key=key: event["event"] == "call" and event["args"].get("key") == key
+        )
     control.release("b")
     control.release("a")
     for key, join in joins.items():
@@ -78,8 +99,22 @@ def test_J05_two_callers_with_the_same_id_get_each_their_own_answer(controlled, 
         assert [message["id"] for message in answer] == [7] and text_of(answer[0]["result"]) == f"slow {key}"
 
 
-@pytest.mark.parametrize("request_id", ["null", "true", "{}", "[]", "1.5", "1e400", "9" * 5000, "1.0", '"' + "x" * 257 + '"', '"' + "x" * 1_000_000 + '"'],
-                         ids=lambda text: text[:12])
+@pytest.mark.parametrize(
+    "request_id",
+    [
+        "null",
+        "true",
+        "{}",
+        "[]",
+        "1.5",
+        "1e400",
+        "9" * 5000,
+        "1.0",
+        '"' + "x" * 257 + '"',
+        '"' + "x" * 1_000_000 + '"',
+    ],
+    ids=lambda text: text[:12],
+)
 def test_J06_an_id_that_is_none_is_refused_and_nothing_is_forwarded(controlled, control, request_id):
     mcp = controlled.session()
     sent = Heard(mcp, control)
@@ -90,7 +125,11 @@ def test_J06_an_id_that_is_none_is_refused_and_nothing_is_forwarded(controlled, 
 
 def test_J09_deep_nesting_is_refused_and_a_string_full_of_brackets_is_not(rig):
     mcp = rig.session()
-    for deep in (b'{"a":' * 100_000, b"[" * 1_000_000, b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":' + b"[" * 70 + b"]" * 70 + b"}}"):
+    for deep in (
+        b'{"a":' * 100_000,
+        b"[" * 1_000_000,
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":' + b"[" * 70 + b"]" * 70 + b"}}",
+    ):
         assert mcp.post(deep).status == 400
     assert text_of(mcp.call_tool("get_echo", text='[{"\\' * 200)) == '[{"\\' * 200
 
@@ -102,7 +141,9 @@ def test_J10_a_body_above_the_limit_is_refused_and_nothing_is_forwarded(make_rig
     sent = Heard(mcp, control)
     body = json.dumps({**PING, "params": {"x": "y" * 200_000}}).encode()
     if chunked:
-        answer = raw_post(rig, mcp, b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body), "Transfer-Encoding: chunked")
+        answer = raw_post(
+            rig, mcp, b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body), "Transfer-Encoding: chunked"
+        )
     else:
         answer = raw_post(rig, mcp, body, f"Content-Length: {len(body)}")
     assert answer.startswith(b"HTTP/1.1 413 ") and b"\r\nConnection: close\r\n" in answer
@@ -110,7 +151,10 @@ def test_J10_a_body_above_the_limit_is_refused_and_nothing_is_forwarded(make_rig
 
 
 def raw_post(rig, mcp, body, framing):
-    head = "".join(f"{name}: {value}\r\n" for name, value in {**mcp.headers(), "Host": rig.url[7:], "Content-Type": "application/json"}.items())
+    head = "".join(
+        f"{name}: {value}\r\n"
+        for name, value in {**mcp.headers(), "Host": rig.url[7:], "Content-Type": "application/json"}.items()
+    )
     with socket.create_connection(("127.0.0.1", int(rig.url.rpartition(":")[2])), timeout=20) as sock:
         sock.sendall(f"POST /mcp HTTP/1.1\r\n{head}{framing}\r\n\r\n".encode())
         sock.sendall(body)
@@ -120,16 +164,40 @@ def raw_post(rig, mcp, body, framing):
         return answer
 
 
-@pytest.mark.parametrize("body", [
-    json.dumps(PING).encode("utf-16"), json.dumps(PING).encode("utf-32"), b"\xef\xbb\xbf" + json.dumps(PING).encode(),
-    b'{"jsonrpc":"2.0","id":"\xc0\xaf","method":"ping"}', b'{"jsonrpc":"2.0","id":"\xed\xa0\x80","method":"ping"}',
-    b'{"jsonrpc":"2.0","id":"\xff","method":"ping"}', b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":NaN}}',
-    b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":-Infinity}}', b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":1e999}}',
-    b'{"jsonrpc":"2.0","id":1,"method":"ping","method":"tools/list"}', b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":1,"a":2}}',
-    b'{"jsonrpc":"2.0","id":1,"method":"ping"}\n{"jsonrpc":"2.0","id":2,"method":"ping"}',
-], ids=["UTF-16", "UTF-32", "BOM", "overlong", "encoded surrogate", "no UTF-8", "NaN", "Infinity", "1e999", "key twice", "inner key twice",
-        "two messages"])
-def test_J03_J11_J12_J13_J14_what_parsers_could_read_in_two_ways_is_refused_and_not_forwarded(controlled, control, body):
+@pytest.mark.parametrize(
+    "body",
+    [
+        json.dumps(PING).encode("utf-16"),
+        json.dumps(PING).encode("utf-32"),
+        b"\xef\xbb\xbf" + json.dumps(PING).encode(),
+        b'{"jsonrpc":"2.0","id":"\xc0\xaf","method":"ping"}',
+        b'{"jsonrpc":"2.0","id":"\xed\xa0\x80","method":"ping"}',
+        b'{"jsonrpc":"2.0","id":"\xff","method":"ping"}',
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":NaN}}',
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":-Infinity}}',
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":1e999}}',
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","method":"tools/list"}',
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":1,"a":2}}',
+        b'{"jsonrpc":"2.0","id":1,"method":"ping"}\n{"jsonrpc":"2.0","id":2,"method":"ping"}',
+    ],
+    ids=[
+        "UTF-16",
+        "UTF-32",
+        "BOM",
+        "overlong",
+        "encoded surrogate",
+        "no UTF-8",
+        "NaN",
+        "Infinity",
+        "1e999",
+        "key twice",
+        "inner key twice",
+        "two messages",
+    ],
+)
+def test_J03_J11_J12_J13_J14_what_parsers_could_read_in_two_ways_is_refused_and_not_forwarded(
+    controlled, control, body
+):
     mcp = controlled.session()
     sent = Heard(mcp, control)
     answer = mcp.post(body)
@@ -139,7 +207,10 @@ def test_J03_J11_J12_J13_J14_what_parsers_could_read_in_two_ways_is_refused_and_
 
 def test_J12_a_lone_surrogate_is_passed_on_escaped_or_refused_and_breaks_nothing(rig):
     mcp = rig.session()
-    for body in (b'{"jsonrpc":"2.0","id":"\\ud800","method":"ping"}', b'{"jsonrpc":"2.0","id":"another","method":"ping","params":{"x":"\\udfff"}}'):
+    for body in (
+        b'{"jsonrpc":"2.0","id":"\\ud800","method":"ping"}',
+        b'{"jsonrpc":"2.0","id":"another","method":"ping","params":{"x":"\\udfff"}}',
+    ):
         answer = mcp.post(body)
         assert answer.status in (200, 400) and answer.json()
     assert not rig.log.named("internal error") and who(mcp) == "alice"
@@ -162,7 +233,10 @@ def test_J17_the_lifecycle_out_of_order_starts_no_second_child_for_a_session(con
     assert who(mcp) == "alice" and health(controlled)["sessions"] == 2
     early = McpClient(mcp.url, mcp.token, session_id=again.headers["Mcp-Session-Id"])
     assert early.request("ping") == {}  # before `initialized`
-    assert early.post({"jsonrpc": "2.0", "method": "notifications/initialized"}).status == 202 and who(early) == "alice"
+    assert (
+        early.post({"jsonrpc": "2.0", "method": "notifications/initialized"}).status == 202
+        and who(early) == "alice"
+    )
 
 
 def test_J18_a_clients_meta_is_the_childs_business_and_steers_nothing_here(controlled, control):
@@ -178,7 +252,9 @@ def test_J21_a_client_that_hangs_up_leaves_no_thread_and_no_traceback(controlled
     mcp = controlled.session()
     threads = threading.active_count()
     for number in range(5):
-        _, stream = same(mcp).start_request("tools/call", {"name": "get_slow", "arguments": {"key": str(number)}}, id=number)
+        _, stream = same(mcp).start_request(
+            "tools/call", {"name": "get_slow", "arguments": {"key": str(number)}}, id=number
+        )
         stream.close()
     for number in range(5):
         control.release(str(number))
@@ -192,8 +268,16 @@ def test_J21_a_client_that_hangs_up_leaves_no_thread_and_no_traceback(controlled
 # -- P: processes
 
 
-def test_P02_P03_what_is_in_the_brokers_environment_or_secret_is_in_no_childs_environment_or_arguments(make_installation, monkeypatch):
-    for name in ("FORGEJO_MCP_ALLOW_FILE_PATH_UPLOAD", "FORGEJO_DEBUG", "CREDENTIALS_DIRECTORY", "INVOCATION_ID", "GITEA_TOKEN"):
+def test_P02_P03_what_is_in_the_brokers_environment_or_secret_is_in_no_childs_environment_or_arguments(
+    make_installation, monkeypatch
+):
+    for name in (
+        "FORGEJO_MCP_ALLOW_FILE_PATH_UPLOAD",
+        "FORGEJO_DEBUG",
+        "CREDENTIALS_DIRECTORY",
+        "INVOCATION_ID",
+        "GITEA_TOKEN",
+    ):
         monkeypatch.setenv(name, "canary")
     installation = make_installation()
     broker = installation.start()
@@ -243,8 +327,16 @@ except PermissionError:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody without rights")
 def test_P06_a_child_of_the_same_user_cannot_read_the_brokers_memory_and_environment(tmp_path):
     program = PROBE.format(source=inspect.getsource(fjmcp_broker.hide_from_children))
-    done = subprocess.run(["/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable, "-I", "-c", program], cwd="/", user=65534,
-                          group=65534, extra_groups=[], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        ["/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable, "-I", "-c", program],
+        cwd="/",
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     assert done.stdout.strip() == "denied", done.stderr
 
 
@@ -275,7 +367,9 @@ def test_P13_SIGTERM_with_many_sessions_leaves_no_child_and_a_whole_store(make_i
     pids = broker.children()
     assert len(pids) == 15
     assert broker.stop() == 0 and await_end(pids) == []
-    assert not os.path.exists(installation.settings["store_path"] + "-wal") or not os.path.getsize(installation.settings["store_path"] + "-wal")
+    assert not os.path.exists(installation.settings["store_path"] + "-wal") or not os.path.getsize(
+        installation.settings["store_path"] + "-wal"
+    )
     installation.start()
     assert [who(same(mcp)) for mcp in sessions] == ["alice"] * 15
 
@@ -331,7 +425,12 @@ def test_X01_a_strangers_request_is_answered_as_for_an_unknown_id_by_every_metho
         answer = stranger.post(PING)
         assert answer.status == 404 and answer.json()["error"]["code"] == -32001
         assert stranger.delete().status == 404
-        assert stranger._wire.exchange("GET", stranger.url, None, {**stranger.headers(), "Accept": "text/event-stream"}).status == 404
+        assert (
+            stranger._wire.exchange(
+                "GET", stranger.url, None, {**stranger.headers(), "Accept": "text/event-stream"}
+            ).status
+            == 404
+        )
     assert text_of(alice.call_tool("get_pid")) == first and rig.log.named("session ended") == []
     rig.clock.advance(890)
     McpClient(alice.url, bob.token, session_id=alice.session_id).post(PING)
@@ -339,10 +438,14 @@ def test_X01_a_strangers_request_is_answered_as_for_an_unknown_id_by_every_metho
     rig.log.wait("child stopped", 2)  # what a stranger sends keeps no child awake
 
 
-def test_X02_another_client_of_the_same_user_has_no_part_in_a_session_but_another_login_of_the_same_client_has(rig):
+def test_X02_another_client_of_the_same_user_has_no_part_in_a_session_but_another_login_of_the_same_client_has(
+    rig,
+):
     mcp = rig.session("alice")
     other = rig.login("alice", name="another client")
-    assert McpClient(mcp.url, other.tokens["access_token"], session_id=mcp.session_id).post(PING).status == 404
+    assert (
+        McpClient(mcp.url, other.tokens["access_token"], session_id=mcp.session_id).post(PING).status == 404
+    )
     tokens = mcp.oauth.login(None, "alice", "secret")
     assert who(same(mcp, tokens["access_token"])) == "alice"
 
@@ -354,7 +457,11 @@ def test_X03_session_ids_are_long_random_and_visible(rig):
     assert len(found) == 10_005 and all(re.fullmatch(r"[A-Za-z0-9_-]{43}", each) for each in found)
 
 
-@pytest.mark.parametrize("session_id", ["x" * 10_000, "x" * 257, "a b", "caf\u00e9", "\x7f"], ids=["10 KB", "257", "space", "Latin-1", "DEL"])
+@pytest.mark.parametrize(
+    "session_id",
+    ["x" * 10_000, "x" * 257, "a b", "caf\u00e9", "\x7f"],
+    ids=["10 KB", "257", "space", "Latin-1", "DEL"],
+)
 def test_X05_a_malformed_session_id_is_refused(rig, session_id):
     token = rig.login().tokens["access_token"]
     answer = McpClient(rig.url + "/mcp", token, session_id=session_id).post(PING)
@@ -364,7 +471,12 @@ def test_X05_a_malformed_session_id_is_refused(rig, session_id):
 def test_X05_two_session_ids_are_none(rig):
     mcp = rig.session()
     body = json.dumps(PING).encode()
-    answer = raw_post(rig, mcp, body, f"Content-Length: {len(body)}\r\nConnection: close\r\nMcp-Session-Id: {mcp.session_id}")
+    answer = raw_post(
+        rig,
+        mcp,
+        body,
+        f"Content-Length: {len(body)}\r\nConnection: close\r\nMcp-Session-Id: {mcp.session_id}",
+    )
     assert answer.startswith(b"HTTP/1.1 400 ")
 
 

@@ -78,12 +78,18 @@ def site():
 
 # ---- Redirects ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("status", "method", "body"), [
-    (301, "GET", ""), (302, "GET", ""), (303, "GET", ""), (307, "POST", "a=1"), (308, "POST", "a=1")])
+
+@pytest.mark.parametrize(
+    ("status", "method", "body"),
+    [(301, "GET", ""), (302, "GET", ""), (303, "GET", ""), (307, "POST", "a=1"), (308, "POST", "a=1")],
+)
 def test_a_redirected_post_keeps_its_method_and_body_only_with_307_and_308(site, status, method, body):
     site.redirect("/from", status, "/to")
     page = site.browser().post(SHOP + "/from", {"a": "1"})
-    assert [(seen[0], seen[2], seen[4]) for seen in site.seen] == [("POST", "/from", "a=1"), (method, "/to", body)]
+    assert [(seen[0], seen[2], seen[4]) for seen in site.seen] == [
+        ("POST", "/from", "a=1"),
+        (method, "/to", body),
+    ]
     assert (site.sent("Content-Type") is None) == (body == "")
     assert page.history == [(status, "POST", SHOP + "/from"), (200, method, SHOP + "/to")]
     assert (page.url, page.redirected_to) == (SHOP + "/to", None)
@@ -138,9 +144,17 @@ def test_a_server_that_is_not_there_is_a_browser_error_with_the_url():
 
 # ---- Fetch metadata -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("initiator", "expected"), [
-    (None, "none"), (SHOP + "/page", "same-origin"), (LOGIN, "same-site"), (OTHER, "cross-site"),
-    ("http://shop.example", "cross-site")])
+
+@pytest.mark.parametrize(
+    ("initiator", "expected"),
+    [
+        (None, "none"),
+        (SHOP + "/page", "same-origin"),
+        (LOGIN, "same-site"),
+        (OTHER, "cross-site"),
+        ("http://shop.example", "cross-site"),
+    ],
+)
 def test_sec_fetch_site_tells_how_the_target_is_related_to_who_began(site, initiator, expected):
     site.browser().get(SHOP + "/page", initiator=initiator)
     assert site.sent("Sec-Fetch-Site") == expected
@@ -161,8 +175,10 @@ def test_a_typed_address_says_none_along_its_redirects(site):
     assert [seen[3]["Sec-Fetch-Site"] for seen in site.seen] == ["none", "none"]
 
 
-@pytest.mark.parametrize(("origin", "header", "expected"), [
-    ("", SHOP, "same-origin"), (OTHER, OTHER, "cross-site"), ("null", "null", "cross-site")])
+@pytest.mark.parametrize(
+    ("origin", "header", "expected"),
+    [("", SHOP, "same-origin"), (OTHER, OTHER, "cross-site"), ("null", "null", "cross-site")],
+)
 def test_a_post_names_its_origin(site, origin, header, expected):
     site.browser().post(SHOP + "/page", {}, origin=origin)
     assert (site.sent("Origin"), site.sent("Sec-Fetch-Site")) == (header, expected)
@@ -175,10 +191,21 @@ def test_the_origin_of_a_post_is_hidden_after_a_detour_over_a_third_party(site):
     assert [seen[3]["Origin"] for seen in site.seen] == [SHOP, SHOP, "null"]
 
 
-@pytest.mark.parametrize(("policy", "action", "expected"), [
-    ("no-referrer", SHOP, "null"), ("same-origin", SHOP, SHOP), ("same-origin", OTHER, "null"), ("", OTHER, SHOP)])
+@pytest.mark.parametrize(
+    ("policy", "action", "expected"),
+    [
+        ("no-referrer", SHOP, "null"),
+        ("same-origin", SHOP, SHOP),
+        ("same-origin", OTHER, "null"),
+        ("", OTHER, SHOP),
+    ],
+)
 def test_the_referrer_policy_of_a_page_decides_about_the_origin_of_its_forms(site, policy, action, expected):
-    site.answers["/page"] = 200, {"Referrer-Policy": policy}, f'<form method="post" action="{action}/send"></form>'
+    site.answers["/page"] = (
+        200,
+        {"Referrer-Policy": policy},
+        f'<form method="post" action="{action}/send"></form>',
+    )
     browser = site.browser()
     browser.submit(browser.get(SHOP + "/page"))
     assert site.sent("Origin") == expected
@@ -208,6 +235,7 @@ def test_loopback_addresses_on_two_ports_are_two_origins_of_one_site():
 
 # ---- Cookies --------------------------------------------------------------------------------------------------------
 
+
 def test_a_cookie_comes_back_to_its_host_and_its_path_only(site):
     site.answers["/set"] = 200, {"Set-Cookie": ["wide=1; Path=/", "deep=2; Path=/oauth", "here=3"]}, ""
     browser = site.browser()
@@ -221,8 +249,11 @@ def test_a_cookie_comes_back_to_its_host_and_its_path_only(site):
 
 
 def test_a_domain_cookie_reaches_subdomains_and_none_can_be_set_for_another_domain(site):
-    site.answers["/set"] = 200, {"Set-Cookie": ["a=1; Domain=shop.example", "b=2; Domain=other.test",
-                                                "c=3; Domain=example"]}, ""
+    site.answers["/set"] = (
+        200,
+        {"Set-Cookie": ["a=1; Domain=shop.example", "b=2; Domain=other.test", "c=3; Domain=example"]},
+        "",
+    )
     browser = site.browser()
     browser.get(LOGIN + "/set")
     browser.get(SHOP + "/")
@@ -251,25 +282,35 @@ def test_plain_http_cannot_lay_a_cookie_over_a_secure_one():
     assert jar.value("s") == "mine"
 
 
-@pytest.mark.parametrize(("url", "header", "accepted"), [
-    (SHOP, "__Host-a=1; Secure; Path=/", True),
-    (SHOP, "__Host-a=1; Path=/", False),
-    (SHOP, "__Host-a=1; Secure; Path=/oauth", False),
-    (SHOP + "/oauth/x", "__Host-a=1; Secure", False),
-    (SHOP, "__Host-a=1; Secure; Path=/; Domain=shop.example", False),
-    (SHOP, "__hOST-a=1; Path=/", False),
-    ("http://127.0.0.1", "__Host-a=1; Secure; Path=/", False),
-    (SHOP, "__Secure-a=1", False),
-    (SHOP, "a=1; SameSite=None", False),
-    (SHOP, "a=1; SameSite=None; Secure", True),
-    (SHOP, "no pair", False)])
+@pytest.mark.parametrize(
+    ("url", "header", "accepted"),
+    [
+        (SHOP, "__Host-a=1; Secure; Path=/", True),
+        (SHOP, "__Host-a=1; Path=/", False),
+        (SHOP, "__Host-a=1; Secure; Path=/oauth", False),
+        (SHOP + "/oauth/x", "__Host-a=1; Secure", False),
+        (SHOP, "__Host-a=1; Secure; Path=/; Domain=shop.example", False),
+        (SHOP, "__hOST-a=1; Path=/", False),
+        ("http://127.0.0.1", "__Host-a=1; Secure; Path=/", False),
+        (SHOP, "__Secure-a=1", False),
+        (SHOP, "a=1; SameSite=None", False),
+        (SHOP, "a=1; SameSite=None; Secure", True),
+        (SHOP, "no pair", False),
+    ],
+)
 def test_prefixes_bind_a_cookie_to_their_rules(url, header, accepted):
     assert CookieJar().take(url, header) is accepted
 
 
-@pytest.mark.parametrize(("attribute", "get", "post"), [
-    ("", True, False), ("SameSite=Lax", True, False), ("SameSite=Strict", False, False),
-    ("SameSite=None; Secure", True, True)])
+@pytest.mark.parametrize(
+    ("attribute", "get", "post"),
+    [
+        ("", True, False),
+        ("SameSite=Lax", True, False),
+        ("SameSite=Strict", False, False),
+        ("SameSite=None; Secure", True, True),
+    ],
+)
 def test_same_site_keeps_a_cookie_from_cross_site_requests(site, attribute, get, post):
     browser = site.browser()
     browser.cookies.take(SHOP, f"c=1; {attribute}")
@@ -330,10 +371,19 @@ def test_a_form_is_read_with_what_it_would_send(site):
     page = site.browser().get(SHOP + "/dir/page")
     form, find = page.forms
     assert (form.action, form.method) == (SHOP + "/dir/send?x=1", "POST")
-    assert form.fields == {"csrf": "a&b", "text": "t", "access": "full", "yes": "on", "pick": "2", "area": "words"}
+    assert form.fields == {
+        "csrf": "a&b",
+        "text": "t",
+        "access": "full",
+        "yes": "on",
+        "pick": "2",
+        "area": "words",
+    }
     assert form.radios == {"access": ["full", "read"]}
     assert [(button.name, button.value, button.label) for button in form.buttons] == [
-        ("decision", "approve", "Yes, allow"), ("decision", "deny", "No")]
+        ("decision", "approve", "Yes, allow"),
+        ("decision", "deny", "No"),
+    ]
     assert (find.action, find.method) == (SHOP + "/find", "GET")
     assert "Yes, allow" in page.words and ".no" not in page.words
 
@@ -344,8 +394,14 @@ def test_a_submit_sends_the_fields_the_pressed_button_and_the_changes(site):
     page = browser.get(SHOP + "/dir/page")
     browser.submit(page, ("decision", "approve"), access="read", text=None)
     assert site.seen[-1][2] == "/dir/send?x=1"
-    assert form_of(site.seen[-1][4]) == {"csrf": "a&b", "access": "read", "yes": "on", "pick": "2", "area": "words",
-                                         "decision": "approve"}
+    assert form_of(site.seen[-1][4]) == {
+        "csrf": "a&b",
+        "access": "read",
+        "yes": "on",
+        "pick": "2",
+        "area": "words",
+        "decision": "approve",
+    }
     assert (site.sent("Origin"), site.sent("Sec-Fetch-Site")) == (SHOP, "same-origin")
     browser.submit(page, ("decision", "deny"))
     assert (site.seen[-1][2], form_of(site.seen[-1][4])["decision"]) == ("/deny", "deny")
@@ -372,8 +428,9 @@ def test_a_button_or_form_that_is_not_there_is_an_error(site):
 
 CONSENT = """<p>Demo asks</p><form method="post" action="/oauth/consent"><input type="hidden" name="login" value="sealed">
 {radios}<button name="decision" value="approve">Allow</button><button name="decision" value="deny">Refuse</button></form>"""
-BOTH = ('<input type="radio" name="access" value="full" checked>'
-        '<input type="radio" name="access" value="read">')
+BOTH = (
+    '<input type="radio" name="access" value="full" checked><input type="radio" name="access" value="read">'
+)
 CALLBACK = "http://localhost:7777/callback"
 
 
@@ -388,8 +445,15 @@ def authorize_url(site, forgejo):
     """An authorization request at `site`, whose consent page leads to Forgejo and from there to CALLBACK."""
     app = forgejo.add_app([CALLBACK])
     site.answers["/authorize"] = 200, {}, CONSENT.format(radios=BOTH)
-    site.redirect("/oauth/consent", 303, forgejo.url + "/login/oauth/authorize?" + urlencode(
-        {"response_type": "code", "client_id": app.client_id, "redirect_uri": CALLBACK, "state": "s"}))
+    site.redirect(
+        "/oauth/consent",
+        303,
+        forgejo.url
+        + "/login/oauth/authorize?"
+        + urlencode(
+            {"response_type": "code", "client_id": app.client_id, "redirect_uri": CALLBACK, "state": "s"}
+        ),
+    )
     return SHOP + "/authorize?" + urlencode({"redirect_uri": CALLBACK})
 
 
@@ -408,8 +472,10 @@ def test_a_second_login_in_the_same_browser_needs_no_sign_in(site, forgejo, auth
 
 def test_a_refusal_goes_straight_back_to_the_client(site, forgejo, authorize_url):
     site.redirect("/oauth/consent", 303, CALLBACK + "?error=access_denied&state=s")
-    assert approve_login(site.browser(), authorize_url, "alice", "secret",
-                         decision="deny") == CALLBACK + "?error=access_denied&state=s"
+    assert (
+        approve_login(site.browser(), authorize_url, "alice", "secret", decision="deny")
+        == CALLBACK + "?error=access_denied&state=s"
+    )
     assert form_of(site.seen[-1][4])["decision"] == "deny"
     assert forgejo.count("/") == 0
 
@@ -420,8 +486,11 @@ def test_a_wrong_password_fails_with_the_words_of_the_page(site, authorize_url):
 
 
 def test_an_access_that_is_not_offered_fails(site, authorize_url):
-    site.answers["/authorize"] = 200, {}, CONSENT.format(radios='<input type="radio" name="access" '
-                                                         'value="read" checked>')
+    site.answers["/authorize"] = (
+        200,
+        {},
+        CONSENT.format(radios='<input type="radio" name="access" value="read" checked>'),
+    )
     with pytest.raises(LoginFailed, match="offers access"):
         approve_login(site.browser(), authorize_url, "alice", "secret")
     assert approve_login(site.browser(), authorize_url, "alice", "secret", access=None).startswith(CALLBACK)

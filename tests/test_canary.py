@@ -45,9 +45,16 @@ class Tap(Proxy):
 
     def pass_on(self, method, path, request, answer):
         headers, body = request
-        self.exchanges.append(Exchange(method, path, f"{path}\n{headers}\n{body.decode('utf-8', 'replace')}",
-                                       "\n".join(f"{name}: {value}" for name, value in answer["headers"]) + "\n\n"
-                                       + answer["body"].decode("utf-8", "replace")))
+        self.exchanges.append(
+            Exchange(
+                method,
+                path,
+                f"{path}\n{headers}\n{body.decode('utf-8', 'replace')}",
+                "\n".join(f"{name}: {value}" for name, value in answer["headers"])
+                + "\n\n"
+                + answer["body"].decode("utf-8", "replace"),
+            )
+        )
 
 
 class Run:
@@ -59,11 +66,24 @@ class Run:
         with Tap() as self.tap, socket.create_server(("127.0.0.1", 0)) as free:
             metrics = "127.0.0.1:%d" % free.getsockname()[1]
             free.close()
-            self.installation = Installation(folder, self.forgejo, CARELESS, metrics_listen=metrics, debug="true", log_format=log_format,
-                                             request_timeout="2s")
+            self.installation = Installation(
+                folder,
+                self.forgejo,
+                CARELESS,
+                metrics_listen=metrics,
+                debug="true",
+                log_format=log_format,
+                request_timeout="2s",
+            )
             app = self.forgejo.add_app([self.tap.url + "/oauth/callback"])
-            self.installation.write(**{**self.installation.settings, "public_url": self.tap.url, "forgejo_oauth_client_id": app.client_id,
-                                       "forgejo_oauth_client_secret": app.client_secret})
+            self.installation.write(
+                **{
+                    **self.installation.settings,
+                    "public_url": self.tap.url,
+                    "forgejo_oauth_client_id": app.client_id,
+                    "forgejo_oauth_client_secret": app.client_secret,
+                }
+            )
             self.tap.target = self.installation.socket.getsockname()[1]
             self.secrets["forgejo client secret"] = app.client_secret
             try:
@@ -86,7 +106,9 @@ class Run:
         return client
 
     def flows(self):
-        self.clients = [self.client(method) for method in ("none", "client_secret_post", "client_secret_basic")]
+        self.clients = [
+            self.client(method) for method in ("none", "client_secret_post", "client_secret_basic")
+        ]
         for client in self.clients:
             client.login(None, "carol", PASSWORD, "full")
             mcp = McpClient(self.tap.url + "/mcp", client.tokens["access_token"])
@@ -95,14 +117,27 @@ class Run:
             assert '"login": "carol"' in text_of(mcp.call_tool("get_my_user_info"))
             assert client.refresh().status == 200
         denied = self.client("none")
-        callback = approve_login(Browser(), denied.authorize_url(), "carol", PASSWORD, decision="deny", redirect_uri=denied.redirect_uri)
+        callback = approve_login(
+            Browser(),
+            denied.authorize_url(),
+            "carol",
+            PASSWORD,
+            decision="deny",
+            redirect_uri=denied.redirect_uri,
+        )
         assert "access_denied" in callback
         self.clients[1].revoke(self.clients[1].tokens["access_token"])
 
     def errors(self):
         client = self.clients[2]
         url = client.authorize_url()
-        code = dict(parse_qsl(urlsplit(approve_login(Browser(), url, "carol", PASSWORD, redirect_uri=client.redirect_uri)).query))["code"]
+        code = dict(
+            parse_qsl(
+                urlsplit(
+                    approve_login(Browser(), url, "carol", PASSWORD, redirect_uri=client.redirect_uri)
+                ).query
+            )
+        )["code"]
         assert client.redeem(code, code_verifier=f"{MARK}-verifier-that-is-wrong-{'x' * 30}").status == 400
         assert client.redeem(code).status == 200
         assert client.redeem(code).status == 400  # a replay
@@ -111,20 +146,48 @@ class Run:
         assert client.refresh().status == 401
         client.client_secret, client = secret, self.clients[0]  # the replay has ended the other's login
         for method, path, headers, body in (
-                ("POST", "/mcp", {"Authorization": f"Bearer {MARK}-bearer"}, "{}"), ("GET", f"/mcp?access_token={MARK}-query", {}, None),
-                ("GET", "/nothing-here", {"Cookie": f"x={MARK}-cookie"}, None), ("POST", "/oauth/token", {}, f"{MARK}-body"),
-                ("GET", f"/oauth/callback?state={MARK}-state&code={MARK}-code", {}, None),
-                ("POST", "/oauth/register", {"Content-Type": "application/json"}, f'{{"redirect_uris": "{MARK}-uri"'),
-                ("POST", "/oauth/consent", {"Content-Type": "application/x-www-form-urlencoded"}, f"csrf={MARK}-csrf"),
-                ("POST", "/oauth/revoke", {"Content-Type": "application/x-www-form-urlencoded"}, f"token={MARK}-token&client_id=x"),
-                ("POST", "/mcp", {"Authorization": f"Bearer {client.tokens['access_token']}"}, f'{{"jsonrpc": {MARK}')):
+            ("POST", "/mcp", {"Authorization": f"Bearer {MARK}-bearer"}, "{}"),
+            ("GET", f"/mcp?access_token={MARK}-query", {}, None),
+            ("GET", "/nothing-here", {"Cookie": f"x={MARK}-cookie"}, None),
+            ("POST", "/oauth/token", {}, f"{MARK}-body"),
+            ("GET", f"/oauth/callback?state={MARK}-state&code={MARK}-code", {}, None),
+            (
+                "POST",
+                "/oauth/register",
+                {"Content-Type": "application/json"},
+                f'{{"redirect_uris": "{MARK}-uri"',
+            ),
+            (
+                "POST",
+                "/oauth/consent",
+                {"Content-Type": "application/x-www-form-urlencoded"},
+                f"csrf={MARK}-csrf",
+            ),
+            (
+                "POST",
+                "/oauth/revoke",
+                {"Content-Type": "application/x-www-form-urlencoded"},
+                f"token={MARK}-token&client_id=x",
+            ),
+            (
+                "POST",
+                "/mcp",
+                {"Authorization": f"Bearer {client.tokens['access_token']}"},
+                f'{{"jsonrpc": {MARK}',
+            ),
+        ):
             connection = http.client.HTTPConnection(urlsplit(self.tap.url).netloc)
             connection.request(method, path, body, headers)
             assert connection.getresponse().status >= 400
             connection.close()
         mcp = McpClient(self.tap.url + "/mcp", client.tokens["access_token"])
         mcp.initialize()
-        for tool, arguments in (("get_error", {"why": ARGUMENT}), ("crash", {"why": ARGUMENT}), ("silent", {"why": ARGUMENT}), (ARGUMENT, {})):
+        for tool, arguments in (
+            ("get_error", {"why": ARGUMENT}),
+            ("crash", {"why": ARGUMENT}),
+            ("silent", {"why": ARGUMENT}),
+            (ARGUMENT, {}),
+        ):
             with pytest.raises((RpcError, HttpError)):
                 mcp.call_tool(tool, **arguments)
         with pytest.raises((RpcError, HttpError)):
@@ -134,11 +197,27 @@ class Run:
 
     def commands(self, metrics):
         copy = str(self.installation.folder / "copy.db")
-        for words in (("users",), ("clients",), ("grants",), ("sessions",), ("users", "--json"), ("clients", "--json"), ("grants", "--json"),
-                      ("sessions", "--json"), ("check",), ("doctor", self.tap.url), ("backup", copy), ("rotate-key",), ("revoke", "--grant", "1"),
-                      ("--help",), ("users", "--forgejo-oauth-client-secret", "")):
+        for words in (
+            ("users",),
+            ("clients",),
+            ("grants",),
+            ("sessions",),
+            ("users", "--json"),
+            ("clients", "--json"),
+            ("grants", "--json"),
+            ("sessions", "--json"),
+            ("check",),
+            ("doctor", self.tap.url),
+            ("backup", copy),
+            ("rotate-key",),
+            ("revoke", "--grant", "1"),
+            ("--help",),
+            ("users", "--forgejo-oauth-client-secret", ""),
+        ):
             done = self.installation.command(*words)
-            assert "Traceback" not in done.stderr and done.returncode == (2 if words[-1] == "" else words[0] in ("check", "doctor")), done.stderr
+            assert "Traceback" not in done.stderr and done.returncode == (
+                2 if words[-1] == "" else words[0] in ("check", "doctor")
+            ), done.stderr
             self.outputs[" ".join(words)] = done.stdout + done.stderr
         connection = http.client.HTTPConnection(metrics)
         connection.request("GET", "/metrics")
@@ -151,11 +230,21 @@ class Run:
         for number, exchange in enumerate(self.tap.exchanges):
             for text in (exchange.request, exchange.answer):
                 both = unquote(text)
-                for name, pattern in (("broker token", r"fj[arcs]_[A-Za-z0-9_-]{30,}"), ("cookie", r"(?im)^set-cookie: [^=\n]+=([^;\n]{16,})"),
-                                      ("form value", r'<input type="hidden" name="[a-z_]+" value="([^"]{16,})"'),
-                                      ("verifier", r"code_verifier=([^&\s]{43,})"), ("session", r"(?im)^mcp-session-id: (\S+)"),
-                                      ("forgejo code or state", r"(?:code|state)=([^&\s\"]{16,})")):
-                    found.update({f"{name} {number}.{i}": value for i, value in enumerate(re.findall(pattern, both)) if MARK not in value})
+                for name, pattern in (
+                    ("broker token", r"fj[arcs]_[A-Za-z0-9_-]{30,}"),
+                    ("cookie", r"(?im)^set-cookie: [^=\n]+=([^;\n]{16,})"),
+                    ("form value", r'<input type="hidden" name="[a-z_]+" value="([^"]{16,})"'),
+                    ("verifier", r"code_verifier=([^&\s]{43,})"),
+                    ("session", r"(?im)^mcp-session-id: (\S+)"),
+                    ("forgejo code or state", r"(?:code|state)=([^&\s\"]{16,})"),
+                ):
+                    found.update(
+                        {
+                            f"{name} {number}.{i}": value
+                            for i, value in enumerate(re.findall(pattern, both))
+                            if MARK not in value
+                        }
+                    )
         for number, request in enumerate(self.forgejo.requests):
             for name in ("code", "refresh_token", "client_secret", "code_verifier"):
                 if len(request.form.get(name, "")) > 15:
@@ -184,30 +273,51 @@ def kinds(run):
 
 
 def test_L01_the_run_met_every_kind_of_secret(shared):
-    assert {"forgejo client secret", "broker token", "cookie", "form value", "verifier", "session", "forgejo code or state", "upstream code",
-            "upstream refresh_token", "upstream access", "upstream client_secret", "sealing key"} <= kinds(shared)
+    assert {
+        "forgejo client secret",
+        "broker token",
+        "cookie",
+        "form value",
+        "verifier",
+        "session",
+        "forgejo code or state",
+        "upstream code",
+        "upstream refresh_token",
+        "upstream access",
+        "upstream client_secret",
+        "sealing key",
+    } <= kinds(shared)
     prefixes = {value[:4] for name, value in shared.secrets.items() if name.startswith("broker token")}
     assert prefixes == {"fja_", "fjr_", "fjc_", "fjs_"} and len(set(shared.secrets.values())) > 60
 
 
 def test_L01_L04_no_secret_is_in_any_log_listing_metric_or_message_not_even_with_debug(shared):
     for output, text in shared.outputs.items():
-        assert MARK not in text, (output, text[max(0, text.index(MARK) - 200):][:400])
-        leaked = [name for name, value in shared.secrets.items() if value in text or quote(value, safe="") in text]
+        assert MARK not in text, (output, text[max(0, text.index(MARK) - 200) :][:400])
+        leaked = [
+            name for name, value in shared.secrets.items() if value in text or quote(value, safe="") in text
+        ]
         assert not leaked, (output, leaked)
     log = shared.outputs["log"]
-    assert "child stderr" in log and "starting with [token]" in log, "the careless child was heard, its token was not"
+    assert "child stderr" in log and "starting with [token]" in log, (
+        "the careless child was heard, its token was not"
+    )
 
 
 def test_G03_no_usable_secret_is_in_the_database_its_journal_or_a_backup(shared):
     for file, data in shared.files.items():
-        allowed = {"broker.toml": ("forgejo client secret", "upstream client_secret"), "key": ("sealing key",)}.get(file, ())
+        allowed = {
+            "broker.toml": ("forgejo client secret", "upstream client_secret"),
+            "key": ("sealing key",),
+        }.get(file, ())
         for name, value in shared.secrets.items():
             forms = {value.encode()}
             if len(value) >= 40:
                 with_padding = value[4:] if value.startswith("fj") else value
                 try:
-                    raw = base64.b64decode(with_padding + "=" * (-len(with_padding) % 4), altchars=b"-_", validate=True)
+                    raw = base64.b64decode(
+                        with_padding + "=" * (-len(with_padding) % 4), altchars=b"-_", validate=True
+                    )
                     forms |= {raw, raw.hex().encode(), binascii.hexlify(raw).upper()}
                 except ValueError:
                     pass
@@ -224,14 +334,22 @@ def test_L01_a_secret_is_in_the_answer_that_issues_it_and_in_no_other(shared):
             assert len(answers) == 1 and paths.pop().endswith(issuing[value[:4]]), name
         elif name.startswith("form value"):
             assert paths <= {"/oauth/authorize", "/oauth/consent"}, (name, paths)
-        elif name.startswith("upstream") and "code" not in name.split() and "state" not in name or name.startswith(("sealing", "forgejo client")):
+        elif (
+            name.startswith("upstream")
+            and "code" not in name.split()
+            and "state" not in name
+            or name.startswith(("sealing", "forgejo client"))
+        ):
             assert not answers, (name, paths)
 
 
 def test_L01_no_error_or_page_repeats_what_it_was_given(shared):
     for exchange in shared.tap.exchanges:
         if MARK in exchange.request and MARK in exchange.answer:
-            assert exchange.path.startswith("/mcp") and ARGUMENT in exchange.answer, (exchange.path, exchange.answer)
+            assert exchange.path.startswith("/mcp") and ARGUMENT in exchange.answer, (
+                exchange.path,
+                exchange.answer,
+            )
 
 
 def test_L05_a_full_name_and_an_address_of_mail_are_in_no_log(shared):

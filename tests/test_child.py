@@ -40,8 +40,16 @@ class Running:
     def __init__(self, guardian, program, **values):
         settings = type("S", (Values,), values)()
         self.lines, self.ended, self.log = queue.Queue(), threading.Event(), io.StringIO()
-        self.child = Child([sys.executable, "-I", "-u", "-c", program], {"PATH": os.environ["PATH"]}, "user", guardian, settings,
-                           Log(settings, self.log), self.lines.put, lambda child: self.ended.set())
+        self.child = Child(
+            [sys.executable, "-I", "-u", "-c", program],
+            {"PATH": os.environ["PATH"]},
+            "user",
+            guardian,
+            settings,
+            Log(settings, self.log),
+            self.lines.put,
+            lambda child: self.ended.set(),
+        )
 
     def line(self):
         return self.lines.get(timeout=20)
@@ -93,10 +101,14 @@ def test_P10_a_child_that_ignores_SIGTERM_is_killed_after_its_time(start):
     assert await_end([running.child.pid]) == []
 
 
-@pytest.mark.parametrize("program, reason", [
-    ("raise SystemExit(3)", "exited with status 3"), ("import os; os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
-    ("print('half a line', end='', flush=True)", "exited with status 0"),
-])
+@pytest.mark.parametrize(
+    "program, reason",
+    [
+        ("raise SystemExit(3)", "exited with status 3"),
+        ("import os; os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
+        ("print('half a line', end='', flush=True)", "exited with status 0"),
+    ],
+)
 def test_P09_why_a_child_ended_is_told(start, program, reason):
     running = start(program)
     assert running.end() == reason
@@ -113,8 +125,10 @@ def test_P09_no_zombie_is_left(start):
 
 @pytest.mark.parametrize("session", [False, True])
 def test_P10_a_grandchild_that_holds_the_pipes_holds_nobody_up(start, session):
-    running = start("import subprocess, sys\nsleeper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
-                    f" start_new_session={session})\nprint(sleeper.pid, flush=True)\n")
+    running = start(
+        "import subprocess, sys\nsleeper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
+        f" start_new_session={session})\nprint(sleeper.pid, flush=True)\n"
+    )
     grandchild = int(running.line())
     assert running.end() == "exited with status 0"
     if not session:
@@ -124,7 +138,10 @@ def test_P10_a_grandchild_that_holds_the_pipes_holds_nobody_up(start, session):
 
 
 def test_a_line_at_the_limit_passes_and_one_above_it_ends_the_child(start):
-    running = start("print('x' * 1000, flush=True)\nprint('x' * 1001, flush=True)\nimport time; time.sleep(60)", max_line=1000)
+    running = start(
+        "print('x' * 1000, flush=True)\nprint('x' * 1001, flush=True)\nimport time; time.sleep(60)",
+        max_line=1000,
+    )
     assert len(running.line()) == 1000
     assert running.end() == "line_too_long"
 
@@ -135,7 +152,9 @@ def test_J20_a_line_without_an_end_ends_the_child_before_it_fills_the_memory(sta
 
 
 def test_P15_a_flood_on_stderr_is_drained_and_capped(start):
-    running = start("import sys\nfor n in range(20000): print('noise', n, file=sys.stderr)\nprint('done', flush=True)")
+    running = start(
+        "import sys\nfor n in range(20000): print('noise', n, file=sys.stderr)\nprint('done', flush=True)"
+    )
     assert running.line() == b"done"
     running.end()
     assert 0 < running.log.getvalue().count("child stderr") < 2000
@@ -204,8 +223,11 @@ os.read(0, 1)
 
 @pytest.mark.parametrize("case", ["plain", "guardian killed"])
 def test_P11_kill_9_of_the_broker_takes_every_child_along(case):
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(Path(fjmcp_broker.__file__).parent), ECHO, IGNORE, case],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(Path(fjmcp_broker.__file__).parent), ECHO, IGNORE, case],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     pids = [int(word) for word in parent.stdout.readline().split()]
     assert len(pids) >= 3 and all(Path(f"/proc/{pid}").exists() for pid in pids)
     parent.kill()
@@ -216,7 +238,9 @@ def test_P11_kill_9_of_the_broker_takes_every_child_along(case):
 
 
 def test_a_guardian_that_goes_in_order_kills_nobody_else():
-    bystander = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, start_new_session=True)
+    bystander = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, start_new_session=True
+    )
     guardian = Guardian()
     guardian.watch(bystander.pid)
     guardian.forget(bystander.pid)
@@ -235,30 +259,55 @@ def fails_alone(rig, call):
     assert "bob" in text_of(bob.call_tool("get_my_user_info"))
     error = join()
     assert "bob" in text_of(bob.call_tool("get_my_user_info"))
-    assert "alice" in text_of(McpClient(alice.url, alice.token, session_id=alice.session_id).call_tool("get_my_user_info"))
+    assert "alice" in text_of(
+        McpClient(alice.url, alice.token, session_id=alice.session_id).call_tool("get_my_user_info")
+    )
     return error
 
 
-@pytest.mark.parametrize("tool, arguments, settings, reason", [
-    ("crash", {}, {}, "child_died"), ("crash", {"signal": "SIGKILL"}, {}, "child_died"), ("silent", {}, {"request_timeout": "1s"}, "timed_out"),
-    ("bad_lines", {"n": 150}, {}, "child_died"), ("big_line", {"bytes": 3_000_000}, {"max_line": "1MiB"}, "child_died"),
-    ("partial_line", {"exit": True, "ms": 0}, {}, "child_died"),
-])
-def test_J20_a_child_that_goes_wrong_costs_its_own_call_and_says_why(make_rig, tool, arguments, settings, reason):
+@pytest.mark.parametrize(
+    "tool, arguments, settings, reason",
+    [
+        ("crash", {}, {}, "child_died"),
+        ("crash", {"signal": "SIGKILL"}, {}, "child_died"),
+        ("silent", {}, {"request_timeout": "1s"}, "timed_out"),
+        ("bad_lines", {"n": 150}, {}, "child_died"),
+        ("big_line", {"bytes": 3_000_000}, {"max_line": "1MiB"}, "child_died"),
+        ("partial_line", {"exit": True, "ms": 0}, {}, "child_died"),
+    ],
+)
+def test_J20_a_child_that_goes_wrong_costs_its_own_call_and_says_why(
+    make_rig, tool, arguments, settings, reason
+):
     rig = make_rig(**settings)
     error = fails_alone(rig, lambda mcp: mcp.call_tool(tool, **arguments))
     assert isinstance(error, RpcError) and error.code == -32000
     assert error.data["reason"] == reason and error.data["outcome_unknown"] is True
 
 
-@pytest.mark.parametrize("message", [
-    {"jsonrpc": "2.0", "id": 424242, "result": {"stray": True}}, {"jsonrpc": "2.0", "id": None, "result": {}},
-    {"jsonrpc": "2.0", "id": "text", "result": {}}, {"jsonrpc": "2.0", "id": 1.5, "result": {}}, {"id": 1}, [], "text", 7,
-    {"jsonrpc": "2.0", "id": 3, "result": {}, "error": {"code": 1, "message": "both"}},
-    {"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": 99, "progress": 1}},
-    {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "nobody's"}},
-    {"jsonrpc": "2.0", "method": 5}, {"jsonrpc": "2.0", "id": True, "result": {}},
-], ids=str)
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"jsonrpc": "2.0", "id": 424242, "result": {"stray": True}},
+        {"jsonrpc": "2.0", "id": None, "result": {}},
+        {"jsonrpc": "2.0", "id": "text", "result": {}},
+        {"jsonrpc": "2.0", "id": 1.5, "result": {}},
+        {"id": 1},
+        [],
+        "text",
+        7,
+        {"jsonrpc": "2.0", "id": 3, "result": {}, "error": {"code": 1, "message": "both"}},
+        {
+            "jsonrpc": "2.0",
+            "method": "notifications/progress",
+            "params": {"progressToken": 99, "progress": 1},
+        },
+        {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "nobody's"}},
+        {"jsonrpc": "2.0", "method": 5},
+        {"jsonrpc": "2.0", "id": True, "result": {}},
+    ],
+    ids=str,
+)
 def test_J08_what_a_child_says_out_of_turn_is_dropped_and_the_call_goes_on(make_rig, control, message):
     rig = make_rig(child=("--control", control.path))
     mcp = rig.session()
@@ -291,7 +340,9 @@ def test_a_child_that_ends_between_requests_is_not_missed(make_rig):
     rig.log.wait("child stopped")
     stream = mcp.open_stream()
     stream.wait_comment(10)
-    assert not rig.log.named("internal error") and len(rig.log.named("child started")) == 1  # an open stream wakes nobody
+    assert (
+        not rig.log.named("internal error") and len(rig.log.named("child started")) == 1
+    )  # an open stream wakes nobody
     assert "alice" in text_of(mcp.call_tool("get_my_user_info"))
     stream.close()
 
@@ -320,5 +371,8 @@ def wait_for_quiet(rig, stopped):
     """Until that many children have stopped and every connection of the test is gone."""
     rig.log.wait("child stopped", stopped)
     poll, deadline = select.poll(), time.monotonic() + 20
-    while any(t.name.startswith(("stdout-", "stderr-", "connection")) for t in threading.enumerate()) and time.monotonic() < deadline:
+    while (
+        any(t.name.startswith(("stdout-", "stderr-", "connection")) for t in threading.enumerate())
+        and time.monotonic() < deadline
+    ):
         poll.poll(10)

@@ -35,8 +35,16 @@ def again(mcp):
 # -- init
 
 
-ANSWERS = ("--public-url", "https://mcp.example.org", "--forgejo-url", "https://forge.example.org", "--forgejo-oauth-client-id", "id",
-           "--forgejo-oauth-client-secret", "canary-secret")
+ANSWERS = (
+    "--public-url",
+    "https://mcp.example.org",
+    "--forgejo-url",
+    "https://forge.example.org",
+    "--forgejo-oauth-client-id",
+    "id",
+    "--forgejo-oauth-client-secret",
+    "canary-secret",
+)
 
 
 def test_init_writes_a_commented_file_that_can_be_read_and_keeps_secrets_apart(tmp_path):
@@ -58,11 +66,17 @@ def test_init_writes_a_commented_file_that_can_be_read_and_keeps_secrets_apart(t
 def test_every_line_that_init_comments_out_is_a_valid_default(tmp_path):
     run_program("init", "--config", str(tmp_path / "broker.toml"), *ANSWERS, cwd=tmp_path)
     text = (tmp_path / "broker.toml").read_text()
-    lines = [line.removeprefix("# ") if " = " in line and line.startswith("# ") and '= ""' not in line else line
-             for line in text.partition("# Clients that are known")[0].splitlines()]
+    lines = [
+        line.removeprefix("# ") if " = " in line and line.startswith("# ") and '= ""' not in line else line
+        for line in text.partition("# Clients that are known")[0].splitlines()
+    ]
     (tmp_path / "broker.toml").write_text("\n".join(lines))
     shown = run_program("check", "--config", str(tmp_path / "broker.toml"), cwd=tmp_path)
-    assert "must be" not in shown.stdout and "is not TOML" not in shown.stdout and "unknown setting" not in shown.stdout
+    assert (
+        "must be" not in shown.stdout
+        and "is not TOML" not in shown.stdout
+        and "unknown setting" not in shown.stdout
+    )
 
 
 def test_init_never_overwrites_and_asks_for_what_is_missing(tmp_path):
@@ -78,12 +92,22 @@ def test_init_asks_on_a_terminal_until_the_answer_is_good(tmp_path):
     import pty
 
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-I", str(BROKER), "init", "--config", str(tmp_path / "broker.toml")], stdin=theirs,
-                               stdout=theirs, stderr=theirs, cwd=tmp_path, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-I", str(BROKER), "init", "--config", str(tmp_path / "broker.toml")],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=tmp_path,
+        start_new_session=True,
+    )
     os.close(theirs)
     shown = b""
-    answers = {b"public_url: ": [b"mcp.example.org\n", b"https://mcp.example.org\n"], b"forgejo_url: ": [b"https://forge.example.org\n"],
-               b"client_id: ": [b"id\n"], b"client_secret: ": [b"s3cret\n"]}
+    answers = {
+        b"public_url: ": [b"mcp.example.org\n", b"https://mcp.example.org\n"],
+        b"forgejo_url: ": [b"https://forge.example.org\n"],
+        b"client_id: ": [b"id\n"],
+        b"client_secret: ": [b"s3cret\n"],
+    }
     seen = 0
     while True:
         try:
@@ -108,21 +132,42 @@ def test_check_finds_nothing_wrong_with_a_running_installation(make_installation
     installation.start()
     done = installation.command("check")
     assert done.returncode == 0, done.stdout
-    for part in ("store_path", "forgejo_url", "application, its secret and its redirect URI", "starts and answers as", "is answered by version"):
+    for part in (
+        "store_path",
+        "forgejo_url",
+        "application, its secret and its redirect URI",
+        "starts and answers as",
+        "is answered by version",
+    ):
         assert part in done.stdout
     assert "fail" not in done.stdout
 
 
-@pytest.mark.parametrize("words, problem, fix", [
-    (("--forgejo-oauth-client-secret", "wrong"), "forgejo_oauth_client_secret: Forgejo refuses it", "copy it again"),
-    (("--forgejo-oauth-client-id", "wrong"), "forgejo_oauth_client_id: Forgejo refuses it", "copy it again"),
-    (("--public-url", "http://127.0.0.1:9"), "another redirect URI", "http://127.0.0.1:9/oauth/callback"),
-    (("--forgejo-mcp-binary", "nowhere-mcp"), "nowhere-mcp is not an executable program", "install forgejo-mcp"),
-    (("--forgejo-mcp-binary", "/bin/true"), "does not answer", "by hand"),
-    (("--forgejo-oauth-scopes", "read:repo"), "contains no scope of Forgejo: read:repo", ""),
-    (("--forgejo-url", "http://127.0.0.1:1"), "does not answer", "firewall"),
-    (("--store-path", "/nowhere/broker.db"), "is not a folder this user can write to", "install -d"),
-])
+@pytest.mark.parametrize(
+    "words, problem, fix",
+    [
+        (
+            ("--forgejo-oauth-client-secret", "wrong"),
+            "forgejo_oauth_client_secret: Forgejo refuses it",
+            "copy it again",
+        ),
+        (
+            ("--forgejo-oauth-client-id", "wrong"),
+            "forgejo_oauth_client_id: Forgejo refuses it",
+            "copy it again",
+        ),
+        (("--public-url", "http://127.0.0.1:9"), "another redirect URI", "http://127.0.0.1:9/oauth/callback"),
+        (
+            ("--forgejo-mcp-binary", "nowhere-mcp"),
+            "nowhere-mcp is not an executable program",
+            "install forgejo-mcp",
+        ),
+        (("--forgejo-mcp-binary", "/bin/true"), "does not answer", "by hand"),
+        (("--forgejo-oauth-scopes", "read:repo"), "contains no scope of Forgejo: read:repo", ""),
+        (("--forgejo-url", "http://127.0.0.1:1"), "does not answer", "firewall"),
+        (("--store-path", "/nowhere/broker.db"), "is not a folder this user can write to", "install -d"),
+    ],
+)
 def test_check_names_each_problem_with_its_fix(make_installation, words, problem, fix):
     installation = make_installation()
     installation.start()
@@ -137,8 +182,18 @@ def test_check_warns_of_what_works_but_should_not_be_so(make_installation):
     installation.folder.chmod(0o755)
     done = installation.command("check")
     assert done.returncode == 0
-    assert "is open to other users" in done.stdout and "lies beside the store" in done.stdout and "http on loopback" in done.stdout
-    done = installation.command("check", "--public-url", "https://mcp.example.org:8443", "--forgejo-internal-url", "http://192.0.2.1:1")
+    assert (
+        "is open to other users" in done.stdout
+        and "lies beside the store" in done.stdout
+        and "http on loopback" in done.stdout
+    )
+    done = installation.command(
+        "check",
+        "--public-url",
+        "https://mcp.example.org:8443",
+        "--forgejo-internal-url",
+        "http://192.0.2.1:1",
+    )
     assert "names a port" in done.stdout
 
 
@@ -154,7 +209,9 @@ def test_check_does_not_wait_for_a_child_that_answers_with_rubbish(make_installa
     rubbish.write_text("import sys\nfor line in sys.stdin:\n    print('{\"result\": null}', flush=True)\n")
     installation = make_installation()
     installation.start()
-    done = installation.command("check", "--forgejo-mcp-binary", f"{sys.executable},{rubbish}", "--start-timeout", "1h")
+    done = installation.command(
+        "check", "--forgejo-mcp-binary", f"{sys.executable},{rubbish}", "--start-timeout", "1h"
+    )
     assert done.returncode == 1 and "does not answer" in done.stdout
 
 
@@ -172,16 +229,30 @@ def test_check_says_which_containment_holds(make_installation, tmp_path):
         os.chown(installation.folder / "broker.db", served_by, served_by)
         return installation.command("check", "--forgejo-mcp-binary", str(program)).stdout
 
-    assert f"ok    containment: children of {program} cannot read each other's tokens" in shown(0o711, 0, 65534)
-    for mode, owner, served_by in ((0o755, 0, 65534), (0o500, 65534, 65534), (0o111, 65534, 65534), (0o711, 0, 0)):
+    assert f"ok    containment: children of {program} cannot read each other's tokens" in shown(
+        0o711, 0, 65534
+    )
+    for mode, owner, served_by in (
+        (0o755, 0, 65534),
+        (0o500, 65534, 65534),
+        (0o111, 65534, 65534),
+        (0o711, 0, 0),
+    ):
         text = shown(mode, owner, served_by)
-        assert f"warn  containment: {program} can be read" in text and f"chown root:root {program}; chmod 0711 {program}" in text
+        assert (
+            f"warn  containment: {program} can be read" in text
+            and f"chown root:root {program}; chmod 0711 {program}" in text
+        )
 
 
 def test_a_process_that_hides_from_its_children_is_not_dumpable():
-    program = ("import sys; sys.path.insert(0, sys.argv[1]); import fjmcp_broker as b; get = lambda: b.ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)\n"
-               "print(get(), b.hide_from_children(), get())")
-    done = subprocess.run([sys.executable, "-c", program, str(BROKER.parent)], capture_output=True, text=True, timeout=30)
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import fjmcp_broker as b; get = lambda: b.ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)\n"
+        "print(get(), b.hide_from_children(), get())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(BROKER.parent)], capture_output=True, text=True, timeout=30
+    )
     assert done.stdout.split() == ["1", "True", "0"], done.stderr
 
 
@@ -203,8 +274,14 @@ def test_check_sees_a_proxy_that_holds_streams_back(make_installation, tmp_path)
         installation = make_installation()
         app = installation.forgejo.add_app([proxy.url + "/oauth/callback"])
         proxy.target = installation.socket.getsockname()[1]
-        installation.write(**{**installation.settings, "public_url": proxy.url, "forgejo_oauth_client_id": app.client_id,
-                              "forgejo_oauth_client_secret": app.client_secret})
+        installation.write(
+            **{
+                **installation.settings,
+                "public_url": proxy.url,
+                "forgejo_oauth_client_id": app.client_id,
+                "forgejo_oauth_client_secret": app.client_secret,
+            }
+        )
         installation.start()
         done = installation.command("check")
     assert done.returncode == 1 and "holds streams back" in done.stdout, done.stdout
@@ -217,14 +294,22 @@ def test_listings_are_tables_or_json_without_a_secret(make_installation):
     installation = make_installation()
     installation.start()
     mcp = session(installation)
-    for kind, column in (("users", "login"), ("clients", "client_id"), ("grants", "grant_id"), ("sessions", "session")):
+    for kind, column in (
+        ("users", "login"),
+        ("clients", "client_id"),
+        ("grants", "grant_id"),
+        ("sessions", "session"),
+    ):
         table, listed = installation.command(kind), installation.command(kind, "--json")
         assert table.returncode == listed.returncode == 0, table.stderr
         rows = json.loads(listed.stdout)
         assert len(rows) == 1 and table.stdout.splitlines()[0].split()[0] == next(iter(rows[0]))
         assert column in rows[0]
         for secret in (mcp.session_id, *mcp.oauth.tokens.values()):
-            assert not (isinstance(secret, str) and len(secret) > 30) or secret not in table.stdout + listed.stdout
+            assert (
+                not (isinstance(secret, str) and len(secret) > 30)
+                or secret not in table.stdout + listed.stdout
+            )
 
 
 @pytest.mark.parametrize("words", [("--user", "ALICE"), ("--all",), ("--client", None), ("--grant", "1")])
@@ -234,7 +319,9 @@ def test_revoke_is_in_force_in_a_running_broker(make_installation, words):
     alice, bob = session(installation), session(installation, "bob")
     stream = alice.open_stream()
     stream.wait_comment(10)
-    done = installation.command("revoke", *(alice.oauth.client_id if word is None else word for word in words))
+    done = installation.command(
+        "revoke", *(alice.oauth.client_id if word is None else word for word in words)
+    )
     assert done.returncode == 0, done.stderr
     with pytest.raises(HttpError) as error:
         again(alice).request("ping")
@@ -245,7 +332,9 @@ def test_revoke_is_in_force_in_a_running_broker(make_installation, words):
         while len(broker.children()) != 1:
             select.select([], [], [], 0.01)
     alice.oauth.login(None, "alice", "secret", "full")
-    with pytest.raises(Exception) as gone:  # the session ended with its last grant: a new login does not revive it
+    with pytest.raises(
+        Exception
+    ) as gone:  # the session ended with its last grant: a new login does not revive it
         again(alice).request("ping")
     assert "not found" in str(gone.value).lower()
 
@@ -290,7 +379,9 @@ def test_rotate_key_beside_a_running_broker_loses_nothing(make_installation):
     for mcp, name in ((alice, "alice"), (bob, "bob")):
         assert name in text_of(again(mcp).call_tool("get_my_user_info"))
         mcp.oauth.refresh()
-    if "are still sealed with older keys" in installation.command("check").stdout:  # bob's, if the broker had not read the file yet
+    if (
+        "are still sealed with older keys" in installation.command("check").stdout
+    ):  # bob's, if the broker had not read the file yet
         assert "sealed 1 credential" in installation.command("rotate-key").stdout
     assert "every credential is sealed with the newest of 2 keys" in installation.command("check").stdout
     installation.broker.stop()

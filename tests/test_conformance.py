@@ -23,10 +23,17 @@ from mcp_client import OAuthClient
 HERE = Path(__file__).resolve().parent / "conformance"
 SCENARIOS = tomllib.loads((HERE / "scenarios.toml").read_text())
 CHILDREN = {"legacy": ("legacy-child.mjs",), "modern": ("modern-child.mjs",)}
-FEWEST = {("legacy", "2025-11-25"): 30, ("legacy", "2026-07-28"): 36, ("modern", "2025-11-25"): 28, ("modern", "2026-07-28"): 37}
+FEWEST = {
+    ("legacy", "2025-11-25"): 30,
+    ("legacy", "2026-07-28"): 36,
+    ("modern", "2025-11-25"): 28,
+    ("modern", "2026-07-28"): 37,
+}
 # What the suite also runs but no revision requires, and that is promised here all the same.
-BESIDES = {"2025-11-25": ["server-session-lifecycle", "json-schema-2020-12"],
-           "2026-07-28": ["http-header-validation", "http-custom-header-server-validation", "json-schema-2020-12"]}
+BESIDES = {
+    "2025-11-25": ["server-session-lifecycle", "json-schema-2020-12"],
+    "2026-07-28": ["http-header-validation", "http-custom-header-server-validation", "json-schema-2020-12"],
+}
 SUITE_LIMIT = 240
 START_LIMIT = 20
 
@@ -72,13 +79,23 @@ class Suite:
 
     def child(self, name):
         """The command of a child; the modern one refuses the older era."""
-        return ["/usr/bin/env", "MODERN_ONLY=1", self.node, *(str(self.folder / "children" / part) for part in CHILDREN[name])]
+        return [
+            "/usr/bin/env",
+            "MODERN_ONLY=1",
+            self.node,
+            *(str(self.folder / "children" / part) for part in CHILDREN[name]),
+        ]
 
     @contextlib.contextmanager
     def proxy(self, upstream, token):
         """The proxy that adds the token; gives its address."""
-        process = subprocess.Popen([self.node, self.folder / "inject-bearer.mjs", upstream], stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.PIPE, text=True, env={**os.environ, "BEARER": token})
+        process = subprocess.Popen(
+            [self.node, self.folder / "inject-bearer.mjs", upstream],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "BEARER": token},
+        )
         try:
             yield f"http://127.0.0.1:{int(process.stdout.readline())}"
         finally:
@@ -90,9 +107,17 @@ class Suite:
         """Run the scenarios that the revision requires; {scenario: its checks}."""
         log = results.with_suffix(".log")
         with open(log, "wb") as output:
-            subprocess.run([self.node, self.program, "server", "--url", url, "--requirements", revision, "-o", results], stdin=subprocess.DEVNULL,
-                           stdout=output, stderr=output, timeout=SUITE_LIMIT)
-        return {scenario_of(path.parent.name): json.loads(path.read_text()) for path in results.glob("*/checks.json")}
+            subprocess.run(
+                [self.node, self.program, "server", "--url", url, "--requirements", revision, "-o", results],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                timeout=SUITE_LIMIT,
+            )
+        return {
+            scenario_of(path.parent.name): json.loads(path.read_text())
+            for path in results.glob("*/checks.json")
+        }
 
 
 def scenario_of(folder):
@@ -142,7 +167,9 @@ def outcomes(shared, tmp_path_factory):
 def test_scenario(outcomes, child, revision, scenario):
     checks = outcomes(child, revision).get(scenario)
     assert checks, f"{scenario} did not run"
-    assert [(check["id"], check.get("errorMessage")) for check in checks if check["status"] == "FAILURE"] == []
+    assert [
+        (check["id"], check.get("errorMessage")) for check in checks if check["status"] == "FAILURE"
+    ] == []
 
 
 def test_the_required_scenarios_are_those_that_the_suite_has_frozen(shared):
@@ -162,7 +189,11 @@ def test_few_enough_scenarios_are_expected_to_fail_and_each_has_its_reason(child
 # -- the authorization server
 
 
-CLIENT = {"client_id": "conformance-client", "name": "Conformance", "redirect_uris": ["http://127.0.0.1/callback"]}
+CLIENT = {
+    "client_id": "conformance-client",
+    "name": "Conformance",
+    "redirect_uris": ["http://127.0.0.1/callback"],
+}
 EPHEMERAL = 32768  # below it no other process gets a port that it did not name
 
 
@@ -195,20 +226,51 @@ class Output(threading.Thread):
 def test_the_authorization_server_passes_with_a_preregistered_client_and_a_scripted_consent(shared, tmp_path):
     with installation(tmp_path / "broker", ["true"], clients=[CLIENT]) as broker:
         settings = tmp_path / "settings.json"
-        settings.write_text(json.dumps({"url": broker.url, "clientId": CLIENT["client_id"], "resource": broker.url + "/mcp"}))
+        settings.write_text(
+            json.dumps({"url": broker.url, "clientId": CLIENT["client_id"], "resource": broker.url + "/mcp"})
+        )
         port = str(unnamed_port())
-        command = [shared.node, shared.program, "authorization", "--file", settings, "-p", port, "-o", tmp_path / "results"]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        command = [
+            shared.node,
+            shared.program,
+            "authorization",
+            "--file",
+            settings,
+            "-p",
+            port,
+            "-o",
+            tmp_path / "results",
+        ]
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
             output = Output(process.stdout)
-            callback = approve_login(Browser(), output.wait(r"http://\S*response_type=code\S*"), "alice", "secret",
-                                     redirect_uri=f"http://127.0.0.1:{port}/callback")
+            callback = approve_login(
+                Browser(),
+                output.wait(r"http://\S*response_type=code\S*"),
+                "alice",
+                "secret",
+                redirect_uri=f"http://127.0.0.1:{port}/callback",
+            )
             Browser().get(callback)
             process.wait(START_LIMIT)
             output.join(START_LIMIT)
-    checks = [check for path in (tmp_path / "results").glob("*/checks.json") for check in json.loads(path.read_text())]
+    checks = [
+        check
+        for path in (tmp_path / "results").glob("*/checks.json")
+        for check in json.loads(path.read_text())
+    ]
     assert len(checks) >= 3, output.text
-    bodies = [check["details"].get("body", {}) for check in checks if check["id"] == "authorization-server-metadata"]
+    bodies = [
+        check["details"].get("body", {}) for check in checks if check["id"] == "authorization-server-metadata"
+    ]
     # Client ID Metadata Documents are advertised once they work; until then the suite warns, and of nothing else.
-    warned = set() if bodies[0].get("client_id_metadata_document_supported") else {"authorization-server-metadata-cimd"}
-    assert {check["id"]: check["status"] for check in checks if check["status"] != "SUCCESS"} == dict.fromkeys(warned, "WARNING")
+    warned = (
+        set()
+        if bodies[0].get("client_id_metadata_document_supported")
+        else {"authorization-server-metadata-cimd"}
+    )
+    assert {
+        check["id"]: check["status"] for check in checks if check["status"] != "SUCCESS"
+    } == dict.fromkeys(warned, "WARNING")
     assert process.returncode == 0, output.text

@@ -17,8 +17,14 @@ LIMIT = 60
 
 def start(tmp_path, *arguments):
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, str(DEMO), *arguments], stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(
+        [sys.executable, str(DEMO), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
 
 
 def output_of(process):
@@ -57,7 +63,9 @@ def test_once_shows_alice_and_bob_each_as_themselves_and_leaves_nothing_behind(t
 
 
 @pytest.mark.parametrize("shells_setting", [signal.SIG_DFL, signal.SIG_IGN], ids=["foreground", "background"])
-def test_without_once_it_prints_the_lines_that_connect_real_clients_and_ends_on_ctrl_c(tmp_path, shells_setting):
+def test_without_once_it_prints_the_lines_that_connect_real_clients_and_ends_on_ctrl_c(
+    tmp_path, shells_setting
+):
     here = signal.signal(signal.SIGINT, shells_setting)  # an ignored signal stays ignored in what is started
     try:
         process = start(tmp_path)
@@ -99,7 +107,10 @@ def test_a_broker_that_ends_at_start_is_reported_with_the_end_of_its_log(tmp_pat
     assert "no such setting" in shown
 
 
-@pytest.mark.parametrize("value", ["plain", 'a "quoted" \\ path', "umlaut \u00e4 \U0001f600", "tab\tnew\nline"])
+@pytest.mark.parametrize(
+    "value", ["plain", 'a "quoted" \\ path', "umlaut \u00e4 \U0001f600", "tab\tnew\nline"]
+)
 def test_the_configuration_it_writes_is_read_back_as_it_was(value):
     import tomllib
+
     assert tomllib.loads(demo.toml({"key": value, "list": [value]})) == {"key": value, "list": [value]}

@@ -28,7 +28,11 @@ PLACES = ("/etc/", "/usr/local/", "/var/lib/")
 def guide_commands():
     """The commands of docs/install.md, a line each."""
     text = (ROOT / "docs/install.md").read_text()
-    return [line for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) for line in block.splitlines()]
+    return [
+        line
+        for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        for line in block.splitlines()
+    ]
 
 
 def unit(name):
@@ -54,7 +58,9 @@ def prepare(folder):
     for place in ("etc/systemd/system", "etc/caddy", "usr/local/bin", "var/lib/fjmcp-broker"):
         (root / place).mkdir(parents=True)
     (root / "var/lib/fjmcp-broker").chmod(0o700)
-    (root / "usr/local/bin/forgejo-mcp").write_text("#!/bin/sh\nexec %s\n" % " ".join(f"'{word}'" for word in CHILD))
+    (root / "usr/local/bin/forgejo-mcp").write_text(
+        "#!/bin/sh\nexec %s\n" % " ".join(f"'{word}'" for word in CHILD)
+    )
     (root / "usr/local/bin/forgejo-mcp").chmod(0o755)
     with contextlib.ExitStack() as cleanup:
         listener = cleanup.enter_context(socket.create_server(("127.0.0.1", 0), backlog=64))
@@ -67,11 +73,23 @@ def prepare(folder):
         def here(text):
             for place in PLACES:
                 text = re.sub(rf"(?<![\w/]){place}", f"{root}{place}", text)
-            return text.replace("https://mcp.example.org", url).replace("https://git.example.org", forgejo.url)
+            return text.replace("https://mcp.example.org", url).replace(
+                "https://git.example.org", forgejo.url
+            )
 
         answers = f" --forgejo-oauth-client-id {app.client_id} --forgejo-oauth-client-secret-file {folder / 'secret'}"
-        yield SimpleNamespace(root=root, url=url, forgejo=forgejo, listener=listener, here=here, answers=answers, folder=folder,
-                              config=root / "etc/fjmcp-broker/broker.toml", secrets=root / "etc/fjmcp-broker/secrets.toml", app=app)
+        yield SimpleNamespace(
+            root=root,
+            url=url,
+            forgejo=forgejo,
+            listener=listener,
+            here=here,
+            answers=answers,
+            folder=folder,
+            config=root / "etc/fjmcp-broker/broker.toml",
+            secrets=root / "etc/fjmcp-broker/secrets.toml",
+            app=app,
+        )
 
 
 def run_line(installed, line):
@@ -96,11 +114,21 @@ def follow_guide(installed):
 def service(installed):
     """The broker, started by the installed unit's words."""
     words = installed.here(unit("fjmcp-broker.service")["ExecStart"][0]).split()
-    assert words[:4] == ["/usr/bin/python3", "-I", "-S", "-B"] and words[5:7] == ["--config", str(installed.config)]
+    assert words[:4] == ["/usr/bin/python3", "-I", "-S", "-B"] and words[5:7] == [
+        "--config",
+        str(installed.config),
+    ]
     secrets = installed.here(unit("fjmcp-broker.service")["StandardInput"][0]).removeprefix("file:")
     with open(secrets, "rb") as stdin:
-        broker = BrokerProcess(installed.config, installed.listener, installed.folder / "log", installed.folder, program=Path(words[4]),
-                               stdin=stdin, arguments=words[7:])
+        broker = BrokerProcess(
+            installed.config,
+            installed.listener,
+            installed.folder / "log",
+            installed.folder,
+            program=Path(words[4]),
+            stdin=stdin,
+            arguments=words[7:],
+        )
     try:
         yield broker.await_ready()
     finally:
@@ -137,14 +165,24 @@ def test_the_guides_commands_make_an_installation_that_serves(installed):
     assert len(checks) == 1
     config = tomllib.loads(installed.config.read_text())
     assert installed.app.client_secret not in installed.config.read_text() and "key" not in config
-    assert tomllib.loads(installed.secrets.read_text())["forgejo_oauth_client_secret"] == installed.app.client_secret
-    assert installed.secrets.stat().st_mode & 0o777 == 0o600 and installed.config.stat().st_mode & 0o777 == 0o644
+    assert (
+        tomllib.loads(installed.secrets.read_text())["forgejo_oauth_client_secret"]
+        == installed.app.client_secret
+    )
+    assert (
+        installed.secrets.stat().st_mode & 0o777 == 0o600 and installed.config.stat().st_mode & 0o777 == 0o644
+    )
     with service(installed):
         shown = run_line(installed, checks[0])
         assert "fail" not in shown and "is answered by version" in shown
         client = login(installed)
         assert '"login": "alice"' in who(installed, client)
-        for listing, seen in (("users", "alice"), ("clients", "scripted client"), ("grants", "alice"), ("sessions", "client_id")):
+        for listing, seen in (
+            ("users", "alice"),
+            ("clients", "scripted client"),
+            ("grants", "alice"),
+            ("sessions", "client_id"),
+        ):
             assert seen in operator(installed, listing)
 
 
@@ -206,25 +244,40 @@ def test_the_unit_is_well_formed_and_hardened(real_part, tmp_path):
     analyze = real_part("systemd-analyze")
     for name in ("fjmcp-broker.service", "fjmcp-broker.socket"):
         text = (ROOT / name).read_text()
-        (tmp_path / name).write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.MULTILINE))
-    done = subprocess.run([analyze, "verify", "--man=no", *tmp_path.glob("fjmcp-broker.*")], capture_output=True, text=True)
+        (tmp_path / name).write_text(
+            re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.MULTILINE)
+        )
+    done = subprocess.run(
+        [analyze, "verify", "--man=no", *tmp_path.glob("fjmcp-broker.*")], capture_output=True, text=True
+    )
     assert "fjmcp-broker" not in done.stderr, done.stderr
-    done = subprocess.run([analyze, "security", "--offline=true", "--threshold=12", tmp_path / "fjmcp-broker.service"], capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [analyze, "security", "--offline=true", "--threshold=12", tmp_path / "fjmcp-broker.service"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout
 
 
 def test_the_unit_hands_the_secrets_over_where_no_child_can_open_them():
     service = unit("fjmcp-broker.service")
-    assert service["StandardInput"] == ["file:/etc/fjmcp-broker/secrets.toml"] and "--secrets-file /dev/stdin" in service["ExecStart"][0]
+    assert (
+        service["StandardInput"] == ["file:/etc/fjmcp-broker/secrets.toml"]
+        and "--secrets-file /dev/stdin" in service["ExecStart"][0]
+    )
     assert service["Type"] == ["notify"] and "LoadCredential" not in service
-    assert int(service["TasksMax"][0]) >= 2000 + 50 * 20 + 200 and int(service["LimitNOFILE"][0]) >= 2 * 2000 + 50 * 8
+    assert (
+        int(service["TasksMax"][0]) >= 2000 + 50 * 20 + 200
+        and int(service["LimitNOFILE"][0]) >= 2 * 2000 + 50 * 8
+    )
 
 
 def test_the_unit_lets_the_program_stop_in_its_own_time():
     service = unit("fjmcp-broker.service")
     assert int(service["TimeoutStopSec"][0]) > 10 + 5  # requests, then children (design 2)
-    assert service["KillMode"] == ["control-group"] and unit("fjmcp-broker.socket")["ListenStream"] == ["127.0.0.1:8080"]
+    assert service["KillMode"] == ["control-group"] and unit("fjmcp-broker.socket")["ListenStream"] == [
+        "127.0.0.1:8080"
+    ]
 
 
 # -- the package and the documents
@@ -248,8 +301,12 @@ def test_pip_installs_the_command(tmp_path):
     source.mkdir()
     for name in ("fjmcp_broker.py", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    done = subprocess.run([program, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", source], capture_output=True, text=True,
-                          timeout=120)
+    done = subprocess.run(
+        [program, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", source],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     shown = subprocess.run([tmp_path / "venv/bin/fjmcp-broker", "--version"], capture_output=True, text=True)
     assert shown.stdout.startswith("fjmcp-broker ")

@@ -68,7 +68,11 @@ def test_all_is_well_at_a_real_broker_and_one_client_is_registered(broker):
     assert [record["name"] for record in broker.records("client registered")] == ["fjmcp-broker doctor"]
     with sqlite3.connect(broker.folder / "broker.db") as db:
         assert db.execute("SELECT count(*) FROM clients").fetchone() == (1,)
-        assert db.execute("SELECT count(*) FROM logins").fetchone() == db.execute("SELECT count(*) FROM grants").fetchone() == (0,)
+        assert (
+            db.execute("SELECT count(*) FROM logins").fetchone()
+            == db.execute("SELECT count(*) FROM grants").fetchone()
+            == (0,)
+        )
     db.close()
 
 
@@ -78,9 +82,17 @@ def test_check_tries_the_same_but_registers_nobody(broker):
 
 
 def test_it_needs_no_configuration_and_says_what_is_wrong_with_its_word(tmp_path):
-    for words, expected in ((("doctor",), "takes one URL"), (("doctor", "mcp.example.org"), "must be a URL"), (("doctor", "http://x.org"), "must be https")):
+    for words, expected in (
+        (("doctor",), "takes one URL"),
+        (("doctor", "mcp.example.org"), "must be a URL"),
+        (("doctor", "http://x.org"), "must be https"),
+    ):
         done = run_program(*words, cwd=tmp_path)
-        assert "Traceback" not in done.stderr and expected in done.stdout + done.stderr and done.returncode in (1, 2)
+        assert (
+            "Traceback" not in done.stderr
+            and expected in done.stdout + done.stderr
+            and done.returncode in (1, 2)
+        )
     done = run_program("doctor", "http://127.0.0.1:9", cwd=tmp_path)
     assert done.returncode == 1 and "does not answer" in done.stdout
 
@@ -105,9 +117,16 @@ def test_https_is_wanted_from_end_to_end(make_installation, monkeypatch):
     monkeypatch.setattr(fjmcp_broker, "fetch", without_dns)
     found = [finding for finding in fjmcp_broker.examine("https://mcp.example.org") if finding[0] != "ok"]
     assert [(level, "over http" in text) for level, text, _ in found] == [("warn", True)]
-    assert all(finding[0] == "ok" for finding in fjmcp_broker.examine("https://mcp.example.org")) and len(plain) == 2
+    assert (
+        all(finding[0] == "ok" for finding in fjmcp_broker.examine("https://mcp.example.org"))
+        and len(plain) == 2
+    )
     done = run_program("doctor", installation.url.replace("http:", "https:"))
-    assert done.returncode == 1 and "does not answer: SSLError" in done.stdout and "its certificate" in done.stdout
+    assert (
+        done.returncode == 1
+        and "does not answer: SSLError" in done.stdout
+        and "its certificate" in done.stdout
+    )
 
 
 # -- crippled
@@ -115,10 +134,12 @@ def test_https_is_wanted_from_end_to_end(make_installation, monkeypatch):
 
 def changed(method, path, **change):
     """Spoil one request's answer."""
+
     def spoil(its_method, its_path, answer):
         if (its_method, its_path.partition("?")[0]) == (method, path):
             for name, value in change.items():
                 answer[name] = value(answer[name]) if callable(value) else value
+
     return spoil
 
 
@@ -133,30 +154,110 @@ def with_header(name, value):
 HTML = {"status": 200, "headers": with_header("content-type", "text/html"), "body": b"<p>Just a moment</p>"}
 
 
-@pytest.mark.parametrize("spoil, expected, fix", [
-    (changed("GET", "/.well-known/oauth-protected-resource/mcp", status=404), "status is 404, not 200. Needed by Claude, VS Code", "pass this on"),
-    (changed("GET", "/.well-known/oauth-protected-resource", status=302), "status is 302", "serve this path directly"),
-    (changed("GET", "/.well-known/openid-configuration", **HTML), "status is 200, not 404. Needed by Claude.ai, ChatGPT", "pass this on"),
-    (changed("GET", "/.well-known/oauth-authorization-server", **HTML), "no JSON object", "pass this on"),
-    (changed("POST", "/mcp", status=403), "status is 403, not 401. Needed by every client", "bot rules"),
-    (changed("POST", "/mcp", headers=without("www-authenticate")), "www-authenticate is None", "pass POST on"),
-    (changed("HEAD", "/mcp", status=405), "status is 405, not 401. Needed by Gemini CLI", "pass HEAD on"),
-    (changed("DELETE", "/mcp", status=501), "status is 501, not 401. Needed by SDKs", "pass DELETE on"),
-    (changed("GET", "/mcp", status=504), "status is 504, not 401. Needed by clients that open a stream", "start the broker"),
-    (changed("POST", "/mcp/", status=308), "status is 308, not 401. Needed by clients given the URL with a slash", "serve this path directly"),
-    (changed("OPTIONS", "/mcp", status=401), "status is 401, not 204. Needed by clients in a browser", "pass OPTIONS on"),
-    (changed("OPTIONS", "/oauth/token", headers=without("access-control-allow-origin")), "access-control-allow-origin is None", "pass OPTIONS on"),
-    (changed("POST", "/oauth/register", status=429), "status is 429, not 201. Needed by Claude.ai, Cursor", "bot rules"),
-    (changed("POST", "/oauth/register", body=lambda body: json.dumps({**json.loads(body), "scope": None}).encode()), "scope is None", "allowed_redirect"),
-    (changed("POST", "/oauth/register", body=lambda body: body.replace(b"cursor://", b"https://")), "redirect_uris is", "allowed_redirect_schemes"),
-    (changed("GET", "/oauth/authorize", headers=with_header("content-security-policy", "frame-ancestors 'none'; form-action 'self'")),
-     "content-security-policy is", "leave answers alone"),
-    (changed("GET", "/oauth/authorize", headers=lambda headers: {**headers, **({"Location": "http://localhost:41999/callback?error=invalid_target"}
-                                                                              if "Location" in headers else {})}), "location is", "upgrade the broker"),
-    (changed("POST", "/token", **HTML), "status is 200, not 401. Needed by clients that ignore metadata", "pass this on"),
-    (changed("GET", "/authorize", status=421), "status is 421, not 400. Needed by people whose client was forgotten", "Host header"),
-    (changed("GET", "/healthz", status=200), "holds streams back", "buffering off"),
-])
+@pytest.mark.parametrize(
+    "spoil, expected, fix",
+    [
+        (
+            changed("GET", "/.well-known/oauth-protected-resource/mcp", status=404),
+            "status is 404, not 200. Needed by Claude, VS Code",
+            "pass this on",
+        ),
+        (
+            changed("GET", "/.well-known/oauth-protected-resource", status=302),
+            "status is 302",
+            "serve this path directly",
+        ),
+        (
+            changed("GET", "/.well-known/openid-configuration", **HTML),
+            "status is 200, not 404. Needed by Claude.ai, ChatGPT",
+            "pass this on",
+        ),
+        (changed("GET", "/.well-known/oauth-authorization-server", **HTML), "no JSON object", "pass this on"),
+        (changed("POST", "/mcp", status=403), "status is 403, not 401. Needed by every client", "bot rules"),
+        (
+            changed("POST", "/mcp", headers=without("www-authenticate")),
+            "www-authenticate is None",
+            "pass POST on",
+        ),
+        (changed("HEAD", "/mcp", status=405), "status is 405, not 401. Needed by Gemini CLI", "pass HEAD on"),
+        (changed("DELETE", "/mcp", status=501), "status is 501, not 401. Needed by SDKs", "pass DELETE on"),
+        (
+            changed("GET", "/mcp", status=504),
+            "status is 504, not 401. Needed by clients that open a stream",
+            "start the broker",
+        ),
+        (
+            changed("POST", "/mcp/", status=308),
+            "status is 308, not 401. Needed by clients given the URL with a slash",
+            "serve this path directly",
+        ),
+        (
+            changed("OPTIONS", "/mcp", status=401),
+            "status is 401, not 204. Needed by clients in a browser",
+            "pass OPTIONS on",
+        ),
+        (
+            changed("OPTIONS", "/oauth/token", headers=without("access-control-allow-origin")),
+            "access-control-allow-origin is None",
+            "pass OPTIONS on",
+        ),
+        (
+            changed("POST", "/oauth/register", status=429),
+            "status is 429, not 201. Needed by Claude.ai, Cursor",
+            "bot rules",
+        ),
+        (
+            changed(
+                "POST",
+                "/oauth/register",
+                body=lambda body: json.dumps({**json.loads(body), "scope": None}).encode(),
+            ),
+            "scope is None",
+            "allowed_redirect",
+        ),
+        (
+            changed("POST", "/oauth/register", body=lambda body: body.replace(b"cursor://", b"https://")),
+            "redirect_uris is",
+            "allowed_redirect_schemes",
+        ),
+        (
+            changed(
+                "GET",
+                "/oauth/authorize",
+                headers=with_header("content-security-policy", "frame-ancestors 'none'; form-action 'self'"),
+            ),
+            "content-security-policy is",
+            "leave answers alone",
+        ),
+        (
+            changed(
+                "GET",
+                "/oauth/authorize",
+                headers=lambda headers: {
+                    **headers,
+                    **(
+                        {"Location": "http://localhost:41999/callback?error=invalid_target"}
+                        if "Location" in headers
+                        else {}
+                    ),
+                },
+            ),
+            "location is",
+            "upgrade the broker",
+        ),
+        (
+            changed("POST", "/token", **HTML),
+            "status is 200, not 401. Needed by clients that ignore metadata",
+            "pass this on",
+        ),
+        (
+            changed("GET", "/authorize", status=421),
+            "status is 421, not 400. Needed by people whose client was forgotten",
+            "Host header",
+        ),
+        (changed("GET", "/healthz", status=200), "holds streams back", "buffering off"),
+    ],
+)
 def test_what_a_proxy_spoils_is_named_with_who_needs_it_and_how_to_mend_it(shared, spoil, expected, fix):
     found = [(text, mend) for _, text, mend in failures(findings(shared, spoil)) if expected in text]
     assert found, failures(findings(shared, spoil))
@@ -188,7 +289,13 @@ def spoiled(answer, where, name, rule):
         value = answer.headers.get(plain, "") + rule[0] if unwanted else "x" if rule is None else "spoiled"
         return replace(answer, headers={**answer.headers, plain: value})
     document = answer.json()
-    document[plain] = [*document.get(plain, ()), *rule] if unwanted else ["spoiled"] if isinstance(rule, list) else "spoiled"
+    document[plain] = (
+        [*document.get(plain, ()), *rule]
+        if unwanted
+        else ["spoiled"]
+        if isinstance(rule, list)
+        else "spoiled"
+    )
     return replace(answer, body=json.dumps(document).encode())
 
 
@@ -211,5 +318,9 @@ def test_every_single_expectation_of_the_table_can_fail_and_names_itself(broker,
         rule = rule["json"][name] if where == "json" else rule[name]
         plan, calls = {number: lambda answer: spoiled(answer, where, name, rule)}, []
         found = failures(fjmcp_broker.examine(broker.url))[:-1]
-        assert len(found) == 1 and f"{name.removeprefix('!')} is " in found[0][1], (fjmcp_broker.PROBES[number][1], name, found)
+        assert len(found) == 1 and f"{name.removeprefix('!')} is " in found[0][1], (
+            fjmcp_broker.PROBES[number][1],
+            name,
+            found,
+        )
     assert len(broker.records("client registered")) == 1

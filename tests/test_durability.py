@@ -61,7 +61,9 @@ def test_P09_kill_9_of_the_child_in_mid_call_is_told_and_nothing_is_written_twic
     mcp = rig.session()
     pid = int(text_of(mcp.call_tool("get_pid")))
     with rig.forgejo.hold("/api/v1/repos", method="POST") as gate:
-        join = in_thread(same(mcp).call_tool, "create_issue", owner="alice", repo="alice-private", title="once")
+        join = in_thread(
+            same(mcp).call_tool, "create_issue", owner="alice", repo="alice-private", title="once"
+        )
         gate.wait_arrived()
         os.kill(pid, signal.SIGKILL)
         error = join()
@@ -132,9 +134,15 @@ def test_kill_9_of_the_broker_under_load_costs_no_session_and_writes_nothing_twi
 def test_an_upgrade_that_migrates_the_schema_costs_no_session(rig, monkeypatch):
     mcp = rig.session()
     rig.stop()
-    monkeypatch.setattr(fjmcp_broker, "MIGRATIONS", (*fjmcp_broker.MIGRATIONS,
-                                                     "ALTER TABLE sessions ADD COLUMN later TEXT NOT NULL DEFAULT 'x';\n"
-                                                     "CREATE TABLE later (n INTEGER);\n"))
+    monkeypatch.setattr(
+        fjmcp_broker,
+        "MIGRATIONS",
+        (
+            *fjmcp_broker.MIGRATIONS,
+            "ALTER TABLE sessions ADD COLUMN later TEXT NOT NULL DEFAULT 'x';\n"
+            "CREATE TABLE later (n INTEGER);\n",
+        ),
+    )
     rig.start()
     assert who(same(mcp)) == "alice" and who(rig.session("bob")) == "bob"
     mcp.oauth.refresh()
@@ -148,15 +156,24 @@ def test_an_upgrade_that_migrates_the_schema_costs_no_session(rig, monkeypatch):
 def test_the_broker_never_repeats_a_call_by_itself_whatever_ended_it(make_rig, control):
     rig = make_rig(child=("--control", control.path))
     mcp = rig.session()
-    ends = {"exit": lambda: control.command({"cmd": "exit", "code": 0}), "crash": lambda: os.kill(control.children[-1], signal.SIGKILL),
-            "restart": rig.restart}
+    ends = {
+        "exit": lambda: control.command({"cmd": "exit", "code": 0}),
+        "crash": lambda: os.kill(control.children[-1], signal.SIGKILL),
+        "restart": rig.restart,
+    }
     for key, end in ends.items():
         join = in_thread(same(mcp).call_tool, "get_slow", key=key)
-        control.wait_event(lambda event, key=key: event["event"] == "call" and event["args"].get("key") == key)
+        control.wait_event(
+            lambda event, key=key: event["event"] == "call" and event["args"].get("key") == key
+        )
         end()
         assert isinstance(join(), Exception)
         assert who(same(mcp)) == "alice"
-    assert [event["args"]["key"] for event in control.events if event["event"] == "call" and event["tool"] == "get_slow"] == list(ends)
+    assert [
+        event["args"]["key"]
+        for event in control.events
+        if event["event"] == "call" and event["tool"] == "get_slow"
+    ] == list(ends)
 
 
 # -- 2: rotation, busy children, replay
@@ -165,18 +182,24 @@ def test_the_broker_never_repeats_a_call_by_itself_whatever_ended_it(make_rig, c
 def test_tokens_rotate_under_constant_load_and_no_call_notices(make_rig):
     rig = make_rig(access_token_lifetime="30d", session_idle_timeout="30d")
     sessions = [rig.session(name) for name in ("alice", "bob", "alice")]
-    with Load(sessions, lambda mcp, _: (who(mcp), json_of(mcp.call_tool("get_env"))["FORGEJO_ACCESS_TOKEN"])) as load:
+    with Load(
+        sessions, lambda mcp, _: (who(mcp), json_of(mcp.call_tool("get_env"))["FORGEJO_ACCESS_TOKEN"])
+    ) as load:
         for _ in range(4):
             load.wait(12)
             old = {outcome[1] for _, _, outcome in load.outcomes if not isinstance(outcome, Exception)}
             rig.clock.advance(3400)
-            load.wait_each(lambda mcp, outcome, old=old: isinstance(outcome, Exception) or outcome[1] not in old)
+            load.wait_each(
+                lambda mcp, outcome, old=old: isinstance(outcome, Exception) or outcome[1] not in old
+            )
         load.wait(12)
     assert not load.failures, load.failures
     owners = dict(zip(sessions, ("alice", "bob", "alice")))
     assert all(outcome[0] == owners[mcp] for mcp, _, outcome in load.outcomes)
     tokens = {outcome[1] for _, _, outcome in load.outcomes}
-    assert 2 * (1 + 4) <= len(tokens) <= 2 * (1 + 4) + 1  # one a user and turn, whatever the load; alice's first login had another
+    assert (
+        2 * (1 + 4) <= len(tokens) <= 2 * (1 + 4) + 1
+    )  # one a user and turn, whatever the load; alice's first login had another
     assert "logged out upstream" not in {record["event"] for record in rig.log.records}
 
 
@@ -232,7 +255,9 @@ def test_what_a_child_asks_during_a_replay_reaches_the_client(make_rig):
     join = in_thread(answer_all, mcp, stream)
     while (seen := json_of(caller.call_tool("get_initialize"))["answer_on_init"]) is None:
         rig.tick()
-    assert seen == {"roots": [{"uri": "file:///mine"}]}  # asked on the GET stream, or on that of the call which woke it
+    assert seen == {
+        "roots": [{"uri": "file:///mine"}]
+    }  # asked on the GET stream, or on that of the call which woke it
     stream.close()
     join()
 
@@ -244,7 +269,9 @@ def answer_all(mcp, stream):
             mcp.handle(stream.next().data)
 
 
-def test_what_a_child_asks_during_a_replay_is_answered_with_an_error_where_nobody_listens(make_rig, monkeypatch):
+def test_what_a_child_asks_during_a_replay_is_answered_with_an_error_where_nobody_listens(
+    make_rig, monkeypatch
+):
     monkeypatch.setattr(fjmcp_broker, "QUESTION_GRACE", 1)
     rig = make_rig(child=("--mode", "asks_on_init"))
     mcp = rig.session(capabilities={"roots": {}})
@@ -298,8 +325,18 @@ def test_waiting_for_a_place_ends_with_503_and_the_reason_busy(make_rig, control
     alice = rig.session()
     join = hanging_call(alice, control)
     token = rig.login("bob").tokens["access_token"]
-    answer = McpClient(rig.url + "/mcp", token).post({"jsonrpc": "2.0", "id": 5, "method": "initialize", "params": {
-        "protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "b", "version": "1"}}})
+    answer = McpClient(rig.url + "/mcp", token).post(
+        {
+            "jsonrpc": "2.0",
+            "id": 5,
+            "method": "initialize",
+            "params": {
+                "protocolVersion": "2025-11-25",
+                "capabilities": {},
+                "clientInfo": {"name": "b", "version": "1"},
+            },
+        }
+    )
     assert answer.status == 503 and int(answer.headers["Retry-After"]) > 0 and answer.json()["id"] == 5
     assert answer.json()["error"]["data"] == {"reason": "busy", "outcome_unknown": False, "retryable": True}
     assert health(rig)["sessions"] == 1  # what could not be opened is not kept
@@ -356,9 +393,15 @@ def test_J15_above_max_inflight_a_request_is_refused_and_may_be_sent_again(make_
     mcp = rig.session()
     joins = [in_thread(same(mcp).call_tool, "get_slow", key=key) for key in "ab"]
     for key in "ab":
-        control.wait_event(lambda event, key=key: event["event"] == "call" and event["args"].get("key") == key)
+        control.wait_event(
+            lambda event, key=key: event["event"] == "call" and event["args"].get("key") == key
+        )
     refused = mcp.post(PING)
-    assert refused.status == 429 and refused.json()["error"]["data"] == {"reason": "busy", "outcome_unknown": False, "retryable": True}
+    assert refused.status == 429 and refused.json()["error"]["data"] == {
+        "reason": "busy",
+        "outcome_unknown": False,
+        "retryable": True,
+    }
     for key in "ab":
         control.release(key)
     assert sorted(text_of(join()) for join in joins) == ["slow a", "slow b"]
@@ -382,7 +425,10 @@ def test_an_open_GET_stream_keeps_no_child_awake_and_still_carries_what_comes_la
     assert rig.log.wait("child stopped")[0]["reason"] == "idle" and children(rig) == 0
     assert not stream.ended.is_set()
     who(mcp)
-    control.emit({"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": "later"}}, control.children[-1])
+    control.emit(
+        {"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": "later"}},
+        control.children[-1],
+    )
     assert stream.next().data["params"]["data"] == "later"
     stream.close()
 
@@ -398,7 +444,11 @@ def test_three_failed_starts_are_answered_at_once_with_the_true_reason_and_it_re
         assert answer.status == 503 and answer.json()["error"]["data"]["reason"] == "starting_failed"
     started = len(rig.log.named("child started"))
     answer = mcp.post(PING)
-    assert answer.status == 503 and answer.json()["error"]["data"]["reason"] == "starting_failed" and "Retry-After" in answer.headers
+    assert (
+        answer.status == 503
+        and answer.json()["error"]["data"]["reason"] == "starting_failed"
+        and "Retry-After" in answer.headers
+    )
     assert len(rig.log.named("child started")) == started
     switch.unlink()
     while mcp.post(PING).status == 503:
@@ -406,16 +456,27 @@ def test_three_failed_starts_are_answered_at_once_with_the_true_reason_and_it_re
     assert who(mcp) == "alice"
 
 
-@pytest.mark.parametrize("trouble, status, reason", [
-    ("Forgejo is away", 503, "upstream_down"), ("the token is refused", 401, None), ("the program is gone", 500, "child_missing"),
-    ("the program fails", 503, "starting_failed"), ("the program hangs", 503, "starting_failed"),
-])
-def test_why_no_child_can_be_had_is_told_apart_also_in_the_back_off(make_rig, tmp_path, trouble, status, reason):
+@pytest.mark.parametrize(
+    "trouble, status, reason",
+    [
+        ("Forgejo is away", 503, "upstream_down"),
+        ("the token is refused", 401, None),
+        ("the program is gone", 500, "child_missing"),
+        ("the program fails", 503, "starting_failed"),
+        ("the program hangs", 503, "starting_failed"),
+    ],
+)
+def test_why_no_child_can_be_had_is_told_apart_also_in_the_back_off(
+    make_rig, tmp_path, trouble, status, reason
+):
     program, switch = tmp_path / "program", tmp_path / "switch"
-    program.write_text(f"#!/bin/sh\nexec {sys.executable} -I {TESTS}/stdio_child.py \"$@\"\n")
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -I {TESTS}/stdio_child.py "$@"\n')
     program.chmod(0o755)
     mode = "hang_start" if "hangs" in trouble else "exit1"
-    rig = make_rig(forgejo_mcp_binary=f"{program},--mode,{mode}={switch}", start_timeout="500ms" if "hangs" in trouble else "20s")
+    rig = make_rig(
+        forgejo_mcp_binary=f"{program},--mode,{mode}={switch}",
+        start_timeout="500ms" if "hangs" in trouble else "20s",
+    )
     mcp = rig.session()
     kill_child(rig, mcp)
     if "away" in trouble:
@@ -438,7 +499,7 @@ def test_why_no_child_can_be_had_is_told_apart_also_in_the_back_off(make_rig, tm
 
 def test_P18_a_missing_program_is_logged_loudly_and_costs_no_session(make_rig, tmp_path):
     program = tmp_path / "program"
-    text = f"#!/bin/sh\nexec {sys.executable} -I {TESTS}/stdio_child.py \"$@\"\n"
+    text = f'#!/bin/sh\nexec {sys.executable} -I {TESTS}/stdio_child.py "$@"\n'
     program.write_text(text)
     program.chmod(0o755)
     rig = make_rig(forgejo_mcp_binary=f"{program},x")

@@ -53,8 +53,15 @@ def make_cell(make_rig, child_era):
 def test_read_only_lists_on_every_page_and_calls_only_what_reads(make_cell, client_era):
     mcp = client_of(make_cell("--mode", "page=5"), client_era, access="read")
     names = {tool["name"] for tool in mcp.list_tools()}
-    assert {"get_my_user_info", "hint_reader"} <= names and not names & {"create_issue", "change_tools", "ask_elicit"}
-    assert "alice" in text_of(mcp.call_tool("get_my_user_info")) and text_of(mcp.call_tool("hint_reader")) == "read"
+    assert {"get_my_user_info", "hint_reader"} <= names and not names & {
+        "create_issue",
+        "change_tools",
+        "ask_elicit",
+    }
+    assert (
+        "alice" in text_of(mcp.call_tool("get_my_user_info"))
+        and text_of(mcp.call_tool("hint_reader")) == "read"
+    )
     refused = mcp.call_tool("create_issue", owner="alice", repo="r", title="t")
     assert refused["isError"] and "read only" in text_of(refused)
 
@@ -91,7 +98,10 @@ def test_more_requests_at_once_than_allowed_are_refused_and_lose_nothing(make_ce
         rig = make_cell("--control", control.path, max_inflight=2)
         mcp = client_of(rig, client_era)
         results = []
-        threads = [threading.Thread(target=lambda: results.append(text_of(mcp.call_tool("get_slow", key="k")))) for _ in range(2)]
+        threads = [
+            threading.Thread(target=lambda: results.append(text_of(mcp.call_tool("get_slow", key="k"))))
+            for _ in range(2)
+        ]
         for number, thread in enumerate(threads, 1):
             thread.start()
             control.wait_event(lambda event: sum(e["event"] == "call" for e in control.events) >= number)
@@ -114,7 +124,12 @@ def test_a_line_above_the_bound_stops_its_child_and_the_next_call_has_another(ma
 
 def test_a_body_above_the_bound_is_refused(make_cell, client_era):
     mcp = client_of(make_cell(max_body="64KiB"), client_era)
-    assert mcp.post(mcp._message("tools/call", {"name": "get_echo", "arguments": {"text": "x" * 70_000}}, 1)).status == 413
+    assert (
+        mcp.post(
+            mcp._message("tools/call", {"name": "get_echo", "arguments": {"text": "x" * 70_000}}, 1)
+        ).status
+        == 413
+    )
 
 
 def test_at_the_cap_the_longest_idle_child_makes_room_for_either_era(make_cell):
@@ -134,7 +149,11 @@ def test_a_client_that_is_down_with_its_forgejo_is_told_so(make_cell, client_era
         with pytest.raises(RpcError):
             mcp.call_tool("crash")
     answer = mcp.post(mcp._message("tools/call", {"name": "get_pid", "arguments": {}}, 1))
-    assert answer.status == 503 and answer.json()["error"]["data"]["reason"] == "upstream_down" and "Retry-After" in answer.headers
+    assert (
+        answer.status == 503
+        and answer.json()["error"]["data"]["reason"] == "upstream_down"
+        and "Retry-After" in answer.headers
+    )
     rig.forgejo.up()
     assert text_of(mcp.call_tool("get_pid"))
 
@@ -151,7 +170,9 @@ def test_starts_and_ends_of_children_are_on_record_with_user_client_and_reason(m
     rig.stop()
     started, stopped = rig.log.named("child started"), rig.log.wait("child stopped", 2)
     assert {record["client"] for record in started + stopped} == {mcp.oauth.client_id}
-    assert len({record["user"] for record in started + stopped}) == 1 and all(record["reason"] for record in stopped)
+    assert len({record["user"] for record in started + stopped}) == 1 and all(
+        record["reason"] for record in stopped
+    )
     assert sorted(record["pid"] for record in started) == sorted(record["pid"] for record in stopped)
 
 
@@ -166,19 +187,24 @@ def test_no_token_question_answer_or_argument_is_in_the_log(make_cell, client_er
         call(mcp, "ask_elicit", {"message": "private question"}, **retry_of(asked, answers))
         assert asked["requestState"] not in rig.log.text
     mcp.call_tool("get_echo", text="private argument")
-    assert not [word for word in ("private", mcp.token, mcp.oauth.tokens["refresh_token"]) if word in rig.log.text]
+    assert not [
+        word for word in ("private", mcp.token, mcp.oauth.tokens["refresh_token"]) if word in rig.log.text
+    ]
 
 
 # -- Nothing is lost
 
 
 TEXTS = st.text(max_size=30)
-NUMBERS = st.integers(-10**40, 10**40) | st.floats(allow_nan=False, allow_infinity=False)
-VALUES = st.recursive(st.none() | st.booleans() | NUMBERS | TEXTS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
-                      max_leaves=12)
+NUMBERS = st.integers(-(10**40), 10**40) | st.floats(allow_nan=False, allow_infinity=False)
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+    max_leaves=12,
+)
 OBJECTS = st.dictionaries(TEXTS, VALUES, max_size=5)
-IDS = st.text(max_size=256) | st.integers(-10**63, 10**63)
-TOKENS = st.text(max_size=50) | st.integers(-2**53, 2**53)
+IDS = st.text(max_size=256) | st.integers(-(10**63), 10**63)
+TOKENS = st.text(max_size=50) | st.integers(-(2**53), 2**53)
 CODES = st.sampled_from([-32603, -32602, -32600, -1, 1, 1234, -31999])
 
 
@@ -201,7 +227,9 @@ class Cells:
         """The client of this cell with these capabilities."""
         key = child_era, client_era, capabilities
         if key not in self._clients:
-            self._clients[key] = client_of(self.rigs[child_era], client_era, capabilities=dict.fromkeys(capabilities, {}))
+            self._clients[key] = client_of(
+                self.rigs[child_era], client_era, capabilities=dict.fromkeys(capabilities, {})
+            )
         return self._clients[key]
 
     def close(self):
@@ -227,8 +255,12 @@ def answer_to(mcp, tool, arguments, request_id, **params):
 
 def hypothesis_case(**strategies):
     """A property with few examples: each is a round trip through sockets, broker and child."""
+
     def wrap(test):
-        return settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)(given(**strategies)(test))
+        return settings(
+            max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+        )(given(**strategies)(test))
+
     return wrap
 
 
@@ -240,9 +272,18 @@ def test_arguments_and_ids_come_back_as_they_were(shared, child_era, client_era,
 
 
 @hypothesis_case(text=TEXTS, structured=OBJECTS, extra=VALUES, failed=st.booleans())
-def test_results_come_back_as_the_child_made_them(shared, child_era, client_era, text, structured, extra, failed):
-    made = {"content": [{"type": "text", "text": text}, {"type": "resource", "resource": {"uri": "test://x", "text": text}}], "isError": failed,
-            "structuredContent": structured, "_meta": {"com.example/extra": extra}}
+def test_results_come_back_as_the_child_made_them(
+    shared, child_era, client_era, text, structured, extra, failed
+):
+    made = {
+        "content": [
+            {"type": "text", "text": text},
+            {"type": "resource", "resource": {"uri": "test://x", "text": text}},
+        ],
+        "isError": failed,
+        "structuredContent": structured,
+        "_meta": {"com.example/extra": extra},
+    }
     result = answer_to(shared.client(child_era, client_era), "get_result", {"result": made}, 1)[0]["result"]
     result.pop("resultType", None)
     result["_meta"].pop(META + "serverInfo", None)
@@ -251,24 +292,40 @@ def test_results_come_back_as_the_child_made_them(shared, child_era, client_era,
 
 @hypothesis_case(code=CODES, text=TEXTS, data=VALUES.filter(lambda value: value is not None))
 def test_errors_come_back_as_the_child_made_them(shared, child_era, client_era, code, text, data):
-    answer, _ = answer_to(shared.client(child_era, client_era), "get_failure", {"code": code, "message": text, "data": data}, "e")
+    answer, _ = answer_to(
+        shared.client(child_era, client_era),
+        "get_failure",
+        {"code": code, "message": text, "data": data},
+        "e",
+    )
     assert exact(answer["error"]) == exact({"code": code, "message": text, "data": data})
 
 
 @hypothesis_case(token=TOKENS, request_id=IDS, n=st.integers(1, 4))
-def test_progress_comes_back_under_the_token_it_was_asked_with(shared, child_era, client_era, token, request_id, n):
-    answer, told = answer_to(shared.client(child_era, client_era), "get_progress", {"n": n}, request_id, _meta={"progressToken": token})
+def test_progress_comes_back_under_the_token_it_was_asked_with(
+    shared, child_era, client_era, token, request_id, n
+):
+    answer, told = answer_to(
+        shared.client(child_era, client_era),
+        "get_progress",
+        {"n": n},
+        request_id,
+        _meta={"progressToken": token},
+    )
     assert exact(told) == exact([token] * n) and exact(answer["id"]) == exact(request_id)
 
 
-@hypothesis_case(text=TEXTS, content=st.dictionaries(TEXTS, TEXTS | st.booleans() | st.integers(-2**53, 2**53), max_size=4))
+@hypothesis_case(
+    text=TEXTS,
+    content=st.dictionaries(TEXTS, TEXTS | st.booleans() | st.integers(-(2**53), 2**53), max_size=4),
+)
 def test_questions_and_answers_come_through_as_they_were(shared, child_era, client_era, text, content):
     mcp, asked = shared.client(child_era, client_era, "elicitation"), []
     answer = {"action": "accept", "content": content}
     mcp.on_request = lambda method, params: asked.append(params) or answer
     result = mcp.call_tool("ask_elicit", message=text)
     if result.get("resultType") == "input_required":
-        (key, question), = result["inputRequests"].items()
+        ((key, question),) = result["inputRequests"].items()
         asked.append(question["params"])
         result = call(mcp, "ask_elicit", {"message": text}, **retry_of(result, {key: answer}))
     assert asked[0]["message"] == text and asked[0]["requestedSchema"]["required"] == ["answer"]
@@ -299,28 +356,48 @@ def all_at_once(tasks):
 def test_two_people_both_eras_and_four_clients_at_once_never_meet(make_cell):
     """All use the same ids and progress tokens and ask and answer at the same time; each sees its own and nothing else."""
     rig = make_cell()
-    clients = [(f"{user}-{era}", user, client_of(rig, era, user, capabilities={"elicitation": {}})) for user in ("alice", "bob") for era in CLIENT_ERAS]
+    clients = [
+        (f"{user}-{era}", user, client_of(rig, era, user, capabilities={"elicitation": {}}))
+        for user in ("alice", "bob")
+        for era in CLIENT_ERAS
+    ]
     barrier = threading.Barrier(len(clients))
 
     def use(mark, user, mcp):
         told = []
-        mcp.on_notification = lambda method, params: told.append((method, params.get("progressToken"), params.get("total")))
-        mcp.on_request = lambda method, params: {"action": "accept", "content": {"answer": f"{mark} to {params['message']}"}}
+        mcp.on_notification = lambda method, params: told.append(
+            (method, params.get("progressToken"), params.get("total"))
+        )
+        mcp.on_request = lambda method, params: {
+            "action": "accept",
+            "content": {"answer": f"{mark} to {params['message']}"},
+        }
         barrier.wait(20)
         for number in range(12):
             total = 1 + number % 3 + 10 * [name for name, _, _ in clients].index(mark)
             del told[:]
-            steps = mcp.request("tools/call", {"name": "get_progress", "arguments": {"n": total}, "_meta": {"progressToken": number}}, id=number)
-            assert text_of(steps) == f"{total} steps" and told == [("notifications/progress", number, total)] * total
+            steps = mcp.request(
+                "tools/call",
+                {"name": "get_progress", "arguments": {"n": total}, "_meta": {"progressToken": number}},
+                id=number,
+            )
+            assert (
+                text_of(steps) == f"{total} steps"
+                and told == [("notifications/progress", number, total)] * total
+            )
             who = mcp.request("tools/call", {"name": "get_my_user_info", "arguments": {}}, id=str(number))
             assert f'"login": "{user}"' in text_of(who)
-            echoed = mcp.request("tools/call", {"name": "get_echo", "arguments": {"text": f"{mark}-{number} "}}, id=number)
+            echoed = mcp.request(
+                "tools/call", {"name": "get_echo", "arguments": {"text": f"{mark}-{number} "}}, id=number
+            )
             assert text_of(echoed) == f"{mark}-{number} "
             asked = mcp.call_tool("ask_elicit", message=f"{mark} {number}")
             if asked.get("resultType") == "input_required":
-                (key, question), = asked["inputRequests"].items()
+                ((key, question),) = asked["inputRequests"].items()
                 answer = mcp.on_request(question["method"], question["params"])
-                asked = call(mcp, "ask_elicit", {"message": f"{mark} {number}"}, **retry_of(asked, {key: answer}))
+                asked = call(
+                    mcp, "ask_elicit", {"message": f"{mark} {number}"}, **retry_of(asked, {key: answer})
+                )
             assert json.loads(text_of(asked))["content"] == {"answer": f"{mark} to {mark} {number}"}
 
     assert all_at_once([functools.partial(use, *client) for client in clients]) == []
@@ -335,7 +412,9 @@ def test_one_token_speaks_both_eras_at_once(make_cell):
 
     def use(mcp, stamped):
         for number in range(20):
-            result = mcp.request("tools/call", {"name": "get_echo", "arguments": {"text": f"{stamped} {number}"}}, id=number)
+            result = mcp.request(
+                "tools/call", {"name": "get_echo", "arguments": {"text": f"{stamped} {number}"}}, id=number
+            )
             assert (text_of(result), "resultType" in result) == (f"{stamped} {number}", stamped)
 
     assert all_at_once([functools.partial(use, *pair) for pair in ((legacy, False), (modern, True))]) == []

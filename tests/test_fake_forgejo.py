@@ -1,4 +1,5 @@
 """The fake Forgejo answers as the real one does, oddities and failures included."""
+
 import base64
 import hashlib
 import hmac
@@ -18,8 +19,23 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import pytest
 
 import fake_forgejo
-from fake_forgejo import (MISSING, FakeForgejo, cut_body, hang, html, huge_json, json_override, lose_response,
-                          oauth_error, redirect, run, slow_until, status, truncated_json, wrong_content_type)
+from fake_forgejo import (
+    MISSING,
+    FakeForgejo,
+    cut_body,
+    hang,
+    html,
+    huge_json,
+    json_override,
+    lose_response,
+    oauth_error,
+    redirect,
+    run,
+    slow_until,
+    status,
+    truncated_json,
+    wrong_content_type,
+)
 
 CALLBACK = "http://127.0.0.1:8080/oauth/callback"
 SCOPE = "openid profile email groups read:user write:repository write:issue"
@@ -107,9 +123,19 @@ class Browser:
 
 
 def authorize_path(app, **changes):
-    asked = {"response_type": "code", "client_id": app.client_id, "redirect_uri": CALLBACK, "state": "st",
-             "scope": SCOPE, "code_challenge": CHALLENGE, "code_challenge_method": "S256", **changes}
-    return "/login/oauth/authorize?" + urlencode({name: value for name, value in asked.items() if value is not None})
+    asked = {
+        "response_type": "code",
+        "client_id": app.client_id,
+        "redirect_uri": CALLBACK,
+        "state": "st",
+        "scope": SCOPE,
+        "code_challenge": CHALLENGE,
+        "code_challenge_method": "S256",
+        **changes,
+    }
+    return "/login/oauth/authorize?" + urlencode(
+        {name: value for name, value in asked.items() if value is not None}
+    )
 
 
 def get_code(forgejo, app, login="alice", **asked):
@@ -123,14 +149,26 @@ def get_code(forgejo, app, login="alice", **asked):
 
 
 def exchange(forgejo, app, code, /, **changes):
-    form = {"grant_type": "authorization_code", "client_id": app.client_id, "client_secret": app.client_secret,
-            "code": code, "redirect_uri": CALLBACK, "code_verifier": VERIFIER, **changes}
+    form = {
+        "grant_type": "authorization_code",
+        "client_id": app.client_id,
+        "client_secret": app.client_secret,
+        "code": code,
+        "redirect_uri": CALLBACK,
+        "code_verifier": VERIFIER,
+        **changes,
+    }
     return call(forgejo, "POST", TOKEN_PATH, form={k: v for k, v in form.items() if v is not None})
 
 
 def refresh(forgejo, app, token, /, **changes):
-    form = {"grant_type": "refresh_token", "client_id": app.client_id, "client_secret": app.client_secret,
-            "refresh_token": token, **changes}
+    form = {
+        "grant_type": "refresh_token",
+        "client_id": app.client_id,
+        "client_secret": app.client_secret,
+        "refresh_token": token,
+        **changes,
+    }
     return call(forgejo, "POST", TOKEN_PATH, form=form)
 
 
@@ -163,6 +201,7 @@ def start(clock):
     def make(**options):
         started.append(FakeForgejo(clock=clock, **options))
         return started[-1].start()
+
     yield make
     for forgejo in started:
         forgejo.stop()
@@ -181,6 +220,7 @@ def app(forgejo):
 
 # ---- Discovery ------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("slash", [True, False])
 def test_discovery_names_every_endpoint_and_the_issuer_with_or_without_slash(start, slash):
     forgejo = start(issuer_slash=slash)
@@ -198,6 +238,7 @@ def test_there_is_no_rfc_8414_document_no_registration_and_no_revocation(forgejo
 
 
 # ---- Sign-in and authorize ------------------------------------------------------------------------------------------
+
 
 def test_the_whole_login_works_from_sign_in_over_consent_to_the_api(forgejo, app):
     browser = Browser(forgejo)
@@ -254,8 +295,15 @@ def test_a_refused_consent_comes_back_as_access_denied_and_makes_no_grant(forgej
     assert forgejo.grant_of("alice", app.client_id) is None
 
 
-@pytest.mark.parametrize("change", [{"state": "other"}, {"client_id": "other"}, {"_csrf": "other"},
-                                    {"redirect_uri": "https://evil.example/"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"state": "other"},
+        {"client_id": "other"},
+        {"_csrf": "other"},
+        {"redirect_uri": "https://evil.example/"},
+    ],
+)
 def test_a_consent_that_differs_from_the_page_shown_is_a_400(forgejo, app, change):
     browser = Browser(forgejo)
     browser.sign_in()
@@ -263,12 +311,15 @@ def test_a_consent_that_differs_from_the_page_shown_is_a_400(forgejo, app, chang
     assert forgejo.grant_of("alice", app.client_id) is None
 
 
-@pytest.mark.parametrize("change, code, text", [
-    ({"response_type": "token"}, 500, "Internal Server Error"),
-    ({"client_id": None}, 500, "Internal Server Error"),
-    ({"client_id": "nobody"}, 400, "Client ID not registered"),
-    ({"redirect_uri": "https://evil.example/"}, 400, "Unregistered Redirect URI"),
-])
+@pytest.mark.parametrize(
+    "change, code, text",
+    [
+        ({"response_type": "token"}, 500, "Internal Server Error"),
+        ({"client_id": None}, 500, "Internal Server Error"),
+        ({"client_id": "nobody"}, 400, "Client ID not registered"),
+        ({"redirect_uri": "https://evil.example/"}, 400, "Unregistered Redirect URI"),
+    ],
+)
 def test_authorize_errors_without_a_trusted_redirect_are_pages(forgejo, app, change, code, text):
     browser = Browser(forgejo)
     browser.sign_in()
@@ -280,7 +331,11 @@ def test_other_authorize_errors_go_to_the_redirect_with_a_state_even_if_empty(fo
     browser = Browser(forgejo)
     browser.sign_in()
     _, query = browser.get(authorize_path(app, code_challenge_method="S512", state=None)).sent_to()
-    assert query == {"error": "invalid_request", "error_description": "unsupported code challenge method", "state": ""}
+    assert query == {
+        "error": "invalid_request",
+        "error_description": "unsupported code challenge method",
+        "state": "",
+    }
     public = forgejo.add_app([CALLBACK], confidential=False)
     _, query = browser.get(authorize_path(public, code_challenge_method=None)).sent_to()
     assert query["error_description"] == "PKCE is required for public clients"
@@ -319,6 +374,7 @@ def test_a_user_can_revoke_the_grant_on_the_home_page(forgejo, app):
 
 # ---- The scope of a grant -------------------------------------------------------------------------------------------
 
+
 def test_the_scope_of_a_grant_is_frozen_for_a_confidential_client(forgejo, app):
     log_in(forgejo, app, scope="read:user")
     token = log_in(forgejo, app, scope="read:user write:repository")["access_token"]
@@ -332,7 +388,10 @@ def test_another_scope_is_an_error_for_a_public_client_until_the_grant_is_revoke
     browser.sign_in()
     browser.decide(browser.get(authorize_path(app, scope="read:user")))
     _, query = browser.decide(browser.get(authorize_path(app, scope="all"))).sent_to()
-    assert (query["error"], query["error_description"]) == ("server_error", "a grant exists with different scope")
+    assert (query["error"], query["error_description"]) == (
+        "server_error",
+        "a grant exists with different scope",
+    )
     forgejo.revoke_grant("alice", app.client_id)
     assert "code" in browser.decide(browser.get(authorize_path(app, scope="all"))).sent_to()[1]
 
@@ -355,41 +414,71 @@ def test_set_grant_scope_changes_a_grant_or_makes_an_old_one(forgejo, app):
 
 # ---- The token endpoint ---------------------------------------------------------------------------------------------
 
+
 def test_client_credentials_work_in_the_form_in_json_and_as_basic(forgejo, app):
     assert exchange(forgejo, app, get_code(forgejo, app)).status == 200
-    body = {"grant_type": "authorization_code", "code": get_code(forgejo, app), "redirect_uri": CALLBACK,
-            "code_verifier": VERIFIER}
-    sent = call(forgejo, "POST", TOKEN_PATH, as_json={**body, "client_id": app.client_id,
-                                                      "client_secret": app.client_secret})
+    body = {
+        "grant_type": "authorization_code",
+        "code": get_code(forgejo, app),
+        "redirect_uri": CALLBACK,
+        "code_verifier": VERIFIER,
+    }
+    sent = call(
+        forgejo,
+        "POST",
+        TOKEN_PATH,
+        as_json={**body, "client_id": app.client_id, "client_secret": app.client_secret},
+    )
     assert sent.status == 200
     body["code"] = get_code(forgejo, app)
-    assert call(forgejo, "POST", TOKEN_PATH, form=body, headers=basic(app.client_id, app.client_secret)).status == 200
+    assert (
+        call(forgejo, "POST", TOKEN_PATH, form=body, headers=basic(app.client_id, app.client_secret)).status
+        == 200
+    )
 
 
 def test_basic_credentials_must_be_readable_and_agree_with_the_body(forgejo, app):
     def tried(form, header):
         return call(forgejo, "POST", TOKEN_PATH, form=form, headers=header)
+
     refused(tried({}, {"Authorization": "Basic !!"}), "invalid_request", "cannot parse basic auth header")
-    refused(tried({"client_id": "x"}, basic(app.client_id, "y")), "invalid_request",
-            "client_id in request body inconsistent with Authorization header")
-    refused(tried({"client_secret": "x"}, basic(app.client_id, "y")), "invalid_request",
-            "client_secret in request body inconsistent with Authorization header")
+    refused(
+        tried({"client_id": "x"}, basic(app.client_id, "y")),
+        "invalid_request",
+        "client_id in request body inconsistent with Authorization header",
+    )
+    refused(
+        tried({"client_secret": "x"}, basic(app.client_id, "y")),
+        "invalid_request",
+        "client_secret in request body inconsistent with Authorization header",
+    )
 
 
-@pytest.mark.parametrize("change, error, description", [
-    ({"client_id": "x"}, "invalid_client", "cannot load client with client id: 'x'"),
-    ({"client_secret": "x"}, "unauthorized_client", "invalid client secret"),
-    ({"client_secret": ""}, "unauthorized_client", "invalid empty client secret"),
-    ({"code": "x"}, "unauthorized_client", "client is not authorized"),
-    ({"code_verifier": "x"}, "unauthorized_client", "failed PKCE code challenge"),
-    ({"code_verifier": None}, "unauthorized_client", "failed PKCE code challenge"),
-    ({"redirect_uri": "https://evil.example/"}, "unauthorized_client", "unexpected redirect URI"),
-    ({"redirect_uri": CALLBACK + "/"}, "unauthorized_client",
-     "redirect_uri does not match the authorization request"),
-    ({"grant_type": "password"}, "unsupported_grant_type",
-     "Only refresh_token or authorization_code grant type is supported"),
-])
-def test_a_bad_code_exchange_is_refused_in_forgejos_words_and_burns_nothing(forgejo, app, change, error, description):
+@pytest.mark.parametrize(
+    "change, error, description",
+    [
+        ({"client_id": "x"}, "invalid_client", "cannot load client with client id: 'x'"),
+        ({"client_secret": "x"}, "unauthorized_client", "invalid client secret"),
+        ({"client_secret": ""}, "unauthorized_client", "invalid empty client secret"),
+        ({"code": "x"}, "unauthorized_client", "client is not authorized"),
+        ({"code_verifier": "x"}, "unauthorized_client", "failed PKCE code challenge"),
+        ({"code_verifier": None}, "unauthorized_client", "failed PKCE code challenge"),
+        ({"redirect_uri": "https://evil.example/"}, "unauthorized_client", "unexpected redirect URI"),
+        (
+            {"redirect_uri": CALLBACK + "/"},
+            "unauthorized_client",
+            "redirect_uri does not match the authorization request",
+        ),
+        (
+            {"grant_type": "password"},
+            "unsupported_grant_type",
+            "Only refresh_token or authorization_code grant type is supported",
+        ),
+    ],
+)
+def test_a_bad_code_exchange_is_refused_in_forgejos_words_and_burns_nothing(
+    forgejo, app, change, error, description
+):
     code = get_code(forgejo, app)
     refused(exchange(forgejo, app, code, **change), error, description)
     assert exchange(forgejo, app, code).status == 200
@@ -403,13 +492,18 @@ def test_a_code_works_once_and_only_for_its_client(forgejo, app):
     refused(exchange(forgejo, app, code), "unauthorized_client", "client is not authorized")
 
 
-@pytest.mark.parametrize("change, error, description", [
-    ({"client_id": "x"}, "invalid_client", 'cannot load client with client id: "x"'),
-    ({"client_secret": "x"}, "invalid_client", "invalid client secret"),
-    ({"client_secret": ""}, "invalid_client", "invalid empty client secret"),
-    ({"refresh_token": "x"}, "unauthorized_client", "unable to parse refresh token"),
-])
-def test_a_bad_refresh_is_refused_in_forgejos_words_and_burns_nothing(forgejo, app, change, error, description):
+@pytest.mark.parametrize(
+    "change, error, description",
+    [
+        ({"client_id": "x"}, "invalid_client", 'cannot load client with client id: "x"'),
+        ({"client_secret": "x"}, "invalid_client", "invalid client secret"),
+        ({"client_secret": ""}, "invalid_client", "invalid empty client secret"),
+        ({"refresh_token": "x"}, "unauthorized_client", "unable to parse refresh token"),
+    ],
+)
+def test_a_bad_refresh_is_refused_in_forgejos_words_and_burns_nothing(
+    forgejo, app, change, error, description
+):
     token = log_in(forgejo, app)["refresh_token"]
     refused(refresh(forgejo, app, token, **change), error, description)
     assert refresh(forgejo, app, token).status == 200
@@ -420,11 +514,18 @@ def test_refresh_refuses_forged_expired_foreign_and_access_tokens(forgejo, app, 
     head, claims, signature = tokens["refresh_token"].split(".")
     forged = ".".join((head, claims, signature[::-1]))
     refused(refresh(forgejo, app, forged), "unauthorized_client", "unable to parse refresh token")
-    refused(refresh(forgejo, app, tokens["access_token"]), "unauthorized_client", "token is not a refresh token")
-    refused(refresh(forgejo, other, tokens["refresh_token"]), "invalid_grant",
-            "refresh token was not issued to this client")
+    refused(
+        refresh(forgejo, app, tokens["access_token"]), "unauthorized_client", "token is not a refresh token"
+    )
+    refused(
+        refresh(forgejo, other, tokens["refresh_token"]),
+        "invalid_grant",
+        "refresh token was not issued to this client",
+    )
     clock.now += 730 * 3600
-    refused(refresh(forgejo, app, tokens["refresh_token"]), "unauthorized_client", "unable to parse refresh token")
+    refused(
+        refresh(forgejo, app, tokens["refresh_token"]), "unauthorized_client", "unable to parse refresh token"
+    )
 
 
 def test_a_refresh_voids_the_refresh_token_before_it(forgejo, app):
@@ -434,7 +535,9 @@ def test_a_refresh_voids_the_refresh_token_before_it(forgejo, app):
     assert refresh(forgejo, app, second).status == 200
 
 
-def test_a_second_login_of_the_same_user_voids_the_first_ones_refresh_token_but_not_its_access_token(forgejo, app):
+def test_a_second_login_of_the_same_user_voids_the_first_ones_refresh_token_but_not_its_access_token(
+    forgejo, app
+):
     first = log_in(forgejo, app)
     second = log_in(forgejo, app)
     other = log_in(forgejo, app, "bob")
@@ -453,13 +556,18 @@ def test_old_forgejo_and_gitea_let_a_refresh_token_be_used_again(start, profile)
 
 
 @pytest.mark.parametrize("gone", ["grant", "user"])
-def test_after_revocation_or_deletion_a_refresh_meets_no_grant_and_the_access_token_is_dead(forgejo, app, gone):
+def test_after_revocation_or_deletion_a_refresh_meets_no_grant_and_the_access_token_is_dead(
+    forgejo, app, gone
+):
     tokens = log_in(forgejo, app)
     forgejo.revoke_grant("alice", app.client_id) if gone == "grant" else forgejo.delete_user("alice")
     refused(refresh(forgejo, app, tokens["refresh_token"]), "invalid_grant", "grant does not exist")
     answer = call(forgejo, "GET", "/api/v1/version", token=tokens["access_token"])
     assert answer.status == 401
-    assert answer.json() == {"message": "oauth2 grant not found or revoked", "url": forgejo.url + "/api/swagger"}
+    assert answer.json() == {
+        "message": "oauth2 grant not found or revoked",
+        "url": forgejo.url + "/api/swagger",
+    }
 
 
 def test_a_deleted_application_is_unknown_and_its_tokens_die(forgejo, app):
@@ -493,8 +601,11 @@ def test_old_forgejo_forgets_an_s256_challenge_on_the_consent_path_only(start):
     after_consent = get_code(forgejo, app)
     assert exchange(forgejo, app, after_consent, code_verifier="x").status == 200
     without_consent = get_code(forgejo, app)
-    refused(exchange(forgejo, app, without_consent, code_verifier="x"), "unauthorized_client",
-            "failed PKCE code challenge")
+    refused(
+        exchange(forgejo, app, without_consent, code_verifier="x"),
+        "unauthorized_client",
+        "failed PKCE code challenge",
+    )
 
 
 def test_plain_pkce_is_checked_and_a_confidential_client_may_do_without(forgejo, app):
@@ -531,6 +642,7 @@ def test_issue_tokens_makes_what_a_login_would(forgejo, app):
 
 # ---- Userinfo and introspection -------------------------------------------------------------------------------------
 
+
 def userinfo(forgejo, token):
     return call(forgejo, "GET", "/login/oauth/userinfo", token=token)
 
@@ -539,8 +651,13 @@ def test_userinfo_tells_who_the_user_is_whatever_the_scopes(forgejo, app):
     forgejo.add_user("carol", full_name="Carol C", groups=["team", "team:owners"], sub="77")
     token = log_in(forgejo, app, "carol", scope="read:issue")["access_token"]
     assert userinfo(forgejo, token).json() == {
-        "sub": "77", "name": "Carol C", "preferred_username": "carol", "email": "carol@example.test",
-        "picture": forgejo.url + "/avatars/77", "groups": ["team", "team:owners"]}
+        "sub": "77",
+        "name": "Carol C",
+        "preferred_username": "carol",
+        "email": "carol@example.test",
+        "picture": forgejo.url + "/avatars/77",
+        "groups": ["team", "team:owners"],
+    }
 
 
 def test_userinfo_without_groups_omits_them_in_forgejo_and_sends_null_in_gitea(start):
@@ -587,10 +704,21 @@ def test_userinfo_of_a_user_who_must_change_the_password_is_a_redirect(forgejo, 
 def test_introspection_tells_the_grants_scope_to_any_confidential_client(forgejo, app):
     tokens, other = log_in(forgejo, app), forgejo.add_app([CALLBACK])
     for token in (tokens["access_token"], tokens["refresh_token"]):
-        answer = call(forgejo, "POST", "/login/oauth/introspect", form={"token": token},
-                      headers=basic(other.client_id, other.client_secret))
-        assert answer.json() == {"active": True, "scope": SCOPE, "username": "alice", "iss": forgejo.issuer,
-                                 "sub": "1001", "aud": [app.client_id]}
+        answer = call(
+            forgejo,
+            "POST",
+            "/login/oauth/introspect",
+            form={"token": token},
+            headers=basic(other.client_id, other.client_secret),
+        )
+        assert answer.json() == {
+            "active": True,
+            "scope": SCOPE,
+            "username": "alice",
+            "iss": forgejo.issuer,
+            "sub": "1001",
+            "aud": [app.client_id],
+        }
 
 
 def test_introspection_of_a_dead_token_is_inactive_and_without_credentials_a_401(forgejo, app, clock):
@@ -598,14 +726,23 @@ def test_introspection_of_a_dead_token_is_inactive_and_without_credentials_a_401
     headers = basic(app.client_id, app.client_secret)
     assert call(forgejo, "POST", "/login/oauth/introspect", form={"token": token}).status == 401
     public = forgejo.add_app([CALLBACK], confidential=False)
-    assert call(forgejo, "POST", "/login/oauth/introspect", form={"token": token},
-                headers=basic(public.client_id, public.client_secret)).status == 401
+    assert (
+        call(
+            forgejo,
+            "POST",
+            "/login/oauth/introspect",
+            form={"token": token},
+            headers=basic(public.client_id, public.client_secret),
+        ).status
+        == 401
+    )
     clock.now += 3600
     answer = call(forgejo, "POST", "/login/oauth/introspect", form={"token": token}, headers=headers)
     assert answer.json() == {"active": False}
 
 
 # ---- The API --------------------------------------------------------------------------------------------------------
+
 
 def test_version_needs_no_token_but_refuses_a_bad_or_expired_one(start, clock):
     forgejo = start(access_lifetime=60)
@@ -624,7 +761,10 @@ def test_version_needs_no_token_but_refuses_a_bad_or_expired_one(start, clock):
 def test_old_forgejo_gives_one_reason_for_every_bad_token(start):
     forgejo = start(profile="forgejo-old")
     answer = call(forgejo, "GET", "/api/v1/version", token="a.b.c")
-    assert answer.json() == {"message": "user does not exist [uid: 0, name: ]", "url": forgejo.url + "/api/swagger"}
+    assert answer.json() == {
+        "message": "user does not exist [uid: 0, name: ]",
+        "url": forgejo.url + "/api/swagger",
+    }
 
 
 def test_the_api_takes_lower_case_token_and_bearer_in_any_case_only(forgejo, app):
@@ -647,18 +787,21 @@ def test_a_suspended_user_is_refused_everywhere_in_the_api(forgejo, app):
         assert answer.status == 403 and answer.json()["message"] == fake_forgejo.PROHIBITED
 
 
-@pytest.mark.parametrize("path, scope, missing", [
-    ("/user", "read:issue", "read:user"),
-    ("/user/repos", "read:repository", "read:user"),
-    ("/user/repos", "read:user", "read:repository"),
-    ("/user/orgs", "read:user", "read:user read:organization"),
-    ("/users/bob", "read:issue", "read:user"),
-    ("/users/bob/repos", "read:user", "read:repository"),
-    ("/repos/search", "read:user", "read:repository"),
-    ("/repos/alice/alice-private", "read:user", "read:repository"),
-    ("/repos/alice/alice-private/issues", "read:repository", "read:issue"),
-    ("/notifications", "read:user", "read:notification"),
-])
+@pytest.mark.parametrize(
+    "path, scope, missing",
+    [
+        ("/user", "read:issue", "read:user"),
+        ("/user/repos", "read:repository", "read:user"),
+        ("/user/repos", "read:user", "read:repository"),
+        ("/user/orgs", "read:user", "read:user read:organization"),
+        ("/users/bob", "read:issue", "read:user"),
+        ("/users/bob/repos", "read:user", "read:repository"),
+        ("/repos/search", "read:user", "read:repository"),
+        ("/repos/alice/alice-private", "read:user", "read:repository"),
+        ("/repos/alice/alice-private/issues", "read:repository", "read:issue"),
+        ("/notifications", "read:user", "read:notification"),
+    ],
+)
 def test_each_api_path_names_the_scope_that_is_missing(forgejo, app, path, scope, missing):
     token = forgejo.issue_tokens("alice", app.client_id, scope)["access_token"]
     forbidden_scope(call(forgejo, "GET", "/api/v1" + path, token=token), missing)
@@ -672,11 +815,15 @@ def test_a_write_scope_reads_and_a_read_scope_does_not_write(forgejo, app):
     forgejo.set_grant_scope("alice", app.client_id, "write:issue")
     assert call(forgejo, "POST", path, token=token, as_json={"title": "x"}).status == 201
     assert [issue["title"] for issue in call(forgejo, "GET", path, token=token).json()] == [
-        "x", "First issue of alice"]
+        "x",
+        "First issue of alice",
+    ]
     assert call(forgejo, "POST", path, token=token, as_json={"title": ""}).status == 422
 
 
-@pytest.mark.parametrize("scope", ["", "openid profile email", "read:repo", "read:user,read:repository", "all"])
+@pytest.mark.parametrize(
+    "scope", ["", "openid profile email", "read:repo", "read:user,read:repository", "all"]
+)
 def test_without_one_valid_api_scope_a_token_can_do_everything(forgejo, app, scope):
     token = forgejo.issue_tokens("alice", app.client_id, scope)["access_token"]
     assert call(forgejo, "GET", "/api/v1/user/repos", token=token).status == 200
@@ -700,8 +847,16 @@ def test_every_listing_names_the_tokens_user_and_nobody_else(forgejo, app):
     forgejo.add_user("carol", groups=["club", "club:all"])
     for login, others in (("alice", ("bob", "carol")), ("carol", ("alice", "bob"))):
         token = forgejo.issue_tokens(login, app.client_id)["access_token"]
-        for path in ("/user", "/user/repos", f"/users/{login}", f"/users/{login}/repos", "/repos/search",
-                     f"/repos/{login}/{login}-private", f"/repos/{login}/{login}-private/issues", "/notifications"):
+        for path in (
+            "/user",
+            "/user/repos",
+            f"/users/{login}",
+            f"/users/{login}/repos",
+            "/repos/search",
+            f"/repos/{login}/{login}-private",
+            f"/repos/{login}/{login}-private/issues",
+            "/notifications",
+        ):
             text = call(forgejo, "GET", "/api/v1" + path, token=token).text
             assert login in text and not any(other in text for other in others)
     orgs = call(forgejo, "GET", "/api/v1/user/orgs", token=token).json()
@@ -739,11 +894,17 @@ def test_the_rest_of_the_api_is_a_json_404_and_user_endpoints_need_a_token(forge
 
 # ---- The log --------------------------------------------------------------------------------------------------------
 
+
 def test_the_log_tells_path_query_agent_user_grant_and_status(forgejo, app):
     token = log_in(forgejo, app)["access_token"]
     call(forgejo, "GET", "/api/v1/user?a=1", token=token, headers={"User-Agent": "agent/1"})
     last = forgejo.requests[-1]
-    assert (last.method, last.path, last.query, last.user_agent) == ("GET", "/api/v1/user", {"a": "1"}, "agent/1")
+    assert (last.method, last.path, last.query, last.user_agent) == (
+        "GET",
+        "/api/v1/user",
+        {"a": "1"},
+        "agent/1",
+    )
     assert (last.auth_user, last.status) == ("alice", 200)
     assert last.grant_id == forgejo.grant_of("alice", app.client_id).id
     exchanged = forgejo.requests.wait_for(lambda r: r.path == TOKEN_PATH)
@@ -765,6 +926,7 @@ def test_wait_for_blocks_until_the_request_comes(forgejo):
 
 # ---- Faults ---------------------------------------------------------------------------------------------------------
 
+
 def version(forgejo):
     return call(forgejo, "GET", "/api/v1/version")
 
@@ -783,7 +945,11 @@ def test_a_fault_strikes_the_nth_matching_request_only_as_often_as_told(forgejo)
 def test_a_status_fault_carries_body_type_and_headers(forgejo):
     forgejo.inject("/api", status(429, {"message": "slow down"}, headers={"Retry-After": "7"}))
     answer = version(forgejo)
-    assert (answer.status, answer.headers["Retry-After"], answer.json()) == (429, "7", {"message": "slow down"})
+    assert (answer.status, answer.headers["Retry-After"], answer.json()) == (
+        429,
+        "7",
+        {"message": "slow down"},
+    )
     forgejo.inject("/api", status(200, "{}", "text/plain"))
     assert version(forgejo).headers["Content-Type"] == "text/plain"
 
@@ -915,6 +1081,7 @@ def test_down_refuses_on_the_same_port_keeps_the_state_and_up_serves_again(forge
 
 # ---- Gates ----------------------------------------------------------------------------------------------------------
 
+
 def test_a_gate_holds_requests_before_they_are_processed(forgejo, app):
     token = log_in(forgejo, app)["refresh_token"]
     gate = forgejo.hold(TOKEN_PATH)
@@ -940,10 +1107,14 @@ def test_two_refreshes_that_both_passed_the_check_both_succeed_and_the_last_toke
             gate.wait_arrived(2)
         answers = [call_made.result(10) for call_made in waiting]
     assert [answer.status for answer in answers] == [200, 200]
-    assert sorted(refresh(forgejo, app, answer.json()["refresh_token"]).status for answer in answers) == [200, 400]
+    assert sorted(refresh(forgejo, app, answer.json()["refresh_token"]).status for answer in answers) == [
+        200,
+        400,
+    ]
 
 
 # ---- HTTP and the program -------------------------------------------------------------------------------------------
+
 
 def test_one_connection_serves_many_requests_chunked_ones_and_heads_too(forgejo):
     connection = http.client.HTTPConnection("127.0.0.1", forgejo.port, timeout=10)
@@ -953,8 +1124,13 @@ def test_one_connection_serves_many_requests_chunked_ones_and_heads_too(forgejo)
     connection.request("HEAD", "/api/v1/version")
     head = connection.getresponse()
     assert head.read() == b"" and int(head.headers["Content-Length"]) == len(full)
-    connection.request("POST", TOKEN_PATH, iter([b"grant_type=", b"password"]), encode_chunked=True,
-                       headers={"Content-Type": "application/x-www-form-urlencoded", "Transfer-Encoding": "chunked"})
+    connection.request(
+        "POST",
+        TOKEN_PATH,
+        iter([b"grant_type=", b"password"]),
+        encode_chunked=True,
+        headers={"Content-Type": "application/x-www-form-urlencoded", "Transfer-Encoding": "chunked"},
+    )
     assert json.loads(connection.getresponse().read())["error"] == "unsupported_grant_type"
     connection.request("GET", "/nowhere")
     assert connection.getresponse().status == 404 and connection.sock is used
@@ -974,9 +1150,25 @@ def test_a_user_can_be_added_once_only(forgejo):
 
 def test_the_program_prints_what_is_needed_serves_and_ends_on_sigterm():
     program = subprocess.Popen(
-        [sys.executable, str(Path(fake_forgejo.__file__)), "--port", "0", "--client-id", "me", "--client-secret", "s3",
-         "--redirect-uri", "http://one.example/cb", "--redirect-uri", "http://two.example/cb",
-         "--access-lifetime", "60"], stdout=subprocess.PIPE, text=True)
+        [
+            sys.executable,
+            str(Path(fake_forgejo.__file__)),
+            "--port",
+            "0",
+            "--client-id",
+            "me",
+            "--client-secret",
+            "s3",
+            "--redirect-uri",
+            "http://one.example/cb",
+            "--redirect-uri",
+            "http://two.example/cb",
+            "--access-lifetime",
+            "60",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         printed = {}
         while "client_secret" not in printed:

@@ -68,6 +68,7 @@ class Honest:
 @pytest.fixture
 def nothing_stays(scale):
     """After the test there are as many threads and file descriptors as before, and not much more memory."""
+
     @contextlib.contextmanager
     def check(rig, megabytes):
         rig.session().close()  # what is made once is made
@@ -78,6 +79,7 @@ def nothing_stays(scale):
         assert threading.active_count() <= threads + 8  # the children's threads of the honest client
         assert descriptors() <= files + 16
         assert resident() - memory < megabytes << 20
+
     return check
 
 
@@ -99,13 +101,17 @@ def test_N02_H15_connections_in_waves_come_and_go(make_rig, nothing_stays, scale
             settle(rig)
 
 
-def test_H15_at_the_limit_connections_are_refused_at_once_and_those_that_are_there_are_served(make_rig, scale):
+def test_H15_at_the_limit_connections_are_refused_at_once_and_those_that_are_there_are_served(
+    make_rig, scale
+):
     limit = scale(60, 1000)
     rig = make_rig(max_connections=limit, header_timeout="60s")
     wires = [Wire(rig) for _ in range(limit)]
     with rig.broker.server._changed:
         rig.broker.server._changed.wait_for(lambda: rig.broker.server.open_connections == limit, 0)
-    assert wires[-1].send(get(rig)).answer().status == 200  # the last of them was accepted, and so all before it
+    assert (
+        wires[-1].send(get(rig)).answer().status == 200
+    )  # the last of them was accepted, and so all before it
     for _ in range(limit):
         with Wire(rig) as refused:
             assert refused.is_closed()
@@ -116,11 +122,19 @@ def test_H15_at_the_limit_connections_are_refused_at_once_and_those_that_are_the
     settle(rig, 0)
 
 
-def test_H14_slow_writers_of_headers_and_bodies_are_cut_and_cost_nothing_but_their_connection(make_rig, nothing_stays, scale):
+def test_H14_slow_writers_of_headers_and_bodies_are_cut_and_cost_nothing_but_their_connection(
+    make_rig, nothing_stays, scale
+):
     rig = make_rig(header_timeout="500ms", body_timeout="500ms")
     token = rig.login().tokens["access_token"]
-    parts = [b"POST /mc", get(rig)[:-2], mcp_post(rig, token, PING)[:-3], post(rig, "/oauth/token", b"a" * 99, "Content-Type: application/x-www-form-urlencoded")[:-9],
-             get(rig, "/mcp", f"Authorization: Bearer {token}", "Transfer-Encoding: chunked", method=b"POST") + b"5\r\nab"]
+    parts = [
+        b"POST /mc",
+        get(rig)[:-2],
+        mcp_post(rig, token, PING)[:-3],
+        post(rig, "/oauth/token", b"a" * 99, "Content-Type: application/x-www-form-urlencoded")[:-9],
+        get(rig, "/mcp", f"Authorization: Bearer {token}", "Transfer-Encoding: chunked", method=b"POST")
+        + b"5\r\nab",
+    ]
     with nothing_stays(rig, 60), Honest(rig):
         wires = [Wire(rig).send(parts[number % len(parts)]) for number in range(scale(100, 1500))]
         assert {wire.answer().status for wire in wires} == {408}
@@ -177,10 +191,16 @@ def test_N02_a_flood_from_one_address_meets_its_limit_and_another_address_none(m
     client.register()
     path = client.authorize_url().removeprefix(rig.url)
     with Honest(rig), Wire(rig) as wire:
-        statuses = [wire.send(get(rig, path, "X-Forwarded-For: 203.0.113.9")).answer() for _ in range(scale(200, 5000))]
+        statuses = [
+            wire.send(get(rig, path, "X-Forwarded-For: 203.0.113.9")).answer()
+            for _ in range(scale(200, 5000))
+        ]
         refused = [answer for answer in statuses if answer.status == 429]
         assert sum(answer.status == 200 for answer in statuses) >= 60 and refused
-        assert all(int(answer.header("retry-after")) >= 1 and answer.header("content-type").startswith("text/html") for answer in refused)
+        assert all(
+            int(answer.header("retry-after")) >= 1 and answer.header("content-type").startswith("text/html")
+            for answer in refused
+        )
         assert wire.send(get(rig, path, "X-Forwarded-For: 203.0.113.10")).answer().status == 200
 
 
@@ -188,8 +208,13 @@ def test_N02_a_flood_from_many_addresses_fills_no_memory(make_rig, nothing_stays
     rig = make_rig()
     with nothing_stays(rig, 60), Honest(rig), Wire(rig) as wire:
         for number in range(scale(300, 30000)):
-            address = f"2001:db8:{number >> 16:x}:{number & 0xffff:x}::1"
-            assert wire.send(get(rig, "/oauth/authorize?client_id=x", f"X-Forwarded-For: {address}")).answer().status == 400
+            address = f"2001:db8:{number >> 16:x}:{number & 0xFFFF:x}::1"
+            assert (
+                wire.send(get(rig, "/oauth/authorize?client_id=x", f"X-Forwarded-For: {address}"))
+                .answer()
+                .status
+                == 400
+            )
 
 
 def test_N02_requests_without_a_good_token_start_nothing(make_rig, nothing_stays, scale):
@@ -200,9 +225,17 @@ def test_N02_requests_without_a_good_token_start_nothing(make_rig, nothing_stays
         with Wire(rig) as wire:
             for number in range(count):
                 bad = "fja_" + f"{number:043d}"
-                assert wire.send(post(rig, "/mcp", body, f"Authorization: Bearer {bad}", "Mcp-Session-Id: x")).answer().status == 401
+                assert (
+                    wire.send(post(rig, "/mcp", body, f"Authorization: Bearer {bad}", "Mcp-Session-Id: x"))
+                    .answer()
+                    .status
+                    == 401
+                )
                 wire.sock.close()
-                wire.sock, wire.buffer = socket.create_connection(("127.0.0.1", rig.broker.server.port), 20), b""
+                wire.sock, wire.buffer = (
+                    socket.create_connection(("127.0.0.1", rig.broker.server.port), 20),
+                    b"",
+                )
         return count
 
     with nothing_stays(rig, 60), Honest(rig), ThreadPoolExecutor(4) as pool:
@@ -214,7 +247,13 @@ def test_N02_streams_that_are_opened_and_left_stay_bounded(make_rig, nothing_sta
     rig = make_rig()
     mcp = rig.session()
     mcp.close()  # its session stays
-    request = get(rig, "/mcp", f"Authorization: Bearer {mcp.token}", f"Mcp-Session-Id: {mcp.session_id}", "Accept: text/event-stream")
+    request = get(
+        rig,
+        "/mcp",
+        f"Authorization: Bearer {mcp.token}",
+        f"Mcp-Session-Id: {mcp.session_id}",
+        "Accept: text/event-stream",
+    )
     with nothing_stays(rig, 60), Honest(rig):
         wires = []
         for _ in range(scale(60, 1000)):

@@ -35,7 +35,7 @@ class Incomplete(Exception):
 def line_at(data, at):
     """The line that begins there and where the next one begins (2.2); neither CR nor LF stands in it."""
     end = data.find(b"\r\n", at)
-    line = data[at:end if end >= 0 else len(data)]
+    line = data[at : end if end >= 0 else len(data)]
     if b"\n" in line or end >= 0 and b"\r" in line:
         raise Invalid("bare CR or LF")
     if end < 0:
@@ -82,7 +82,11 @@ def chunks_at(data, at):
         line, at = line_at(data, at)
         size, semicolon, extension = line.partition(";")
         size = size.rstrip(" \t") if semicolon else size
-        if not size or not set(size) <= set(string.hexdigits) or any(not 32 <= ord(c) < 127 and c != "\t" for c in extension):
+        if (
+            not size
+            or not set(size) <= set(string.hexdigits)
+            or any(not 32 <= ord(c) < 127 and c != "\t" for c in extension)
+        ):
             raise Invalid("chunk")
         if int(size, 16) == 0:
             _, at = fields_at(data, at)
@@ -90,7 +94,7 @@ def chunks_at(data, at):
         end = at + int(size, 16)
         if end + 2 > len(data):
             raise Incomplete
-        if data[end:end + 2] != b"\r\n":
+        if data[end : end + 2] != b"\r\n":
             raise Invalid("chunk end")
         body, at = body + data[at:end], end + 2
 
@@ -102,7 +106,12 @@ def request_at(data, at):
     if len(words) != 3:
         raise Invalid("request line")
     method, target, version = words
-    if not method or not set(method) <= TOKEN or not target or any(not 33 <= ord(character) <= 126 for character in target):
+    if (
+        not method
+        or not set(method) <= TOKEN
+        or not target
+        or any(not 33 <= ord(character) <= 126 for character in target)
+    ):
         raise Invalid("request line")
     if version not in ("HTTP/1.0", "HTTP/1.1"):
         raise Invalid("version")
@@ -154,7 +163,12 @@ def echo(request):
 @pytest.fixture(scope="module")
 def shared():
     """A server without anything behind it, in the shape of what a Wire connects to."""
-    values = {"public_url": "http://localhost:1", "forgejo_url": "http://localhost:2", "forgejo_oauth_client_id": "x", "forgejo_oauth_client_secret": "y"}
+    values = {
+        "public_url": "http://localhost:1",
+        "forgejo_url": "http://localhost:2",
+        "forgejo_oauth_client_id": "x",
+        "forgejo_oauth_client_secret": "y",
+    }
     made = fjmcp_broker.load_settings(values, {})
     log = AuditLog(made, FakeClock())
     server = fjmcp_broker.Server(made, echo, log, ("127.0.0.1", 0))
@@ -190,23 +204,34 @@ def served(shared, *pieces):
 
 def plainly(requests):
     """With targets as the server splits them: an empty query is none."""
-    return [(method, target.removesuffix("?") if target.count("?") == 1 else target, fields, body) for method, target, fields, body in requests]
+    return [
+        (method, target.removesuffix("?") if target.count("?") == 1 else target, fields, body)
+        for method, target, fields, body in requests
+    ]
 
 
 # -- what is sent
 
 names = st.text(st.sampled_from(sorted(TOKEN)), min_size=1, max_size=12).filter(
-    lambda name: name.lower() not in ("host", "content-length", "transfer-encoding", "connection", "expect"))
-values = st.text(st.characters(min_codepoint=33, max_codepoint=255).filter(lambda c: ord(c) != 127) | st.sampled_from(" \t"), max_size=20).map(
-    lambda value: value.strip(" \t"))
+    lambda name: name.lower() not in ("host", "content-length", "transfer-encoding", "connection", "expect")
+)
+values = st.text(
+    st.characters(min_codepoint=33, max_codepoint=255).filter(lambda c: ord(c) != 127)
+    | st.sampled_from(" \t"),
+    max_size=20,
+).map(lambda value: value.strip(" \t"))
 spaces = st.sampled_from(["", " ", "\t", "  \t"])
-targets = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20).map(lambda rest: "/" + rest)
+targets = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20).map(
+    lambda rest: "/" + rest
+)
 
 
 @st.composite
 def fields_of(draw, first=()):
     lines = [*first, *draw(st.lists(st.tuples(names, values), max_size=4))]
-    return "".join(f"{name}:{draw(spaces)}{value}{draw(spaces)}\r\n" for name, value in draw(st.permutations(lines))).encode("latin-1")
+    return "".join(
+        f"{name}:{draw(spaces)}{value}{draw(spaces)}\r\n" for name, value in draw(st.permutations(lines))
+    ).encode("latin-1")
 
 
 @st.composite
@@ -222,9 +247,15 @@ def bodies(draw):
     while at < len(body):
         size = draw(st.integers(1, len(body) - at))
         extension = draw(st.sampled_from(["", ";a", " ; a=b", ';x="y z"']))
-        wire += f"{draw(st.sampled_from(['', '0']))}{size:{draw(st.sampled_from('xX'))}}{extension}\r\n".encode() + body[at:at + size] + b"\r\n"
+        wire += (
+            f"{draw(st.sampled_from(['', '0']))}{size:{draw(st.sampled_from('xX'))}}{extension}\r\n".encode()
+            + body[at : at + size]
+            + b"\r\n"
+        )
         at += size
-    return [("Transfer-Encoding", draw(st.sampled_from(["chunked", "Chunked"])))], wire + b"0\r\n" + draw(fields_of()) + b"\r\n"
+    return [("Transfer-Encoding", draw(st.sampled_from(["chunked", "Chunked"])))], wire + b"0\r\n" + draw(
+        fields_of()
+    ) + b"\r\n"
 
 
 @st.composite
@@ -232,7 +263,11 @@ def requests_of(draw):
     method = draw(st.sampled_from(["GET", "POST", "DELETE", "OPTIONS", "PATCH"]))
     target = draw(targets | st.sampled_from(["http://other.example/x?y", "HTTPS://h", "/?"]))
     framing, body = draw(bodies())
-    more = draw(st.sampled_from([[], [], [("Connection", "keep-alive")], [("Connection", "close")], [("Connection", "x, Close")]]))
+    more = draw(
+        st.sampled_from(
+            [[], [], [("Connection", "keep-alive")], [("Connection", "close")], [("Connection", "x, Close")]]
+        )
+    )
     head = draw(fields_of([("Host", "localhost"), *framing, *more]))
     return f"{method} {target} HTTP/1.1\r\n".encode() + head + b"\r\n" + body
 
@@ -246,20 +281,53 @@ def test_requests_that_are_right_are_read_exactly_however_they_are_cut(shared, p
     assert served(shared, data[:cut], data[cut:]) == (plainly(expected), None)
 
 
-NASTY = [b"\r", b"\n", b"\r\n", b" ", b"\t", b":", b"\0", b"\x7f", b"\xa0", b"0", b"-1", b"+", b",", b";", b"\r\n ", b"\r\n\r\n", b"Host: x\r\n",
-         b"Content-Length: 5\r\n", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: identity\r\n", b"Expect: 100-continue\r\n",
-         b"Connection: close\r\n", b"0\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"HTTP/1.0", b"HTTP/1.1"]
+NASTY = [
+    b"\r",
+    b"\n",
+    b"\r\n",
+    b" ",
+    b"\t",
+    b":",
+    b"\0",
+    b"\x7f",
+    b"\xa0",
+    b"0",
+    b"-1",
+    b"+",
+    b",",
+    b";",
+    b"\r\n ",
+    b"\r\n\r\n",
+    b"Host: x\r\n",
+    b"Content-Length: 5\r\n",
+    b"Content-Length: 0\r\n",
+    b"Transfer-Encoding: chunked\r\n",
+    b"Transfer-Encoding: identity\r\n",
+    b"Expect: 100-continue\r\n",
+    b"Connection: close\r\n",
+    b"0\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"HTTP/1.0",
+    b"HTTP/1.1",
+]
 
 
 def mutated(data, changes):
     for place, length, piece in changes:
         at = place % (len(data) + 1)
-        data = data[:at] + piece + data[at + length:]
+        data = data[:at] + piece + data[at + length :]
     return data
 
 
-broken = st.builds(mutated, st.lists(requests_of(), min_size=1, max_size=3).map(b"".join),
-                   st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 6), st.sampled_from(NASTY) | st.binary(max_size=4)), min_size=1, max_size=3))
+broken = st.builds(
+    mutated,
+    st.lists(requests_of(), min_size=1, max_size=3).map(b"".join),
+    st.lists(
+        st.tuples(st.integers(0, 2000), st.integers(0, 6), st.sampled_from(NASTY) | st.binary(max_size=4)),
+        min_size=1,
+        max_size=3,
+    ),
+)
 
 
 def agrees(shared, data):
@@ -267,14 +335,16 @@ def agrees(shared, data):
     expected, end = reference(data)
     got, refused = served(shared, data)
     expected = plainly(expected)
-    assert got == expected[:len(got)], (data, got, expected)
+    assert got == expected[: len(got)], (data, got, expected)
     if end == "invalid" and len(got) == len(expected):
         assert refused, data
 
 
 @MANY
 @given(data=broken | st.binary(max_size=200))
-@example(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5 \r\nhello\r\n0\r\n\r\n")  # a space after a chunk's size was let pass
+@example(
+    b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5 \r\nhello\r\n0\r\n\r\n"
+)  # a space after a chunk's size was let pass
 @example(b"GET ?x HTTP/1.1\r\nHost: x\r\n\r\n")  # a target without a path was let pass
 @example(b"GET http://x?y HTTP/1.1\r\nHost: x\r\n\r\n")
 @example(b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
@@ -301,22 +371,102 @@ def session(shared, tmp_path_factory):
     rig.close()
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers(-10**70, 10**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=10),
-                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8)
-METHODS = ["ping", "tools/list", "tools/call", "resources/list", "prompts/get", "logging/setLevel", "completion/complete", "notifications/initialized",
-           "notifications/cancelled", "notifications/progress", "notifications/roots/list_changed", "server/discover", "subscriptions/listen", "rpc.x", ""]
-params = st.fixed_dictionaries({}, optional={
-    "name": st.sampled_from(["get_echo", "get_my_user_info", "nothing"]) | json_values, "arguments": json_values, "cursor": json_values, "requestId": json_values,
-    "progressToken": json_values, "_meta": json_values | st.fixed_dictionaries({}, optional={
-        "progressToken": json_values, fjmcp_broker.META_VERSION: st.sampled_from(["2026-07-28", "2025-11-25", "x"]) | json_values})})
-messages = st.fixed_dictionaries({"jsonrpc": st.sampled_from(["2.0"] * 6 + ["1.0", 2, None])}, optional={
-    "id": st.integers(0, 9) | st.text(max_size=5) | json_values, "method": st.sampled_from(METHODS) | json_values, "params": params | json_values,
-    "result": json_values, "error": json_values | st.fixed_dictionaries({"code": json_values, "message": json_values})})
-texts = st.builds(lambda value: json.dumps(value).encode(), messages | st.lists(messages, max_size=3) | json_values) | st.binary(max_size=40) | \
-    st.builds(lambda value, at, piece: mutated(json.dumps(value).encode(), [(at, 1, piece)]), messages, st.integers(0, 300),
-              st.sampled_from([b"{", b"}", b"[", b'"', b"\\", b"\xff", b"NaN", b"1e999", b"\\ud800", b'"id":1,', b"\0", b"9" * 80]))
-header_lines = st.lists(st.sampled_from(["MCP-Protocol-Version: 2025-03-26", "MCP-Protocol-Version: 2026-07-28", "MCP-Protocol-Version: x", "Mcp-Method: ping",
-                                         "Mcp-Name: get_echo", "Mcp-Session-Id: unknown", "Last-Event-ID: x-1"]), max_size=2, unique_by=lambda line: line[:14])
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**70), 10**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+METHODS = [
+    "ping",
+    "tools/list",
+    "tools/call",
+    "resources/list",
+    "prompts/get",
+    "logging/setLevel",
+    "completion/complete",
+    "notifications/initialized",
+    "notifications/cancelled",
+    "notifications/progress",
+    "notifications/roots/list_changed",
+    "server/discover",
+    "subscriptions/listen",
+    "rpc.x",
+    "",
+]
+params = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": st.sampled_from(["get_echo", "get_my_user_info", "nothing"]) | json_values,
+        "arguments": json_values,
+        "cursor": json_values,
+        "requestId": json_values,
+        "progressToken": json_values,
+        "_meta": json_values
+        | st.fixed_dictionaries(
+            {},
+            optional={
+                "progressToken": json_values,
+                fjmcp_broker.META_VERSION: st.sampled_from(["2026-07-28", "2025-11-25", "x"]) | json_values,
+            },
+        ),
+    },
+)
+messages = st.fixed_dictionaries(
+    {"jsonrpc": st.sampled_from(["2.0"] * 6 + ["1.0", 2, None])},
+    optional={
+        "id": st.integers(0, 9) | st.text(max_size=5) | json_values,
+        "method": st.sampled_from(METHODS) | json_values,
+        "params": params | json_values,
+        "result": json_values,
+        "error": json_values | st.fixed_dictionaries({"code": json_values, "message": json_values}),
+    },
+)
+texts = (
+    st.builds(
+        lambda value: json.dumps(value).encode(), messages | st.lists(messages, max_size=3) | json_values
+    )
+    | st.binary(max_size=40)
+    | st.builds(
+        lambda value, at, piece: mutated(json.dumps(value).encode(), [(at, 1, piece)]),
+        messages,
+        st.integers(0, 300),
+        st.sampled_from(
+            [
+                b"{",
+                b"}",
+                b"[",
+                b'"',
+                b"\\",
+                b"\xff",
+                b"NaN",
+                b"1e999",
+                b"\\ud800",
+                b'"id":1,',
+                b"\0",
+                b"9" * 80,
+            ]
+        ),
+    )
+)
+header_lines = st.lists(
+    st.sampled_from(
+        [
+            "MCP-Protocol-Version: 2025-03-26",
+            "MCP-Protocol-Version: 2026-07-28",
+            "MCP-Protocol-Version: x",
+            "Mcp-Method: ping",
+            "Mcp-Name: get_echo",
+            "Mcp-Session-Id: unknown",
+            "Last-Event-ID: x-1",
+        ]
+    ),
+    max_size=2,
+    unique_by=lambda line: line[:14],
+)
 
 
 @settings(max_examples=200)
@@ -327,13 +477,30 @@ header_lines = st.lists(st.sampled_from(["MCP-Protocol-Version: 2025-03-26", "MC
 @example(b'{"jsonrpc":"2.0","id":1,"id":2,"method":"ping"}', True, [])
 def test_whatever_a_client_says_the_answer_is_json_rpc_or_a_refusal(session, body, in_session, lines):
     rig, mcp = session
-    own = [f"Mcp-Session-Id: {mcp.session_id}"] if in_session and not any("Session" in line for line in lines) else []
+    own = (
+        [f"Mcp-Session-Id: {mcp.session_id}"]
+        if in_session and not any("Session" in line for line in lines)
+        else []
+    )
     with Wire(rig) as wire:
-        answer = wire.send(post(rig, "/mcp", body, f"Authorization: Bearer {mcp.token}", "Accept: application/json", *own, *lines)).answer()
+        answer = wire.send(
+            post(
+                rig,
+                "/mcp",
+                body,
+                f"Authorization: Bearer {mcp.token}",
+                "Accept: application/json",
+                *own,
+                *lines,
+            )
+        ).answer()
         assert answer.status in (200, 202, 400, 404, 405, 429), (answer.status, answer.body)
         if answer.status == 200:
             messages_of = answer.json() if isinstance(answer.json(), list) else [answer.json()]
-            assert all(message["jsonrpc"] == "2.0" and ("result" in message) != ("error" in message) for message in messages_of)
+            assert all(
+                message["jsonrpc"] == "2.0" and ("result" in message) != ("error" in message)
+                for message in messages_of
+            )
         elif answer.status != 202:
             assert "error" in answer.json()
         assert wire.send(get(rig)).answer().status == 200  # nothing was left on the connection
@@ -343,4 +510,7 @@ def test_whatever_a_client_says_the_answer_is_json_rpc_or_a_refusal(session, bod
 def test_after_all_of_it_the_session_works(session):
     rig, mcp = session
     assert "alice" in text_of(mcp.call_tool("get_my_user_info"))
-    assert ask(rig, mcp_post(rig, mcp.token, {"jsonrpc": "2.0", "id": 1, "method": "ping"})).json()["result"] == {}
+    assert (
+        ask(rig, mcp_post(rig, mcp.token, {"jsonrpc": "2.0", "id": 1, "method": "ping"})).json()["result"]
+        == {}
+    )

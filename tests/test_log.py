@@ -22,7 +22,11 @@ def test_L02_whatever_a_field_holds_an_event_is_one_line_of_plain_characters(for
     log.event("info", "event", field=LOUD, number=3, nothing=None)
     log.event("debug", "not shown")
     text = stream.getvalue()
-    assert text.count("\n") == 1 and text.endswith("\n") and all(" " <= character <= "~" for character in text[:-1])
+    assert (
+        text.count("\n") == 1
+        and text.endswith("\n")
+        and all(" " <= character <= "~" for character in text[:-1])
+    )
     assert form == "text" or json.loads(text)["field"] == LOUD and "nothing" not in json.loads(text)
 
 
@@ -35,7 +39,10 @@ def raw(url, data):
     return answer
 
 
-@pytest.mark.parametrize("path", ["/%1B[31m%0D%0AFAKE%E2%80%A8", "/\x1b[31m", "/" + "x" * 6000, "/?access_token=fja_secret", "/\u2028"])
+@pytest.mark.parametrize(
+    "path",
+    ["/%1B[31m%0D%0AFAKE%E2%80%A8", "/\x1b[31m", "/" + "x" * 6000, "/?access_token=fja_secret", "/\u2028"],
+)
 def test_L02_a_path_cannot_forge_a_line_or_fill_the_log(rig, path):
     host = urlsplit(rig.url).netloc
     raw(rig.url, f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
@@ -47,14 +54,19 @@ def test_L02_a_path_cannot_forge_a_line_or_fill_the_log(rig, path):
         assert json.loads(line)["event"] and len(line) < 600
 
 
-def test_L03_an_exception_in_a_handler_tells_the_operator_where_and_the_client_only_a_number(rig, monkeypatch):
+def test_L03_an_exception_in_a_handler_tells_the_operator_where_and_the_client_only_a_number(
+    rig, monkeypatch
+):
     def fails(request):
         token = "fja_in-a-local"
         raise RuntimeError(f"with {token} in its message")
 
     monkeypatch.setattr(rig.broker.server, "handle", fails)
-    answer = raw(rig.url, f"POST /mcp HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer fja_bearer\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{{}}".encode())
-    record, = rig.log.wait("internal error")
+    answer = raw(
+        rig.url,
+        f"POST /mcp HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer fja_bearer\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{{}}".encode(),
+    )
+    (record,) = rig.log.wait("internal error")
     assert record["error"] == "RuntimeError" and record["line"]
     number = json.loads(rig.log.text.splitlines()[-1])["request"]
     assert b" 500 " in answer and f"Internal error {number}.".encode() in answer
@@ -81,19 +93,36 @@ def test_L06_each_step_of_a_login_and_a_session_is_on_record_with_who_and_what(r
     assert client.refresh(refresh_token=old).status == 400  # reuse
     other = rig.login("bob")
     assert other.revoke(other.tokens["refresh_token"]).status == 200
-    approve_login(Browser(), other.authorize_url(), "bob", "secret", decision="deny", redirect_uri=other.redirect_uri)
+    approve_login(
+        Browser(), other.authorize_url(), "bob", "secret", decision="deny", redirect_uri=other.redirect_uri
+    )
     grants = {record["grant"] for record in rig.log.named("login")}
     assert len(grants) == 2
     for event, fields in (
-            ("client registered", {"client", "name", "address"}), ("consent given", {"client", "scope"}), ("consent refused", {"client"}),
-            ("login", {"user", "login", "client", "grant", "scope"}), ("token issued", {"user", "client", "grant", "scope"}),
-            ("token refreshed", {"user", "client", "grant"}), ("reuse detected", {"user", "client", "grant"}), ("token revoked", {"user", "client", "grant"}),
-            ("session opened", {"user", "client"}), ("session ended", {"user", "client", "reason"}), ("child started", {"user", "client", "pid"}),
-            ("child stopped", {"user", "client", "reason"})):
+        ("client registered", {"client", "name", "address"}),
+        ("consent given", {"client", "scope"}),
+        ("consent refused", {"client"}),
+        ("login", {"user", "login", "client", "grant", "scope"}),
+        ("token issued", {"user", "client", "grant", "scope"}),
+        ("token refreshed", {"user", "client", "grant"}),
+        ("reuse detected", {"user", "client", "grant"}),
+        ("token revoked", {"user", "client", "grant"}),
+        ("session opened", {"user", "client"}),
+        ("session ended", {"user", "client", "reason"}),
+        ("child started", {"user", "client", "pid"}),
+        ("child stopped", {"user", "client", "reason"}),
+    ):
         for record in rig.log.wait(event):
             assert record["audit"] is True and fields <= set(record), (event, record)
             assert "grant" not in record or record["grant"] in grants
-    for secret in (old, *(tokens[kind] for tokens in (client.tokens, other.tokens) for kind in ("access_token", "refresh_token"))):
+    for secret in (
+        old,
+        *(
+            tokens[kind]
+            for tokens in (client.tokens, other.tokens)
+            for kind in ("access_token", "refresh_token")
+        ),
+    ):
         assert secret not in rig.log.text
 
 
@@ -101,5 +130,8 @@ def test_L07_a_flood_of_401s_writes_nothing(make_rig):
     rig = make_rig(debug="false")
     host, before = urlsplit(rig.url).netloc, rig.log.text
     for _ in range(200):
-        assert b" 401 " in raw(rig.url, f"POST /mcp HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer fja_x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+        assert b" 401 " in raw(
+            rig.url,
+            f"POST /mcp HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer fja_x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode(),
+        )
     assert rig.log.text == before

@@ -31,16 +31,34 @@ def test_P01_a_child_gets_an_allow_listed_environment_with_its_users_token_only(
     monkeypatch.setenv("FORGEJO_MCP_ALLOW_FILE_PATH_UPLOAD", "1")
     environment = json_of(rig.session().call_tool("get_env"))
     ours = {"FORGEJO_ACCESS_TOKEN", "FORGEJO_URL", "FORGEJO_USER_AGENT"}
-    passed = {"PATH", "HOME", "LANG", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy",
-              "https_proxy", "no_proxy"}
+    passed = {
+        "PATH",
+        "HOME",
+        "LANG",
+        "TZ",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "NO_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "no_proxy",
+    }
     assert ours <= set(environment) <= ours | passed | {"LC_CTYPE", "PWD", "SHLVL", "_"}
     assert environment["FORGEJO_ACCESS_TOKEN"] not in json_of(rig.session().call_tool("get_argv"))
 
 
 def test_P04_a_child_has_no_file_descriptor_but_its_three_pipes(rig):
     descriptors = json_of(rig.session().call_tool("get_fds"))
-    named = descriptors if isinstance(descriptors, dict) else {str(number): target for number, target in descriptors}
-    assert not [target for target in named.values() if "broker.db" in str(target) or "eventpoll" in str(target)]
+    named = (
+        descriptors
+        if isinstance(descriptors, dict)
+        else {str(number): target for number, target in descriptors}
+    )
+    assert not [
+        target for target in named.values() if "broker.db" in str(target) or "eventpoll" in str(target)
+    ]
     assert sum("pipe:" in str(target) for target in named.values()) == 3
 
 
@@ -143,14 +161,26 @@ def test_J05_ids_keep_their_type_and_two_of_the_same_get_each_their_own(rig):
         assert answer["id"] == request_id and type(answer["id"]) is type(request_id)
 
 
-@pytest.mark.parametrize("body, status, code", [
-    (b"{", 400, -32700), (b"", 400, -32700), (b'{"a":1,"a":2}', 400, -32600), (b"[]", 400, -32600), (b"1", 400, -32600),
-    (b'{"jsonrpc":"2.0","id":null,"method":"ping"}', 400, -32600), (b'{"jsonrpc":"2.0","id":1.5,"method":"ping"}', 400, -32600),
-    (b'{"jsonrpc":"1.0","id":1,"method":"ping"}', 400, -32600), (b'{"jsonrpc":"2.0","id":1,"method":"ping"}{}', 400, -32700),
-    (b"[" * 100000, 400, -32700), (b"\xff\xfe", 400, -32700), (b'{"jsonrpc":"2.0","id":1,"method":"ping","params":NaN}', 400, -32700),
-    (b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}', 400, -32600), (b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b"}", 400, -32700),
-    (b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]', 400, -32600),
-])
+@pytest.mark.parametrize(
+    "body, status, code",
+    [
+        (b"{", 400, -32700),
+        (b"", 400, -32700),
+        (b'{"a":1,"a":2}', 400, -32600),
+        (b"[]", 400, -32600),
+        (b"1", 400, -32600),
+        (b'{"jsonrpc":"2.0","id":null,"method":"ping"}', 400, -32600),
+        (b'{"jsonrpc":"2.0","id":1.5,"method":"ping"}', 400, -32600),
+        (b'{"jsonrpc":"1.0","id":1,"method":"ping"}', 400, -32600),
+        (b'{"jsonrpc":"2.0","id":1,"method":"ping"}{}', 400, -32700),
+        (b"[" * 100000, 400, -32700),
+        (b"\xff\xfe", 400, -32700),
+        (b'{"jsonrpc":"2.0","id":1,"method":"ping","params":NaN}', 400, -32700),
+        (b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}', 400, -32600),
+        (b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b"}", 400, -32700),
+        (b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]', 400, -32600),
+    ],
+)
 def test_what_is_no_message_is_refused_with_its_code(rig, body, status, code):
     mcp = rig.session()
     answer = raw(mcp, body)
@@ -160,8 +190,14 @@ def test_what_is_no_message_is_refused_with_its_code(rig, body, status, code):
 
 def test_a_batch_is_answered_in_a_session_of_2025_03_26(rig):
     mcp = rig.session(protocol="2025-03-26")
-    answer = raw(mcp, [{"jsonrpc": "2.0", "id": 1, "method": "ping"}, {"jsonrpc": "2.0", "method": "notifications/x"},
-                       {"jsonrpc": "2.0", "id": "2", "method": "ping"}])
+    answer = raw(
+        mcp,
+        [
+            {"jsonrpc": "2.0", "id": 1, "method": "ping"},
+            {"jsonrpc": "2.0", "method": "notifications/x"},
+            {"jsonrpc": "2.0", "id": "2", "method": "ping"},
+        ],
+    )
     assert {item["id"] for item in answer.json()} == {1, "2"}
 
 
@@ -179,7 +215,9 @@ def test_progress_and_questions_travel_on_the_requests_stream(rig):
     seen = []
     mcp.on_notification = lambda method, params: seen.append((method, params.get("progressToken")))
     mcp.on_request = lambda method, params: {"action": "accept", "content": {"name": "x"}}
-    mcp.request("tools/call", {"name": "get_progress", "arguments": {"n": 3}, "_meta": {"progressToken": "mine"}})
+    mcp.request(
+        "tools/call", {"name": "get_progress", "arguments": {"n": 3}, "_meta": {"progressToken": "mine"}}
+    )
     assert seen == [("notifications/progress", "mine")] * 3
     assert json_of(mcp.call_tool("ask_elicit"))["action"] == "accept"
 
@@ -188,10 +226,14 @@ def test_the_get_stream_carries_what_belongs_to_no_request_and_resumes(controlle
     mcp = controlled.session()
     stream = mcp.open_stream()
     stream.wait_comment(10)
-    control.emit({"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": 1}})
+    control.emit(
+        {"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": 1}}
+    )
     first = stream.next(10)
     stream.close()
-    control.emit({"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": 2}})
+    control.emit(
+        {"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": 2}}
+    )
     resumed = mcp.open_stream(last_event_id=first.id)
     assert resumed.next(10).data["params"]["data"] == 2
     resumed.close()
@@ -203,7 +245,9 @@ def test_a_newer_get_stream_takes_over(controlled, control):
     older.wait_comment(10)
     newer = mcp.open_stream()
     newer.wait_comment(10)
-    control.emit({"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": 1}})
+    control.emit(
+        {"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": 1}}
+    )
     assert newer.next(10).data["params"]["data"] == 1
     newer.close()
 
@@ -211,11 +255,24 @@ def test_a_newer_get_stream_takes_over(controlled, control):
 def test_cancelling_reaches_the_child_and_frees_the_request(controlled, control):
     mcp = controlled.session()
     done = []
-    thread = threading.Thread(target=lambda: done.append(raw(mcp, {"jsonrpc": "2.0", "id": 99, "method": "tools/call", "params": {
-        "name": "get_slow", "arguments": {"key": "k"}}})))
+    thread = threading.Thread(
+        target=lambda: done.append(
+            raw(
+                mcp,
+                {
+                    "jsonrpc": "2.0",
+                    "id": 99,
+                    "method": "tools/call",
+                    "params": {"name": "get_slow", "arguments": {"key": "k"}},
+                },
+            )
+        )
+    )
     thread.start()
     control.wait_event(lambda event: event.get("event") == "call" and event.get("tool") == "get_slow")
-    McpClient(mcp.url, mcp.token, session_id=mcp.session_id).notify("notifications/cancelled", {"requestId": 99})
+    McpClient(mcp.url, mcp.token, session_id=mcp.session_id).notify(
+        "notifications/cancelled", {"requestId": 99}
+    )
     control.wait_event(lambda event: event.get("event") == "cancelled")
     thread.join(20)
     assert done and done[0].status == 200
@@ -236,7 +293,15 @@ def test_a_write_without_ever_asking_for_it_is_a_step_up(rig):
     client = rig.login(access="read", scope="forgejo:read")
     mcp = McpClient(rig.url + "/mcp", client.tokens["access_token"])
     mcp.initialize()
-    answer = raw(mcp, {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "create_issue", "arguments": {}}})
+    answer = raw(
+        mcp,
+        {
+            "jsonrpc": "2.0",
+            "id": 1,
+            "method": "tools/call",
+            "params": {"name": "create_issue", "arguments": {}},
+        },
+    )
     assert answer.status == 403
     assert 'error="insufficient_scope"' in answer.headers["www-authenticate"]
 
@@ -282,7 +347,11 @@ def test_why_a_child_cannot_start_is_told_apart(make_rig):
     rig.log.wait("child stopped")
     rig.forgejo.down()
     answer = raw(mcp, {"jsonrpc": "2.0", "id": 1, "method": "ping"})
-    assert answer.status == 503 and answer.json()["error"]["data"]["reason"] == "upstream_down" and "retry-after" in answer.headers
+    assert (
+        answer.status == 503
+        and answer.json()["error"]["data"]["reason"] == "upstream_down"
+        and "retry-after" in answer.headers
+    )
     rig.forgejo.up()
     assert mcp.request("ping") == {}
 
@@ -290,13 +359,31 @@ def test_why_a_child_cannot_start_is_told_apart(make_rig):
 def test_a_missing_binary_is_said_so(make_rig):
     rig = make_rig(forgejo_mcp_binary="/nowhere/forgejo-mcp")
     mcp = McpClient(rig.url + "/mcp", rig.login().tokens["access_token"])
-    answer = raw(mcp, {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion": "2025-11-25", "capabilities": {},
-                                                                                    "clientInfo": {"name": "t", "version": "1"}}})
+    answer = raw(
+        mcp,
+        {
+            "jsonrpc": "2.0",
+            "id": 1,
+            "method": "initialize",
+            "params": {
+                "protocolVersion": "2025-11-25",
+                "capabilities": {},
+                "clientInfo": {"name": "t", "version": "1"},
+            },
+        },
+    )
     assert answer.status == 500 and answer.json()["error"]["data"]["reason"] == "child_missing"
 
 
-@pytest.mark.parametrize("tool, arguments", [("bad_lines", {"n": 5}), ("double_answer", {}), ("stderr_flood", {"bytes": 300000}),
-                                             ("get_echo", {"text": "x", "size": 3000000})])
+@pytest.mark.parametrize(
+    "tool, arguments",
+    [
+        ("bad_lines", {"n": 5}),
+        ("double_answer", {}),
+        ("stderr_flood", {"bytes": 300000}),
+        ("get_echo", {"text": "x", "size": 3000000}),
+    ],
+)
 def test_a_child_that_misbehaves_a_little_still_serves(rig, tool, arguments):
     mcp = rig.session()
     mcp.call_tool(tool, **arguments)
@@ -307,4 +394,7 @@ def test_B01_without_a_token_every_method_is_told_where_to_log_in(rig):
     mcp = McpClient(rig.url + "/mcp", None)
     answer = raw(mcp, {"jsonrpc": "2.0", "id": 1, "method": "ping"})
     assert answer.status == 401 and "error=" not in answer.headers["www-authenticate"]
-    assert f'resource_metadata="{rig.url}/.well-known/oauth-protected-resource/mcp"' in answer.headers["www-authenticate"]
+    assert (
+        f'resource_metadata="{rig.url}/.well-known/oauth-protected-resource/mcp"'
+        in answer.headers["www-authenticate"]
+    )

@@ -24,7 +24,6 @@ def unjudged(monkeypatch):
     monkeypatch.setattr(mcp_client, "judge", None)
 
 
-
 def beside(rig, misbehave, *, again=True):
     """What came of a call of alice's that misbehaves; bob's session works meanwhile and after, and so does alice's again."""
     alice, bob = rig.session("alice"), rig.session("bob")
@@ -42,13 +41,23 @@ def beside(rig, misbehave, *, again=True):
 # -- what ends the child, and says so
 
 
-@pytest.mark.parametrize("tool, arguments, settings, reason", [
-    ("endless_line", {}, {}, "child_died"), ("big_line", {"bytes": 20_000_000}, {}, "child_died"),
-    ("partial_line", {"exit": True, "ms": 0}, {}, "child_died"), ("bad_lines", {"n": 100}, {}, "child_died"),
-    ("crash", {"signal": "SIGSEGV"}, {}, "child_died"), ("silent", {}, {"request_timeout": "1s"}, "timed_out"),
-    ("null_id", {}, {"request_timeout": "1s"}, "timed_out"), ("wrong_id", {}, {"request_timeout": "1s"}, "timed_out"),
-], ids=lambda value: value if isinstance(value, str) else "")
-def test_J08_J20_J22_P09_what_goes_wrong_is_told_to_its_own_call_only(make_rig, tool, arguments, settings, reason):
+@pytest.mark.parametrize(
+    "tool, arguments, settings, reason",
+    [
+        ("endless_line", {}, {}, "child_died"),
+        ("big_line", {"bytes": 20_000_000}, {}, "child_died"),
+        ("partial_line", {"exit": True, "ms": 0}, {}, "child_died"),
+        ("bad_lines", {"n": 100}, {}, "child_died"),
+        ("crash", {"signal": "SIGSEGV"}, {}, "child_died"),
+        ("silent", {}, {"request_timeout": "1s"}, "timed_out"),
+        ("null_id", {}, {"request_timeout": "1s"}, "timed_out"),
+        ("wrong_id", {}, {"request_timeout": "1s"}, "timed_out"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_J08_J20_J22_P09_what_goes_wrong_is_told_to_its_own_call_only(
+    make_rig, tool, arguments, settings, reason
+):
     rig = make_rig(**settings)
     error = beside(rig, lambda mcp: mcp.call_tool(tool, **arguments))
     assert isinstance(error, RpcError) and (error.http_status, error.code) == (200, -32000)
@@ -56,11 +65,19 @@ def test_J08_J20_J22_P09_what_goes_wrong_is_told_to_its_own_call_only(make_rig, 
     assert len(rig.log.named("child stopped")) == (reason == "child_died")
 
 
-@pytest.mark.parametrize("tool, arguments, answer", [
-    ("null_id", {"answer": True}, "right id"), ("wrong_id", {"answer": True}, "right id"), ("double_answer", {}, "first"),
-    ("bad_lines", {"n": 99}, "99 bad lines"), ("partial_line", {"ms": 300}, "two halves"), ("stderr_flood", {"bytes": 30_000_000}, "flooded"),
-    ("big_line", {"bytes": 15_000_000}, None),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "tool, arguments, answer",
+    [
+        ("null_id", {"answer": True}, "right id"),
+        ("wrong_id", {"answer": True}, "right id"),
+        ("double_answer", {}, "first"),
+        ("bad_lines", {"n": 99}, "99 bad lines"),
+        ("partial_line", {"ms": 300}, "two halves"),
+        ("stderr_flood", {"bytes": 30_000_000}, "flooded"),
+        ("big_line", {"bytes": 15_000_000}, None),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_J08_J20_P15_what_is_only_odd_costs_nothing(make_rig, tool, arguments, answer):
     rig = make_rig()
     text = text_of(beside(rig, lambda mcp: mcp.call_tool(tool, **arguments)))
@@ -92,7 +109,9 @@ def test_J16_a_child_that_stops_reading_is_given_up_and_hurts_only_its_own_sessi
     assert "stuck" in {record["reason"] for record in rig.log.wait("child stopped")}
 
 
-@pytest.mark.parametrize("mode", ["junk_at_start", "flood_stderr_at_start=3000000", "ignore_term", "term_waits"])
+@pytest.mark.parametrize(
+    "mode", ["junk_at_start", "flood_stderr_at_start=3000000", "ignore_term", "term_waits"]
+)
 def test_a_child_that_starts_or_ends_oddly_serves(make_rig, mode):
     rig = make_rig(child=("--mode", mode), stop_timeout="300ms")
     mcp = rig.session()
@@ -122,11 +141,25 @@ def test_P10_a_grandchild_in_a_session_of_its_own_holds_up_neither_the_end_nor_t
         os.kill(sleeper, signal.SIGKILL)
 
 
-def test_P16_a_child_that_floods_a_client_which_does_not_read_is_held_back_and_memory_stays_flat(make_rig, control):
+def test_P16_a_child_that_floods_a_client_which_does_not_read_is_held_back_and_memory_stays_flat(
+    make_rig, control
+):
     rig = make_rig(child=("--control", control.path), write_timeout="2s")
     mcp, bob = rig.session(), rig.session("bob")
-    head = "".join(f"{name}: {value}\r\n" for name, value in {**mcp.headers(), "Host": rig.url.removeprefix("http://")}.items())
-    line = json.dumps({"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": "x" * 60000}}).encode() + b"\n"
+    head = "".join(
+        f"{name}: {value}\r\n"
+        for name, value in {**mcp.headers(), "Host": rig.url.removeprefix("http://")}.items()
+    )
+    line = (
+        json.dumps(
+            {
+                "jsonrpc": "2.0",
+                "method": "notifications/message",
+                "params": {"level": "info", "data": "x" * 60000},
+            }
+        ).encode()
+        + b"\n"
+    )
     before = resident()
     with socket.create_connection(("127.0.0.1", int(rig.url.rpartition(":")[2]))) as deaf:
         deaf.sendall(f"GET /mcp HTTP/1.1\r\n{head}\r\n".encode())
@@ -158,7 +191,11 @@ def test_J19_a_bare_CR_between_tokens_injects_nothing_into_a_stream(make_rig, co
     body = json.dumps({"level": "info", "data": EVIL}).encode()
     control.raw(b'{"jsonrpc":"2.0",\r"method":\r"notifications/message","params":' + body + b"}\n")
     event = stream.next()
-    assert event.event == "message" and event.data["params"]["data"] == EVIL and "\r" not in json.dumps(event.data)
+    assert (
+        event.event == "message"
+        and event.data["params"]["data"] == EVIL
+        and "\r" not in json.dumps(event.data)
+    )
     stream.close()
 
 
@@ -169,13 +206,24 @@ def test_J19_a_bare_CR_in_an_answer_injects_nothing_either(make_rig, control, st
     request_id, answer = None, []
 
     def call():
-        message = {"jsonrpc": "2.0", "id": "mine", "method": "tools/call", "params": {"name": "silent", "arguments": {}}}
+        message = {
+            "jsonrpc": "2.0",
+            "id": "mine",
+            "method": "tools/call",
+            "params": {"name": "silent", "arguments": {}},
+        }
         answer.append(mcp.post(message, headers={} if streamed else {"Accept": "application/json"}))
 
     join = in_thread(call)
     request_id = control.wait_event(event="call", tool="silent")["id"]
     if streamed:
-        control.emit({"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": "first"}})
+        control.emit(
+            {
+                "jsonrpc": "2.0",
+                "method": "notifications/message",
+                "params": {"level": "info", "data": "first"},
+            }
+        )
     content = json.dumps({"content": [{"type": "text", "text": EVIL}]}).encode()
     control.raw(b'{"jsonrpc":"2.0","id":%d,"result":\r%s,\r"x":1}\n' % (request_id, content))
     join()
@@ -199,27 +247,82 @@ def shared(tmp_path_factory):
         made.close()
 
 
-LEAVES = st.none() | st.booleans() | st.floats() | st.text(max_size=20) | st.integers(min_value=10**6) | st.integers(max_value=-1) | st.just(10**70)
-VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-    st.sampled_from(["progressToken", "requestId", "_meta", "uri", "code", "message", "tools", "\ud800", "id"]), inner, max_size=4), max_leaves=12)
-METHODS = st.sampled_from(["notifications/progress", "notifications/cancelled", "notifications/message", "notifications/tools/list_changed",
-                           "notifications/resources/updated", "roots/list", "sampling/createMessage", "elicitation/create", "ping", "", "\n"])
-RPC = st.fixed_dictionaries({}, optional={"jsonrpc": st.just("2.0") | VALUES, "id": VALUES, "method": METHODS | VALUES, "params": VALUES,
-                                          "result": VALUES, "error": VALUES})
-ORDERLY = st.builds(lambda method, params, more: {"jsonrpc": "2.0", "method": method, "params": params, **more}, METHODS,
-                    st.dictionaries(st.sampled_from(["progressToken", "requestId", "data", "uri"]), VALUES, max_size=3),
-                    st.fixed_dictionaries({}, optional={"id": LEAVES}))
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.integers(min_value=10**6)
+    | st.integers(max_value=-1)
+    | st.just(10**70)
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["progressToken", "requestId", "_meta", "uri", "code", "message", "tools", "\ud800", "id"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+METHODS = st.sampled_from(
+    [
+        "notifications/progress",
+        "notifications/cancelled",
+        "notifications/message",
+        "notifications/tools/list_changed",
+        "notifications/resources/updated",
+        "roots/list",
+        "sampling/createMessage",
+        "elicitation/create",
+        "ping",
+        "",
+        "\n",
+    ]
+)
+RPC = st.fixed_dictionaries(
+    {},
+    optional={
+        "jsonrpc": st.just("2.0") | VALUES,
+        "id": VALUES,
+        "method": METHODS | VALUES,
+        "params": VALUES,
+        "result": VALUES,
+        "error": VALUES,
+    },
+)
+ORDERLY = st.builds(
+    lambda method, params, more: {"jsonrpc": "2.0", "method": method, "params": params, **more},
+    METHODS,
+    st.dictionaries(st.sampled_from(["progressToken", "requestId", "data", "uri"]), VALUES, max_size=3),
+    st.fixed_dictionaries({}, optional={"id": LEAVES}),
+)
 LINES = st.binary(max_size=60).map(lambda line: line.replace(b"\n", b"\r")) | (VALUES | RPC | ORDERLY).map(
-    lambda value: json.dumps(value, ensure_ascii=True).encode())
+    lambda value: json.dumps(value, ensure_ascii=True).encode()
+)
 KEYS = itertools.count(1)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
 @given(lines=st.lists(LINES, max_size=12), streamed=st.booleans())
-def test_J08_J19_J20_whatever_a_child_prints_its_call_is_answered_and_nobody_else_hears_of_it(shared, lines, streamed):
+def test_J08_J19_J20_whatever_a_child_prints_its_call_is_answered_and_nobody_else_hears_of_it(
+    shared, lines, streamed
+):
     key = f"key {next(KEYS)}"
     caller = same(shared.alice)
-    message = {"jsonrpc": "2.0", "id": key, "method": "tools/call", "params": {"name": "get_slow", "arguments": {"key": key}}}
+    message = {
+        "jsonrpc": "2.0",
+        "id": key,
+        "method": "tools/call",
+        "params": {"name": "get_slow", "arguments": {"key": key}},
+    }
     accept = {} if streamed else {"Accept": "application/json"}
     join = in_thread(caller.post, message, headers=accept)
     shared.control.wait_event(lambda event: event["event"] == "call" and event["args"].get("key") == key)
@@ -230,7 +333,11 @@ def test_J08_J19_J20_whatever_a_child_prints_its_call_is_answered_and_nobody_els
     assert len(answers) == 1 and text_of(answers[0]["result"]) == f"slow {key}"
     heard = len(shared.bob.events)
     assert who(shared.bob) == "bob" and len(shared.bob.events) <= heard + 1
-    assert not shared.log.named("internal error") + shared.log.named("reader failed") + shared.log.named("child stopped")
+    assert (
+        not shared.log.named("internal error")
+        + shared.log.named("reader failed")
+        + shared.log.named("child stopped")
+    )
     caller.close()
 
 

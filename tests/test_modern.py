@@ -30,33 +30,57 @@ def encoded(text):
 
 
 def bare(method, meta=None, **params):
-    return {"jsonrpc": "2.0", "id": 1, "method": method, "params": {**params, **({} if meta is None else {"_meta": meta})}}
+    return {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": method,
+        "params": {**params, **({} if meta is None else {"_meta": meta})},
+    }
 
 
 def metadata(version=MODERN):
     return {META + "protocolVersion": version, META + "clientCapabilities": {}}
 
 
-@pytest.mark.parametrize("header, meta, status, code", [
-    (MODERN, None, 400, -32602), (MODERN, {}, 400, -32602), (MODERN, {META + "clientCapabilities": {}}, 400, -32602),
-    (MODERN, {META + "protocolVersion": MODERN}, 400, -32602), (MODERN, {**metadata(), META + "clientCapabilities": []}, 400, -32602),
-    (None, metadata(), 400, -32020), ("2025-11-25", metadata(), 400, -32020), ("2099-01-01", metadata(), 400, -32020),
-    ("2099-01-01", metadata("2099-01-01"), 400, -32022)])
-def test_the_version_is_said_in_header_and_metadata_alike_or_the_request_is_refused(rig, header, meta, status, code):
+@pytest.mark.parametrize(
+    "header, meta, status, code",
+    [
+        (MODERN, None, 400, -32602),
+        (MODERN, {}, 400, -32602),
+        (MODERN, {META + "clientCapabilities": {}}, 400, -32602),
+        (MODERN, {META + "protocolVersion": MODERN}, 400, -32602),
+        (MODERN, {**metadata(), META + "clientCapabilities": []}, 400, -32602),
+        (None, metadata(), 400, -32020),
+        ("2025-11-25", metadata(), 400, -32020),
+        ("2099-01-01", metadata(), 400, -32020),
+        ("2099-01-01", metadata("2099-01-01"), 400, -32022),
+    ],
+)
+def test_the_version_is_said_in_header_and_metadata_alike_or_the_request_is_refused(
+    rig, header, meta, status, code
+):
     answer = connect(rig).post(bare("tools/list", meta), headers={HEADER: header})
     assert (answer.status, answer.json()["error"]["code"], answer.json()["id"]) == (status, code, 1)
 
 
 def test_an_unknown_version_is_told_which_ones_are_known(rig):
-    answer = connect(rig).post(bare("tools/list", metadata("2099-01-01")), headers={HEADER: "2099-01-01"}).json()
+    answer = (
+        connect(rig).post(bare("tools/list", metadata("2099-01-01")), headers={HEADER: "2099-01-01"}).json()
+    )
     assert answer["error"]["data"]["requested"] == "2099-01-01"
     assert MODERN in answer["error"]["data"]["supported"]
 
 
 def test_initialize_is_legacy_always_and_one_token_serves_both_eras_in_turn(rig):
     modern = connect(rig)
-    opening = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
-    answer = modern.post({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": opening}, headers={HEADER: MODERN})
+    opening = {
+        "protocolVersion": "2025-11-25",
+        "capabilities": {},
+        "clientInfo": {"name": "t", "version": "1"},
+    }
+    answer = modern.post(
+        {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": opening}, headers={HEADER: MODERN}
+    )
     assert answer.status == 200 and answer.json()["result"]["protocolVersion"] == "2025-11-25"
     legacy = McpClient(modern.url, modern.token, session_id=answer.headers["Mcp-Session-Id"])
     for _ in range(2):
@@ -79,20 +103,36 @@ def test_a_session_header_is_ignored_and_none_is_given(rig):
 # -- Headers that mirror the body (Streamable HTTP, Request Metadata)
 
 
-@pytest.mark.parametrize("method, params, headers", [
-    ("tools/list", {}, {"Mcp-Method": None}), ("tools/list", {}, {"Mcp-Method": "prompts/list"}),
-    ("tools/list", {}, {"Mcp-Method": "TOOLS/LIST"}), ("tools/call", {"name": "get_pid"}, {"Mcp-Name": None}),
-    ("tools/call", {"name": "get_pid"}, {"Mcp-Name": "create_issue"}), ("tools/call", {"name": "get_pid"}, {"Mcp-Name": "GET_PID"}),
-    ("tools/call", {"name": "get_pid"}, {"Mcp-Name": encoded("create_issue")}),
-    ("tools/call", {"name": "get_pid"}, {"Mcp-Name": "=?base64?no base64!?="}), ("tools/call", {"name": "get_pid"}, {"Mcp-Name": "=?base64?/w==?="}),
-    ("prompts/get", {"name": "summary"}, {"Mcp-Name": "other"}), ("resources/read", {"uri": "test://note"}, {"Mcp-Name": None}),
-    ("resources/read", {"uri": "test://note"}, {"Mcp-Name": "test://whoami"})])
+@pytest.mark.parametrize(
+    "method, params, headers",
+    [
+        ("tools/list", {}, {"Mcp-Method": None}),
+        ("tools/list", {}, {"Mcp-Method": "prompts/list"}),
+        ("tools/list", {}, {"Mcp-Method": "TOOLS/LIST"}),
+        ("tools/call", {"name": "get_pid"}, {"Mcp-Name": None}),
+        ("tools/call", {"name": "get_pid"}, {"Mcp-Name": "create_issue"}),
+        ("tools/call", {"name": "get_pid"}, {"Mcp-Name": "GET_PID"}),
+        ("tools/call", {"name": "get_pid"}, {"Mcp-Name": encoded("create_issue")}),
+        ("tools/call", {"name": "get_pid"}, {"Mcp-Name": "=?base64?no base64!?="}),
+        ("tools/call", {"name": "get_pid"}, {"Mcp-Name": "=?base64?/w==?="}),
+        ("prompts/get", {"name": "summary"}, {"Mcp-Name": "other"}),
+        ("resources/read", {"uri": "test://note"}, {"Mcp-Name": None}),
+        ("resources/read", {"uri": "test://note"}, {"Mcp-Name": "test://whoami"}),
+    ],
+)
 def test_a_header_that_says_other_than_the_body_is_refused(rig, method, params, headers):
     assert refused(connect(rig), method, params, headers)[:2] == (400, -32020)
 
 
-@pytest.mark.parametrize("headers", [{"Mcp-Name": encoded("get_my_user_info")}, {"mcp-name": "get_my_user_info"},
-                                     {"MCP-METHOD": "tools/call"}, {"Mcp-Param-Other": "not ours"}])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Mcp-Name": encoded("get_my_user_info")},
+        {"mcp-name": "get_my_user_info"},
+        {"MCP-METHOD": "tools/call"},
+        {"Mcp-Param-Other": "not ours"},
+    ],
+)
 def test_header_names_have_no_case_and_values_may_be_encoded(rig, headers):
     assert "alice" in text_of(call(connect(rig), "get_my_user_info", headers=headers))
 
@@ -103,9 +143,17 @@ def test_a_name_that_no_header_can_hold_is_compared_decoded(rig):
     assert mcp.request("resources/read", {"uri": uri})["contents"][0]["text"] == "Grüße, 世界 "
 
 
-MIRRORED = {"name": "get_query", "inputSchema": {"type": "object", "properties": {
-    "region": {"type": "string", "x-mcp-header": "Region"}, "limit": {"type": "integer", "x-mcp-header": "Limit"},
-    "deep": {"type": "object", "properties": {"flag": {"type": "boolean", "x-mcp-header": "Flag"}}}}}}
+MIRRORED = {
+    "name": "get_query",
+    "inputSchema": {
+        "type": "object",
+        "properties": {
+            "region": {"type": "string", "x-mcp-header": "Region"},
+            "limit": {"type": "integer", "x-mcp-header": "Limit"},
+            "deep": {"type": "object", "properties": {"flag": {"type": "boolean", "x-mcp-header": "Flag"}}},
+        },
+    },
+}
 
 
 @pytest.fixture
@@ -116,27 +164,61 @@ def mirroring(make_rig, tmp_path):
     return connect(make_rig(child=("--mode", f"more_tools={file}")))
 
 
-@pytest.mark.parametrize("arguments, headers", [
-    ({}, {}), ({"region": "eu"}, {"Mcp-Param-Region": "eu"}), ({"region": "eu"}, {"MCP-PARAM-REGION": encoded("eu")}),
-    ({"region": " padded "}, {"Mcp-Param-Region": encoded(" padded ")}), ({"region": None}, {}), ({"limit": 42}, {"Mcp-Param-Limit": "42"}),
-    ({"limit": 42}, {"Mcp-Param-Limit": "42.0"}), ({"deep": {"flag": True}}, {"Mcp-Param-Flag": "true"}), ({"deep": {}}, {}),
-    ({"region": "=?base64?x?="}, {"Mcp-Param-Region": encoded("=?base64?x?=")})])
+@pytest.mark.parametrize(
+    "arguments, headers",
+    [
+        ({}, {}),
+        ({"region": "eu"}, {"Mcp-Param-Region": "eu"}),
+        ({"region": "eu"}, {"MCP-PARAM-REGION": encoded("eu")}),
+        ({"region": " padded "}, {"Mcp-Param-Region": encoded(" padded ")}),
+        ({"region": None}, {}),
+        ({"limit": 42}, {"Mcp-Param-Limit": "42"}),
+        ({"limit": 42}, {"Mcp-Param-Limit": "42.0"}),
+        ({"deep": {"flag": True}}, {"Mcp-Param-Flag": "true"}),
+        ({"deep": {}}, {}),
+        ({"region": "=?base64?x?="}, {"Mcp-Param-Region": encoded("=?base64?x?=")}),
+    ],
+)
 def test_an_argument_and_its_header_agree(mirroring, arguments, headers):
     assert text_of(call(mirroring, "get_query", arguments, headers)) == f"get_query {json.dumps(arguments)}"
 
 
-@pytest.mark.parametrize("arguments, headers", [
-    ({"region": "eu"}, {}), ({"region": "eu"}, {"Mcp-Param-Region": "us"}), ({"region": "eu"}, {"Mcp-Param-Region": "EU"}), ({}, {"Mcp-Param-Region": "eu"}),
-    ({"region": "eu"}, {"Mcp-Param-Region": encoded("us")}), ({"region": "eu"}, {"Mcp-Param-Region": "=?base64?!?="}), ({"limit": 42}, {"Mcp-Param-Limit": "43"}),
-    ({"limit": 42}, {"Mcp-Param-Limit": "many"}), ({"deep": {"flag": True}}, {}), ({"deep": {"flag": True}}, {"Mcp-Param-Flag": "True"})])
+@pytest.mark.parametrize(
+    "arguments, headers",
+    [
+        ({"region": "eu"}, {}),
+        ({"region": "eu"}, {"Mcp-Param-Region": "us"}),
+        ({"region": "eu"}, {"Mcp-Param-Region": "EU"}),
+        ({}, {"Mcp-Param-Region": "eu"}),
+        ({"region": "eu"}, {"Mcp-Param-Region": encoded("us")}),
+        ({"region": "eu"}, {"Mcp-Param-Region": "=?base64?!?="}),
+        ({"limit": 42}, {"Mcp-Param-Limit": "43"}),
+        ({"limit": 42}, {"Mcp-Param-Limit": "many"}),
+        ({"deep": {"flag": True}}, {}),
+        ({"deep": {"flag": True}}, {"Mcp-Param-Flag": "True"}),
+    ],
+)
 def test_an_argument_without_its_header_or_with_another_is_refused(mirroring, arguments, headers):
-    assert refused(mirroring, "tools/call", {"name": "get_query", "arguments": arguments}, headers)[:2] == (400, -32020)
+    assert refused(mirroring, "tools/call", {"name": "get_query", "arguments": arguments}, headers)[:2] == (
+        400,
+        -32020,
+    )
 
 
 # -- What is served
 
 
-@pytest.mark.parametrize("method", ["nothing/known", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe", "roots/list"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "nothing/known",
+        "ping",
+        "logging/setLevel",
+        "resources/subscribe",
+        "resources/unsubscribe",
+        "roots/list",
+    ],
+)
 def test_a_method_that_this_revision_has_not_is_not_found(rig, method):
     assert refused(connect(rig), method)[:2] == (404, -32601)
 
@@ -149,13 +231,31 @@ def test_discover_says_what_the_child_said_in_its_handshake(make_rig):
     assert (found["resultType"], found["ttlMs"], found["cacheScope"]) == ("complete", 0, "private")
 
 
-@pytest.mark.parametrize("method, params, kept", [
-    ("tools/list", {}, True), ("prompts/list", {}, True), ("resources/list", {}, True), ("resources/templates/list", {}, True),
-    ("resources/read", {"uri": "test://note"}, True), ("tools/call", {"name": "get_pid"}, False), ("prompts/get", {"name": "summary"}, False),
-    ("completion/complete", {"ref": {"type": "ref/prompt", "name": "summary"}, "argument": {"name": "topic", "value": "x"}}, False)])
-def test_every_result_is_stamped_with_its_kind_its_server_and_for_how_long_it_may_be_kept(rig, method, params, kept):
+@pytest.mark.parametrize(
+    "method, params, kept",
+    [
+        ("tools/list", {}, True),
+        ("prompts/list", {}, True),
+        ("resources/list", {}, True),
+        ("resources/templates/list", {}, True),
+        ("resources/read", {"uri": "test://note"}, True),
+        ("tools/call", {"name": "get_pid"}, False),
+        ("prompts/get", {"name": "summary"}, False),
+        (
+            "completion/complete",
+            {"ref": {"type": "ref/prompt", "name": "summary"}, "argument": {"name": "topic", "value": "x"}},
+            False,
+        ),
+    ],
+)
+def test_every_result_is_stamped_with_its_kind_its_server_and_for_how_long_it_may_be_kept(
+    rig, method, params, kept
+):
     result = connect(rig).request(method, params)
-    assert result["resultType"] == "complete" and result["_meta"][META + "serverInfo"]["name"] == "Forgejo MCP Server"
+    assert (
+        result["resultType"] == "complete"
+        and result["_meta"][META + "serverInfo"]["name"] == "Forgejo MCP Server"
+    )
     assert not kept or (result["ttlMs"], result["cacheScope"]) == (0, "private")
 
 
@@ -180,9 +280,13 @@ def test_a_call_whose_child_dies_is_answered_that_its_outcome_is_unknown(rig):
 @pytest.mark.parametrize("token", ["mine", 7, "7", "", 10**15])
 def test_progress_comes_on_the_requests_own_stream_under_its_own_token(rig, token):
     mcp, told = connect(rig), []
-    mcp.on_notification = lambda method, params: told.append((method, params["progressToken"], params["progress"]))
+    mcp.on_notification = lambda method, params: told.append(
+        (method, params["progressToken"], params["progress"])
+    )
     assert text_of(call(mcp, "get_progress", {"n": 3}, _meta={"progressToken": token})) == "3 steps"
-    assert told == [("notifications/progress", token, step) for step in (1, 2, 3)] and type(told[0][1]) is type(token)
+    assert told == [("notifications/progress", token, step) for step in (1, 2, 3)] and type(
+        told[0][1]
+    ) is type(token)
     assert [event.id for event in mcp.events] == [None] * 4  # streams are not resumable
 
 
@@ -195,7 +299,11 @@ def test_two_requests_with_the_same_progress_token_and_id_each_get_their_own(rig
         told = []
         mcp.on_notification = lambda method, params: told.append(params["total"])
         barrier.wait(10)
-        answer = mcp.request("tools/call", {"name": "get_progress", "arguments": {"n": number + 1}, "_meta": {"progressToken": "same"}}, id="same")
+        answer = mcp.request(
+            "tools/call",
+            {"name": "get_progress", "arguments": {"n": number + 1}, "_meta": {"progressToken": "same"}},
+            id="same",
+        )
         seen[number] = (text_of(answer), told)
 
     threads = [threading.Thread(target=run, args=pair) for pair in enumerate(clients)]
@@ -225,7 +333,9 @@ def test_an_unknown_log_level_is_an_invalid_parameter(rig):
 
 def test_notifications_are_accepted_and_responses_and_batches_refused(rig):
     mcp = connect(rig)
-    accepted = mcp.post({"jsonrpc": "2.0", "method": "notifications/roots/list_changed", "params": {"_meta": metadata()}})
+    accepted = mcp.post(
+        {"jsonrpc": "2.0", "method": "notifications/roots/list_changed", "params": {"_meta": metadata()}}
+    )
     assert (accepted.status, accepted.body) == (202, b"")
     for body in ({"jsonrpc": "2.0", "id": 1, "result": {}}, [bare("tools/list", metadata())], []):
         answer = mcp.post(body, headers={HEADER: MODERN})
@@ -239,7 +349,14 @@ def test_there_is_no_stream_to_get_and_no_session_to_delete(rig, method):
     assert answer.status == 405 and "POST" in answer.headers["Allow"]
 
 
-@pytest.mark.parametrize("body, code", [(b"{", -32700), (b'{"a":1,"a":2}', -32600), (b'{"jsonrpc":"2.0","id":null,"method":"tools/list"}', -32600)])
+@pytest.mark.parametrize(
+    "body, code",
+    [
+        (b"{", -32700),
+        (b'{"a":1,"a":2}', -32600),
+        (b'{"jsonrpc":"2.0","id":null,"method":"tools/list"}', -32600),
+    ],
+)
 def test_what_is_no_message_is_refused_with_its_code(rig, body, code):
     answer = connect(rig).post(body, headers={HEADER: MODERN, "Mcp-Method": "tools/list"})
     assert (answer.status, answer.json()["error"]["code"]) == (400, code)
@@ -262,8 +379,13 @@ def test_hanging_up_before_anything_was_answered_cancels_too(controlled, control
     mcp = connect(controlled)
     message = bare("tools/call", metadata(), name="get_slow", arguments={"key": "k"})
     body, target = json.dumps(message).encode(), urlsplit(mcp.url)
-    lines = [f"POST {target.path} HTTP/1.1", f"Host: {target.netloc}", "Content-Type: application/json", f"Content-Length: {len(body)}",
-             *(f"{name}: {value}" for name, value in mcp.headers(message).items())]
+    lines = [
+        f"POST {target.path} HTTP/1.1",
+        f"Host: {target.netloc}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        *(f"{name}: {value}" for name, value in mcp.headers(message).items()),
+    ]
     with socket.create_connection((target.hostname, target.port)) as wire:
         wire.sendall("\r\n".join([*lines, "", ""]).encode() + body)
         called = control.wait_event(event="call", tool="get_slow")
@@ -282,7 +404,10 @@ def test_a_listener_is_told_what_it_asked_for_and_nothing_else(rig):
         call(mcp, "get_touched", {"uri": "test://whoami"})
         call(mcp, "get_touched", {"uri": "test://note"})
         told = stream.next()
-        assert (told.data["method"], told.data["params"]["uri"]) == ("notifications/resources/updated", "test://note")
+        assert (told.data["method"], told.data["params"]["uri"]) == (
+            "notifications/resources/updated",
+            "test://note",
+        )
         assert subscription_of(told.data) == "sub" and told.id is None
 
 
@@ -299,7 +424,10 @@ def test_several_listeners_share_a_child_and_each_hears_under_its_own_id(control
         call(mcp, "change_tools")
         for stream, own in ((one, 1), (two, "1")):
             heard = [stream.next().data for _ in range(2)]
-            assert sorted(message["method"][14:] for message in heard) == ["resources/updated", "tools/list_changed"]
+            assert sorted(message["method"][14:] for message in heard) == [
+                "resources/updated",
+                "tools/list_changed",
+            ]
             assert [(type(subscription_of(m)), subscription_of(m)) for m in heard] == [(type(own), own)] * 2
         assert len(control.children) == 1
         two.close()
@@ -339,13 +467,25 @@ def test_a_listener_keeps_its_child_awake_until_it_leaves(controlled, control):
 # -- Input that a child asks for
 
 
-@pytest.mark.parametrize("tool, method", [("ask_elicit", "elicitation/create"), ("ask_sampling", "sampling/createMessage"), ("ask_roots", "roots/list")])
-def test_a_childs_question_becomes_input_required_and_the_retry_reaches_the_held_call(controlled, control, tool, method):
+@pytest.mark.parametrize(
+    "tool, method",
+    [
+        ("ask_elicit", "elicitation/create"),
+        ("ask_sampling", "sampling/createMessage"),
+        ("ask_roots", "roots/list"),
+    ],
+)
+def test_a_childs_question_becomes_input_required_and_the_retry_reaches_the_held_call(
+    controlled, control, tool, method
+):
     mcp = connect(controlled, capabilities=ALL_INPUT)
     asked = call(mcp, tool)
     assert asked_methods(asked) == [method] and len(asked["inputRequests"]) == 1
     ended = call(mcp, tool, **retry_of(asked))
-    assert ended["resultType"] == "complete" and json_of(ended) == list(retry_of(asked)["inputResponses"].values())[0]
+    assert (
+        ended["resultType"] == "complete"
+        and json_of(ended) == list(retry_of(asked)["inputResponses"].values())[0]
+    )
     assert calls_of(control, tool) == 1
 
 
@@ -354,7 +494,11 @@ def test_questions_asked_at_once_are_collected_in_one_result(controlled, control
     asked = call(mcp, "ask_all")
     assert asked_methods(asked) == ["elicitation/create", "roots/list", "sampling/createMessage"]
     answers = json_of(call(mcp, "ask_all", **retry_of(asked)))
-    assert [sorted(answer) for answer in answers] == [["action", "content"], ["content", "model", "role"], ["roots"]]
+    assert [sorted(answer) for answer in answers] == [
+        ["action", "content"],
+        ["content", "model", "role"],
+        ["roots"],
+    ]
     three = call(mcp, "ask_elicit", {"count": 3})
     assert asked_methods(three) == ["elicitation/create"] * 3
     assert len(json_of(call(mcp, "ask_elicit", {"count": 3}, **retry_of(three)))) == 3
@@ -375,7 +519,9 @@ def test_what_was_not_answered_is_asked_again_and_what_was_not_asked_is_ignored(
     whole = retry_of(asked)
     one = dict(list(whole["inputResponses"].items())[:1])
     again = call(mcp, "ask_all", **retry_of(asked, {**one, "never asked": {"action": "accept"}}))
-    assert again["resultType"] == "input_required" and set(again["inputRequests"]) == set(whole["inputResponses"]) - set(one)
+    assert again["resultType"] == "input_required" and set(again["inputRequests"]) == set(
+        whole["inputResponses"]
+    ) - set(one)
     assert len(json_of(call(mcp, "ask_all", **retry_of(again)))) == 3
     assert calls_of(control, "ask_all") == 1
 
@@ -384,7 +530,9 @@ def test_a_refusal_of_the_person_reaches_the_child(rig):
     mcp = connect(rig, capabilities=ALL_INPUT)
     asked = call(mcp, "ask_elicit")
     key = next(iter(asked["inputRequests"]))
-    assert json_of(call(mcp, "ask_elicit", **retry_of(asked, {key: {"action": "decline"}}))) == {"action": "decline"}
+    assert json_of(call(mcp, "ask_elicit", **retry_of(asked, {key: {"action": "decline"}}))) == {
+        "action": "decline"
+    }
 
 
 def test_a_retry_may_come_through_another_connection_and_a_refreshed_token(rig):
@@ -398,17 +546,25 @@ def test_a_retry_may_come_through_another_connection_and_a_refreshed_token(rig):
 def changed(state):
     """A state with one character of its middle changed."""
     middle = len(state) // 2
-    return state[:middle] + ("A" if state[middle] != "A" else "B") + state[middle + 1:]
+    return state[:middle] + ("A" if state[middle] != "A" else "B") + state[middle + 1 :]
 
 
-def test_a_state_that_is_tampered_with_foreign_or_for_another_request_is_refused_and_nothing_else_happens(controlled, control):
+def test_a_state_that_is_tampered_with_foreign_or_for_another_request_is_refused_and_nothing_else_happens(
+    controlled, control
+):
     mcp = connect(controlled, capabilities=ALL_INPUT)
     asked = call(mcp, "ask_elicit", {"message": "Which?"})
     right = {"name": "ask_elicit", "arguments": {"message": "Which?"}, **retry_of(asked)}
-    wrong = [(mcp, {**right, "requestState": changed(asked["requestState"])}), (mcp, {**right, "requestState": ""}),
-             (mcp, {**right, "requestState": "x"}), (mcp, {**right, "requestState": asked["requestState"][:-4]}),
-             (mcp, {**right, "name": "ask_roots"}), (mcp, {**right, "arguments": {"message": "Other?"}}),
-             (connect(controlled, "bob", capabilities=ALL_INPUT), right), (connect(controlled, capabilities=ALL_INPUT), right)]
+    wrong = [
+        (mcp, {**right, "requestState": changed(asked["requestState"])}),
+        (mcp, {**right, "requestState": ""}),
+        (mcp, {**right, "requestState": "x"}),
+        (mcp, {**right, "requestState": asked["requestState"][:-4]}),
+        (mcp, {**right, "name": "ask_roots"}),
+        (mcp, {**right, "arguments": {"message": "Other?"}}),
+        (connect(controlled, "bob", capabilities=ALL_INPUT), right),
+        (connect(controlled, capabilities=ALL_INPUT), right),
+    ]
     for number, (client, params) in enumerate(wrong):
         assert refused(client, "tools/call", params)[1] == -32602, number
     assert calls_of(control, "ask_elicit") == 1 and calls_of(control, "ask_roots") == 0
@@ -463,7 +619,9 @@ def test_a_call_that_is_gone_is_not_run_again(controlled, control, end):
     assert calls_of(control, "ask_elicit") == 1
 
 
-@pytest.mark.parametrize("tool, capability", [("ask_elicit", "elicitation"), ("ask_sampling", "sampling"), ("ask_roots", "roots")])
+@pytest.mark.parametrize(
+    "tool, capability", [("ask_elicit", "elicitation"), ("ask_sampling", "sampling"), ("ask_roots", "roots")]
+)
 def test_a_capability_that_was_not_declared_is_named_when_it_is_needed(rig, tool, capability):
     others = {name: {} for name in ALL_INPUT if name != capability}
     for declared in ({}, others):

@@ -9,7 +9,17 @@ import threading
 import pytest
 
 from mcp_client import META, MODERN, McpClient, RpcError
-from modern import ALL_INPUT, ANSWERS, asked_methods, call, connect, listening, refused, retry_of, subscription_of
+from modern import (
+    ALL_INPUT,
+    ANSWERS,
+    asked_methods,
+    call,
+    connect,
+    listening,
+    refused,
+    retry_of,
+    subscription_of,
+)
 from rig import CHILD, json_of, text_of
 
 NEW = ("resultType", "ttlMs", "cacheScope")
@@ -18,8 +28,10 @@ NEW = ("resultType", "ttlMs", "cacheScope")
 @pytest.fixture
 def make_modern(make_rig, control):
     """A function that makes a Rig with modern children that can be told what to do."""
+
     def make(*child, **settings):
         return make_rig(child=("--era", "modern", "--control", control.path, *child), **settings)
+
     return make
 
 
@@ -69,7 +81,13 @@ def test_no_modern_child_is_ever_sent_what_it_does_not_know(rig, control):
     mcp.list_tools()
     replace_child(rig, control, mcp)
     sent = {method for methods in first_messages(control).values() for method in methods}
-    assert sent <= {"server/discover", "tools/list", "tools/call", "subscriptions/listen", "notifications/cancelled"}
+    assert sent <= {
+        "server/discover",
+        "tools/list",
+        "tools/call",
+        "subscriptions/listen",
+        "notifications/cancelled",
+    }
 
 
 def test_every_request_carries_what_the_client_said_of_itself_when_it_opened(rig):
@@ -79,9 +97,18 @@ def test_every_request_carries_what_the_client_said_of_itself_when_it_opened(rig
     assert set(meta[META + "clientCapabilities"]) >= {"elicitation"} and meta["traceparent"] == "00-1-2-01"
 
 
-@pytest.mark.parametrize("method, params", [
-    ("tools/list", {}), ("prompts/list", {}), ("resources/list", {}), ("resources/templates/list", {}), ("resources/read", {"uri": "test://note"}),
-    ("tools/call", {"name": "get_pid"}), ("prompts/get", {"name": "summary"})])
+@pytest.mark.parametrize(
+    "method, params",
+    [
+        ("tools/list", {}),
+        ("prompts/list", {}),
+        ("resources/list", {}),
+        ("resources/templates/list", {}),
+        ("resources/read", {"uri": "test://note"}),
+        ("tools/call", {"name": "get_pid"}),
+        ("prompts/get", {"name": "summary"}),
+    ],
+)
 def test_results_lose_what_is_new_in_them(rig, method, params):
     result = rig.session().request(method, params)
     assert not [name for name in NEW if name in result] and META + "serverInfo" not in result.get("_meta", {})
@@ -116,7 +143,14 @@ def answering(rig):
     return mcp
 
 
-@pytest.mark.parametrize("tool, method", [("ask_elicit", "elicitation/create"), ("ask_sampling", "sampling/createMessage"), ("ask_roots", "roots/list")])
+@pytest.mark.parametrize(
+    "tool, method",
+    [
+        ("ask_elicit", "elicitation/create"),
+        ("ask_sampling", "sampling/createMessage"),
+        ("ask_roots", "roots/list"),
+    ],
+)
 def test_input_required_becomes_a_question_and_its_answer_the_retry(answering, tool, method):
     assert json_of(answering.call_tool(tool)) == ANSWERS[method]
     assert [asked for asked, _ in answering.asked] == [method]
@@ -131,7 +165,11 @@ def test_several_questions_and_several_rounds_end_in_one_answer(answering):
 
 def test_a_question_that_the_client_answers_with_an_error_ends_the_call_with_it(rig):
     mcp = rig.session(capabilities=ALL_INPUT)  # it has no handler: every question is answered with an error
-    for tool in ("ask_elicit", "ask_sampling", "ask_roots"):  # a retry carries results, and has no form for an error
+    for tool in (
+        "ask_elicit",
+        "ask_sampling",
+        "ask_roots",
+    ):  # a retry carries results, and has no form for an error
         with pytest.raises(RpcError) as error:
             mcp.call_tool(tool)
         assert error.value.code == -32601 and "not supported" in error.value.message
@@ -168,11 +206,18 @@ def test_progress_and_cancellation_reach_their_request(rig, control):
     mcp.on_notification = lambda method, params: told.append(params["progressToken"])
     call(mcp, "get_progress", {"n": 2}, _meta={"progressToken": "mine"})
     assert told == ["mine"] * 2
-    message = {"jsonrpc": "2.0", "id": 99, "method": "tools/call", "params": {"name": "get_slow", "arguments": {"key": "k"}}}
+    message = {
+        "jsonrpc": "2.0",
+        "id": 99,
+        "method": "tools/call",
+        "params": {"name": "get_slow", "arguments": {"key": "k"}},
+    }
     thread = threading.Thread(target=lambda: done.append(mcp.post(message)))
     thread.start()
     called = control.wait_event(event="call", tool="get_slow")
-    McpClient(mcp.url, mcp.token, session_id=mcp.session_id).notify("notifications/cancelled", {"requestId": 99})
+    McpClient(mcp.url, mcp.token, session_id=mcp.session_id).notify(
+        "notifications/cancelled", {"requestId": 99}
+    )
     assert control.wait_event(event="cancelled")["requestId"] == called["id"]
     thread.join(20)
     assert done
@@ -200,13 +245,20 @@ def test_what_a_session_listens_to_is_told_on_its_get_stream_until_it_is_taken_b
             call(mcp, "get_touched", {"uri": "test://whoami"})
             call(mcp, "get_touched", {"uri": "test://note"})
             told = stream.next().data
-            assert (told["method"], told["params"]) == ("notifications/resources/updated", {"uri": "test://note"})
+            assert (told["method"], told["params"]) == (
+                "notifications/resources/updated",
+                {"uri": "test://note"},
+            )
             replace_child(rig, control, mcp)
         assert mcp.request("resources/unsubscribe", {"uri": "test://note"}) == {}
         call(mcp, "get_touched", {"uri": "test://note"})
         call(mcp, "change_tools")
         assert stream.next().data["method"] == "notifications/tools/list_changed"
-    wanted = [event["notifications"].get("resourceSubscriptions") for event in control.events if event["event"] == "listen"]
+    wanted = [
+        event["notifications"].get("resourceSubscriptions")
+        for event in control.events
+        if event["event"] == "listen"
+    ]
     assert wanted[-2:] == [["test://note"], None]
 
 
@@ -224,7 +276,19 @@ def test_a_modern_clients_metadata_capabilities_and_questions_are_passed_on(rig)
     first = call(mcp, "ask_twice")
     second = call(mcp, "ask_twice", **retry_of(first))
     assert len(json_of(call(mcp, "ask_twice", **retry_of(second)))) == 2
-    assert refused(mcp, "tools/call", {"name": "ask_twice", "arguments": {}, **retry_of(second), "requestState": "x" + second["requestState"]})[1] == -32602
+    assert (
+        refused(
+            mcp,
+            "tools/call",
+            {
+                "name": "ask_twice",
+                "arguments": {},
+                **retry_of(second),
+                "requestState": "x" + second["requestState"],
+            },
+        )[1]
+        == -32602
+    )
     assert refused(connect(rig), "tools/call", {"name": "ask_roots", "arguments": {}})[:2] == (400, -32021)
 
 
@@ -243,14 +307,19 @@ def test_a_modern_child_may_say_how_long_its_lists_may_be_kept_but_they_are_alwa
 
 def test_listeners_share_the_child_and_hear_what_they_asked_for(rig):
     mcp = connect(rig)
-    with (listening(mcp, 1, toolsListChanged=True) as (_, tools, _),
-          listening(mcp, "1", resourceSubscriptions=["test://note"]) as (honoured, resources, _)):
+    with (
+        listening(mcp, 1, toolsListChanged=True) as (_, tools, _),
+        listening(mcp, "1", resourceSubscriptions=["test://note"]) as (honoured, resources, _),
+    ):
         assert honoured == {"resourceSubscriptions": ["test://note"]}
         call(mcp, "get_touched", {"uri": "test://note"})
         call(mcp, "change_tools")
         told = [(stream.next().data, own) for stream, own in ((tools, 1), (resources, "1"))]
         assert [message["method"][14:] for message, _ in told] == ["tools/list_changed", "resources/updated"]
-        assert all(subscription_of(message) == own and type(subscription_of(message)) is type(own) for message, own in told)
+        assert all(
+            subscription_of(message) == own and type(subscription_of(message)) is type(own)
+            for message, own in told
+        )
 
 
 def test_a_modern_client_cancels_by_closing_and_is_told_of_progress(rig, control):
@@ -289,7 +358,7 @@ def test_a_binary_that_has_become_modern_in_place_is_noticed(make_rig, control, 
 
     def install(*era):
         fresh = tmp_path / "fresh"
-        fresh.write_text("#!/bin/sh\nexec %s \"$@\"\n" % shlex.join([*CHILD, "--control", control.path, *era]))
+        fresh.write_text('#!/bin/sh\nexec %s "$@"\n' % shlex.join([*CHILD, "--control", control.path, *era]))
         fresh.chmod(0o755)
         os.replace(fresh, binary)
 

@@ -38,8 +38,14 @@ def to_redirect(client, url):
 # -- discovery
 
 
-@pytest.mark.parametrize("path", ["/.well-known/oauth-authorization-server", "/.well-known/oauth-authorization-server/mcp",
-                                  "/mcp/.well-known/oauth-authorization-server"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/.well-known/oauth-authorization-server",
+        "/.well-known/oauth-authorization-server/mcp",
+        "/mcp/.well-known/oauth-authorization-server",
+    ],
+)
 def test_the_authorization_server_metadata_is_in_all_its_places(rig, path):
     page = Browser().get(rig.url + path)
     metadata = json.loads(page.text)
@@ -65,23 +71,53 @@ def test_what_is_not_there_under_well_known_is_a_json_404(rig):
 # -- registration
 
 
-@pytest.mark.parametrize("uri", ["javascript:alert(1)", "JaVaScRiPt:x", "data:text/html,x", "file:///etc/passwd", "http://evil.com/cb",
-                                 "https://a.com@evil.com/cb", "https://evil.com\\@a.com/cb", "http://localhost.evil.com/", "https://a.com/#f",
-                                 "http://localhost@evil.com", "https://*.a.com/cb", "https://ex%61mple.com/", "https://a.com/?code=1",
-                                 "http://localhost:99999/cb", "http://localhost:0/", "//a.com/cb", "", "unknown-scheme://cb", 5, None])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "javascript:alert(1)",
+        "JaVaScRiPt:x",
+        "data:text/html,x",
+        "file:///etc/passwd",
+        "http://evil.com/cb",
+        "https://a.com@evil.com/cb",
+        "https://evil.com\\@a.com/cb",
+        "http://localhost.evil.com/",
+        "https://a.com/#f",
+        "http://localhost@evil.com",
+        "https://*.a.com/cb",
+        "https://ex%61mple.com/",
+        "https://a.com/?code=1",
+        "http://localhost:99999/cb",
+        "http://localhost:0/",
+        "//a.com/cb",
+        "",
+        "unknown-scheme://cb",
+        5,
+        None,
+    ],
+)
 def test_D02_U02_redirect_uris_that_deceive_are_not_registered(rig, uri):
     answer = OAuthClient(rig.url).register(redirect_uris=[uri])
     assert answer.status == 400 and answer.json()["error"] == "invalid_redirect_uri"
 
 
 def test_cursors_set_of_three_is_registered_and_an_unknown_scheme_does_not_spoil_a_set(rig):
-    uris = ["cursor://anysphere.cursor-mcp/oauth/callback", "https://www.cursor.com/agents/mcp/oauth/callback", "http://localhost:8787/callback"]
-    assert OAuthClient(rig.url).register(redirect_uris=uris, application_type="web").json()["redirect_uris"] == uris
+    uris = [
+        "cursor://anysphere.cursor-mcp/oauth/callback",
+        "https://www.cursor.com/agents/mcp/oauth/callback",
+        "http://localhost:8787/callback",
+    ]
+    assert (
+        OAuthClient(rig.url).register(redirect_uris=uris, application_type="web").json()["redirect_uris"]
+        == uris
+    )
     assert OAuthClient(rig.url).register(redirect_uris=[*uris, "foo://bar"]).json()["redirect_uris"] == uris
 
 
 def test_a_registration_echoes_what_was_asked_and_has_nothing_empty(rig):
-    answer = OAuthClient(rig.url).register(scope="claudeai", token_endpoint_auth_method="none", client_uri=None)
+    answer = OAuthClient(rig.url).register(
+        scope="claudeai", token_endpoint_auth_method="none", client_uri=None
+    )
     document = answer.json()
     assert answer.status == 201 and document["scope"] == "claudeai" and "client_secret" not in document
     assert None not in document.values() and "" not in document.values()
@@ -97,27 +133,50 @@ def test_A01_an_unknown_client_is_shown_a_page_and_never_redirected(rig, client)
     assert page.status == 400 and not page.redirected_to and "not registered" in page.text
 
 
-@pytest.mark.parametrize("uri", ["https://evil.example/cb", "http://localhost/callback/", "http://localhost/callback?x", "http://127.0.0.2/callback",
-                                 "http://localhost/CALLBACK", "https://localhost/callback", "http://localhost:99999/callback", ""])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://evil.example/cb",
+        "http://localhost/callback/",
+        "http://localhost/callback?x",
+        "http://127.0.0.2/callback",
+        "http://localhost/CALLBACK",
+        "https://localhost/callback",
+        "http://localhost:99999/callback",
+        "",
+    ],
+)
 def test_A02_U01_a_redirect_uri_that_does_not_match_is_shown_a_page(client, uri):
     page = Browser().get(client.authorize_url(redirect_uri=uri))
     assert page.status == 400 and not page.redirected_to
 
 
-@pytest.mark.parametrize("uri", ["http://localhost:49152/callback", "http://127.0.0.1:5/callback", "http://[::1]:65535/callback"])
+@pytest.mark.parametrize(
+    "uri", ["http://localhost:49152/callback", "http://127.0.0.1:5/callback", "http://[::1]:65535/callback"]
+)
 def test_U04_a_loopback_redirect_uri_matches_on_any_port_and_name(client, uri):
     assert Browser().get(client.authorize_url(redirect_uri=uri)).status == 200
 
 
-@pytest.mark.parametrize("change, error", [
-    ({"response_type": "token"}, "unsupported_response_type"), ({"response_type": None}, "invalid_request"),
-    ({"code_challenge": None}, "invalid_request"), ({"code_challenge_method": "plain"}, "invalid_request"),
-    ({"code_challenge_method": None}, "invalid_request"), ({"code_challenge": "short"}, "invalid_request"),
-    ({"resource": "https://other.example/mcp"}, "invalid_target"), ({"response_mode": "fragment"}, "invalid_request"),
-    ({"prompt": "none"}, "interaction_required"), ({"request": "x"}, "request_not_supported"),
-    ({"request_uri": "https://x"}, "request_uri_not_supported"),
-])
-def test_A05_A06_A08_A09_A14_A15_A18_a_wrong_request_goes_back_with_error_state_and_iss(rig, client, change, error):
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({"response_type": "token"}, "unsupported_response_type"),
+        ({"response_type": None}, "invalid_request"),
+        ({"code_challenge": None}, "invalid_request"),
+        ({"code_challenge_method": "plain"}, "invalid_request"),
+        ({"code_challenge_method": None}, "invalid_request"),
+        ({"code_challenge": "short"}, "invalid_request"),
+        ({"resource": "https://other.example/mcp"}, "invalid_target"),
+        ({"response_mode": "fragment"}, "invalid_request"),
+        ({"prompt": "none"}, "interaction_required"),
+        ({"request": "x"}, "request_not_supported"),
+        ({"request_uri": "https://x"}, "request_uri_not_supported"),
+    ],
+)
+def test_A05_A06_A08_A09_A14_A15_A18_a_wrong_request_goes_back_with_error_state_and_iss(
+    rig, client, change, error
+):
     answer = to_redirect(client, client.authorize_url(state="s t&a=te", **change))
     assert answer["error"] == error and answer["state"] == "s t&a=te" and answer["iss"] == rig.url
 
@@ -141,7 +200,12 @@ def test_C01_every_login_is_asked_even_where_forgejo_would_ask_nothing(rig, clie
 def test_C02_what_was_approved_in_one_browser_cannot_be_finished_in_another(rig, client):
     mine, theirs = Browser(), Browser()
     page = mine.get(client.authorize_url())
-    approved = mine.submit(page, ("decision", "approve"), form=page.form_with("login"), stop=lambda url: url.startswith(rig.forgejo.url))
+    approved = mine.submit(
+        page,
+        ("decision", "approve"),
+        form=page.form_with("login"),
+        stop=lambda url: url.startswith(rig.forgejo.url),
+    )
     before = rig.forgejo.count("/login/oauth/access_token")
     shown = theirs.get(approved.redirected_to)
     login = theirs.submit(shown, form=shown.form_with("user_name"), user_name="alice", password="secret")
@@ -155,13 +219,25 @@ def test_C03_C05_a_form_fetched_elsewhere_or_changed_is_refused(rig, client):
     attacker, victim = Browser(), Browser()
     fields = attacker.get(client.authorize_url()).form_with("login").fields
     victim.get(client.authorize_url())
-    for form in (fields, {**fields, "csrf": "x"}, {k: v for k, v in fields.items() if k != "csrf"}, {**fields, "login": fields["login"][:-2]}):
+    for form in (
+        fields,
+        {**fields, "csrf": "x"},
+        {k: v for k, v in fields.items() if k != "csrf"},
+        {**fields, "login": fields["login"][:-2]},
+    ):
         answer = victim.post(rig.url + "/oauth/consent", {**form, "decision": "approve", "access": "full"})
         assert answer.status == 403 and not answer.redirected_to
 
 
-@pytest.mark.parametrize("headers", [{"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}, {"Sec-Fetch-Site": None, "Origin": "null"},
-                                     {"Sec-Fetch-Site": None, "Origin": "https://evil.example"}, {"Sec-Fetch-Site": "same-site"}])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"},
+        {"Sec-Fetch-Site": None, "Origin": "null"},
+        {"Sec-Fetch-Site": None, "Origin": "https://evil.example"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
+)
 def test_C04_a_form_sent_by_another_site_is_refused(rig, client, headers):
     browser = Browser()
     fields = browser.get(client.authorize_url()).form_with("login").fields
@@ -173,7 +249,9 @@ def test_C05_a_form_is_answered_once(rig, client):
     browser = Browser()
     page = browser.get(client.authorize_url())
     stop = lambda url: url.startswith(rig.forgejo.url)
-    assert browser.submit(page, ("decision", "approve"), form=page.form_with("login"), stop=stop).redirected_to
+    assert browser.submit(
+        page, ("decision", "approve"), form=page.form_with("login"), stop=stop
+    ).redirected_to
     again = browser.submit(page, ("decision", "approve"), form=page.form_with("login"), stop=stop)
     assert again.status == 400 and "answered already" in again.text
 
@@ -182,7 +260,12 @@ def test_C07_two_tabs_do_not_disturb_each_other(rig, client):
     browser = Browser()
     first = browser.get(client.authorize_url())
     browser.get(client.authorize_url())
-    answer = browser.submit(first, ("decision", "approve"), form=first.form_with("login"), stop=lambda url: url.startswith(rig.forgejo.url))
+    answer = browser.submit(
+        first,
+        ("decision", "approve"),
+        form=first.form_with("login"),
+        stop=lambda url: url.startswith(rig.forgejo.url),
+    )
     assert answer.redirected_to
 
 
@@ -204,13 +287,25 @@ def test_the_login_survives_a_restart_between_page_and_callback(rig, client):
     browser = Browser()
     page = browser.get(client.authorize_url())
     rig.restart()
-    approved = browser.submit(page, ("decision", "approve"), form=page.form_with("login"), stop=lambda url: url.startswith(rig.forgejo.url))
+    approved = browser.submit(
+        page,
+        ("decision", "approve"),
+        form=page.form_with("login"),
+        stop=lambda url: url.startswith(rig.forgejo.url),
+    )
     rig.restart()
     shown = browser.get(approved.redirected_to)
-    done = browser.submit(shown, form=shown.form_with("user_name"), stop=lambda url: url.startswith("http://localhost/callback"),
-                          user_name="alice", password="secret")
+    done = browser.submit(
+        shown,
+        form=shown.form_with("user_name"),
+        stop=lambda url: url.startswith("http://localhost/callback"),
+        user_name="alice",
+        password="secret",
+    )
     if not done.redirected_to:
-        done = browser.submit(done, ("granted", "true"), stop=lambda url: url.startswith("http://localhost/callback"))
+        done = browser.submit(
+            done, ("granted", "true"), stop=lambda url: url.startswith("http://localhost/callback")
+        )
     assert "code" in query_of(done.redirected_to)
 
 
@@ -240,14 +335,25 @@ def code(client):
     return query_of(approve_login(Browser(), client.authorize_url(), "alice", "secret"))["code"]
 
 
-@pytest.mark.parametrize("change, error", [
-    ({"code_verifier": "x" * 43}, "invalid_grant"), ({"code_verifier": None}, "invalid_request"), ({"code_verifier": "x" * 42}, "invalid_request"),
-    ({"redirect_uri": "http://localhost:1/callback"}, "invalid_grant"), ({"resource": "https://other.example/"}, "invalid_target"),
-    ({"grant_type": "password"}, "unsupported_grant_type"), ({"grant_type": None}, "invalid_request"),
-])
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({"code_verifier": "x" * 43}, "invalid_grant"),
+        ({"code_verifier": None}, "invalid_request"),
+        ({"code_verifier": "x" * 42}, "invalid_request"),
+        ({"redirect_uri": "http://localhost:1/callback"}, "invalid_grant"),
+        ({"resource": "https://other.example/"}, "invalid_target"),
+        ({"grant_type": "password"}, "unsupported_grant_type"),
+        ({"grant_type": None}, "invalid_request"),
+    ],
+)
 def test_T01_T05_T10_T15_a_wrong_redemption_is_refused_and_the_code_stays(client, code, change, error):
     answer = client.redeem(code, **change)
-    assert answer.status == 400 and answer.json()["error"] == error and "no-store" in answer.headers["cache-control"]
+    assert (
+        answer.status == 400
+        and answer.json()["error"] == error
+        and "no-store" in answer.headers["cache-control"]
+    )
     assert client.redeem(code).status == 200
 
 
@@ -299,7 +405,10 @@ def test_T13_every_way_of_client_authentication_works_and_a_wrong_secret_does_no
     client.login(None, "alice", "secret")
     assert client.refresh().status == 200
     if method != "none":
-        assert client.refresh(client_secret="wrong", **({"client_id": client.client_id} if method == "client_secret_post" else {})).status in (400, 401)
+        assert client.refresh(
+            client_secret="wrong",
+            **({"client_id": client.client_id} if method == "client_secret_post" else {}),
+        ).status in (400, 401)
 
 
 # -- refresh
@@ -320,7 +429,10 @@ def test_R03_a_token_sent_again_soon_gets_the_newest_pair_and_that_still_refresh
     newest = client.refresh(refresh_token=r1).json()
     rig.clock.advance(100)
     again = client.refresh(refresh_token=r0).json()
-    assert (again["refresh_token"], again["access_token"]) == (newest["refresh_token"], newest["access_token"])
+    assert (again["refresh_token"], again["access_token"]) == (
+        newest["refresh_token"],
+        newest["access_token"],
+    )
     rig.clock.advance(3600)
     assert client.refresh(refresh_token=again["refresh_token"]).status == 200
 
@@ -358,7 +470,9 @@ def test_R06_R08_a_wrong_client_resource_or_scope_rotates_nothing(rig):
     client, other = rig.login(), rig.login("bob")
     r0 = client.tokens["refresh_token"]
     assert other.refresh(refresh_token=r0).json()["error"] == "invalid_grant"
-    assert client.refresh(refresh_token=r0, resource="https://other.example").json()["error"] == "invalid_target"
+    assert (
+        client.refresh(refresh_token=r0, resource="https://other.example").json()["error"] == "invalid_target"
+    )
     row = rig.broker.store.refresh_token(hashlib.sha256(r0.encode()).digest())
     assert row.rotated_at is None and client.refresh(refresh_token=r0).status == 200
 
@@ -404,7 +518,14 @@ def test_a_refused_upstream_refresh_logs_out_and_one_login_revives_all(rig):
     answer = mcp.oauth.refresh()
     tokens = answer.json()
     stale = McpClient(mcp.url, tokens["access_token"], session_id=mcp.session_id)
-    refused = stale.post({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "get_echo", "arguments": {"text": "x"}}})
+    refused = stale.post(
+        {
+            "jsonrpc": "2.0",
+            "id": 1,
+            "method": "tools/call",
+            "params": {"name": "get_echo", "arguments": {"text": "x"}},
+        }
+    )
     if refused.status == 200:  # the child was still awake; the reaper's refresh is what finds out
         rig.tick()
         rig.log.wait("logged out upstream")
@@ -431,7 +552,12 @@ def test_G03_nothing_usable_lies_in_the_database(rig):
     client = rig.login()
     client.refresh()
     upstream = rig.forgejo.requests
-    secrets_seen = [client.tokens["access_token"], client.tokens["refresh_token"], rig.app.client_secret, "secret"]
+    secrets_seen = [
+        client.tokens["access_token"],
+        client.tokens["refresh_token"],
+        rig.app.client_secret,
+        "secret",
+    ]
     rig.stop()
     data = b"".join(path.read_bytes() for path in rig.directory.glob("broker.db*"))
     for secret in secrets_seen[:3]:

@@ -54,8 +54,13 @@ sys.exit(fjmcp_broker.main(sys.argv[3:]))
 
 def run_killed(config, number, *words):
     """Run a command that is killed at a step; its exit status (-9: killed, 0: it has fewer steps)."""
-    done = subprocess.run([sys.executable, "-c", KILLED, str(BROKER.parent), str(number), "--config", str(config), *words],
-                          capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(BROKER.parent), str(number), "--config", str(config), *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode in (-signal.SIGKILL, 0), done.stderr
     return done.returncode
 
@@ -83,18 +88,56 @@ def offline(tmp_path):
     store.add_client("app", "dynamic", "An app", ["https://x.example/cb"], None, "none", {}, NOW)
     for sub in ("1", "2", "3"):
         store.update_user(sub, f"user{sub}", "", [], NOW)
-        store.save_credential(sub, key.seal("upstream", f"user:{sub}", {"access": f"a{sub}", "refresh": f"r{sub}"}), 1, 1, NOW + 3600, NOW)
+        store.save_credential(
+            sub,
+            key.seal("upstream", f"user:{sub}", {"access": f"a{sub}", "refresh": f"r{sub}"}),
+            1,
+            1,
+            NOW + 3600,
+            NOW,
+        )
         store.set_user_state(sub, "active")
         for number in (1, 2):
             code = f"{sub}.{number}"
-            store.finish_login(sub, "app", "forgejo:read", "forgejo:read", "r", digest(code), "https://x.example/cb", "ch", NOW, NOW + DAY, NOW + 60)
-            store.redeem_code(digest(code), "app", "https://x.example/cb", "ch", NOW, (digest(code + "a"), NOW + DAY), (digest(code + "r"), NOW + DAY), 3)
+            store.finish_login(
+                sub,
+                "app",
+                "forgejo:read",
+                "forgejo:read",
+                "r",
+                digest(code),
+                "https://x.example/cb",
+                "ch",
+                NOW,
+                NOW + DAY,
+                NOW + 60,
+            )
+            store.redeem_code(
+                digest(code),
+                "app",
+                "https://x.example/cb",
+                "ch",
+                NOW,
+                (digest(code + "a"), NOW + DAY),
+                (digest(code + "r"), NOW + DAY),
+                3,
+            )
         store.add_session(digest("session" + sub), sub, "app", "2025-11-25", {}, {}, NOW, 10)
     store.close()
     config = tmp_path / "broker.toml"
-    config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in {
-        "public_url": "http://127.0.0.1:1", "forgejo_url": "http://127.0.0.1:2", "forgejo_oauth_client_id": "id",
-        "forgejo_oauth_client_secret": "s", "store_path": str(folder / "broker.db"), "key_file": str(folder / "key")}.items()))
+    config.write_text(
+        "".join(
+            f"{name} = {json.dumps(value)}\n"
+            for name, value in {
+                "public_url": "http://127.0.0.1:1",
+                "forgejo_url": "http://127.0.0.1:2",
+                "forgejo_oauth_client_id": "id",
+                "forgejo_oauth_client_secret": "s",
+                "store_path": str(folder / "broker.db"),
+                "key_file": str(folder / "key"),
+            }.items()
+        )
+    )
 
     def prepare():
         shutil.rmtree(folder, ignore_errors=True)
@@ -108,7 +151,10 @@ def opened(folder):
     """The store's keys and {owner: value} of all its boxes; every one must open."""
     keys = Keyring.parse((folder / "key").read_text())
     store = Store(str(folder / "broker.db"), keys)
-    values = {row.owner: (keys.unseal(row.purpose, row.owner, row.box), keys.is_newest(row.box)) for row in store.boxes()}
+    values = {
+        row.owner: (keys.unseal(row.purpose, row.owner, row.box), keys.is_newest(row.box))
+        for row in store.boxes()
+    }
     store.close()
     return keys, values
 
@@ -127,15 +173,22 @@ def test_G14_rotate_key_killed_between_any_two_steps_loses_nothing_and_goes_on(o
         seen.add((len(keys.keys), sum(newest for _, newest in values.values())))
         assert fjmcp_broker.main(["--config", str(config), "rotate-key"]) == 0
         again, values = opened(folder)
-        assert {owner: value for owner, (value, _) in values.items()} == CREDENTIALS and all(newest for _, newest in values.values())
-        assert len(again.keys) == (3 if finished else 2), "a rotation that was under way goes on with its own key"
+        assert {owner: value for owner, (value, _) in values.items()} == CREDENTIALS and all(
+            newest for _, newest in values.values()
+        )
+        assert len(again.keys) == (3 if finished else 2), (
+            "a rotation that was under way goes on with its own key"
+        )
     assert {(1, 4), (2, 0), (2, 2), (2, 4)} <= seen
 
 
 def test_rotations_at_once_lose_no_key(offline):
     config, folder, _ = offline
     words = [sys.executable, "-I", str(BROKER), "--config", str(config), "rotate-key"]
-    running = [subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    running = [
+        subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
     assert [process.communicate(timeout=60)[1] for process in running] == [""] * 4
     assert [process.returncode for process in running] == [0] * 4
     assert {owner: value for owner, (value, _) in opened(folder)[1].items()} == CREDENTIALS
@@ -148,14 +201,20 @@ def test_revoke_killed_between_any_two_steps_ends_whole_logins_only(offline):
         opened(folder)
         with contextlib.closing(sqlite3.connect(folder / "broker.db")) as db:
             assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-            half = db.execute("SELECT count(*) FROM grants JOIN access_tokens USING (grant_id) WHERE ended_at IS NOT NULL").fetchone()[0]
+            half = db.execute(
+                "SELECT count(*) FROM grants JOIN access_tokens USING (grant_id) WHERE ended_at IS NOT NULL"
+            ).fetchone()[0]
             left = db.execute("SELECT count(*) FROM grants WHERE ended_at IS NULL").fetchone()[0]
             sessions = db.execute("SELECT count(*) FROM sessions").fetchone()[0]
         assert half == 0 and sessions == -(-left // 2)
         left_over.add(left)
         assert fjmcp_broker.main(["--config", str(config), "revoke", "--all"]) == (0 if left else 1)
         with contextlib.closing(sqlite3.connect(folder / "broker.db")) as db:
-            assert db.execute("SELECT count(*) FROM access_tokens").fetchone() == db.execute("SELECT count(*) FROM sessions").fetchone() == (0,)
+            assert (
+                db.execute("SELECT count(*) FROM access_tokens").fetchone()
+                == db.execute("SELECT count(*) FROM sessions").fetchone()
+                == (0,)
+            )
     assert left_over == set(range(7))
 
 
@@ -175,7 +234,9 @@ def test_a_backup_killed_between_any_two_steps_is_whole_or_not_there(offline):
     assert found == {True, False}
 
 
-@pytest.mark.parametrize("words", [("users", "--json"), ("clients", "--json"), ("grants", "--json"), ("sessions", "--json")])
+@pytest.mark.parametrize(
+    "words", [("users", "--json"), ("clients", "--json"), ("grants", "--json"), ("sessions", "--json")]
+)
 def test_a_listing_that_is_killed_changes_nothing(offline, words):
     config, folder, prepare = offline
 
@@ -236,9 +297,11 @@ def test_rotate_key_killed_again_and_again_beside_a_running_broker(make_installa
     assert installation.command("rotate-key").returncode == 0
     keys = Keyring.parse((installation.folder / "key").read_text())
     installation.forgejo.add_user("carol")
-    carol = session(installation, "carol")  # sealed with the newest key at once, though the broker was never told
+    carol = session(
+        installation, "carol"
+    )  # sealed with the newest key at once, though the broker was never told
     with contextlib.closing(sqlite3.connect(installation.folder / "broker.db")) as db:
-        assert all(keys.is_newest(box) for box, in db.execute("SELECT credential FROM users"))
+        assert all(keys.is_newest(box) for (box,) in db.execute("SELECT credential FROM users"))
     installation.broker.stop()
     (installation.folder / "key").write_text((installation.folder / "key").read_text().split()[0] + "\n")
     installation.start()
@@ -259,7 +322,9 @@ def test_G10_what_a_restored_backup_brings_back_and_that_revoke_all_ends_it(make
         path.unlink()
     copy.rename(installation.folder / "broker.db")
     installation.start()
-    assert text_of(McpClient(mcp.url, old["access_token"], session_id=mcp.session_id).call_tool("get_my_user_info"))  # as of the backup
+    assert text_of(
+        McpClient(mcp.url, old["access_token"], session_id=mcp.session_id).call_tool("get_my_user_info")
+    )  # as of the backup
     assert installation.command("revoke", "--all").returncode == 0
     mcp.oauth.tokens = old
     assert mcp.oauth.refresh().status == 400
@@ -287,4 +352,8 @@ def test_a_key_file_is_whole_or_not_there(tmp_path):
     with pytest.raises(FileExistsError):
         fjmcp_broker.put_file(str(path), "two", over=b"another")
     fjmcp_broker.put_file(str(path), "two", over=b"one")
-    assert path.read_text() == "two" and stat.S_IMODE(path.stat().st_mode) == 0o600 and os.listdir(tmp_path) == ["key"]
+    assert (
+        path.read_text() == "two"
+        and stat.S_IMODE(path.stat().st_mode) == 0o600
+        and os.listdir(tmp_path) == ["key"]
+    )

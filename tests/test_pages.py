@@ -13,7 +13,12 @@ from mcp_client import McpClient, OAuthClient
 from rig import text_of
 
 pytestmark = [pytest.mark.real("chromium"), pytest.mark.timeout(90, func_only=True)]
-PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
+PHONE = {
+    "viewport": {"width": 360, "height": 740},
+    "is_mobile": True,
+    "has_touch": True,
+    "device_scale_factor": 2,
+}
 LIMIT = 20_000  # milliseconds, as the browser counts
 CONTRAST = 4.5  # WCAG 2.2, 1.4.3 (AA)
 
@@ -42,7 +47,9 @@ class Callback(http.server.ThreadingHTTPServer):
                     self.server.queries.append(dict(parse_qsl(query)))
                 body = b"<title>Connected</title>"
                 self.send_response(307 if path.startswith("/onward") else 200)
-                self.send_header("Location" if path.startswith("/onward") else "X-None", "claude://claude.ai/done?" + query)
+                self.send_header(
+                    "Location" if path.startswith("/onward") else "X-None", "claude://claude.ai/done?" + query
+                )
                 self.send_header("Content-Type", "text/html")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -70,11 +77,16 @@ def callback():
 def open_browser(real_part):
     """A function that starts Chromium, with further arguments."""
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         opened = []
 
         def start(*arguments):
-            opened.append(playwright.chromium.launch(executable_path=real_part("chromium"), args=["--no-sandbox", *arguments]))
+            opened.append(
+                playwright.chromium.launch(
+                    executable_path=real_part("chromium"), args=["--no-sandbox", *arguments]
+                )
+            )
             return opened[-1]
 
         yield start
@@ -91,7 +103,12 @@ def new_page(browser, **options):
     page = browser.new_context(**options).new_page()
     page.set_default_timeout(LIMIT)
     page.troubles = []
-    page.on("console", lambda message: page.troubles.append(message.text) if "Content Security Policy" in message.text else None)
+    page.on(
+        "console",
+        lambda message: (
+            page.troubles.append(message.text) if "Content Security Policy" in message.text else None
+        ),
+    )
     return page
 
 
@@ -140,21 +157,48 @@ def test_18_a_login_ends_in_an_application_with_its_own_scheme(browser, rig):
     client = client_at(rig, "cursor://anysphere.cursor-mcp/oauth/callback", "Cursor")
     page = new_page(browser)
     # This machine has no such application: that the browser tried is all there is to see.
-    with page.expect_event("requestfailed", lambda request: request.url.startswith("cursor://anysphere.cursor-mcp/oauth/callback?code=")) as tried:
+    with page.expect_event(
+        "requestfailed",
+        lambda request: request.url.startswith("cursor://anysphere.cursor-mcp/oauth/callback?code="),
+    ) as tried:
         approve(page, client.authorize_url())
     assert dict(parse_qsl(urlsplit(tried.value.url).query))["iss"] == rig.url and not page.troubles
 
 
 def test_C18_18_a_login_goes_through_an_https_callback_into_an_application(open_browser, rig, tmp_path):
     paths = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
-                    "/CN=claude.ai", "-out", paths[0], "-keyout", paths[1]], check=True, capture_output=True)
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=claude.ai",
+            "-out",
+            paths[0],
+            "-keyout",
+            paths[1],
+        ],
+        check=True,
+        capture_output=True,
+    )
     server = Callback(paths)
     try:
-        browser = open_browser(f"--host-resolver-rules=MAP claude.ai 127.0.0.1:{server.port}", "--ignore-certificate-errors")
+        browser = open_browser(
+            f"--host-resolver-rules=MAP claude.ai 127.0.0.1:{server.port}", "--ignore-certificate-errors"
+        )
         client = client_at(rig, "https://claude.ai/onward/auth_callback")
         page = new_page(browser)
-        with page.expect_event("requestfailed", lambda request: request.url.startswith("claude://claude.ai/done?code=")):
+        with page.expect_event(
+            "requestfailed", lambda request: request.url.startswith("claude://claude.ai/done?code=")
+        ):
             approve(page, client.authorize_url())
         assert len(server.queries) == 1 and not page.troubles
     finally:
@@ -215,7 +259,9 @@ def test_a_form_sent_twice_is_answered_once_and_says_so(browser, rig, callback):
     client = client_at(rig, f"http://localhost:{callback.port}/callback")
     page = new_page(browser)
     page.goto(client.authorize_url())
-    page.evaluate("document.forms[0].target = '_blank'")  # as an impatient second click does: the same form, sent again
+    page.evaluate(
+        "document.forms[0].target = '_blank'"
+    )  # as an impatient second click does: the same form, sent again
     headings = []
     for _ in range(2):
         with page.expect_popup() as opened:
@@ -241,18 +287,23 @@ def test_a_login_finished_in_another_browser_says_so(browser, rig, callback):
     mine.wait_for_url(rig.forgejo.url + "/**")
     sign_in(mine)
     mine.locator("[name=granted][value=true]").wait_for()
-    fields = mine.evaluate("Object.fromEntries(new FormData(document.forms[0], document.querySelector('[name=granted][value=true]')))")
+    fields = mine.evaluate(
+        "Object.fromEntries(new FormData(document.forms[0], document.querySelector('[name=granted][value=true]')))"
+    )
     granted = mine.request.post(rig.forgejo.url + "/login/oauth/grant", form=fields, max_redirects=0)
     theirs.goto(granted.headers["location"])
     assert theirs.get_by_role("heading", level=1).inner_text() == "This login began in another browser"
     assert not callback.queries
 
 
-@pytest.mark.parametrize("path, heading", [
-    ("/oauth/authorize?client_id=nobody", "This application is not registered here"),
-    ("/oauth/callback?code=x&state=y", "This login has expired"),
-    ("/nowhere", None),
-])
+@pytest.mark.parametrize(
+    "path, heading",
+    [
+        ("/oauth/authorize?client_id=nobody", "This application is not registered here"),
+        ("/oauth/callback?code=x&state=y", "This login has expired"),
+        ("/nowhere", None),
+    ],
+)
 def test_error_pages_say_what_to_do(browser, rig, path, heading):
     page = new_page(browser, **PHONE)
     page.goto(rig.url + path)
@@ -287,8 +338,11 @@ def contrast(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("options", [{}, PHONE], ids=["desktop", "phone"])
 def test_the_consent_page_can_be_read_on_any_screen(browser, rig, callback, scheme, options):
-    client = client_at(rig, "https://connector.example.org/with/a/rather/long/path/that/has/no/place/to/break?really=none&at=all",
-                       "An assistant with a name that is longer than one line of a telephone is wide")
+    client = client_at(
+        rig,
+        "https://connector.example.org/with/a/rather/long/path/that/has/no/place/to/break?really=none&at=all",
+        "An assistant with a name that is longer than one line of a telephone is wide",
+    )
     page = new_page(browser, color_scheme=scheme, **options)
     page.goto(client.authorize_url())
     assert fits(page) and contrast(page) >= CONTRAST
@@ -297,11 +351,17 @@ def test_the_consent_page_can_be_read_on_any_screen(browser, rig, callback, sche
     for button in page.get_by_role("button").all():
         assert button.bounding_box()["height"] >= 44  # a finger's size
     if folder := os.environ.get("FJMCP_SCREENSHOTS"):
-        page.screenshot(path=f"{folder}/consent-{scheme}-{'phone' if options else 'desktop'}.png", full_page=True)
+        page.screenshot(
+            path=f"{folder}/consent-{scheme}-{'phone' if options else 'desktop'}.png", full_page=True
+        )
         page.goto(rig.url + "/")
-        page.screenshot(path=f"{folder}/home-{scheme}-{'phone' if options else 'desktop'}.png", full_page=True)
+        page.screenshot(
+            path=f"{folder}/home-{scheme}-{'phone' if options else 'desktop'}.png", full_page=True
+        )
         page.goto(rig.url + "/oauth/authorize?client_id=nobody")
-        page.screenshot(path=f"{folder}/error-{scheme}-{'phone' if options else 'desktop'}.png", full_page=True)
+        page.screenshot(
+            path=f"{folder}/error-{scheme}-{'phone' if options else 'desktop'}.png", full_page=True
+        )
 
 
 def test_the_page_for_people_who_open_the_address_fits_a_phone(browser, rig):
@@ -312,14 +372,20 @@ def test_the_page_for_people_who_open_the_address_fits_a_phone(browser, rig):
 
 @pytest.mark.parametrize("options", [{}, PHONE], ids=["desktop", "phone"])
 def test_a_person_sees_and_ends_what_is_connected(browser, rig, options):
-    client = rig.login("alice", name="An assistant with a name that is longer than one line of a telephone is wide")
+    client = rig.login(
+        "alice", name="An assistant with a name that is longer than one line of a telephone is wide"
+    )
     page = new_page(browser, **options)
     page.goto(rig.url + "/")
     page.get_by_role("link", name="See and end what you have connected").click()
     page.get_by_role("button", name="Log in at").click()
     sign_in(page)
     page.get_by_role("button", name="Disconnect").wait_for()
-    assert fits(page) and contrast(page) >= CONTRAST and "An assistant with a name" in page.locator("main").inner_text()
+    assert (
+        fits(page)
+        and contrast(page) >= CONTRAST
+        and "An assistant with a name" in page.locator("main").inner_text()
+    )
     page.get_by_role("button", name="Disconnect").click()
     page.get_by_role("button", name="Disconnect").wait_for(state="detached")
     assert page.url == rig.url + "/account" and not page.troubles
@@ -333,10 +399,22 @@ def test_a_screen_reader_is_told_everything_in_order(browser, rig, callback):
     page = new_page(browser)
     page.goto(client.authorize_url())
     snapshot = page.locator("main").aria_snapshot()
-    parts = ['heading "Connect an application?" [level=1]', "Claude", "not verified", f"http://localhost:{callback.port}/callback",
-             "Go on only if you started this yourself", 'heading "What it will be able to do" [level=2]', "list:", 'group "How much of it?"',
-             'radio "Full access: use every tool, also those that change things" [checked]', 'radio "Read only: use only tools that look things up"',
-             'button "Refuse"', 'button "Allow"']
+    parts = [
+        'heading "Connect an application?" [level=1]',
+        "Claude",
+        "not verified",
+        f"http://localhost:{callback.port}/callback",
+        "Go on only if you started this yourself",
+        'heading "What it will be able to do" [level=2]',
+        "list:",
+        'group "How much of it?"',
+        'radio "Full access: use every tool, also those that change things" [checked]',
+        'radio "Read only: use only tools that look things up"',
+        'button "Refuse"',
+        'button "Allow"',
+    ]
     positions = [snapshot.find(part) for part in parts]
     assert -1 not in positions and positions == sorted(positions), snapshot
-    assert page.evaluate("document.documentElement.lang") == "en" and page.title() == "Connect an application?"
+    assert (
+        page.evaluate("document.documentElement.lang") == "en" and page.title() == "Connect an application?"
+    )

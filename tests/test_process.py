@@ -94,17 +94,34 @@ def test_version_and_help_need_nothing(tmp_path):
     done = run_program("--version", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("fjmcp-broker ")
     shown = run_program("--help", cwd=tmp_path)
-    assert shown.returncode == 0 and "--forgejo-oauth-client-secret" in shown.stdout and "rotate-key" in shown.stdout
+    assert (
+        shown.returncode == 0
+        and "--forgejo-oauth-client-secret" in shown.stdout
+        and "rotate-key" in shown.stdout
+    )
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words, expected", [
-    ((), ["public_url is missing", "forgejo_url is missing", "forgejo_oauth_client_id", "forgejo_oauth_client_secret"]),
-    (("--pubilc-url", "x"), ["unknown flag --pubilc-url", "'public_url'"]),
-    (("serv",), ["unknown command 'serv'", "serve"]), (("--listen",), ["--listen needs a value"]),
-    (("users", "--user", "x"), ["--user is not for users"]), (("backup",), ["one FILE"]),
-    (("--config", "/nowhere/x.toml"), ["cannot read /nowhere/x.toml"]),
-])
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (
+            (),
+            [
+                "public_url is missing",
+                "forgejo_url is missing",
+                "forgejo_oauth_client_id",
+                "forgejo_oauth_client_secret",
+            ],
+        ),
+        (("--pubilc-url", "x"), ["unknown flag --pubilc-url", "'public_url'"]),
+        (("serv",), ["unknown command 'serv'", "serve"]),
+        (("--listen",), ["--listen needs a value"]),
+        (("users", "--user", "x"), ["--user is not for users"]),
+        (("backup",), ["one FILE"]),
+        (("--config", "/nowhere/x.toml"), ["cannot read /nowhere/x.toml"]),
+    ],
+)
 def test_wrong_usage_ends_with_2_and_says_everything_at_once(tmp_path, words, expected):
     done = run_program(*words, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -112,11 +129,19 @@ def test_wrong_usage_ends_with_2_and_says_everything_at_once(tmp_path, words, ex
 
 
 def test_all_configuration_errors_are_told_with_where_they_came_from(make_installation):
-    installation = make_installation(session_idle_timeout="soon", max_sesions=3, forgejo_oauth_scopes="read:repo")
+    installation = make_installation(
+        session_idle_timeout="soon", max_sesions=3, forgejo_oauth_scopes="read:repo"
+    )
     done = installation.command("--listen", "nowhere", environment={"FJMCP_BROKER_MAX_BODY": "-1"})
     assert done.returncode == 2
-    for part in ("session_idle_timeout", "'max_sesions'; did you mean 'max_sessions'", "read:repo", "flag: listen", "environment: max_body",
-                 f"file {installation.config}"):
+    for part in (
+        "session_idle_timeout",
+        "'max_sesions'; did you mean 'max_sessions'",
+        "read:repo",
+        "flag: listen",
+        "environment: max_body",
+        f"file {installation.config}",
+    ):
         assert part in done.stderr
 
 
@@ -137,8 +162,10 @@ def test_the_file_alone_in_an_empty_folder_serves_the_whole_path(make_installati
 def test_the_environment_configures_it_as_the_file_does(make_installation, tmp_path):
     installation = make_installation()
     installation.start()
-    values = {f"FJMCP_BROKER_{name.upper()}": ",".join(value) if isinstance(value, list) else value
-              for name, value in installation.settings.items()}
+    values = {
+        f"FJMCP_BROKER_{name.upper()}": ",".join(value) if isinstance(value, list) else value
+        for name, value in installation.settings.items()
+    }
     done = run_program("check", cwd=tmp_path, environment=values)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -164,7 +191,9 @@ def test_SIGTERM_answers_what_was_read_ends_idle_streams_and_leaves_no_child(mak
 
 
 def test_SIGTERM_gives_an_error_to_a_call_that_takes_longer(make_installation, control):
-    installation = make_installation(child=("--control", control.path, "--mode", "ignore_term"), stop_timeout="200ms")
+    installation = make_installation(
+        child=("--control", control.path, "--mode", "ignore_term"), stop_timeout="200ms"
+    )
     broker = installation.start()
     mcp = session(installation)
     join = hanging_call(mcp, control)
@@ -188,7 +217,9 @@ def test_new_connections_go_to_the_next_process_during_a_restart(make_installati
     assert first.process.wait(25) == 0
     installation.start()
     assert waiting().tokens["access_token"]
-    assert "alice" in text_of(McpClient(mcp.url, mcp.token, session_id=mcp.session_id).call_tool("get_my_user_info"))
+    assert "alice" in text_of(
+        McpClient(mcp.url, mcp.token, session_id=mcp.session_id).call_tool("get_my_user_info")
+    )
 
 
 def test_kill_9_leaves_no_child_not_even_one_that_hangs_or_ignores_SIGTERM(make_installation, control):
@@ -211,7 +242,9 @@ def test_after_kill_9_tokens_and_sessions_go_on(make_installation):
     broker.kill()
     installation.start()
     assert await_end(pids) == []
-    assert "alice" in text_of(McpClient(mcp.url, mcp.token, session_id=mcp.session_id).call_tool("get_my_user_info"))
+    assert "alice" in text_of(
+        McpClient(mcp.url, mcp.token, session_id=mcp.session_id).call_tool("get_my_user_info")
+    )
     mcp.oauth.refresh()
     assert mcp.oauth.tokens["access_token"] != mcp.token
 
@@ -240,7 +273,9 @@ def test_SIGHUP_takes_over_what_may_change_and_names_what_may_not(make_installat
     mcp = session(installation)
     ping = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
     assert mcp.post(ping, headers=origin).status == 403
-    installation.write(**{**installation.settings, "allowed_origins": ["https://two.example"], "listen": "127.0.0.1:1"})
+    installation.write(
+        **{**installation.settings, "allowed_origins": ["https://two.example"], "listen": "127.0.0.1:1"}
+    )
     broker.process.send_signal(signal.SIGHUP)
     while not (seen := installation.records("settings re-read")):
         select.select([], [], [], 0.01)
@@ -254,7 +289,9 @@ def test_SIGHUP_takes_over_what_may_change_and_names_what_may_not(make_installat
     assert mcp.post(ping, headers=origin).status == 200
 
 
-def test_secrets_on_standard_input_are_read_once_and_are_nowhere_for_a_child_to_find(make_installation, tmp_path):
+def test_secrets_on_standard_input_are_read_once_and_are_nowhere_for_a_child_to_find(
+    make_installation, tmp_path
+):
     installation = make_installation()
     secret, name = installation.settings["forgejo_oauth_client_secret"], "forgejo_oauth_client_secret"
     (installation.folder / "secrets.toml").write_text(f"{name} = {json.dumps(secret)}\n")
@@ -283,7 +320,11 @@ def test_a_port_in_use_is_said_so(make_installation):
     installation = make_installation()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = installation.command("--listen", "127.0.0.1:%d" % taken.getsockname()[1])
-    assert done.returncode == 2 and "cannot listen on 127.0.0.1" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "cannot listen on 127.0.0.1" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_log_lines_are_objects_or_text_for_people(make_installation):
@@ -291,8 +332,16 @@ def test_log_lines_are_objects_or_text_for_people(make_installation):
     installation.start()
     session(installation)
     installation.broker.stop()
-    assert {"serving", "client registered", "consent given", "login", "token issued", "session opened", "child started",
-            "child stopped"} <= {record["event"] for record in installation.records()}
+    assert {
+        "serving",
+        "client registered",
+        "consent given",
+        "login",
+        "token issued",
+        "session opened",
+        "child started",
+        "child stopped",
+    } <= {record["event"] for record in installation.records()}
     plain = make_installation(log_format="text")
     plain.start()
     plain.broker.stop()
@@ -307,9 +356,12 @@ def test_metrics_are_served_on_their_own_address_only(make_installation):
     mcp = session(installation)
     import urllib.error
     import urllib.request
+
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
         text = answer.read().decode()
-    assert "fjmcp_children 1" in text and 'fjmcp_events_total{event="login"} 1' in text and "alice" not in text
+    assert (
+        "fjmcp_children 1" in text and 'fjmcp_events_total{event="login"} 1' in text and "alice" not in text
+    )
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(installation.url + "/metrics", timeout=10)
     assert error.value.code == 404
@@ -329,9 +381,14 @@ def test_no_secret_reaches_the_log(make_installation):
     mcp.oauth.revoke(mcp.oauth.tokens["refresh_token"])
     installation.broker.stop()
     log = installation.log_path.read_text()
-    secrets = ["canary-argument", *(tokens[name] for tokens in (old, mcp.oauth.tokens) for name in ("access_token", "refresh_token")),
-               installation.app.client_secret, (installation.folder / "key").read_text().strip(), mcp.session_id,
-               upstream]
+    secrets = [
+        "canary-argument",
+        *(tokens[name] for tokens in (old, mcp.oauth.tokens) for name in ("access_token", "refresh_token")),
+        installation.app.client_secret,
+        (installation.folder / "key").read_text().strip(),
+        mcp.session_id,
+        upstream,
+    ]
     assert all(secrets) and not [secret for secret in secrets if secret in log]
     assert "fja_" not in log and "fjr_" not in log and "fjc_" not in log
 
@@ -348,7 +405,9 @@ def test_two_users_at_once_get_only_their_own_bytes(make_installation):
     for user, join in joins:
         answers = join()
         other = "bob" if user == "alice" else "alice"
-        assert len(answers) == 25 and all(f'"login": "{user}"' in answer and other not in answer for answer in answers)
+        assert len(answers) == 25 and all(
+            f'"login": "{user}"' in answer and other not in answer for answer in answers
+        )
 
 
 def test_a_second_login_of_a_user_leaves_the_first_client_working_through_its_next_refresh(make_installation):
@@ -365,6 +424,7 @@ def test_a_second_login_of_a_user_leaves_the_first_client_working_through_its_ne
 
 def test_it_imports_the_standard_library_only():
     import ast
+
     names = set()
     for node in ast.walk(ast.parse(BROKER.read_text())):
         names |= {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import) else set()

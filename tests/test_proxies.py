@@ -39,8 +39,30 @@ OWN_ADDRESS = "127.77.%d.%d" % divmod(os.getpid() % 65536, 256)
 def certificate(folder):
     """A self-signed certificate for HOST and its key; their paths."""
     paths = folder / "cert.pem", folder / "key.pem"
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
-                    f"/CN={HOST}", "-addext", f"subjectAltName=DNS:{HOST}", "-out", paths[0], "-keyout", paths[1]], check=True, capture_output=True)
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            f"/CN={HOST}",
+            "-addext",
+            f"subjectAltName=DNS:{HOST}",
+            "-out",
+            paths[0],
+            "-keyout",
+            paths[1],
+        ],
+        check=True,
+        capture_output=True,
+    )
     return paths
 
 
@@ -49,7 +71,8 @@ def caddy_configuration(folder, port, upstream):
     text = (DOCS / "Caddyfile").read_text()
     cert, key = certificate(folder)
     text = text.replace("127.0.0.1:8080", upstream).replace(
-        f"{HOST} {{", f"{HOST}:{port} {{\n\tbind {OWN_ADDRESS}\n\ttls {cert} {key}", 1)
+        f"{HOST} {{", f"{HOST}:{port} {{\n\tbind {OWN_ADDRESS}\n\ttls {cert} {key}", 1
+    )
     path = folder / "Caddyfile"
     path.write_text("{\n\tadmin off\n\tauto_https disable_redirects\n\tskip_install_trust\n}\n" + text)
     return ["run", "--config", path, "--adapter", "caddyfile"]
@@ -62,10 +85,15 @@ def nginx_configuration(folder, port, upstream):
     text = re.sub(r"listen \[::\]:443[^;]*;", "", text).replace("listen 443", f"listen {OWN_ADDRESS}:{port}")
     text = re.sub(r"/etc/letsencrypt\S*fullchain.pem", str(cert), text)
     text = re.sub(r"/etc/letsencrypt\S*privkey.pem", str(key), text).replace("127.0.0.1:8080", upstream)
-    temporary = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    temporary = "".join(
+        f"{kind}_temp_path {folder}/{kind};\n"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
     path = folder / "nginx.conf"
-    path.write_text(f"daemon off;\npid {folder}/pid;\nerror_log {folder}/error.log;\nuser root;\nevents {{}}\nhttp {{\naccess_log off;\n"
-                    f"{temporary}\n{text}}}\n")
+    path.write_text(
+        f"daemon off;\npid {folder}/pid;\nerror_log {folder}/error.log;\nuser root;\nevents {{}}\nhttp {{\naccess_log off;\n"
+        f"{temporary}\n{text}}}\n"
+    )
     return ["-c", path, "-p", folder]
 
 
@@ -75,10 +103,22 @@ CONFIGURATIONS = {"caddy": caddy_configuration, "nginx": nginx_configuration}
 @contextlib.contextmanager
 def running(program, words, folder, address):
     """The proxy as a process, once it accepts connections."""
-    environment = {**os.environ, "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder), "HOME": str(folder)}
+    environment = {
+        **os.environ,
+        "XDG_DATA_HOME": str(folder),
+        "XDG_CONFIG_HOME": str(folder),
+        "HOME": str(folder),
+    }
     with open(folder / "proxy.log", "wb") as log:
-        process = subprocess.Popen([program, *map(str, words)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder, env=environment,
-                                   process_group=0)
+        process = subprocess.Popen(
+            [program, *map(str, words)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            env=environment,
+            process_group=0,
+        )
     try:
         for _ in range(READY_LIMIT * 50):
             with contextlib.suppress(OSError), socket.create_connection(address, 1):
@@ -104,8 +144,14 @@ def behind(request, real_part, make_installation, tmp_path):
         upstream = urlsplit(installation.url).netloc
         origin = f"https://{HOST}:{port}"
         installation.app = installation.forgejo.add_app([origin + "/oauth/callback"])
-        installation.write(**{**installation.settings, "public_url": origin, "forgejo_oauth_client_id": installation.app.client_id,
-                              "forgejo_oauth_client_secret": installation.app.client_secret})
+        installation.write(
+            **{
+                **installation.settings,
+                "public_url": origin,
+                "forgejo_oauth_client_id": installation.app.client_id,
+                "forgejo_oauth_client_secret": installation.app.client_secret,
+            }
+        )
         installation.start()
         installation.url = origin
         words = CONFIGURATIONS[request.param](folder, port, upstream)
@@ -123,7 +169,9 @@ def login(behind, user="alice"):
 
 def session(behind, user="alice"):
     installation, routes, context, _ = behind
-    mcp = McpClient(installation.url + "/mcp", login(behind, user).tokens["access_token"], routes=routes, context=context)
+    mcp = McpClient(
+        installation.url + "/mcp", login(behind, user).tokens["access_token"], routes=routes, context=context
+    )
     mcp.initialize()
     return mcp
 
@@ -145,9 +193,14 @@ def test_events_arrive_as_they_are_sent_and_a_long_call_is_waited_for(behind):
         control.emit({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
         assert stream.next(20).data["method"] == "notifications/tools/list_changed"
         _, call = mcp.start_request("tools/call", {"name": "get_slow", "arguments": {"key": "k"}})
-        assert call.headers["Content-Type"] == "text/event-stream"  # its head is here before its answer is made
+        assert (
+            call.headers["Content-Type"] == "text/event-stream"
+        )  # its head is here before its answer is made
         control.release("k")
-        assert [call.next(20).data == "", "result" in call.next(20).data] == [True, True]  # the first event only has an id
+        assert [call.next(20).data == "", "result" in call.next(20).data] == [
+            True,
+            True,
+        ]  # the first event only has an id
         stream.close()
 
 
@@ -155,9 +208,16 @@ def exchange(behind, head, body):
     """Send one request to /mcp over a connection of its own; the answer and its body. It may come before all was sent."""
     installation, routes, context, _ = behind
     proxy, token = urlsplit(routes[installation.url]), login(behind).tokens["access_token"]
-    with context.wrap_socket(socket.create_connection((proxy.hostname, proxy.port), 20), server_hostname=HOST) as sock:
-        head = [f"POST /mcp HTTP/1.1\r\nHost: {urlsplit(installation.url).netloc}", f"Authorization: Bearer {token}",
-                "Content-Type: application/json", "Connection: close", *head]
+    with context.wrap_socket(
+        socket.create_connection((proxy.hostname, proxy.port), 20), server_hostname=HOST
+    ) as sock:
+        head = [
+            f"POST /mcp HTTP/1.1\r\nHost: {urlsplit(installation.url).netloc}",
+            f"Authorization: Bearer {token}",
+            "Content-Type: application/json",
+            "Connection: close",
+            *head,
+        ]
         with contextlib.suppress(OSError):
             sock.sendall("\r\n".join(head).encode() + b"\r\n\r\n" + body)
         answer = http.client.HTTPResponse(sock)
@@ -166,9 +226,15 @@ def exchange(behind, head, body):
 
 
 def test_a_chunked_body_is_read(behind):
-    body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "ping", "params": {"_meta": {"x": "y" * 100_000}}}).encode()
-    parts = [body[start:start + 7000] for start in range(0, len(body), 7000)] + [b""]
-    answer, message = exchange(behind, ["Transfer-Encoding: chunked"], b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts))
+    body = json.dumps(
+        {"jsonrpc": "2.0", "id": 1, "method": "ping", "params": {"_meta": {"x": "y" * 100_000}}}
+    ).encode()
+    parts = [body[start : start + 7000] for start in range(0, len(body), 7000)] + [b""]
+    answer, message = exchange(
+        behind,
+        ["Transfer-Encoding: chunked"],
+        b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts),
+    )
     assert answer.status == 200 and message == {"jsonrpc": "2.0", "id": 1, "result": {}}
 
 
@@ -176,8 +242,17 @@ def test_B13_a_forged_address_is_not_believed(behind):
     installation, routes, context, _ = behind
     client = OAuthClient(installation.url, routes=routes, context=context)
     client.discover()
-    client._http("POST", client.metadata["registration_endpoint"], json.dumps({"redirect_uris": ["https://a.example/cb"]}).encode(),
-                 {"Content-Type": "application/json", "X-Forwarded-For": "203.0.113.9", "X-Real-IP": "203.0.113.9", "Forwarded": "for=203.0.113.9"})
+    client._http(
+        "POST",
+        client.metadata["registration_endpoint"],
+        json.dumps({"redirect_uris": ["https://a.example/cb"]}).encode(),
+        {
+            "Content-Type": "application/json",
+            "X-Forwarded-For": "203.0.113.9",
+            "X-Real-IP": "203.0.113.9",
+            "Forwarded": "for=203.0.113.9",
+        },
+    )
     assert installation.records("client registered")[-1]["address"] == "127.0.0.1"
 
 
@@ -188,12 +263,21 @@ def test_too_large_a_body_gets_the_brokers_own_words(behind):
 
 
 AMBIGUOUS = [  # (field lines, body): each could be read as one request or as two
-    ([b"Content-Length: 5", b"Transfer-Encoding: chunked"], b"0\r\n\r\n"), ([b"Content-Length: 5", b"Content-Length: 0"], b"GET /x"),
-    ([b"Content-Length: 0", b"Content-Length: 5"], b"GET /x"), ([b"Content-Length: +5"], b"abcde"), ([b"Content-Length: 5, 5"], b"abcde"),
-    ([b"Transfer-Encoding: xchunked"], b"0\r\n\r\n"), ([b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity"], b"0\r\n\r\n"),
-    ([b"Transfer-Encoding : chunked"], b"0\r\n\r\n"), ([b"Transfer-Encoding:\x0bchunked"], b"0\r\n\r\n"), ([b"X: y\rContent-Length: 5"], b"abcde"),
-    ([b"X: y\nContent-Length: 5"], b"abcde"), ([b" Content-Length: 5"], b"abcde"), ([b"Transfer-Encoding: chunked"], b"5\nabcde\n0\n\n"),
-    ([b"Transfer-Encoding: chunked"], b"5 \r\nabcde\r\n0\r\n\r\n"), ([b"Transfer-Encoding: chunked"], b"fffffffffffffffff1\r\na\r\n0\r\n\r\n"),
+    ([b"Content-Length: 5", b"Transfer-Encoding: chunked"], b"0\r\n\r\n"),
+    ([b"Content-Length: 5", b"Content-Length: 0"], b"GET /x"),
+    ([b"Content-Length: 0", b"Content-Length: 5"], b"GET /x"),
+    ([b"Content-Length: +5"], b"abcde"),
+    ([b"Content-Length: 5, 5"], b"abcde"),
+    ([b"Transfer-Encoding: xchunked"], b"0\r\n\r\n"),
+    ([b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity"], b"0\r\n\r\n"),
+    ([b"Transfer-Encoding : chunked"], b"0\r\n\r\n"),
+    ([b"Transfer-Encoding:\x0bchunked"], b"0\r\n\r\n"),
+    ([b"X: y\rContent-Length: 5"], b"abcde"),
+    ([b"X: y\nContent-Length: 5"], b"abcde"),
+    ([b" Content-Length: 5"], b"abcde"),
+    ([b"Transfer-Encoding: chunked"], b"5\nabcde\n0\n\n"),
+    ([b"Transfer-Encoding: chunked"], b"5 \r\nabcde\r\n0\r\n\r\n"),
+    ([b"Transfer-Encoding: chunked"], b"fffffffffffffffff1\r\na\r\n0\r\n\r\n"),
     ([b"Content-Length: 5", b"Expect: 100-continue"], b"abcde"),
 ]
 
@@ -203,7 +287,9 @@ def test_H23_the_broker_never_reads_more_requests_than_the_proxy_sent(behind):
     proxy, netloc = urlsplit(routes[installation.url]), urlsplit(installation.url).netloc.encode()
     answers = 0
     for lines, body in AMBIGUOUS:
-        with context.wrap_socket(socket.create_connection((proxy.hostname, proxy.port), 20), server_hostname=HOST) as sock:
+        with context.wrap_socket(
+            socket.create_connection((proxy.hostname, proxy.port), 20), server_hostname=HOST
+        ) as sock:
             head = b"\r\n".join([b"POST /oauth/token HTTP/1.1", b"Host: " + netloc, *lines])
             last = b"GET /healthz HTTP/1.1\r\nHost: " + netloc + b"\r\nConnection: close\r\n\r\n"
             data = b""

@@ -29,7 +29,12 @@ threading.Event().wait()
 
 
 def opening(**params):
-    return {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion": "2025-11-25", "capabilities": {}, **params}}
+    return {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "initialize",
+        "params": {"protocolVersion": "2025-11-25", "capabilities": {}, **params},
+    }
 
 
 def client(rig):
@@ -146,20 +151,30 @@ def test_a_batch_with_large_answers_loses_none_when_the_last_comes_after_the_wai
 
     def take_and_go_on(*arguments):
         item = take(*arguments)
-        if item is None or len(due) == 2:  # the second while the first is looked at, the third when the wait is over
+        if (
+            item is None or len(due) == 2
+        ):  # the second while the first is looked at, the third when the wait is over
             put_next()
         return item
 
     monkeypatch.setattr(reader, "take", take_and_go_on)
     put_next()
-    connection = fjmcp_broker.Connection(types.SimpleNamespace(settings=None, watcher=unittest.mock.Mock()), None, "x")
+    connection = fjmcp_broker.Connection(
+        types.SimpleNamespace(settings=None, watcher=unittest.mock.Mock()), None, "x"
+    )
     monkeypatch.setattr(connection, "_write", written.append)
     connection._pump(fjmcp_broker.Response(200, later=fjmcp_broker.Later(reader, 0.0, batch=True)), False)
     assert all(b'{"id":%d}' % number in b"".join(written) for number in (1, 2, 3))
 
 
-@pytest.mark.parametrize("method, params, outcome", [("tools/list", {"_meta": 5}, "result"), ("resources/subscribe", {"uri": 5}, "error"),
-                                                     ("resources/subscribe", {"uri": []}, "error")])
+@pytest.mark.parametrize(
+    "method, params, outcome",
+    [
+        ("tools/list", {"_meta": 5}, "result"),
+        ("resources/subscribe", {"uri": 5}, "error"),
+        ("resources/subscribe", {"uri": []}, "error"),
+    ],
+)
 def test_a_request_with_wrong_parts_hurts_itself_only(make_rig, monkeypatch, method, params, outcome):
     monkeypatch.setattr(mcp_client, "judge", None)
     rig = make_rig(child=("--era", "modern"))

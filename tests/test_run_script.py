@@ -67,7 +67,10 @@ def test_a_candidate_of_another_version_or_none_is_passed_over(tmp_path):
     lying = program(tmp_path / "b" / "python3.13")
     good = program(tmp_path / "c" / "python3.13")
     answers = {str(broken): None, str(lying): python(3, 12), str(good): python(3, 13)}
-    environ = {"PATH": os.pathsep.join(str(path.parent) for path in (broken, lying, good)), "HOME": str(tmp_path)}
+    environ = {
+        "PATH": os.pathsep.join(str(path.parent) for path in (broken, lying, good)),
+        "HOME": str(tmp_path),
+    }
     assert run.find_python((3, 13), environ, answers.get) == python(3, 13)
 
 
@@ -109,7 +112,9 @@ def test_another_lock_text_or_python_means_another_folder(tmp_path, monkeypatch)
     assert run.venv_folder("cache", "ring1", python(3, 11, 8)) != first
     (tmp_path / "ring1.txt").write_text("pytest==2\n")
     assert run.venv_folder("cache", "ring1", python(3, 11, 7)) != first
-    assert run.forgejo_mcp_folder("cache", {}) != run.forgejo_mcp_folder("cache", {"FORGEJO_MCP": "/bin/other"})
+    assert run.forgejo_mcp_folder("cache", {}) != run.forgejo_mcp_folder(
+        "cache", {"FORGEJO_MCP": "/bin/other"}
+    )
 
 
 def test_the_tests_look_for_a_part_where_the_run_installs_it(monkeypatch, tmp_path):
@@ -216,7 +221,13 @@ def test_a_part_that_is_there_is_neither(ci):
 
 @pytest.mark.parametrize(
     ("environ", "answer"),
-    [({}, False), ({"CI": ""}, False), ({"CI": "false"}, False), ({"CI": "0"}, False), ({"CI": "true"}, True)],
+    [
+        ({}, False),
+        ({"CI": ""}, False),
+        ({"CI": "false"}, False),
+        ({"CI": "0"}, False),
+        ({"CI": "true"}, True),
+    ],
 )
 def test_ci_is_what_the_usual_variable_says(environ, answer):
     assert run.is_ci(environ) is answer
@@ -239,8 +250,23 @@ def inner_run(tmp_path, ci):
     (tmp_path / "test_inner.py").write_text(INNER_TEST)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = real(name): real part\n")
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "CI"))}
-    environ.update(FJMCP_CACHE=str(tmp_path / "cache"), PYTHONPATH=str(run.ROOT / "tests"), **({"CI": "true"} if ci else {}))
-    argv = [sys.executable, "-m", "pytest", "-p", "real_parts", "-p", "no:cacheprovider", "-v", "-rs", str(tmp_path)]
+    environ.update(
+        FJMCP_CACHE=str(tmp_path / "cache"),
+        PYTHONPATH=str(run.ROOT / "tests"),
+        **({"CI": "true"} if ci else {}),
+    )
+    argv = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "real_parts",
+        "-p",
+        "no:cacheprovider",
+        "-v",
+        "-rs",
+        str(tmp_path),
+    ]
     return subprocess.run(argv, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=50)
 
 
@@ -263,7 +289,9 @@ def test_in_ci_a_test_without_its_part_fails_by_name(tmp_path):
 
 def test_a_given_forgejo_mcp_is_taken_as_it_is(tmp_path):
     binary = program(tmp_path / "forgejo-mcp")
-    assert run.install_forgejo_mcp(tmp_path / "part", run.Commands(), {"FORGEJO_MCP": str(binary)}) == str(binary)
+    assert run.install_forgejo_mcp(tmp_path / "part", run.Commands(), {"FORGEJO_MCP": str(binary)}) == str(
+        binary
+    )
 
 
 def test_a_given_forgejo_mcp_that_is_no_program_is_an_error(tmp_path):
@@ -286,7 +314,14 @@ def test_stop_ends_the_command_under_way_and_lets_none_start(tmp_path):
 
     def command():
         try:
-            commands.run([sys.executable, "-c", "import sys, time; open(sys.argv[1], 'w').close(); time.sleep(600)", started])
+            commands.run(
+                [
+                    sys.executable,
+                    "-c",
+                    "import sys, time; open(sys.argv[1], 'w').close(); time.sleep(600)",
+                    started,
+                ]
+            )
         except run.InstallFailed as error:
             failures.append(str(error))
 
@@ -301,7 +336,9 @@ def test_stop_ends_the_command_under_way_and_lets_none_start(tmp_path):
 
 
 def test_a_run_over_its_limit_is_ended_with_a_status_of_its_own():
-    status, lines = run.run_pytest([sys.executable, "-uc", "import time; print('begun'); time.sleep(600)"], dict(os.environ), 0)
+    status, lines = run.run_pytest(
+        [sys.executable, "-uc", "import time; print('begun'); time.sleep(600)"], dict(os.environ), 0
+    )
     assert status == 124
 
 

@@ -6,8 +6,10 @@ from hypothesis import assume, given, settings, strategies as st
 from fjmcp_broker import Keyring, hkdf, seal_with, unseal_with
 
 KEY = bytes(range(32))
-VECTOR = ("464a312ade72fa0000000000000000000000000000000000000000000000000000000000000000cfa4d80393fe9f96a520da701827a3f10b3c92d4e454c7"
-          "5ba53dc34fc4a512cb9e48b30f7b56d9b8c34a32f834cec78f063b348f98")
+VECTOR = (
+    "464a312ade72fa0000000000000000000000000000000000000000000000000000000000000000cfa4d80393fe9f96a520da701827a3f10b3c92d4e454c7"
+    "5ba53dc34fc4a512cb9e48b30f7b56d9b8c34a32f834cec78f063b348f98"
+)
 
 
 def test_the_published_vector_is_met():
@@ -39,7 +41,9 @@ def test_G12_every_flipped_bit_and_every_truncation_is_refused():
 
 
 PURPOSES = st.sampled_from(["upstream", "grace", "probe", "login", "", "upstream/", "user"])
-OWNERS = st.sampled_from(["user:4", "user:42", "user:421", "store", "", "upstreamuser:42"]) | st.text(max_size=12).filter(str.isprintable)
+OWNERS = st.sampled_from(["user:4", "user:42", "user:421", "store", "", "upstreamuser:42"]) | st.text(
+    max_size=12
+).filter(str.isprintable)
 
 
 @settings(max_examples=300, deadline=None)
@@ -57,15 +61,25 @@ def test_G12_any_change_to_any_box_is_refused_before_anything_is_decrypted(plain
         assume(wrong not in (box, other))
     else:
         junk = data.draw(st.binary(min_size=1, max_size=80))
-        wrong = {"cut": box[:where], "cut front": box[where + 1:], "insert": box[:where] + junk + box[where:], "append": box + junk,
-                 "replace": box[:where] + junk + box[where + len(junk):]}[kind]
+        wrong = {
+            "cut": box[:where],
+            "cut front": box[where + 1 :],
+            "insert": box[:where] + junk + box[where:],
+            "append": box + junk,
+            "replace": box[:where] + junk + box[where + len(junk) :],
+        }[kind]
         assume(wrong != box)
     with pytest.raises(ValueError):
         unseal_with(KEY, purpose, owner, bytes(wrong))
 
 
 @settings(max_examples=300, deadline=None)
-@given(plain=st.binary(max_size=100), sealed=st.tuples(PURPOSES, OWNERS), opened=st.tuples(PURPOSES, OWNERS), key=st.sampled_from([KEY, bytes(32)]))
+@given(
+    plain=st.binary(max_size=100),
+    sealed=st.tuples(PURPOSES, OWNERS),
+    opened=st.tuples(PURPOSES, OWNERS),
+    key=st.sampled_from([KEY, bytes(32)]),
+)
 def test_G11_a_box_opens_for_no_other_mix_of_purpose_owner_and_key(plain, sealed, opened, key):
     assume((*sealed, KEY) != (*opened, key))
     with pytest.raises(ValueError):
@@ -82,7 +96,9 @@ def test_G12_whatever_is_no_box_is_refused(box):
             ring.unseal("upstream", "user:42", seal_with(KEY, "", "", b"")[:7] + box)
 
 
-@pytest.mark.parametrize("purpose, owner", [("grace", "user:42"), ("upstream", "user:43"), ("upstream", "user:4")])
+@pytest.mark.parametrize(
+    "purpose, owner", [("grace", "user:42"), ("upstream", "user:43"), ("upstream", "user:4")]
+)
 def test_G11_a_box_moved_to_another_owner_or_purpose_does_not_open(purpose, owner):
     with pytest.raises(ValueError):
         unseal_with(KEY, purpose, owner, bytes.fromhex(VECTOR))

@@ -13,7 +13,12 @@ from document_web import DOCUMENTS, PUBLIC, DocumentWeb, RsaKey, make_authority
 from mcp_client import McpClient, OAuthClient
 
 ME = "https://app.example/client.json"
-MINE = {"client_id": ME, "client_name": "An app", "redirect_uris": ["https://app.example/cb"], "token_endpoint_auth_method": "none"}
+MINE = {
+    "client_id": ME,
+    "client_name": "An app",
+    "redirect_uris": ["https://app.example/cb"],
+    "token_endpoint_auth_method": "none",
+}
 CHALLENGE = "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"
 JWT_BEARER = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 
@@ -42,8 +47,14 @@ def cimd(make_rig, web):
 
 def ask(rig, client_id, redirect_uri="https://app.example/cb", address=None):
     """The page that a person sees whose client has this client_id."""
-    query = {"response_type": "code", "client_id": client_id, "redirect_uri": redirect_uri, "code_challenge": CHALLENGE,
-             "code_challenge_method": "S256", "state": "s"}
+    query = {
+        "response_type": "code",
+        "client_id": client_id,
+        "redirect_uri": redirect_uri,
+        "code_challenge": CHALLENGE,
+        "code_challenge_method": "S256",
+        "state": "s",
+    }
     headers = {"X-Forwarded-For": address} if address else {}
     page = Browser().get(rig.url + "/oauth/authorize?" + urllib.parse.urlencode(query), headers=headers)
     assert not page.redirected_to
@@ -64,22 +75,37 @@ def client_of(rig, document, redirect_uri=None):
 
 
 def code_for(client, **arguments):
-    callback = approve_login(Browser(), client.authorize_url(), "alice", "secret", redirect_uri=client.redirect_uri, **arguments)
+    callback = approve_login(
+        Browser(), client.authorize_url(), "alice", "secret", redirect_uri=client.redirect_uri, **arguments
+    )
     return dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(callback).query))["code"]
 
 
 # -- as real clients use it
 
 
-@pytest.mark.parametrize("name, redirect_uri", [
-    ("claude", None), ("claude_code", "http://localhost:3118/callback"), ("vscode", "http://127.0.0.1:51234/"),
-    ("zed", "http://127.0.0.1:27523/callback"), ("goose", "http://127.0.0.1:41000/oauth_callback")])
+@pytest.mark.parametrize(
+    "name, redirect_uri",
+    [
+        ("claude", None),
+        ("claude_code", "http://localhost:3118/callback"),
+        ("vscode", "http://127.0.0.1:51234/"),
+        ("zed", "http://127.0.0.1:27523/callback"),
+        ("goose", "http://127.0.0.1:41000/oauth_callback"),
+    ],
+)
 def test_14_the_documents_of_real_clients_lead_to_tools(cimd, web, name, redirect_uri):
     client = client_of(cimd, DOCUMENTS[name], redirect_uri)
     web.publish(DOCUMENTS[name])
-    assert client.metadata["client_id_metadata_document_supported"] is True and "none" in client.metadata["token_endpoint_auth_methods_supported"]
+    assert (
+        client.metadata["client_id_metadata_document_supported"] is True
+        and "none" in client.metadata["token_endpoint_auth_methods_supported"]
+    )
     page = Browser().get(client.authorize_url())
-    assert DOCUMENTS[name]["client_name"] in page.words and urllib.parse.urlsplit(client.client_id).hostname in page.words
+    assert (
+        DOCUMENTS[name]["client_name"] in page.words
+        and urllib.parse.urlsplit(client.client_id).hostname in page.words
+    )
     assert client.redeem(code_for(client)).status == 200
     assert client.refresh().status == 200 and client.revoke("x").status == 200
     with McpClient(cimd.url + "/mcp", client.tokens["access_token"]) as mcp:
@@ -101,43 +127,127 @@ def test_14_chatgpt_proves_itself_with_a_key_of_its_jwks_uri(cimd, web, key):
 
 
 def test_14_a_document_that_also_lists_none_needs_no_key(cimd, web, key):
-    web.publish({**DOCUMENTS["chatgpt"], "token_endpoint_auth_methods_supported": ["none", "private_key_jwt"]})
+    web.publish(
+        {**DOCUMENTS["chatgpt"], "token_endpoint_auth_methods_supported": ["none", "private_key_jwt"]}
+    )
     client = client_of(cimd, DOCUMENTS["chatgpt"])
     assert client.redeem(code_for(client)).status == 200
 
 
 def test_a_preregistered_client_id_may_look_like_a_url_and_is_never_fetched(cimd, web):
     with cimd.broker.store._batch() as db:
-        db.execute("INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, used_at)"
-                   " VALUES (?, 'configured', 'Mine', '[\"https://app.example/cb\"]', 'none', '{}', 0, 0)", (ME,))
+        db.execute(
+            "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, used_at)"
+            " VALUES (?, 'configured', 'Mine', '[\"https://app.example/cb\"]', 'none', '{}', 0, 0)",
+            (ME,),
+        )
     assert ask(cimd, ME).status == 200 and not web.resolved
 
 
 # -- S. what strangers may make us do
 
 
-@pytest.mark.parametrize("url", [
-    "http://app.example/c", "https://app.example", "https://app.example/", "https://app.example?x", "https://app.example/c#f", "https://u@app.example/c",
-    "https://u:p@app.example/c", "https://app.example/./c", "https://app.example/a/../c", "https://app.example/a/%2e%2E/c", "https://app.example/..",
-    " https://app.example/c", "https://app.example/c ", "https://app.exa\tmple/c", "https://app.example/c\n", "https://app.example\\@evil.example/c",
-    "https:\\\\app.example/c", "https://äpp.example/c", "https://app.example/ä", "https://app.example/" + "c" * 2000, "https:///c", "https://.example/c",
-    "https://app..example/c", "https://-app.example/c", "https://APP.example/c", "HTTPS://app.example/c", "ftp://app.example/c", "https://app/c",
-    "https://localhost/c", "https://ex%61mple.com/c", "https://app.example:/c", "//app.example/c"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://app.example/c",
+        "https://app.example",
+        "https://app.example/",
+        "https://app.example?x",
+        "https://app.example/c#f",
+        "https://u@app.example/c",
+        "https://u:p@app.example/c",
+        "https://app.example/./c",
+        "https://app.example/a/../c",
+        "https://app.example/a/%2e%2E/c",
+        "https://app.example/..",
+        " https://app.example/c",
+        "https://app.example/c ",
+        "https://app.exa\tmple/c",
+        "https://app.example/c\n",
+        "https://app.example\\@evil.example/c",
+        "https:\\\\app.example/c",
+        "https://äpp.example/c",
+        "https://app.example/ä",
+        "https://app.example/" + "c" * 2000,
+        "https:///c",
+        "https://.example/c",
+        "https://app..example/c",
+        "https://-app.example/c",
+        "https://APP.example/c",
+        "HTTPS://app.example/c",
+        "ftp://app.example/c",
+        "https://app/c",
+        "https://localhost/c",
+        "https://ex%61mple.com/c",
+        "https://app.example:/c",
+        "//app.example/c",
+    ],
+)
 def test_S01_what_is_no_plain_https_url_is_an_unknown_client_before_any_lookup(cimd, web, url):
     assert ask(cimd, url).status == 400 and not web.resolved
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "0177.0.0.1", "2130706433", "0x7f000001", "0x7f.1", "①②⑦.0.0.1", "127。0。0。1", "[::1]",
-                                  "[::ffff:127.0.0.1]", "169.254.169.254", "93.184.216.34", "app.example.127.0.0.1", "1.1.1.1."])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1",
+        "127.1",
+        "0177.0.0.1",
+        "2130706433",
+        "0x7f000001",
+        "0x7f.1",
+        "①②⑦.0.0.1",
+        "127。0。0。1",
+        "[::1]",
+        "[::ffff:127.0.0.1]",
+        "169.254.169.254",
+        "93.184.216.34",
+        "app.example.127.0.0.1",
+        "1.1.1.1.",
+    ],
+)
 def test_S02_no_spelling_of_an_address_is_looked_up(cimd, web, host):
     assert ask(cimd, f"https://{host}/c").status == 400 and not web.resolved
 
 
-PRIVATE = ["10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "198.18.0.1", "240.0.0.1",
-           "255.255.255.255", "224.0.0.1", "127.0.0.1", "127.255.0.1", "192.0.0.8", "192.88.99.1", "::1", "::", "fc00::1", "fe80::1", "fe80::1%lo",
-           "fd00:ec2::254", "ff02::1"]
-WRAPPED = ["::ffff:127.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::7f00:1", "2002:7f00:1::", "2001:0:1::1", "::ffff:0:127.0.0.1",
-           "fec0::1", "5f00::1", "3fff::1", "2001:db8::1"]
+PRIVATE = [
+    "10.0.0.1",
+    "172.16.0.1",
+    "172.31.255.255",
+    "192.168.1.1",
+    "169.254.169.254",
+    "100.64.0.1",
+    "0.0.0.0",
+    "198.18.0.1",
+    "240.0.0.1",
+    "255.255.255.255",
+    "224.0.0.1",
+    "127.0.0.1",
+    "127.255.0.1",
+    "192.0.0.8",
+    "192.88.99.1",
+    "::1",
+    "::",
+    "fc00::1",
+    "fe80::1",
+    "fe80::1%lo",
+    "fd00:ec2::254",
+    "ff02::1",
+]
+WRAPPED = [
+    "::ffff:127.0.0.1",
+    "::127.0.0.1",
+    "64:ff9b::7f00:1",
+    "64:ff9b:1::7f00:1",
+    "2002:7f00:1::",
+    "2001:0:1::1",
+    "::ffff:0:127.0.0.1",
+    "fec0::1",
+    "5f00::1",
+    "3fff::1",
+    "2001:db8::1",
+]
 
 
 def test_S03_S04_no_address_but_a_public_one_is_ever_connected_to(cimd, web):
@@ -149,7 +259,10 @@ def test_S03_S04_no_address_but_a_public_one_is_ever_connected_to(cimd, web):
     assert len(web.resolved) == len(PRIVATE) + len(WRAPPED) and not web.connected
 
 
-@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "172.15.0.1", "172.32.0.1", "100.128.0.1", "2606:2800:220:1::1", "2a00::1"])
+@pytest.mark.parametrize(
+    "address",
+    ["93.184.216.34", "8.8.8.8", "172.15.0.1", "172.32.0.1", "100.128.0.1", "2606:2800:220:1::1", "2a00::1"],
+)
 def test_S03_public_addresses_are_public(address):
     assert fjmcp_broker.is_public(address)
 
@@ -163,7 +276,9 @@ def test_S05_one_private_address_among_public_ones_refuses_all(cimd, web):
     assert not web.connected
 
 
-def test_S06_the_name_is_resolved_once_and_the_checked_address_connected_to_under_the_names_certificate(cimd, web):
+def test_S06_the_name_is_resolved_once_and_the_checked_address_connected_to_under_the_names_certificate(
+    cimd, web
+):
     web.publish(MINE)
     answers = iter([[PUBLIC], ["127.0.0.1"]])
     web.names["app.example"] = lambda: next(answers)
@@ -193,6 +308,7 @@ def endless(head, piece):
         connection.sendall(head)
         while not ended.is_set():
             connection.sendall(piece)
+
     return answer
 
 
@@ -201,54 +317,111 @@ def silence(connection, ended):
 
 
 OVERLONG = {
-    "drip": drip, "silence": silence,
-    "continue": endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100), "early hints": endless(b"", b"HTTP/1.1 103 Early Hints\r\nLink: <x>\r\n\r\n" * 100),
-    "headers": endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 100), "one header": endless(b"HTTP/1.1 200 OK\r\nX: ", b"y" * 1000),
-    "chunks": endless(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n" * 100),
-    "no end": endless(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", b" " * 1000)}
+    "drip": drip,
+    "silence": silence,
+    "continue": endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
+    "early hints": endless(b"", b"HTTP/1.1 103 Early Hints\r\nLink: <x>\r\n\r\n" * 100),
+    "headers": endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 100),
+    "one header": endless(b"HTTP/1.1 200 OK\r\nX: ", b"y" * 1000),
+    "chunks": endless(
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"1\r\n \r\n" * 100,
+    ),
+    "no end": endless(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", b" " * 1000),
+}
 
 
 def test_S08_an_answer_that_is_too_large_or_never_ends_is_let_go_of(cimd, web):
     big = json.dumps({**MINE, "padding": "x" * 5120}).encode()
     web.publish(big, ME)
     assert refused(cimd, ME)
-    web.publish(b"\x1f\x8b" + b"\0" * 100, "https://app.example/gzip", headers=(("Content-Encoding", "gzip"),))
+    web.publish(
+        b"\x1f\x8b" + b"\0" * 100, "https://app.example/gzip", headers=(("Content-Encoding", "gzip"),)
+    )
     assert refused(cimd, "https://app.example/gzip")
     for name, answer in OVERLONG.items():
-        web.answers[f"https://app.example/{name.replace(' ', '-')}"] = lambda connection, answer=answer: answer(connection, web.ended)
+        web.answers[f"https://app.example/{name.replace(' ', '-')}"] = lambda connection, answer=answer: (
+            answer(connection, web.ended)
+        )
     urls = [url for url in web.answers if url != ME and "gzip" not in url]
     with ThreadPoolExecutor(len(urls)) as pool:
         assert all(pool.map(lambda url: refused(cimd, url) or ask(cimd, url).status == 503, urls))
     assert ask(cimd, web.publish({**MINE, "client_id": "https://app.example/after"})).status == 200
 
 
-@pytest.mark.parametrize("change", [
-    {"status": 204}, {"status": 206}, {"status": 404}, {"status": 500}, {"kind": "text/html"}, {"kind": ""}, {"body": b"{"}, {"body": b"[]"}, {"body": b'"x"'},
-    {"body": json.dumps(MINE).encode("utf-16")}, {"body": json.dumps(MINE).encode().replace(b"}", b', "client_name": "B"}')},
-    {"body": json.dumps(MINE).encode().replace(b"}", b', "n": NaN}')}, {"body": b"[" * 4000}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"status": 204},
+        {"status": 206},
+        {"status": 404},
+        {"status": 500},
+        {"kind": "text/html"},
+        {"kind": ""},
+        {"body": b"{"},
+        {"body": b"[]"},
+        {"body": b'"x"'},
+        {"body": json.dumps(MINE).encode("utf-16")},
+        {"body": json.dumps(MINE).encode().replace(b"}", b', "client_name": "B"}')},
+        {"body": json.dumps(MINE).encode().replace(b"}", b', "n": NaN}')},
+        {"body": b"[" * 4000},
+    ],
+)
 def test_S09_what_is_no_json_object_is_no_document(cimd, web, change):
-    web.publish(change.get("body", json.dumps(MINE).encode()), ME, status=change.get("status", 200), kind=change.get("kind", "application/json"))
+    web.publish(
+        change.get("body", json.dumps(MINE).encode()),
+        ME,
+        status=change.get("status", 200),
+        kind=change.get("kind", "application/json"),
+    )
     assert refused(cimd, ME)
 
 
-@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "application/cimd+json", "Application/JSON"])
+@pytest.mark.parametrize(
+    "kind", ["application/json; charset=utf-8", "application/cimd+json", "Application/JSON"]
+)
 def test_S09_every_json_content_type_is_read(cimd, web, kind):
     web.publish(MINE, kind=kind)
     assert ask(cimd, ME).status == 200
 
 
-@pytest.mark.parametrize("claimed", [ME + "/", ME.upper(), "https://app.example/client%2ejson", "https://evil.example/client.json", None, 5, [ME]])
+@pytest.mark.parametrize(
+    "claimed",
+    [
+        ME + "/",
+        ME.upper(),
+        "https://app.example/client%2ejson",
+        "https://evil.example/client.json",
+        None,
+        5,
+        [ME],
+    ],
+)
 def test_S10_a_document_must_name_its_own_url_byte_for_byte(cimd, web, claimed):
     web.publish({**MINE, "client_id": claimed}, ME)
     assert refused(cimd, ME)
 
 
-@pytest.mark.parametrize("change", [
-    {"client_secret": "s"}, {"client_secret_expires_at": 0}, {"token_endpoint_auth_method": "client_secret_post"},
-    {"token_endpoint_auth_method": "client_secret_jwt"}, {"jwks": {"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}},
-    {"jwks": {"keys": [{"kty": "RSA", "n": "AQAB", "e": "AQAB", "d": "AQAB"}]}}, {"jwks": "x"}, {"redirect_uris": []}, {"redirect_uris": None},
-    {"redirect_uris": ["javascript:alert(1)"]}, {"redirect_uris": ["https://app.example/cb", "http://evil.example/cb"]}, {"redirect_uris": [{}]},
-    {"grant_types": ["client_credentials"]}, {"grant_types": 5}, {"response_types": ["token"]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"client_secret": "s"},
+        {"client_secret_expires_at": 0},
+        {"token_endpoint_auth_method": "client_secret_post"},
+        {"token_endpoint_auth_method": "client_secret_jwt"},
+        {"jwks": {"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}},
+        {"jwks": {"keys": [{"kty": "RSA", "n": "AQAB", "e": "AQAB", "d": "AQAB"}]}},
+        {"jwks": "x"},
+        {"redirect_uris": []},
+        {"redirect_uris": None},
+        {"redirect_uris": ["javascript:alert(1)"]},
+        {"redirect_uris": ["https://app.example/cb", "http://evil.example/cb"]},
+        {"redirect_uris": [{}]},
+        {"grant_types": ["client_credentials"]},
+        {"grant_types": 5},
+        {"response_types": ["token"]},
+    ],
+)
 def test_S11_a_document_with_a_secret_or_a_wrong_redirect_uri_is_refused(cimd, web, change):
     web.publish({**MINE, **change})
     assert refused(cimd, ME)
@@ -260,7 +433,9 @@ def test_S12_a_port_is_never_connected_to(cimd, web, port):
 
 
 def test_S13_our_own_name_and_forgejos_are_never_fetched(make_rig, web):
-    rig = make_rig(web=web.guarded(), public_url="https://app.example", forgejo_internal_url="https://git.app.example")
+    rig = make_rig(
+        web=web.guarded(), public_url="https://app.example", forgejo_internal_url="https://git.app.example"
+    )
     for host in ("app.example", "git.app.example"):
         assert ask(rig, f"https://{host}/c").status == 400
     assert not web.resolved
@@ -301,7 +476,11 @@ def test_S14_one_host_is_not_flooded_through_us_and_a_failure_is_remembered(cimd
         assert refused(cimd, "https://app.example/missing")
     assert len(web.asked) == 1
     pages = [ask(cimd, f"https://app.example/{number}") for number in range(70)]
-    assert len(web.asked) == 60 and [page.status for page in pages[59:]] == [429] * 11 and int(pages[-1].headers["retry-after"]) >= 1
+    assert (
+        len(web.asked) == 60
+        and [page.status for page in pages[59:]] == [429] * 11
+        and int(pages[-1].headers["retry-after"]) >= 1
+    )
     assert ask(cimd, web.publish({**MINE, "client_id": "https://other.app.example/c"})).status == 200
 
 
@@ -318,20 +497,44 @@ def test_S14_what_is_kept_of_strangers_is_bounded_and_clients_with_a_login_stay(
     client.redeem(code_for(client))
     store, now = cimd.broker.store, cimd.clock.now()
     for number in range(60):
-        store.keep_document(f"https://x.example/{number}", "" if number % 2 else "N", ["https://x.example/"], "none", {}, now + number, 0, keep=40)
+        store.keep_document(
+            f"https://x.example/{number}",
+            "" if number % 2 else "N",
+            ["https://x.example/"],
+            "none",
+            {},
+            now + number,
+            0,
+            keep=40,
+        )
     assert store._one("SELECT count(*) AS n FROM clients").n == 41 and client.refresh().status == 200
     assert {row.kind for row in store.listing("clients", now)[1]} == {"document"}
 
 
-@pytest.mark.parametrize("control, seconds", [
-    ("max-age=315360000", 86400), ("max-age=1", 60), ("max-age=-5", 3600), ("max-age=1e30", 60), ("no-store", 60), ("public, max-age=7200", 7200),
-    ("no-cache, max-age=7200", 60), ("", 3600), ("s-maxage=5", 3600), ("max-age=" + "9" * 400, 86400)])
+@pytest.mark.parametrize(
+    "control, seconds",
+    [
+        ("max-age=315360000", 86400),
+        ("max-age=1", 60),
+        ("max-age=-5", 3600),
+        ("max-age=1e30", 60),
+        ("no-store", 60),
+        ("public, max-age=7200", 7200),
+        ("no-cache, max-age=7200", 60),
+        ("", 3600),
+        ("s-maxage=5", 3600),
+        ("max-age=" + "9" * 400, 86400),
+    ],
+)
 def test_S15_a_document_is_kept_as_its_origin_says_within_bounds(control, seconds):
     assert fjmcp_broker.freshness(fjmcp_broker.Fetched(200, {"cache-control": control}, b"")) == seconds
 
 
 def test_S15_what_a_document_dropped_is_refused_once_it_is_read_anew_and_a_failure_is_no_document(cimd, web):
-    web.publish({**MINE, "redirect_uris": ["https://app.example/cb", "https://app.example/old"]}, headers=(("Cache-Control", "max-age=120"),))
+    web.publish(
+        {**MINE, "redirect_uris": ["https://app.example/cb", "https://app.example/old"]},
+        headers=(("Cache-Control", "max-age=120"),),
+    )
     assert ask(cimd, ME, "https://app.example/old").status == 200
     web.publish(MINE)
     assert ask(cimd, ME, "https://app.example/old").status == 200
@@ -362,7 +565,10 @@ def test_S16_token_and_refresh_fetch_nothing_and_go_on_while_the_document_is_awa
 def test_S17_all_failures_look_alike(cimd, web):
     web.names |= {"private.app.example": ["10.0.0.1"], "gone.app.example": []}
     web.answers["https://cut.app.example/c"] = lambda connection: None
-    pages = {ask(cimd, f"https://{host}.app.example/c").text for host in ("private", "gone", "cut", "missing", "forbidden")}
+    pages = {
+        ask(cimd, f"https://{host}.app.example/c").text
+        for host in ("private", "gone", "cut", "missing", "forbidden")
+    }
     assert len(pages) == 1
 
 
@@ -394,7 +600,15 @@ def chatgpt(rig, web, key):
 
     def assertion(header=None, block=None, signer=key, **claims):
         now = rig.clock.now()
-        claims = {"iss": client.client_id, "sub": client.client_id, "aud": rig.url, "iat": now, "exp": now + 60, "jti": str(next(numbers)), **claims}
+        claims = {
+            "iss": client.client_id,
+            "sub": client.client_id,
+            "aud": rig.url,
+            "iat": now,
+            "exp": now + 60,
+            "jti": str(next(numbers)),
+            **claims,
+        }
         claims = {name: value for name, value in claims.items() if value is not None}
         return {"client_assertion": signer.jwt(claims, header, block), "client_assertion_type": JWT_BEARER}
 
@@ -409,9 +623,26 @@ def proven(cimd, web, key):
     return client, assertion
 
 
-@pytest.mark.parametrize("claims", [
-    {"iss": "https://evil.example/c"}, {"iss": None}, {"sub": "https://app.example/c"}, {"aud": "https://other.example"}, {"aud": None}, {"aud": []},
-    {"aud": 5}, {"aud": {"x": 1}}, {"exp": None}, {"exp": 0}, {"exp": "x"}, {"exp": 4e9}, {"exp": True}, {"nbf": 4e9}, {"nbf": "x"}])
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"iss": "https://evil.example/c"},
+        {"iss": None},
+        {"sub": "https://app.example/c"},
+        {"aud": "https://other.example"},
+        {"aud": None},
+        {"aud": []},
+        {"aud": 5},
+        {"aud": {"x": 1}},
+        {"exp": None},
+        {"exp": 0},
+        {"exp": "x"},
+        {"exp": 4e9},
+        {"exp": True},
+        {"nbf": 4e9},
+        {"nbf": "x"},
+    ],
+)
 def test_an_assertion_for_another_server_client_or_time_proves_nothing(proven, claims):
     client, assertion = proven
     answer = client.refresh(**assertion(**claims))
@@ -425,15 +656,29 @@ def test_an_assertion_must_not_mix_our_audience_with_anothers(cimd, proven):
         assert client.refresh(**assertion(aud=audience)).status == 200
 
 
-@pytest.mark.parametrize("header", [{"alg": "none"}, {"alg": "HS256"}, {"alg": "RS512"}, {"alg": None}, {"crit": ["x"]}, {"kid": "other"}])
+@pytest.mark.parametrize(
+    "header",
+    [{"alg": "none"}, {"alg": "HS256"}, {"alg": "RS512"}, {"alg": None}, {"crit": ["x"]}, {"kid": "other"}],
+)
 def test_an_assertion_with_another_algorithm_or_key_proves_nothing(proven, header):
     client, assertion = proven
     assert client.refresh(**assertion(header=header)).status == 401
 
 
-@pytest.mark.parametrize("damage", [
-    lambda jwt: jwt.rpartition(".")[0] + ".", lambda jwt: jwt[:-4] + "AAAA", lambda jwt: "a.b", lambda jwt: "a.b.c.d", lambda jwt: jwt + "=",
-    lambda jwt: "x" * 9000, lambda jwt: jwt.replace(".", "", 1), lambda jwt: "ä.ä.ä", lambda jwt: "W10.W10.AA"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda jwt: jwt.rpartition(".")[0] + ".",
+        lambda jwt: jwt[:-4] + "AAAA",
+        lambda jwt: "a.b",
+        lambda jwt: "a.b.c.d",
+        lambda jwt: jwt + "=",
+        lambda jwt: "x" * 9000,
+        lambda jwt: jwt.replace(".", "", 1),
+        lambda jwt: "ä.ä.ä",
+        lambda jwt: "W10.W10.AA",
+    ],
+)
 def test_a_damaged_assertion_proves_nothing(proven, damage):
     client, assertion = proven
     fields = assertion()
@@ -442,12 +687,18 @@ def test_a_damaged_assertion_proves_nothing(proven, damage):
     assert client.refresh(**fields).status == 200
 
 
-@pytest.mark.parametrize("forge", [
-    lambda key, message: key.block(message)[:2] + b"\xfe" + key.block(message)[3:],
-    lambda key, message: key.block(message)[:11] + b"\0" + key.block(message)[-51:] + b"\0" * (key.size - 63),
-    lambda key, message: b"\0\2" + key.block(message)[2:],
-    lambda key, message: key.block(message).replace(bytes.fromhex("0500"), bytes.fromhex("0501")),
-    lambda key, message: b"\0" * (key.size - 32) + key.block(message)[-32:]])
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda key, message: key.block(message)[:2] + b"\xfe" + key.block(message)[3:],
+        lambda key, message: (
+            key.block(message)[:11] + b"\0" + key.block(message)[-51:] + b"\0" * (key.size - 63)
+        ),
+        lambda key, message: b"\0\2" + key.block(message)[2:],
+        lambda key, message: key.block(message).replace(bytes.fromhex("0500"), bytes.fromhex("0501")),
+        lambda key, message: b"\0" * (key.size - 32) + key.block(message)[-32:],
+    ],
+)
 def test_the_whole_padded_block_counts_not_what_can_be_found_in_it(proven, key, forge):
     client, assertion = proven
     assert client.refresh(**assertion(block=lambda message: forge(key, message))).status == 401
@@ -458,7 +709,10 @@ def test_an_assertion_that_names_no_client_of_ours_is_refused(rig, key, sub):
     client = OAuthClient(rig.url)
     client.discover()
     fields = {"client_assertion": key.jwt({"iss": sub, "sub": sub}), "client_assertion_type": JWT_BEARER}
-    assert client.refresh(client_id=None, refresh_token="x", **fields).json()["error"] in ("invalid_request", "invalid_client")
+    assert client.refresh(client_id=None, refresh_token="x", **fields).json()["error"] in (
+        "invalid_request",
+        "invalid_client",
+    )
 
 
 def test_an_assertion_is_good_once_also_over_a_restart_and_without_a_jti(cimd, proven):
@@ -503,14 +757,29 @@ def test_keys_dropped_by_the_client_are_dropped_here_within_a_day(cimd, web, pro
     assert client.refresh(**assertion()).status == 401
 
 
-@pytest.mark.parametrize("bits, e, usable", [(1024, 65537, False), (4096, 65537, True), (4098, 65537, False), (2048, 1, False), (2048, 2**32 + 1, False)])
+@pytest.mark.parametrize(
+    "bits, e, usable",
+    [
+        (1024, 65537, False),
+        (4096, 65537, True),
+        (4098, 65537, False),
+        (2048, 1, False),
+        (2048, 2**32 + 1, False),
+    ],
+)
 def test_keys_have_2048_to_4096_bits_and_a_sane_exponent(bits, e, usable):
     n = (1 << bits - 1) + 1
-    jwk = {"kty": "RSA", "n": fjmcp_broker.b64url(n.to_bytes((bits + 7) // 8, "big")), "e": fjmcp_broker.b64url(e.to_bytes(5, "big"))}
+    jwk = {
+        "kty": "RSA",
+        "n": fjmcp_broker.b64url(n.to_bytes((bits + 7) // 8, "big")),
+        "e": fjmcp_broker.b64url(e.to_bytes(5, "big")),
+    }
     assert len(fjmcp_broker.public_rsa_keys({"keys": [jwk]})) == usable
 
 
-@pytest.mark.parametrize("uri", ["http://chatgpt.com/k", "https://127.0.0.1/k", "https://chatgpt.com:8443/k", 5])
+@pytest.mark.parametrize(
+    "uri", ["http://chatgpt.com/k", "https://127.0.0.1/k", "https://chatgpt.com:8443/k", 5]
+)
 def test_a_jwks_uri_goes_through_the_same_guard(cimd, web, key, uri):
     _, client, assertion = chatgpt(cimd, web, key)
     web.publish({**DOCUMENTS["chatgpt"], "jwks_uri": uri})
@@ -521,7 +790,12 @@ def test_a_jwks_uri_goes_through_the_same_guard(cimd, web, key, uri):
 
 def test_inline_keys_are_used_as_they_are(cimd, web, key):
     _, client, assertion = chatgpt(cimd, web, key)
-    web.publish({**{name: value for name, value in DOCUMENTS["chatgpt"].items() if name != "jwks_uri"}, "jwks": {"keys": [key.jwk]}})
+    web.publish(
+        {
+            **{name: value for name, value in DOCUMENTS["chatgpt"].items() if name != "jwks_uri"},
+            "jwks": {"keys": [key.jwk]},
+        }
+    )
     assert client.redeem(code_for(client), **assertion()).status == 200 and len(web.asked) == 1
 
 

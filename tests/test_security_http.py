@@ -15,7 +15,11 @@ from wire import Answer, Wire, ask, flood, get, host, mcp_post, post
 
 PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 FORM = "Content-Type: application/x-www-form-urlencoded"
-METADATA = ("/.well-known/oauth-authorization-server", "/.well-known/oauth-protected-resource", "/.well-known/oauth-protected-resource/mcp")
+METADATA = (
+    "/.well-known/oauth-authorization-server",
+    "/.well-known/oauth-protected-resource",
+    "/.well-known/oauth-protected-resource/mcp",
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,11 @@ def refused_with_401(rig, *lines, method=b"POST", error="invalid_token"):
     before = children(rig)
     answer = ask(rig, get(rig, "/mcp", *lines, method=method))
     challenge = answer.header("www-authenticate") or ""
-    assert answer.status == 401 and challenge.startswith("Bearer ") and f'resource_metadata="{rig.url}/.well-known/' in challenge
+    assert (
+        answer.status == 401
+        and challenge.startswith("Bearer ")
+        and f'resource_metadata="{rig.url}/.well-known/' in challenge
+    )
     assert 'scope="forgejo:read forgejo:write"' in challenge
     assert (f'error="{error}"' in challenge) if error else ("error" not in challenge)
     assert children(rig) == before
@@ -66,8 +74,18 @@ def test_B02_a_token_that_is_not_good_is_named_invalid(make_rig):
     good = rig.login().tokens["access_token"]
     ended = rig.login()
     ended.revoke(ended.tokens["access_token"])
-    for bad in ("garbage", "fja_", good[:-1], good + "A", good.swapcase(), good.upper(), good[4:], ended.tokens["access_token"], "fja_" + "A" * 43,
-                good + "\u00e9"):
+    for bad in (
+        "garbage",
+        "fja_",
+        good[:-1],
+        good + "A",
+        good.swapcase(),
+        good.upper(),
+        good[4:],
+        ended.tokens["access_token"],
+        "fja_" + "A" * 43,
+        good + "\u00e9",
+    ):
         refused_with_401(rig, f"Authorization: Bearer {bad}".encode())
     rig.clock.advance(3601)
     refused_with_401(rig, f"Authorization: Bearer {good}")
@@ -82,7 +100,16 @@ def test_B03_no_other_secret_of_ours_is_a_token(make_rig):
     cookie = page.header("set-cookie").partition("=")[2].partition(";")[0]
     box = re.search(rb'name="login" value="([^"]+)"', page.body)[1].decode()
     code = fjmcp_broker.new_secret("fjc_")
-    for other in (client.tokens["refresh_token"], client.client_id, csrf, cookie, box, code, rig.app.client_secret, "Zm9v"):
+    for other in (
+        client.tokens["refresh_token"],
+        client.client_id,
+        csrf,
+        cookie,
+        box,
+        code,
+        rig.app.client_secret,
+        "Zm9v",
+    ):
         refused_with_401(rig, f"Authorization: Bearer {other}")
 
 
@@ -106,19 +133,31 @@ def test_B05_a_token_for_another_resource_is_refused(make_rig):
 
 
 def test_B06_a_token_anywhere_but_in_the_header_is_not_there(shared, token):
-    refused = [ask(shared, get(shared, f"/mcp?access_token={token}", method=b"POST")),
-               ask(shared, post(shared, "/mcp", f"access_token={token}".encode(), FORM)),
-               ask(shared, get(shared, "/mcp", f"Cookie: access_token={token}; token={token}", method=b"POST"))]
+    refused = [
+        ask(shared, get(shared, f"/mcp?access_token={token}", method=b"POST")),
+        ask(shared, post(shared, "/mcp", f"access_token={token}".encode(), FORM)),
+        ask(shared, get(shared, "/mcp", f"Cookie: access_token={token}; token={token}", method=b"POST")),
+    ]
     assert [answer.status for answer in refused] == [401] * 3
     assert all("error" not in answer.header("www-authenticate") for answer in refused)
     assert token not in shared.log.text
 
 
-@pytest.mark.parametrize("lines, status", [
-    (["Authorization: Bearer {0}", "Authorization: Bearer {0}"], 400), (["Authorization: Bearer {0}, Bearer {0}"], 401),
-    (["Authorization: bearer {0}"], 200), (["AUTHORIZATION: BEARER {0}"], 200), (["Authorization: Bearer\t{0}"], 401),
-    (["Authorization: Basic {0}"], 401), (["Authorization: {0}"], 401), (["Authorization: Bearer"], 401), (["Authorization:"], 401),
-], ids=str)
+@pytest.mark.parametrize(
+    "lines, status",
+    [
+        (["Authorization: Bearer {0}", "Authorization: Bearer {0}"], 400),
+        (["Authorization: Bearer {0}, Bearer {0}"], 401),
+        (["Authorization: bearer {0}"], 200),
+        (["AUTHORIZATION: BEARER {0}"], 200),
+        (["Authorization: Bearer\t{0}"], 401),
+        (["Authorization: Basic {0}"], 401),
+        (["Authorization: {0}"], 401),
+        (["Authorization: Bearer"], 401),
+        (["Authorization:"], 401),
+    ],
+    ids=str,
+)
 def test_B07_one_header_of_one_form_whatever_the_case_of_the_scheme(shared, token, lines, status):
     body = json.dumps(PING).encode()
     assert ask(shared, post(shared, "/mcp", body, *(line.format(token) for line in lines))).status == status
@@ -129,7 +168,12 @@ def test_B08_too_small_a_scope_names_the_whole_scope_and_the_metadata(make_rig):
     client = rig.login(access="read", scope="forgejo:read")
     mcp = McpClient(rig.url + "/mcp", client.tokens["access_token"])
     mcp.initialize()
-    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "create_issue", "arguments": {}}}
+    call = {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "tools/call",
+        "params": {"name": "create_issue", "arguments": {}},
+    }
     answer = ask(rig, mcp_post(rig, mcp.token, call, session=mcp.session_id))
     challenge = answer.header("www-authenticate")
     assert answer.status == 403 and 'error="insufficient_scope"' in challenge
@@ -139,12 +183,17 @@ def test_B08_too_small_a_scope_names_the_whole_scope_and_the_metadata(make_rig):
 @pytest.mark.parametrize("method", [b"POST", b"GET", b"DELETE"])
 def test_B09_the_token_is_asked_for_before_a_byte_of_the_body_and_before_the_session(shared, method):
     with Wire(shared) as wire:  # 4 GB are announced and none sent: an answer shows that none was waited for
-        answer = wire.send(get(shared, "/mcp", "Content-Length: 4294967296", "Mcp-Session-Id: nonsense", method=method)).answer()
+        answer = wire.send(
+            get(shared, "/mcp", "Content-Length: 4294967296", "Mcp-Session-Id: nonsense", method=method)
+        ).answer()
         assert answer.status == 401 and answer.header("connection") == "close"
         assert wire.is_closed()
 
 
-@pytest.mark.parametrize("name", ["evil.example", "127.0.0.1", "user@127.0.0.1:{0}", "127.0.0.1:{0}/x", "127.0.0.1:{0}.evil.example", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["evil.example", "127.0.0.1", "user@127.0.0.1:{0}", "127.0.0.1:{0}/x", "127.0.0.1:{0}.evil.example", ""],
+)
 @pytest.mark.parametrize("path", ["/mcp", "/", "/oauth/token", "/oauth/authorize", "/nowhere", *METADATA])
 def test_B11_another_hosts_name_is_refused_on_every_path(shared, path, name):
     line = f"Host: {name.format(shared.broker.server.port)}"
@@ -157,16 +206,38 @@ def test_B11_another_hosts_name_is_refused_on_every_path(shared, path, name):
 @pytest.mark.parametrize("path", METADATA)
 def test_B12_metadata_comes_from_the_configuration_whatever_the_headers_say(shared, path):
     plain = ask(shared, get(shared, path))
-    poisoned = ask(shared, get(shared, path, "X-Forwarded-Host: evil.example", "X-Forwarded-Proto: ftp", "Forwarded: host=evil.example",
-                               "X-Forwarded-For: 203.0.113.9", "X-Original-URL: /evil"))
-    assert plain.status == poisoned.status == 200 and plain.body == poisoned.body and shared.url.encode() in plain.body
+    poisoned = ask(
+        shared,
+        get(
+            shared,
+            path,
+            "X-Forwarded-Host: evil.example",
+            "X-Forwarded-Proto: ftp",
+            "Forwarded: host=evil.example",
+            "X-Forwarded-For: 203.0.113.9",
+            "X-Original-URL: /evil",
+        ),
+    )
+    assert (
+        plain.status == poisoned.status == 200
+        and plain.body == poisoned.body
+        and shared.url.encode() in plain.body
+    )
 
 
 def test_B15_a_stream_ends_when_its_token_does(make_rig):
     rig = make_rig()
     mcp = rig.session()
     with Wire(rig) as wire:
-        wire.send(get(rig, "/mcp", f"Authorization: Bearer {mcp.token}", f"Mcp-Session-Id: {mcp.session_id}", "Accept: text/event-stream"))
+        wire.send(
+            get(
+                rig,
+                "/mcp",
+                f"Authorization: Bearer {mcp.token}",
+                f"Mcp-Session-Id: {mcp.session_id}",
+                "Accept: text/event-stream",
+            )
+        )
         assert Answer(wire.until(b"\r\n\r\n"), b"").status == 200
         wire.until(b": open\n\n")
         rig.clock.advance(3601)
@@ -177,7 +248,14 @@ def test_B15_a_stream_ends_when_its_token_does(make_rig):
 def test_B16_tokens_are_found_by_their_digest_and_by_nothing_else(make_rig):
     rig = make_rig()
     token = rig.login().tokens["access_token"]
-    for wild in (token[:-1] + "%", "fja_%", token[:-1] + "_", "fja_" + "_" * 43, token[:20] + "*", "' OR 1=1 --"):
+    for wild in (
+        token[:-1] + "%",
+        "fja_%",
+        token[:-1] + "_",
+        "fja_" + "_" * 43,
+        token[:20] + "*",
+        "' OR 1=1 --",
+    ):
         refused_with_401(rig, f"Authorization: Bearer {wild}")
     rig.stop()
     assert all(token.encode() not in path.read_bytes() for path in rig.directory.iterdir() if path.is_file())
@@ -191,17 +269,35 @@ def test_H06_only_one_request_line_is_served_and_helpers_are_no_methods(shared):
         assert ask(shared, get(shared, "/healthz", method=method)).status in (400, 405)
 
 
-@pytest.mark.parametrize("path, kind", [("/", "page"), ("/oauth/authorize", "page"), ("/oauth/callback", "page"), ("/oauth/consent", "page"),
-                                        ("/oauth/token", "json"), (METADATA[0], "json"), ("/healthz", "json")])
+@pytest.mark.parametrize(
+    "path, kind",
+    [
+        ("/", "page"),
+        ("/oauth/authorize", "page"),
+        ("/oauth/callback", "page"),
+        ("/oauth/consent", "page"),
+        ("/oauth/token", "json"),
+        (METADATA[0], "json"),
+        ("/healthz", "json"),
+    ],
+)
 def test_H11_a_method_that_is_not_served_names_those_that_are(shared, path, kind):
     answer = ask(shared, get(shared, path, "X-HTTP-Method-Override: GET", method=b"PATCH"))
     allowed = answer.header("allow").split(", ")
     assert answer.status == 405 and "PATCH" not in allowed
     if kind == "page":
-        assert answer.header("content-type").startswith("text/html") and answer.header("x-frame-options") == "DENY"
-        assert "frame-ancestors 'none'" in answer.header("content-security-policy") and answer.header("cache-control") == "no-store"
+        assert (
+            answer.header("content-type").startswith("text/html")
+            and answer.header("x-frame-options") == "DENY"
+        )
+        assert (
+            "frame-ancestors 'none'" in answer.header("content-security-policy")
+            and answer.header("cache-control") == "no-store"
+        )
     for method in allowed:
-        served = ask(shared, get(shared, path, "Content-Length: 0", method=method.encode()), head_only=method == "HEAD")
+        served = ask(
+            shared, get(shared, path, "Content-Length: 0", method=method.encode()), head_only=method == "HEAD"
+        )
         assert served.status != 405
 
 
@@ -215,13 +311,24 @@ def test_H12_reflected_values_come_back_escaped_or_not_at_all(shared):
         answer = ask(shared, get(shared, re.sub(f"{name}=[^&]*", f"{name}={evil}", path)))
         assert "evil" not in str(answer.headers.get("set-cookie")) and answer.status in (200, 303, 400)
         assert b"<script>" not in answer.body
-    answer = ask(shared, get(shared, "/mcp", "Origin: https://claude.ai", "Access-Control-Request-Headers: x<y>\x80;z".encode("latin-1"), method=b"OPTIONS"))
+    answer = ask(
+        shared,
+        get(
+            shared,
+            "/mcp",
+            "Origin: https://claude.ai",
+            "Access-Control-Request-Headers: x<y>\x80;z".encode("latin-1"),
+            method=b"OPTIONS",
+        ),
+    )
     assert answer.status == 204 and answer.header("access-control-allow-headers") == "xyz"
 
 
 def test_H12_a_header_that_would_split_the_answer_becomes_a_500(make_rig):
     rig = make_rig()
-    rig.broker.routes["/"][1]["GET"] = lambda request: fjmcp_broker.Response(200, b"x", "text/plain", (("X-Reflected", "a\r\nEvil: 1"),))
+    rig.broker.routes["/"][1]["GET"] = lambda request: fjmcp_broker.Response(
+        200, b"x", "text/plain", (("X-Reflected", "a\r\nEvil: 1"),)
+    )
     answer = ask(rig, get(rig, "/"))
     assert answer.status == 500 and "evil" not in answer.headers and rig.log.named("internal error")
 
@@ -270,7 +377,9 @@ def test_H20_a_failure_while_accepting_costs_one_connection_only(make_rig, monke
 
 def test_H21_HEAD_has_no_body_even_where_GET_would_stream(shared):
     with Wire(shared) as wire:
-        answer = wire.send(get(shared, "/healthz", "Accept: text/event-stream", method=b"HEAD")).answer(head_only=True)
+        answer = wire.send(get(shared, "/healthz", "Accept: text/event-stream", method=b"HEAD")).answer(
+            head_only=True
+        )
         assert answer.status == 200 and "transfer-encoding" not in answer.headers
         assert wire.send(get(shared)).answer().json()["status"] == "ok"
 
@@ -284,13 +393,37 @@ def padded(rig, size):
     return b"GET /healthz HTTP/1.1\r\n" + head.replace(b"X: ", b"X: " + b"a" * (size - len(head)))
 
 
-@pytest.mark.parametrize("what, fits, exceeds, status", [
-    ("request line of 8 KiB", lambda rig: get(rig, "/" + "a" * (8192 - 16)), lambda rig: get(rig, "/" + "a" * (8193 - 16)), 414),
-    ("header of 32 KiB", lambda rig: padded(rig, 32768), lambda rig: padded(rig, 32769), 431),
-    ("100 header lines", lambda rig: get(rig, "/healthz", *["X: 1"] * 99), lambda rig: get(rig, "/healthz", *["X: 1"] * 100), 431),
-    ("form of 64 KiB", lambda rig: post(rig, "/oauth/token", b"a" * 65536, FORM), lambda rig: post(rig, "/oauth/token", b"a" * 65537, FORM), 413),
-    ("registration of 64 KiB", lambda rig: post(rig, "/oauth/register", b"a" * 65536), lambda rig: post(rig, "/oauth/register", b"a" * 65537), 413),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "what, fits, exceeds, status",
+    [
+        (
+            "request line of 8 KiB",
+            lambda rig: get(rig, "/" + "a" * (8192 - 16)),
+            lambda rig: get(rig, "/" + "a" * (8193 - 16)),
+            414,
+        ),
+        ("header of 32 KiB", lambda rig: padded(rig, 32768), lambda rig: padded(rig, 32769), 431),
+        (
+            "100 header lines",
+            lambda rig: get(rig, "/healthz", *["X: 1"] * 99),
+            lambda rig: get(rig, "/healthz", *["X: 1"] * 100),
+            431,
+        ),
+        (
+            "form of 64 KiB",
+            lambda rig: post(rig, "/oauth/token", b"a" * 65536, FORM),
+            lambda rig: post(rig, "/oauth/token", b"a" * 65537, FORM),
+            413,
+        ),
+        (
+            "registration of 64 KiB",
+            lambda rig: post(rig, "/oauth/register", b"a" * 65536),
+            lambda rig: post(rig, "/oauth/register", b"a" * 65537),
+            413,
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_N01_what_fits_is_read_and_one_byte_more_is_refused(shared, what, fits, exceeds, status):
     assert ask(shared, fits(shared)).status not in (413, 414, 431)
     assert flood(shared, exceeds(shared)).status == status
@@ -305,12 +438,24 @@ def test_N01_a_message_has_at_most_max_body(shared, token):
     assert ask(shared, post(shared, "/mcp", sized(4 << 20), head)).json()["result"] == {}
     assert flood(shared, post(shared, "/mcp", sized((4 << 20) + 1), head)).status == 413
     chunks = b"%x\r\n%s\r\n" % ((4 << 20) + 1, sized((4 << 20) + 1))
-    assert flood(shared, get(shared, "/mcp", head, "Transfer-Encoding: chunked", method=b"POST") + chunks + b"0\r\n\r\n").status == 413
+    assert (
+        flood(
+            shared,
+            get(shared, "/mcp", head, "Transfer-Encoding: chunked", method=b"POST") + chunks + b"0\r\n\r\n",
+        ).status
+        == 413
+    )
 
 
 def test_N01_a_message_is_at_most_64_deep(shared, token):
     def deep(levels):
-        return b'{"jsonrpc":"2.0","id":1,"method":"ping","params":' + b'{"a":' * (levels - 1) + b"1" + b"}" * (levels - 1) + b"}"
+        return (
+            b'{"jsonrpc":"2.0","id":1,"method":"ping","params":'
+            + b'{"a":' * (levels - 1)
+            + b"1"
+            + b"}" * (levels - 1)
+            + b"}"
+        )
 
     head = f"Authorization: Bearer {token}"
     assert ask(shared, post(shared, "/mcp", deep(64), head)).json()["result"] == {}
@@ -324,39 +469,94 @@ def test_N01_a_session_has_at_most_max_inflight_requests_at_once(make_rig, tmp_p
         mcp = rig.session()
         wires = [Wire(rig), Wire(rig)]
         for number, wire in enumerate(wires, 1):
-            call = {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": {"name": "get_slow", "arguments": {"key": str(number)}}}
+            call = {
+                "jsonrpc": "2.0",
+                "id": number,
+                "method": "tools/call",
+                "params": {"name": "get_slow", "arguments": {"key": str(number)}},
+            }
             wire.send(mcp_post(rig, mcp.token, call, session=mcp.session_id))
-            control.wait_event(lambda event, key=str(number): event.get("event") == "call" and f'"{key}"' in json.dumps(event))
+            control.wait_event(
+                lambda event, key=str(number): (
+                    event.get("event") == "call" and f'"{key}"' in json.dumps(event)
+                )
+            )
         answer = ask(rig, mcp_post(rig, mcp.token, {**PING, "id": 3}, session=mcp.session_id))
-        assert answer.status == 429 and answer.header("retry-after") and answer.json()["error"]["data"]["reason"] == "busy"
+        assert (
+            answer.status == 429
+            and answer.header("retry-after")
+            and answer.json()["error"]["data"]["reason"] == "busy"
+        )
         for key, wire in zip("12", wires):
             control.release(key)
             wire.until(b'"result"')
             wire.sock.close()
 
 
-EVIL_TEXTS = {"spaces": b" " * 60000, "tabs": b"\t " * 30000, "quotes": b'"' * 60000, "backslashes": b"\\" * 60000, "commas": b"," * 60000,
-              "percents": b"%" * 60000, "ampersands": b"a=1&" * 15000, "semicolons": b";" * 60000, "letters": b"a" * 60000 + b"!", "colons": b":" * 60000}
+EVIL_TEXTS = {
+    "spaces": b" " * 60000,
+    "tabs": b"\t " * 30000,
+    "quotes": b'"' * 60000,
+    "backslashes": b"\\" * 60000,
+    "commas": b"," * 60000,
+    "percents": b"%" * 60000,
+    "ampersands": b"a=1&" * 15000,
+    "semicolons": b";" * 60000,
+    "letters": b"a" * 60000 + b"!",
+    "colons": b":" * 60000,
+}
 
 
 @pytest.mark.parametrize("text", EVIL_TEXTS.values(), ids=EVIL_TEXTS)
 def test_N03_the_worst_texts_for_patterns_and_parsers_are_answered(shared, token, text):
     """A pattern that goes back and forth would take longer than the test may."""
     head = f"Authorization: Bearer {token}"
-    for path, line in (("/mcp", head), ("/oauth/token", FORM), ("/oauth/register", "X: y"), ("/oauth/revoke", FORM), ("/oauth/consent", FORM)):
+    for path, line in (
+        ("/mcp", head),
+        ("/oauth/token", FORM),
+        ("/oauth/register", "X: y"),
+        ("/oauth/revoke", FORM),
+        ("/oauth/consent", FORM),
+    ):
         assert 400 <= ask(shared, post(shared, path, text, line)).status < 500
-    quoted = b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":' + json.dumps(text.decode()).encode() + b"}}"
+    quoted = (
+        b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":' + json.dumps(text.decode()).encode() + b"}}"
+    )
     assert ask(shared, post(shared, "/mcp", quoted, head)).status == 200
-    for name in ("Accept", "Cookie", "X-Forwarded-For", "Last-Event-ID", "Content-Type", "Mcp-Session-Id", "Connection",
-                 "Access-Control-Request-Headers", "Origin", "MCP-Protocol-Version", "Authorization"):
-        assert 200 <= ask(shared, get(shared, "/mcp", f"{name}: x".encode() + text[:30000] + b"x", method=b"OPTIONS")).status < 500
+    for name in (
+        "Accept",
+        "Cookie",
+        "X-Forwarded-For",
+        "Last-Event-ID",
+        "Content-Type",
+        "Mcp-Session-Id",
+        "Connection",
+        "Access-Control-Request-Headers",
+        "Origin",
+        "MCP-Protocol-Version",
+        "Authorization",
+    ):
+        assert (
+            200
+            <= ask(
+                shared, get(shared, "/mcp", f"{name}: x".encode() + text[:30000] + b"x", method=b"OPTIONS")
+            ).status
+            < 500
+        )
 
 
 @pytest.mark.parametrize("size", [20000])
 def test_N04_many_keys_that_might_collide_are_answered(shared, token, size):
-    keys = [f"k{number * (2 ** 61 - 1)}" for number in range(size)]  # equal modulo the hash of integers, were they used as such
+    keys = [
+        f"k{number * (2**61 - 1)}" for number in range(size)
+    ]  # equal modulo the hash of integers, were they used as such
     message = {**PING, "params": {"_meta": dict.fromkeys(keys, 0)}}
-    assert ask(shared, post(shared, "/mcp", json.dumps(message).encode(), f"Authorization: Bearer {token}")).json()["result"] == {}
+    assert (
+        ask(
+            shared, post(shared, "/mcp", json.dumps(message).encode(), f"Authorization: Bearer {token}")
+        ).json()["result"]
+        == {}
+    )
     form = "&".join(f"{key}=1" for key in keys)[:60000].encode()
     assert ask(shared, post(shared, "/oauth/token", form, FORM)).status == 400
 

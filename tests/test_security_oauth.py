@@ -25,7 +25,9 @@ CHALLENGE = "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"
 def http(rig, method, path, body=None, headers=None):
     wire = Wire(rig.url)
     try:
-        return wire.exchange(method, rig.url + path, body.encode() if isinstance(body, str) else body, headers or {})
+        return wire.exchange(
+            method, rig.url + path, body.encode() if isinstance(body, str) else body, headers or {}
+        )
     finally:
         wire.close()
 
@@ -48,7 +50,9 @@ def client(rig):
 
 
 def code_for(client, user="alice", browser=None, **arguments):
-    return query_of(approve_login(browser or Browser(), client.authorize_url(**arguments), user, "secret"))["code"]
+    return query_of(approve_login(browser or Browser(), client.authorize_url(**arguments), user, "secret"))[
+        "code"
+    ]
 
 
 def bearer_status(rig, token):
@@ -62,7 +66,12 @@ def count(rig, table):
 def to_forgejo(rig, browser, client, **arguments):
     """Approve, and stop where the browser would go to Forgejo; the page whose `redirected_to` that is."""
     page = browser.get(client.authorize_url(**arguments))
-    return browser.submit(page, ("decision", "approve"), form=page.form_with("login"), stop=lambda url: url.startswith(rig.forgejo.url))
+    return browser.submit(
+        page,
+        ("decision", "approve"),
+        form=page.form_with("login"),
+        stop=lambda url: url.startswith(rig.forgejo.url),
+    )
 
 
 def at_callback(rig, browser, client, user="alice"):
@@ -71,7 +80,9 @@ def at_callback(rig, browser, client, user="alice"):
     page = browser.get(to_forgejo(rig, browser, client).redirected_to, stop=stop)
     while not page.redirected_to:
         if page.forms and any(form.fields.keys() & {"user_name"} for form in page.forms):
-            page = browser.submit(page, form=page.form_with("user_name"), stop=stop, user_name=user, password="secret")
+            page = browser.submit(
+                page, form=page.form_with("user_name"), stop=stop, user_name=user, password="secret"
+            )
         else:
             page = browser.submit(page, ("granted", "true"), stop=stop)
     return page.redirected_to
@@ -93,31 +104,63 @@ def test_A03_a_missing_redirect_uri_is_never_guessed(rig, uris):
     assert page.status == 400 and not page.redirected_to
 
 
-@pytest.mark.parametrize("name", ["client_id", "redirect_uri", "state", "code_challenge", "scope", "response_type"])
+@pytest.mark.parametrize(
+    "name", ["client_id", "redirect_uri", "state", "code_challenge", "scope", "response_type"]
+)
 def test_A04_a_parameter_sent_twice_is_refused(rig, client, name):
-    page = Browser(callbacks=(client.redirect_uri,)).get(client.authorize_url(state="s", scope="forgejo:read") + f"&{name}=other")
+    page = Browser(callbacks=(client.redirect_uri,)).get(
+        client.authorize_url(state="s", scope="forgejo:read") + f"&{name}=other"
+    )
     if name in ("client_id", "redirect_uri"):
         assert page.status == 400 and not page.redirected_to
     else:
         assert query_of(page.redirected_to)["error"] == "invalid_request"
 
 
-@pytest.mark.parametrize("challenge", ["a" * 42, "a" * 44, "a" * 200, "+" * 43, "/" * 43, "a" * 42 + "=", "ä" * 43, "a" * 42 + "\0", " " * 43])
+@pytest.mark.parametrize(
+    "challenge",
+    ["a" * 42, "a" * 44, "a" * 200, "+" * 43, "/" * 43, "a" * 42 + "=", "ä" * 43, "a" * 42 + "\0", " " * 43],
+)
 def test_A07_a_challenge_is_43_characters_of_base64url(client, challenge):
     page = Browser(callbacks=(client.redirect_uri,)).get(client.authorize_url(code_challenge=challenge))
     assert page.status == 400 or query_of(page.redirected_to)["error"] == "invalid_request"
 
 
-@pytest.mark.parametrize("change", [{"code_challenge_method": "s256"}, {"code_challenge_method": "S512"}, {"response_type": "code token"},
-                                    {"response_type": "id_token"}, {"response_mode": "form_post"}, {"response_mode": "web_message"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"code_challenge_method": "s256"},
+        {"code_challenge_method": "S512"},
+        {"response_type": "code token"},
+        {"response_type": "id_token"},
+        {"response_mode": "form_post"},
+        {"response_mode": "web_message"},
+    ],
+)
 def test_A06_A08_A09_other_methods_types_and_modes_are_never_honoured(client, change):
     page = Browser(callbacks=(client.redirect_uri,)).get(client.authorize_url(**change))
-    assert query_of(page.redirected_to)["error"] in ("invalid_request", "unsupported_response_type") and "#" not in page.redirected_to
+    assert (
+        query_of(page.redirected_to)["error"] in ("invalid_request", "unsupported_response_type")
+        and "#" not in page.redirected_to
+    )
 
 
-@pytest.mark.parametrize("resource", ["https://other.example/mcp", "{}/mcp#frag", "/mcp", "{}/other", "{}/MCP", "{}.evil.example/mcp", "{}@evil.example/mcp"])
+@pytest.mark.parametrize(
+    "resource",
+    [
+        "https://other.example/mcp",
+        "{}/mcp#frag",
+        "/mcp",
+        "{}/other",
+        "{}/MCP",
+        "{}.evil.example/mcp",
+        "{}@evil.example/mcp",
+    ],
+)
 def test_A10_a_foreign_resource_is_an_invalid_target(rig, client, resource):
-    page = Browser(callbacks=(client.redirect_uri,)).get(client.authorize_url(resource=resource.format(rig.url)))
+    page = Browser(callbacks=(client.redirect_uri,)).get(
+        client.authorize_url(resource=resource.format(rig.url))
+    )
     assert query_of(page.redirected_to)["error"] == "invalid_target"
 
 
@@ -127,9 +170,22 @@ def test_A11_the_resource_is_compared_as_a_url_and_stored_canonical(rig, client)
     assert rig.broker.store._one("SELECT resource FROM grants").resource == rig.url + "/mcp"
 
 
-@pytest.mark.parametrize("state", ["a b&c=d", "é€", "<script>alert(1)</script>", "%0d%0aX-Evil: 1", "a\r\nX-Evil: 1", '"><img>', "s" * 2048])
+@pytest.mark.parametrize(
+    "state",
+    [
+        "a b&c=d",
+        "é€",
+        "<script>alert(1)</script>",
+        "%0d%0aX-Evil: 1",
+        "a\r\nX-Evil: 1",
+        '"><img>',
+        "s" * 2048,
+    ],
+)
 def test_A13_the_state_comes_back_byte_for_byte_and_splits_nothing(rig, client, state):
-    answer = query_of(approve_login(Browser(), client.authorize_url(state=state), "alice", "secret", decision="deny"))
+    answer = query_of(
+        approve_login(Browser(), client.authorize_url(state=state), "alice", "secret", decision="deny")
+    )
     assert answer["state"] == state
     page = Browser().get(client.authorize_url(state=state))
     assert page.status == 200 and "x-evil" not in page.headers and "<script>alert" not in page.text
@@ -150,13 +206,18 @@ def test_A16_an_authorization_request_by_POST_is_refused(rig, client):
 def test_A17_oversized_and_ambiguous_queries_are_refused(rig, client):
     assert Browser().get(client.authorize_url() + "&" + "&".join(f"a{n}=1" for n in range(200))).status == 400
     assert http(rig, "GET", "/oauth/authorize?x=" + "x" * 65536).status in (414, 431)
-    assert Browser().get(client.authorize_url(client_id=None) + f"&x=1;client_id={client.client_id}").status == 400
+    assert (
+        Browser().get(client.authorize_url(client_id=None) + f"&x=1;client_id={client.client_id}").status
+        == 400
+    )
 
 
 @pytest.mark.parametrize("uri", ["https://a.example/cb?a=b", "https://a.example/cb?"])
 def test_A19_the_query_of_a_redirect_uri_is_kept_and_extended(rig, uri):
     client = registered(rig, redirect_uris=[uri])
-    page = Browser(callbacks=("https://a.example",)).get(client.authorize_url(redirect_uri=uri, response_type="x", state="s"))
+    page = Browser(callbacks=("https://a.example",)).get(
+        client.authorize_url(redirect_uri=uri, response_type="x", state="s")
+    )
     assert page.redirected_to.startswith(uri) and page.redirected_to.count("?") == 1
     answer = urllib.parse.parse_qs(urllib.parse.urlsplit(page.redirected_to).query)
     assert answer["iss"] == [rig.url] and answer["state"] == ["s"]
@@ -171,7 +232,7 @@ def test_A20_many_authorization_requests_store_nothing_and_are_limited_by_addres
     rig = make_rig(rate_authorize="100")
     client = registered(rig)
     rig.clock.stop()
-    path = client.authorize_url()[len(rig.url):]
+    path = client.authorize_url()[len(rig.url) :]
     statuses = [http(rig, "GET", path, headers={"X-Forwarded-For": "203.0.113.9"}) for _ in range(110)]
     assert [answer.status for answer in statuses] == [200] * 100 + [429] * 10
     assert int(statuses[-1].headers["Retry-After"]) >= 1 and count(rig, "logins") == 0
@@ -184,9 +245,15 @@ def test_A21_A22_what_follows_the_form_is_a_GET_that_no_referrer_or_cache_sees(r
     page = browser.get(client.authorize_url())
     fields = {**page.form_with("login").fields, "decision": "approve", "access": "full"}
     answer = browser.post(rig.url + "/oauth/consent", fields, stop=lambda url: True)
-    assert answer.status == 303 and answer.headers["referrer-policy"] == "no-referrer" and answer.headers["cache-control"] == "no-store"
+    assert (
+        answer.status == 303
+        and answer.headers["referrer-policy"] == "no-referrer"
+        and answer.headers["cache-control"] == "no-store"
+    )
     assert page.headers["referrer-policy"] == "same-origin" and page.headers["cache-control"] == "no-store"
-    assert "//" not in page.text.replace("//localhost/callback", "").replace("http:" + client.redirect_uri[5:], "")  # nothing from elsewhere
+    assert "//" not in page.text.replace("//localhost/callback", "").replace(
+        "http:" + client.redirect_uri[5:], ""
+    )  # nothing from elsewhere
 
 
 # -- C. consent
@@ -209,26 +276,59 @@ def test_C08_an_approved_client_is_asked_about_again_wherever_the_person_comes_f
 
 def test_C09_no_page_can_be_framed(rig, client):
     browser = Browser()
-    pages = [browser.get(client.authorize_url()), browser.get(rig.url + "/"), browser.get(rig.url + "/account"),
-             browser.get(client.authorize_url(client_id="nobody")), browser.get(rig.url + "/oauth/callback"),
-             browser.post(rig.url + "/oauth/consent", {"x": "y"}), browser.post(rig.url + "/account/end", {}), browser.get(rig.url + "/oauth/consent")]
+    pages = [
+        browser.get(client.authorize_url()),
+        browser.get(rig.url + "/"),
+        browser.get(rig.url + "/account"),
+        browser.get(client.authorize_url(client_id="nobody")),
+        browser.get(rig.url + "/oauth/callback"),
+        browser.post(rig.url + "/oauth/consent", {"x": "y"}),
+        browser.post(rig.url + "/account/end", {}),
+        browser.get(rig.url + "/oauth/consent"),
+    ]
     assert {page.status for page in pages} == {200, 400, 403, 405}
     for page in pages:
         policy = page.headers["content-security-policy"]
-        assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "base-uri 'none'" in policy and "form-action" not in policy
+        assert (
+            "default-src 'none'" in policy
+            and "frame-ancestors 'none'" in policy
+            and "base-uri 'none'" in policy
+            and "form-action" not in policy
+        )
         assert page.headers["x-frame-options"] == "DENY" and "<script" not in page.text
 
 
-@pytest.mark.parametrize("name", ['<img src=x onerror=alert(1)>', '"><script>alert(1)</script>', "{{7*7}}", "%s%n", "{0}", "</title><b>", "&lt;"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<img src=x onerror=alert(1)>",
+        '"><script>alert(1)</script>',
+        "{{7*7}}",
+        "%s%n",
+        "{0}",
+        "</title><b>",
+        "&lt;",
+    ],
+)
 def test_C10_a_clients_name_is_inert_text(rig, name):
     page = Browser().get(registered(rig, client_name=name).authorize_url())
-    assert page.status == 200 and name in page.words and "<img" not in page.text and "<script" not in page.text and "<b>" not in page.text
+    assert (
+        page.status == 200
+        and name in page.words
+        and "<img" not in page.text
+        and "<script" not in page.text
+        and "<b>" not in page.text
+    )
 
 
 def test_C11_a_name_cannot_hide_or_turn_around_what_follows(rig):
     client = registered(rig, client_name="Forgejo\u202e\u200b Offi\ncial\u2066" + "x" * 10000)
     page = Browser().get(client.authorize_url())
-    assert "Forgejo Offi cial" in page.words and not set("\u202e\u200b\u2066") & set(page.text) and "x" * 101 not in page.text
+    assert (
+        "Forgejo Offi cial" in page.words
+        and not set("\u202e\u200b\u2066") & set(page.text)
+        and "x" * 101 not in page.text
+    )
     client = registered(rig, client_name="\u202e\u200b", redirect_uris=["https://xn--frgejo-mxa.example/cb"])
     page = Browser().get(client.authorize_url(redirect_uri="https://xn--frgejo-mxa.example/cb"))
     assert "An application without a name" in page.words and "xn--frgejo-mxa.example" in page.words
@@ -236,8 +336,15 @@ def test_C11_a_name_cannot_hide_or_turn_around_what_follows(rig):
 
 def test_C12_the_page_says_who_where_to_and_what(rig, client):
     words = Browser().get(client.authorize_url()).words
-    assert "http://localhost/callback" in words and "Any program on this device" in words and client.client_id in words
-    assert "see and change your repositories and their contents" in words and "see and change issues and pull requests" in words
+    assert (
+        "http://localhost/callback" in words
+        and "Any program on this device" in words
+        and client.client_id in words
+    )
+    assert (
+        "see and change your repositories and their contents" in words
+        and "see and change issues and pull requests" in words
+    )
 
 
 @pytest.mark.parametrize("field", ["logo_uri", "client_uri", "tos_uri", "policy_uri"])
@@ -249,13 +356,31 @@ def test_C13_links_of_a_client_are_neither_kept_nor_shown(rig, field):
 
 def test_C15_the_cookie_is_for_this_host_only(make_rig, rig, client):
     assert Browser().get(client.authorize_url()).headers["set-cookie"].split("=", 1)[0] == "fjmcp"
-    assert Browser().get(client.authorize_url()).headers["set-cookie"].split("; ")[1:] == ["Max-Age=600", "Path=/", "HttpOnly", "SameSite=Lax"]
+    assert Browser().get(client.authorize_url()).headers["set-cookie"].split("; ")[1:] == [
+        "Max-Age=600",
+        "Path=/",
+        "HttpOnly",
+        "SameSite=Lax",
+    ]
     secure = make_rig(public_url="https://broker.example")
     secure.broker.store.add_client("c", "dynamic", "C", ["https://a.example/cb"], None, "none", {}, 0)
-    query = urllib.parse.urlencode({"response_type": "code", "client_id": "c", "redirect_uri": "https://a.example/cb", "code_challenge": CHALLENGE,
-                                    "code_challenge_method": "S256"})
+    query = urllib.parse.urlencode(
+        {
+            "response_type": "code",
+            "client_id": "c",
+            "redirect_uri": "https://a.example/cb",
+            "code_challenge": CHALLENGE,
+            "code_challenge_method": "S256",
+        }
+    )
     cookie = http(secure, "GET", f"/oauth/authorize?{query}").headers["Set-Cookie"]
-    assert cookie.startswith("__Host-fjmcp=") and cookie.split("; ")[1:] == ["Max-Age=600", "Path=/", "HttpOnly", "SameSite=Lax", "Secure"]
+    assert cookie.startswith("__Host-fjmcp=") and cookie.split("; ")[1:] == [
+        "Max-Age=600",
+        "Path=/",
+        "HttpOnly",
+        "SameSite=Lax",
+        "Secure",
+    ]
 
 
 def test_C16_two_cookies_of_the_name_are_an_attack(rig, client):
@@ -267,8 +392,18 @@ def test_C16_two_cookies_of_the_name_are_an_attack(rig, client):
 def test_C17_a_changed_cookie_is_none(rig, client, cookie):
     browser = Browser()
     fields = browser.get(client.authorize_url()).form_with("login").fields
-    headers = {**FORM, "Sec-Fetch-Site": "same-origin", **({"Cookie": "fjmcp=" + cookie} if cookie is not None else {})}
-    answer = http(rig, "POST", "/oauth/consent", urllib.parse.urlencode({**fields, "decision": "approve", "access": "full"}), headers)
+    headers = {
+        **FORM,
+        "Sec-Fetch-Site": "same-origin",
+        **({"Cookie": "fjmcp=" + cookie} if cookie is not None else {}),
+    }
+    answer = http(
+        rig,
+        "POST",
+        "/oauth/consent",
+        urllib.parse.urlencode({**fields, "decision": "approve", "access": "full"}),
+        headers,
+    )
     assert answer.status == 403 and count(rig, "logins") == 0
 
 
@@ -283,12 +418,23 @@ def test_C19_a_login_of_somebody_else_cannot_be_finished_in_a_victims_browser(ri
 def test_C20_fields_added_to_the_form_change_nothing(rig, client):
     browser = Browser()
     page = browser.get(client.authorize_url(scope="forgejo:read"))
-    added = {"client_id": "x", "redirect_uri": "https://evil.example/", "scope": "forgejo:write", "access": "full", "state": "x", "code_challenge": "x"}
+    added = {
+        "client_id": "x",
+        "redirect_uri": "https://evil.example/",
+        "scope": "forgejo:write",
+        "access": "full",
+        "state": "x",
+        "code_challenge": "x",
+    }
     fields = {**page.form_with("login").fields, **added, "decision": "deny"}
     answer = browser.post(rig.url + "/oauth/consent", fields, stop=lambda url: True)
     assert answer.redirected_to.startswith(client.redirect_uri + "?")
     page = browser.get(client.authorize_url(scope="forgejo:read"))
-    browser.post(rig.url + "/oauth/consent", {**page.form_with("login").fields, **added, "decision": "approve"}, stop=lambda url: True)
+    browser.post(
+        rig.url + "/oauth/consent",
+        {**page.form_with("login").fields, **added, "decision": "approve"},
+        stop=lambda url: True,
+    )
     assert rig.log.named("consent given")[-1]["scope"] == "forgejo:read"
 
 
@@ -302,7 +448,9 @@ def test_K01_an_expired_or_used_state_asks_nothing_of_forgejo(rig, client):
     before = rig.forgejo.count("/login/oauth/access_token")
     assert browser.get(url).status == 400
     url = at_callback(rig, browser, client)
-    assert "code" in query_of(browser.get(url, stop=lambda url: url.startswith(client.redirect_uri)).redirected_to)
+    assert "code" in query_of(
+        browser.get(url, stop=lambda url: url.startswith(client.redirect_uri)).redirected_to
+    )
     assert browser.get(url).status == 400
     assert rig.forgejo.count("/login/oauth/access_token") == before + 1 and count(rig, "grants") == 1
 
@@ -311,11 +459,13 @@ def test_K01_an_expired_or_used_state_asks_nothing_of_forgejo(rig, client):
 def test_K02_without_the_browsers_cookie_no_code_is_exchanged(rig, client, cookie):
     url = at_callback(rig, Browser(), client)
     before = rig.forgejo.count("/login/oauth/access_token")
-    assert http(rig, "GET", url[len(rig.url):], headers={"Cookie": cookie} if cookie else {}).status == 403
+    assert http(rig, "GET", url[len(rig.url) :], headers={"Cookie": cookie} if cookie else {}).status == 403
     assert rig.forgejo.count("/login/oauth/access_token") == before
 
 
-@pytest.mark.parametrize("change", [str.swapcase, lambda state: state[:-1], lambda state: state + "%20", lambda state: state + "x"])
+@pytest.mark.parametrize(
+    "change", [str.swapcase, lambda state: state[:-1], lambda state: state + "%20", lambda state: state + "x"]
+)
 def test_K03_the_state_is_compared_exactly(rig, client, change):
     browser = Browser()
     url = at_callback(rig, browser, client)
@@ -331,37 +481,66 @@ def test_K04_of_many_callbacks_at_once_one_is_exchanged(rig, client):
     cookie = browser.cookies.get("fjmcp")
     header = {"Cookie": f"fjmcp={getattr(cookie, 'value', cookie)}"}
     with ThreadPoolExecutor(20) as pool:
-        statuses = sorted(pool.map(lambda _: http(rig, "GET", url[len(rig.url):], headers=header).status, range(20)))
+        statuses = sorted(
+            pool.map(lambda _: http(rig, "GET", url[len(rig.url) :], headers=header).status, range(20))
+        )
     assert statuses == [303] + [400] * 19 and rig.forgejo.count("/login/oauth/access_token") == before + 1
 
 
-@pytest.mark.parametrize("error, told", [("access_denied", "access_denied"), ("server_error", "server_error"), ("<script>", "server_error")])
+@pytest.mark.parametrize(
+    "error, told",
+    [("access_denied", "access_denied"), ("server_error", "server_error"), ("<script>", "server_error")],
+)
 def test_K05_forgejos_words_are_not_passed_on(rig, client, error, told):
     browser = Browser()
     state = query_of(to_forgejo(rig, browser, client, state="s").redirected_to)["state"]
-    query = urllib.parse.urlencode({"state": state, "error": error, "error_description": "<script>alert(1)</script>"})
-    page = browser.get(f"{rig.url}/oauth/callback?{query}", stop=lambda url: url.startswith(client.redirect_uri))
+    query = urllib.parse.urlencode(
+        {"state": state, "error": error, "error_description": "<script>alert(1)</script>"}
+    )
+    page = browser.get(
+        f"{rig.url}/oauth/callback?{query}", stop=lambda url: url.startswith(client.redirect_uri)
+    )
     answer = query_of(page.redirected_to)
-    assert answer["error"] == told and "alert" not in page.redirected_to and answer["state"] == "s" and answer["iss"] == rig.url
+    assert (
+        answer["error"] == told
+        and "alert" not in page.redirected_to
+        and answer["state"] == "s"
+        and answer["iss"] == rig.url
+    )
 
 
 @pytest.mark.parametrize("added", ["&error=x", "&code=x", "&state=x", "&iss=https://evil.example"])
-def test_K06_K07_an_ambiguous_answer_or_one_of_another_issuer_is_refused_and_burns_nothing(rig, client, added):
+def test_K06_K07_an_ambiguous_answer_or_one_of_another_issuer_is_refused_and_burns_nothing(
+    rig, client, added
+):
     browser = Browser()
     url = at_callback(rig, browser, client)
     before = rig.forgejo.count("/login/oauth/access_token")
     assert browser.get(url + added).status == 400 and rig.forgejo.count("/login/oauth/access_token") == before
     good = url + f"&iss={rig.forgejo.url}"
-    assert "code" in query_of(browser.get(good, stop=lambda url: url.startswith(client.redirect_uri)).redirected_to)
+    assert "code" in query_of(
+        browser.get(good, stop=lambda url: url.startswith(client.redirect_uri)).redirected_to
+    )
 
 
-@pytest.mark.parametrize("fault, error", [
-    (fake_forgejo.status(500), "temporarily_unavailable"), (fake_forgejo.html(), "temporarily_unavailable"), (fake_forgejo.lose_response(), "temporarily_unavailable"),
-    (fake_forgejo.redirect("http://127.0.0.1:1/"), "temporarily_unavailable"), (fake_forgejo.huge_json(10 << 20), "temporarily_unavailable"),
-    (fake_forgejo.cut_body(), "temporarily_unavailable"), (fake_forgejo.json_override({"access_token": MISSING}), "temporarily_unavailable"),
-    (fake_forgejo.json_override({"access_token": 5}), "temporarily_unavailable"), (fake_forgejo.json_override({"token_type": "mac"}), "temporarily_unavailable"),
-    (fake_forgejo.json_override(lambda value: [value]), "temporarily_unavailable"), (fake_forgejo.oauth_error("invalid_grant"), "server_error"),
-    (fake_forgejo.oauth_error("invalid_client"), "server_error")], ids=lambda value: value if isinstance(value, str) else "fault")
+@pytest.mark.parametrize(
+    "fault, error",
+    [
+        (fake_forgejo.status(500), "temporarily_unavailable"),
+        (fake_forgejo.html(), "temporarily_unavailable"),
+        (fake_forgejo.lose_response(), "temporarily_unavailable"),
+        (fake_forgejo.redirect("http://127.0.0.1:1/"), "temporarily_unavailable"),
+        (fake_forgejo.huge_json(10 << 20), "temporarily_unavailable"),
+        (fake_forgejo.cut_body(), "temporarily_unavailable"),
+        (fake_forgejo.json_override({"access_token": MISSING}), "temporarily_unavailable"),
+        (fake_forgejo.json_override({"access_token": 5}), "temporarily_unavailable"),
+        (fake_forgejo.json_override({"token_type": "mac"}), "temporarily_unavailable"),
+        (fake_forgejo.json_override(lambda value: [value]), "temporarily_unavailable"),
+        (fake_forgejo.oauth_error("invalid_grant"), "server_error"),
+        (fake_forgejo.oauth_error("invalid_client"), "server_error"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "fault",
+)
 def test_K08_K09_whatever_forgejo_answers_the_client_is_told_and_nothing_breaks(rig, client, fault, error):
     rig.forgejo.inject("/login/oauth/access_token", fault)
     answer = query_of(approve_login(Browser(), client.authorize_url(), "alice", "secret"))
@@ -380,7 +559,10 @@ def test_K08_a_senseless_life_of_forgejos_token_is_not_believed(rig, client, lif
 @pytest.mark.parametrize("sub", ["2002", 0, "", "1001 ", "01001", [1001], "0", -1, "alice", None])
 def test_K10_a_user_is_a_number_that_both_answers_agree_on(rig, client, sub):
     rig.forgejo.inject("/login/oauth/userinfo", fake_forgejo.json_override({"sub": sub}))
-    assert query_of(approve_login(Browser(), client.authorize_url(), "alice", "secret"))["error"] == "temporarily_unavailable"
+    assert (
+        query_of(approve_login(Browser(), client.authorize_url(), "alice", "secret"))["error"]
+        == "temporarily_unavailable"
+    )
     assert count(rig, "users") == 0
 
 
@@ -436,22 +618,35 @@ def test_K14_where_forgejo_is_comes_from_the_configuration_only(rig, client):
     url = client.authorize_url() + "&issuer=https://evil.example&forgejo_url=https://evil.example"
     browser = Browser()
     page = browser.get(url, headers={"X-Forwarded-Host": "evil.example", "Forwarded": "host=evil.example"})
-    approved = browser.submit(page, ("decision", "approve"), form=page.form_with("login"), stop=lambda url: True)
+    approved = browser.submit(
+        page, ("decision", "approve"), form=page.form_with("login"), stop=lambda url: True
+    )
     target = approved.redirected_to
-    assert target.startswith(rig.forgejo.url + "/login/oauth/authorize?") and query_of(target)["redirect_uri"] == rig.url + "/oauth/callback"
+    assert (
+        target.startswith(rig.forgejo.url + "/login/oauth/authorize?")
+        and query_of(target)["redirect_uri"] == rig.url + "/oauth/callback"
+    )
 
 
 def test_K15_proxies_of_the_environment_are_ignored_and_certificates_checked(rig, monkeypatch, tmp_path):
     from document_web import DocumentWeb, make_authority
+
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     assert rig.login().tokens
     web = DocumentWeb(make_authority(tmp_path))
     try:
         with pytest.raises(fjmcp_broker.FetchFailed, match="CERTIFICATE|certificate"):
-            fjmcp_broker.fetch("GET", "https://app.example/", connect=lambda timeout: web._connect(("x", 443), timeout))
+            fjmcp_broker.fetch(
+                "GET", "https://app.example/", connect=lambda timeout: web._connect(("x", 443), timeout)
+            )
         with pytest.raises(fjmcp_broker.FetchFailed, match="ostname|match"):
-            fjmcp_broker.fetch("GET", "https://other.example/", ca_file=str(web._ca), connect=lambda timeout: web._connect(("x", 443), timeout))
+            fjmcp_broker.fetch(
+                "GET",
+                "https://other.example/",
+                ca_file=str(web._ca),
+                connect=lambda timeout: web._connect(("x", 443), timeout),
+            )
         assert not web.asked
     finally:
         web.close()
@@ -479,7 +674,12 @@ def test_K18_a_refresh_lost_in_a_crash_ends_in_one_login_and_no_loop(rig):
         rig.broker.upstream.refresh("1001")
     rig.restart()
     stale = McpClient(mcp.url, client.tokens["access_token"], session_id=mcp.session_id)
-    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "get_my_user_info", "arguments": {}}}
+    call = {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "tools/call",
+        "params": {"name": "get_my_user_info", "arguments": {}},
+    }
     refused = stale.post(call)
     assert refused.status == 401 and 'error="invalid_token"' in refused.headers["www-authenticate"]
     before = rig.forgejo.count("/login/oauth/access_token")
@@ -503,7 +703,9 @@ def test_T01_a_malformed_verifier_is_an_invalid_request_and_costs_nothing(client
 def test_T02_the_challenge_is_no_verifier(client):
     url = client.authorize_url()
     code = query_of(approve_login(Browser(), url, "alice", "secret"))["code"]
-    assert client.redeem(code, code_verifier=query_of(url)["code_challenge"]).json()["error"] == "invalid_grant"
+    assert (
+        client.redeem(code, code_verifier=query_of(url)["code_challenge"]).json()["error"] == "invalid_grant"
+    )
 
 
 def test_T03_a_code_without_a_challenge_opens_with_nothing(rig, client):
@@ -522,23 +724,48 @@ def test_T07_a_code_that_only_begins_like_a_used_one_ends_nothing(rig, client):
     assert bearer_status(rig, tokens["access_token"]) == 200
 
 
-@pytest.mark.parametrize("grant", ["password", "client_credentials", "urn:ietf:params:oauth:grant-type:token-exchange",
-                                   "urn:ietf:params:oauth:grant-type:jwt-bearer", "implicit", "AUTHORIZATION_CODE"])
+@pytest.mark.parametrize(
+    "grant",
+    [
+        "password",
+        "client_credentials",
+        "urn:ietf:params:oauth:grant-type:token-exchange",
+        "urn:ietf:params:oauth:grant-type:jwt-bearer",
+        "implicit",
+        "AUTHORIZATION_CODE",
+    ],
+)
 def test_T10_other_grant_types_are_not_served(client, grant):
     assert client.redeem("x", grant_type=grant).json()["error"] == "unsupported_grant_type"
 
 
 def token_request(rig, fields, headers=None, path="/oauth/token"):
-    return http(rig, "POST", path, fields if isinstance(fields, (str, bytes)) else urllib.parse.urlencode(fields), {**FORM, **(headers or {})})
+    return http(
+        rig,
+        "POST",
+        path,
+        fields if isinstance(fields, (str, bytes)) else urllib.parse.urlencode(fields),
+        {**FORM, **(headers or {})},
+    )
 
 
 def test_T10_a_parameter_sent_twice_is_refused(rig, client):
-    answer = token_request(rig, [("grant_type", "refresh_token"), ("grant_type", "authorization_code"), ("client_id", client.client_id)])
+    answer = token_request(
+        rig,
+        [
+            ("grant_type", "refresh_token"),
+            ("grant_type", "authorization_code"),
+            ("client_id", client.client_id),
+        ],
+    )
     assert answer.status == 400 and answer.json()["error"] == "invalid_request"
 
 
 def basic(text):
-    return {"Authorization": "Basic " + base64.b64encode(text if isinstance(text, bytes) else text.encode()).decode()}
+    return {
+        "Authorization": "Basic "
+        + base64.b64encode(text if isinstance(text, bytes) else text.encode()).decode()
+    }
 
 
 def test_T11_credentials_come_in_one_place(rig):
@@ -549,28 +776,69 @@ def test_T11_credentials_come_in_one_place(rig):
         assert answer.status == 400 and answer.json()["error"] == "invalid_request"
 
 
-@pytest.mark.parametrize("value", ["Basic !!!!", "Basic " + base64.b64encode(b"no-colon").decode(), "Basic " + base64.b64encode(b"\xff\xfe:x").decode(),
-                                   "Basic", "Basic YWJj*ZGVm", "Bearer x", "Basic " + base64.b64encode(b"%ff:x").decode()])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "Basic !!!!",
+        "Basic " + base64.b64encode(b"no-colon").decode(),
+        "Basic " + base64.b64encode(b"\xff\xfe:x").decode(),
+        "Basic",
+        "Basic YWJj*ZGVm",
+        "Bearer x",
+        "Basic " + base64.b64encode(b"%ff:x").decode(),
+    ],
+)
 def test_T12_a_malformed_basic_header_is_401_with_a_challenge(rig, value):
-    answer = token_request(rig, {"grant_type": "refresh_token", "refresh_token": "x"}, {"Authorization": value})
-    assert answer.status == 401 and answer.json()["error"] == "invalid_client" and answer.headers["WWW-Authenticate"].startswith("Basic ")
+    answer = token_request(
+        rig, {"grant_type": "refresh_token", "refresh_token": "x"}, {"Authorization": value}
+    )
+    assert (
+        answer.status == 401
+        and answer.json()["error"] == "invalid_client"
+        and answer.headers["WWW-Authenticate"].startswith("Basic ")
+    )
 
 
 def test_T12_credentials_in_basic_are_form_encoded(rig):
-    rig.broker.store.add_client("a:b c", "configured", "C", ["https://a.example/cb"], fjmcp_broker.digest("p:%w"), "client_secret_basic", {}, 0)
-    answer = token_request(rig, {"grant_type": "refresh_token", "refresh_token": "x"}, basic("a%3Ab+c:p%3A%25w"))
+    rig.broker.store.add_client(
+        "a:b c",
+        "configured",
+        "C",
+        ["https://a.example/cb"],
+        fjmcp_broker.digest("p:%w"),
+        "client_secret_basic",
+        {},
+        0,
+    )
+    answer = token_request(
+        rig, {"grant_type": "refresh_token", "refresh_token": "x"}, basic("a%3Ab+c:p%3A%25w")
+    )
     assert answer.json()["error"] == "invalid_grant"
 
 
 @pytest.mark.parametrize("secret", [None, "", "wrong", "fjs_"])
 def test_T13_a_client_with_a_secret_must_show_it(rig, secret):
     client = registered(rig, token_endpoint_auth_method="client_secret_post")
-    fields = {"grant_type": "refresh_token", "refresh_token": "x", "client_id": client.client_id, **({"client_secret": secret} if secret is not None else {})}
+    fields = {
+        "grant_type": "refresh_token",
+        "refresh_token": "x",
+        "client_id": client.client_id,
+        **({"client_secret": secret} if secret is not None else {}),
+    }
     answer = token_request(rig, fields)
     assert answer.status == 401 and answer.json()["error"] == "invalid_client"
 
 
-@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x", "text/plain", "", "application/x-www-form-urlencoded; charset=utf-16"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "application/json",
+        "multipart/form-data; boundary=x",
+        "text/plain",
+        "",
+        "application/x-www-form-urlencoded; charset=utf-16",
+    ],
+)
 def test_T14_only_a_form_is_read(rig, client, kind):
     body = json.dumps({"grant_type": "refresh_token", "client_id": client.client_id})
     answer = http(rig, "POST", "/oauth/token", body, {"Content-Type": kind})
@@ -578,7 +846,9 @@ def test_T14_only_a_form_is_read(rig, client, kind):
 
 
 def test_T14_parameters_in_the_url_are_refused(rig, client):
-    query = urllib.parse.urlencode({"grant_type": "refresh_token", "client_id": client.client_id, "refresh_token": "secret"})
+    query = urllib.parse.urlencode(
+        {"grant_type": "refresh_token", "client_id": client.client_id, "refresh_token": "secret"}
+    )
     assert http(rig, "POST", "/oauth/token?" + query, query, FORM).json()["error"] == "invalid_request"
 
 
@@ -593,12 +863,21 @@ def test_T16_a_refresh_may_ask_for_less_and_never_for_more(rig):
     assert rig.broker.store.refresh_token(hashlib.sha256(r0.encode()).digest()).rotated_at is None
 
 
-def test_T17_T19_answers_are_json_uncached_without_cookies_and_open_to_browsers_without_credentials(rig, client):
+def test_T17_T19_answers_are_json_uncached_without_cookies_and_open_to_browsers_without_credentials(
+    rig, client
+):
     good = client.redeem(code_for(client))
     assert good.headers["Pragma"] == "no-cache"
-    for answer in (good, client.redeem("x"), client.revoke("x"),
-                   token_request(rig, {"grant_type": "x"}, {"Origin": "https://evil.example"})):
-        assert answer.headers["Cache-Control"] == "no-store" and answer.headers.get_content_type() == "application/json"
+    for answer in (
+        good,
+        client.redeem("x"),
+        client.revoke("x"),
+        token_request(rig, {"grant_type": "x"}, {"Origin": "https://evil.example"}),
+    ):
+        assert (
+            answer.headers["Cache-Control"] == "no-store"
+            and answer.headers.get_content_type() == "application/json"
+        )
         assert answer.headers["Access-Control-Allow-Origin"] == "*" and "Set-Cookie" not in answer.headers
         assert "Access-Control-Allow-Credentials" not in answer.headers
 
@@ -611,14 +890,19 @@ def test_T18_only_POST_is_served(rig, method):
 
 def test_T20_unknown_and_wrong_tokens_are_told_alike(rig, client):
     other = rig.login("bob")
-    answers = {client.refresh(refresh_token=token).text for token in ("fjr_" + "a" * 43, "x", "", other.tokens["refresh_token"])}
+    answers = {
+        client.refresh(refresh_token=token).text
+        for token in ("fjr_" + "a" * 43, "x", "", other.tokens["refresh_token"])
+    }
     assert len(answers) == 1
     code = code_for(other)
     assert client.redeem(code).text == client.redeem("fjc_" + "a" * 43).text
 
 
 @pytest.mark.parametrize("value", ["%00", "a%00b", "%ED%A0%80", "%FF", "%C0%80"])
-@pytest.mark.parametrize("name", ["client_id", "code", "refresh_token", "code_verifier", "redirect_uri", "resource", "scope"])
+@pytest.mark.parametrize(
+    "name", ["client_id", "code", "refresh_token", "code_verifier", "redirect_uri", "resource", "scope"]
+)
 def test_T21_what_is_no_text_is_an_invalid_request(rig, name, value):
     answer = token_request(rig, f"grant_type=authorization_code&{name}={value}")
     assert answer.status == 400 and answer.json()["error"] == "invalid_request"
@@ -636,10 +920,16 @@ def test_T22_guessing_is_limited_by_address_and_whoever_has_a_login_is_not_hinde
     guess = {"grant_type": "refresh_token", "client_id": client.client_id, "refresh_token": "fjr_guess"}
     answers = [token_request(rig, guess, shared) for _ in range(70)]
     assert [answer.status for answer in answers] == [400] * 60 + [429] * 10
-    assert int(answers[-1].headers["Retry-After"]) >= 1 and answers[-1].headers.get_content_type() == "application/json"
+    assert (
+        int(answers[-1].headers["Retry-After"]) >= 1
+        and answers[-1].headers.get_content_type() == "application/json"
+    )
     good = token_request(rig, {**guess, "refresh_token": client.tokens["refresh_token"]}, shared)
     assert good.status == 200
-    statuses = [token_request(rig, {**guess, "refresh_token": client.tokens["refresh_token"]}).status for _ in range(130)]
+    statuses = [
+        token_request(rig, {**guess, "refresh_token": client.tokens["refresh_token"]}).status
+        for _ in range(130)
+    ]
     assert statuses.count(429) >= 10  # one grant alone is limited too
     rig.clock.advance(61)
     assert token_request(rig, guess, shared).status == 400
@@ -648,16 +938,29 @@ def test_T22_guessing_is_limited_by_address_and_whoever_has_a_login_is_not_hinde
 def test_T22_one_network_of_ipv6_is_one_address(make_rig):
     rig = make_rig(rate_token="60")
     rig.clock.stop()
-    statuses = [token_request(rig, {"grant_type": "x", "client_id": "x"}, {"X-Forwarded-For": f"2001:db8::{n:x}"}).status for n in range(65)]
+    statuses = [
+        token_request(
+            rig, {"grant_type": "x", "client_id": "x"}, {"X-Forwarded-For": f"2001:db8::{n:x}"}
+        ).status
+        for n in range(65)
+    ]
     assert statuses == [401] * 60 + [429] * 5
-    assert token_request(rig, {"grant_type": "x", "client_id": "x"}, {"X-Forwarded-For": "2001:db8:0:1::1"}).status == 401
+    assert (
+        token_request(
+            rig, {"grant_type": "x", "client_id": "x"}, {"X-Forwarded-For": "2001:db8:0:1::1"}
+        ).status
+        == 401
+    )
 
 
 def test_T22_D05_all_addresses_together_have_a_ceiling(make_rig):
     rig = make_rig(rate_register="60")
     rig.clock.stop()
     body = json.dumps({"redirect_uris": ["https://a.example/cb"]})
-    statuses = [http(rig, "POST", "/register", body, {"X-Forwarded-For": f"203.0.{n % 250}.{n // 250}"}).status for n in range(1230)]
+    statuses = [
+        http(rig, "POST", "/register", body, {"X-Forwarded-For": f"203.0.{n % 250}.{n // 250}"}).status
+        for n in range(1230)
+    ]
     assert statuses == [201] * 1200 + [429] * 30
 
 
@@ -684,7 +987,11 @@ def test_R07_a_refresh_that_races_a_revocation_leaves_nothing_alive(rig):
 
         def race(number):
             barrier.wait(10)
-            return client.revoke(tokens["refresh_token"]) if number == 0 else client.refresh(refresh_token=tokens["refresh_token"])
+            return (
+                client.revoke(tokens["refresh_token"])
+                if number == 0
+                else client.refresh(refresh_token=tokens["refresh_token"])
+            )
 
         with ThreadPoolExecutor(6) as pool:
             answers = list(pool.map(race, range(6)))
@@ -774,34 +1081,91 @@ def test_R17_a_clock_that_jumps_makes_no_token_immortal_or_negative(rig, jump):
 # -- D. dynamic registration
 
 
-@pytest.mark.parametrize("uris", [MISSING, [], "https://a.example/cb", ["https://a.example/cb"] * 1000, [5], [None], {}, [["https://a.example"]]])
+@pytest.mark.parametrize(
+    "uris",
+    [
+        MISSING,
+        [],
+        "https://a.example/cb",
+        ["https://a.example/cb"] * 1000,
+        [5],
+        [None],
+        {},
+        [["https://a.example"]],
+    ],
+)
 def test_D01_redirect_uris_are_a_list_of_one_to_ten(rig, uris):
     body = {} if uris is MISSING else {"redirect_uris": uris}
     answer = http(rig, "POST", "/oauth/register", json.dumps(body))
     assert answer.status == 400 and answer.json()["error"] == "invalid_redirect_uri"
 
 
-@pytest.mark.parametrize("uri", [" javascript:alert(1)", "java\tscript:alert(1)", "javascript\n:x", "java\0script:x", "vbscript:x", "blob:x", "about:blank",
-                                 "VIEW-SOURCE:x", "ws://a.example", "https://a.example/\r\nX: y", "\x01https://a.example/"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        " javascript:alert(1)",
+        "java\tscript:alert(1)",
+        "javascript\n:x",
+        "java\0script:x",
+        "vbscript:x",
+        "blob:x",
+        "about:blank",
+        "VIEW-SOURCE:x",
+        "ws://a.example",
+        "https://a.example/\r\nX: y",
+        "\x01https://a.example/",
+    ],
+)
 def test_D02_schemes_that_run_or_hide_are_refused_however_spelled(rig, uri):
     assert OAuthClient(rig.url).register(redirect_uris=[uri]).json()["error"] == "invalid_redirect_uri"
 
 
-@pytest.mark.parametrize("uri", ["http://evil.example/cb", "http://10.0.0.1/cb", "http://[fe80::1]/cb", "http://localhost.evil.example/cb"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://evil.example/cb",
+        "http://10.0.0.1/cb",
+        "http://[fe80::1]/cb",
+        "http://localhost.evil.example/cb",
+    ],
+)
 def test_D03_plain_http_is_for_loopback(rig, uri):
     assert OAuthClient(rig.url).register(redirect_uris=[uri]).status == 400
 
 
-@pytest.mark.parametrize("change", [{"grant_types": ["implicit"]}, {"grant_types": ["refresh_token"]}, {"response_types": ["token"]}, {"grant_types": "code"},
-                                    {"token_endpoint_auth_method": "private_key_jwt"}, {"token_endpoint_auth_method": "tls_client_auth"},
-                                    {"token_endpoint_auth_method": 5}, {"response_types": [5]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grant_types": ["implicit"]},
+        {"grant_types": ["refresh_token"]},
+        {"response_types": ["token"]},
+        {"grant_types": "code"},
+        {"token_endpoint_auth_method": "private_key_jwt"},
+        {"token_endpoint_auth_method": "tls_client_auth"},
+        {"token_endpoint_auth_method": 5},
+        {"response_types": [5]},
+    ],
+)
 def test_D04_what_is_not_served_is_not_registered(rig, change):
     answer = OAuthClient(rig.url).register(**change)
     assert answer.status == 400 and answer.json()["error"] == "invalid_client_metadata"
 
 
-@pytest.mark.parametrize("body", [b"[" * 100000, b'{"a":' * 20000, b'{"redirect_uris": ["https://a.example/"], "redirect_uris": ["https://b.example/"]}',
-                                  b'{"x": NaN}', b'{"x": 1e999}', b"\xff", b"", b"[]", b'{"x": ' + b"9" * 5000 + b"}", b"\x00"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100000,
+        b'{"a":' * 20000,
+        b'{"redirect_uris": ["https://a.example/"], "redirect_uris": ["https://b.example/"]}',
+        b'{"x": NaN}',
+        b'{"x": 1e999}',
+        b"\xff",
+        b"",
+        b"[]",
+        b'{"x": ' + b"9" * 5000 + b"}",
+        b"\x00",
+    ],
+)
 def test_D06_hostile_json_is_a_400(rig, body):
     answer = http(rig, "POST", "/oauth/register", body)
     assert answer.status in (400, 413) and answer.json()["error"]
@@ -812,9 +1176,18 @@ def test_D06_a_large_registration_is_a_413(rig):
 
 
 def test_D07_the_client_chooses_neither_its_id_nor_its_secret(rig):
-    asked = {"client_id": "mine", "client_secret": "mine", "registration_access_token": "mine", "client_id_issued_at": 1}
+    asked = {
+        "client_id": "mine",
+        "client_secret": "mine",
+        "registration_access_token": "mine",
+        "client_id_issued_at": 1,
+    }
     made = OAuthClient(rig.url).register(token_endpoint_auth_method="client_secret_post", **asked).json()
-    assert "mine" not in made.values() and made["client_id_issued_at"] > 1 and rig.broker.store.client("mine") is None
+    assert (
+        "mine" not in made.values()
+        and made["client_id_issued_at"] > 1
+        and rig.broker.store.client("mine") is None
+    )
 
 
 def test_D08_D10_nothing_that_a_registration_names_is_fetched_and_it_cannot_be_managed(make_rig):
@@ -823,7 +1196,10 @@ def test_D08_D10_nothing_that_a_registration_names_is_fetched_and_it_cannot_be_m
             raise AssertionError(url)
 
     rig = make_rig(web=Forbidden())
-    urls = {name: "https://a.example/x" for name in ("jwks_uri", "sector_identifier_uri", "logo_uri", "policy_uri", "tos_uri")}
+    urls = {
+        name: "https://a.example/x"
+        for name in ("jwks_uri", "sector_identifier_uri", "logo_uri", "policy_uri", "tos_uri")
+    }
     made = OAuthClient(rig.url).register(software_statement="a.b.c", **urls).json()
     assert not {"registration_client_uri", "registration_access_token"} & made.keys()
     for method in ("GET", "PUT", "DELETE"):
@@ -836,7 +1212,9 @@ def test_D09_a_secret_is_shown_once_and_kept_as_a_hash(rig):
     made = answer.json()
     assert answer.headers["Cache-Control"] == "no-store"
     row = rig.broker.store.client(made["client_id"])
-    assert row.secret_hash == hashlib.sha256(made["client_secret"].encode()).digest() and made["client_secret"] not in repr(row)
+    assert row.secret_hash == hashlib.sha256(made["client_secret"].encode()).digest() and made[
+        "client_secret"
+    ] not in repr(row)
 
 
 def test_D11_a_name_that_is_trusted_elsewhere_is_worth_nothing(rig):
@@ -850,7 +1228,9 @@ def test_D11_a_name_that_is_trusted_elsewhere_is_worth_nothing(rig):
 
 def test_D12_a_registered_scope_raises_no_login(rig):
     client = registered(rig, scope="forgejo:write admin root")
-    callback = approve_login(Browser(), client.authorize_url(scope="forgejo:read"), "alice", "secret", access="read")
+    callback = approve_login(
+        Browser(), client.authorize_url(scope="forgejo:read"), "alice", "secret", access="read"
+    )
     client.redeem(query_of(callback)["code"])
     assert client.tokens["scope"] == "forgejo:read"
 
@@ -858,28 +1238,85 @@ def test_D12_a_registered_scope_raises_no_login(rig):
 # -- U. redirect URIs
 
 
-@pytest.mark.parametrize("uri", ["https://a.example/cb/", "https://a.example/cb/../x", "https://a.example/cb%2f", "https://a.example/CB", "https://a.example/cb?x",
-                                 "https://a.example/cb#f", "//a.example/cb", "https://a.example:443/cb", "HTTPS://A.example/cb", "https://a.example/cb ",
-                                 "https://a.example//cb", "https://a.example:8443/cb", "https://a.example.evil.example/cb"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://a.example/cb/",
+        "https://a.example/cb/../x",
+        "https://a.example/cb%2f",
+        "https://a.example/CB",
+        "https://a.example/cb?x",
+        "https://a.example/cb#f",
+        "//a.example/cb",
+        "https://a.example:443/cb",
+        "HTTPS://A.example/cb",
+        "https://a.example/cb ",
+        "https://a.example//cb",
+        "https://a.example:8443/cb",
+        "https://a.example.evil.example/cb",
+    ],
+)
 def test_U01_U06_elsewhere_than_on_loopback_every_byte_counts(rig, uri):
-    page = Browser().get(registered(rig, redirect_uris=["https://a.example/cb"]).authorize_url(redirect_uri=uri))
+    page = Browser().get(
+        registered(rig, redirect_uris=["https://a.example/cb"]).authorize_url(redirect_uri=uri)
+    )
     assert page.status == 400 and not page.redirected_to
 
 
-@pytest.mark.parametrize("uri", [
-    "https://a.com@evil.example/cb", "https://evil.example\\@a.com/cb", "https://a.com#@evil.example", "http://localhost.evil.example", "http://localhost\0.evil.example",
-    "http://127.0.0.1.evil.example", "http://localhost@evil.example", "https://*.a.com/*", "https://a.com*/cb", "https://exämple.com/cb", "https://ex%61mple.com/cb",
-    "https://a.com/cb#", "https://a.com/\r\nX", 'https://a.com/"', "https://a.com/ ", "https://a.com/<", "http://127.0.0.1:٣/cb", "http://127.0.0.2/cb",
-    "http://0.0.0.0/cb", "http://[::ffff:127.0.0.1]/cb", "https:a.com/cb", "https:///cb", "https://a.com:99999/cb"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://a.com@evil.example/cb",
+        "https://evil.example\\@a.com/cb",
+        "https://a.com#@evil.example",
+        "http://localhost.evil.example",
+        "http://localhost\0.evil.example",
+        "http://127.0.0.1.evil.example",
+        "http://localhost@evil.example",
+        "https://*.a.com/*",
+        "https://a.com*/cb",
+        "https://exämple.com/cb",
+        "https://ex%61mple.com/cb",
+        "https://a.com/cb#",
+        "https://a.com/\r\nX",
+        'https://a.com/"',
+        "https://a.com/ ",
+        "https://a.com/<",
+        "http://127.0.0.1:٣/cb",
+        "http://127.0.0.2/cb",
+        "http://0.0.0.0/cb",
+        "http://[::ffff:127.0.0.1]/cb",
+        "https:a.com/cb",
+        "https:///cb",
+        "https://a.com:99999/cb",
+    ],
+)
 def test_U02_U03_U07_U08_U09_U10_what_a_browser_may_read_otherwise_is_not_registered(rig, uri):
     assert OAuthClient(rig.url).register(redirect_uris=[uri]).json()["error"] == "invalid_redirect_uri"
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.2/cb", "http://0.0.0.0/cb", "http://[::ffff:127.0.0.1]/cb", "https://127.0.0.1/cb", "http://127.0.0.1/other",
-                                 "http://127.0.0.1:0/cb", "http://127.0.0.1:99999/cb", "http://127.0.0.1:٣/cb", "http://127.0.0.1:/cb", "http://127.1/cb",
-                                 "http://u@127.0.0.1/cb", "http://127.0.0.1:80:80/cb", "http://127.0.0.1/cb?x=1"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://127.0.0.2/cb",
+        "http://0.0.0.0/cb",
+        "http://[::ffff:127.0.0.1]/cb",
+        "https://127.0.0.1/cb",
+        "http://127.0.0.1/other",
+        "http://127.0.0.1:0/cb",
+        "http://127.0.0.1:99999/cb",
+        "http://127.0.0.1:٣/cb",
+        "http://127.0.0.1:/cb",
+        "http://127.1/cb",
+        "http://u@127.0.0.1/cb",
+        "http://127.0.0.1:80:80/cb",
+        "http://127.0.0.1/cb?x=1",
+    ],
+)
 def test_U05_what_only_resembles_loopback_does_not_match(rig, uri):
-    page = Browser().get(registered(rig, redirect_uris=["http://127.0.0.1/cb"]).authorize_url(redirect_uri=uri))
+    page = Browser().get(
+        registered(rig, redirect_uris=["http://127.0.0.1/cb"]).authorize_url(redirect_uri=uri)
+    )
     assert page.status == 400 and not page.redirected_to
 
 
@@ -887,11 +1324,19 @@ def test_U11_private_schemes_are_a_list_and_named_on_the_page(rig):
     assert OAuthClient(rig.url).register(redirect_uris=["com.example:/cb"]).status == 400
     client = registered(rig, redirect_uris=["cursor://x/cb"])
     page = Browser().get(client.authorize_url(redirect_uri="cursor://x/cb"))
-    assert "cursor:" in page.words and "Any program on this device" in page.words and "http-equiv" not in page.text
+    assert (
+        "cursor:" in page.words
+        and "Any program on this device" in page.words
+        and "http-equiv" not in page.text
+    )
 
 
 def test_U12_the_port_at_the_token_endpoint_is_the_one_of_the_login(rig, client):
     uri = "http://localhost:49152/callback"
-    code = query_of(approve_login(Browser(), client.authorize_url(redirect_uri=uri), "alice", "secret", redirect_uri=uri))["code"]
-    assert client.redeem(code, redirect_uri="http://localhost:49153/callback").json()["error"] == "invalid_grant"
+    code = query_of(
+        approve_login(Browser(), client.authorize_url(redirect_uri=uri), "alice", "secret", redirect_uri=uri)
+    )["code"]
+    assert (
+        client.redeem(code, redirect_uri="http://localhost:49153/callback").json()["error"] == "invalid_grant"
+    )
     assert client.redeem(code, redirect_uri=uri).status == 200

@@ -1,4 +1,5 @@
 """The stand-in for forgejo-mcp, over real pipes."""
+
 import hashlib
 import json
 import os
@@ -26,8 +27,13 @@ class Child:
 
     def __init__(self, *argv, token=TOKEN, environment=None):
         env = {"PATH": os.environ["PATH"], "FORGEJO_ACCESS_TOKEN": token, **(environment or {})}
-        self.process = subprocess.Popen([sys.executable, CHILD, *map(str, argv)], env=env, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            [sys.executable, CHILD, *map(str, argv)],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         self.pid = self.process.pid
         self.lines = []
         self.errors = b""
@@ -80,8 +86,12 @@ class Child:
         """The first message that satisfies the predicate."""
         with self.changed:
             found = self.changed.wait_for(
-                lambda: next((message for message in self.messages() if predicate(message)), None)
-                or (None in self.lines and "ended"), WAIT)
+                lambda: (
+                    next((message for message in self.messages() if predicate(message)), None)
+                    or (None in self.lines and "ended")
+                ),
+                WAIT,
+            )
             assert isinstance(found, dict), f"no such message ({found}): {self.lines[-5:]}"
             return found
 
@@ -175,14 +185,29 @@ def token(forgejo):
 
 # ---- Handshake and plain methods -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("asked, given", [
-    ("2024-11-05", "2024-11-05"), ("2025-03-26", "2025-03-26"), ("2025-06-18", "2025-06-18"),
-    ("2025-11-25", "2025-11-25"), ("2026-07-28", "2025-11-25"), ("1999-01-01", "2025-11-25"),
-])
+
+@pytest.mark.parametrize(
+    "asked, given",
+    [
+        ("2024-11-05", "2024-11-05"),
+        ("2025-03-26", "2025-03-26"),
+        ("2025-06-18", "2025-06-18"),
+        ("2025-11-25", "2025-11-25"),
+        ("2026-07-28", "2025-11-25"),
+        ("1999-01-01", "2025-11-25"),
+    ],
+)
 def test_a_known_version_is_granted_and_any_other_answered_with_the_newest(start, asked, given):
     assert start().initialize(asked) == {
-        "protocolVersion": given, "serverInfo": {"name": "Forgejo MCP Server", "version": "0.0.0-test"},
-        "capabilities": {"logging": {}, "resources": {"subscribe": True}, "tools": {"listChanged": True}, "prompts": {}}}
+        "protocolVersion": given,
+        "serverInfo": {"name": "Forgejo MCP Server", "version": "0.0.0-test"},
+        "capabilities": {
+            "logging": {},
+            "resources": {"subscribe": True},
+            "tools": {"listChanged": True},
+            "prompts": {},
+        },
+    }
 
 
 def test_what_the_client_told_at_and_after_initialize_is_remembered(start):
@@ -195,15 +220,26 @@ def test_what_the_client_told_at_and_after_initialize_is_remembered(start):
     child.send(method="notifications/cancelled", params={"requestId": 77})
     told = json.loads(child.text("get_initialize"))
     assert told["params"]["clientInfo"] == {"name": "test"}
-    assert [told[name] for name in ("initialize", "initialized", "setLevel", "subscribe", "unsubscribe")] == [1, 1, 1, 2, 1]
+    assert [told[name] for name in ("initialize", "initialized", "setLevel", "subscribe", "unsubscribe")] == [
+        1,
+        1,
+        1,
+        2,
+        1,
+    ]
     assert (told["level"], told["subscriptions"], told["cancelled"]) == ("warning", ["test://whoami"], [77])
 
 
 def test_resources_prompts_completion_and_ping_are_answered(start):
     child = start()
     assert child.ask("ping") == {}
-    assert [entry["uri"] for entry in child.ask("resources/list")["resources"]] == ["test://note", "test://whoami"]
-    assert child.ask("resources/templates/list")["resourceTemplates"][0]["uriTemplate"] == "test://echo/{text}"
+    assert [entry["uri"] for entry in child.ask("resources/list")["resources"]] == [
+        "test://note",
+        "test://whoami",
+    ]
+    assert (
+        child.ask("resources/templates/list")["resourceTemplates"][0]["uriTemplate"] == "test://echo/{text}"
+    )
     assert child.ask("resources/read", {"uri": "test://echo/hi"})["contents"][0]["text"] == "hi"
     assert child.ask("resources/read", {"uri": "test://whoami"})["contents"][0]["text"] == MARK
     assert child.ask("prompts/list")["prompts"][0]["name"] == "summary"
@@ -213,21 +249,35 @@ def test_resources_prompts_completion_and_ping_are_answered(start):
     assert completed["completion"]["values"] == ["te-completed"]
 
 
-@pytest.mark.parametrize("method, params, code", [
-    ("server/discover", {}, -32601), ("logging/setLevel", {"level": "info"}, -32603),
-    ("tools/call", {"name": "no_such_tool"}, -32602), ("tools/call", {"name": "get_error"}, -32603),
-    ("tools/call", {"name": "get_echo", "arguments": {}}, -32603), ("resources/read", {"uri": "test://none"}, -32002),
-    ("resources/read", {}, -32602), ("prompts/get", {"name": "none"}, -32602), ("tools/list", {"cursor": "x"}, -32602),
-])
+@pytest.mark.parametrize(
+    "method, params, code",
+    [
+        ("server/discover", {}, -32601),
+        ("logging/setLevel", {"level": "info"}, -32603),
+        ("tools/call", {"name": "no_such_tool"}, -32602),
+        ("tools/call", {"name": "get_error"}, -32603),
+        ("tools/call", {"name": "get_echo", "arguments": {}}, -32603),
+        ("resources/read", {"uri": "test://none"}, -32002),
+        ("resources/read", {}, -32602),
+        ("prompts/get", {"name": "none"}, -32602),
+        ("tools/list", {"cursor": "x"}, -32602),
+    ],
+)
 def test_what_cannot_be_answered_gets_the_error_code_of_forgejo_mcp(start, method, params, code):
     child = start()
     assert child.answer(child.request(method, params))["error"]["code"] == code
 
 
-@pytest.mark.parametrize("line, code", [
-    (b"\n", -32700), (b"nonsense\n", -32700), (b"\xff\n", -32700), (b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]\n', -32700),
-    (b'{"id":1,"method":"ping"}\n', -32600),
-])
+@pytest.mark.parametrize(
+    "line, code",
+    [
+        (b"\n", -32700),
+        (b"nonsense\n", -32700),
+        (b"\xff\n", -32700),
+        (b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]\n', -32700),
+        (b'{"id":1,"method":"ping"}\n', -32600),
+    ],
+)
 def test_a_line_that_is_no_request_is_refused_and_the_next_one_served(start, line, code):
     child = start()
     child.write(line)
@@ -242,16 +292,20 @@ def test_ids_come_back_as_mcp_go_returns_them(start):
         child.send(id=request_id, method="ping")
     child.send(id=None, method="ping")
     child.ask("ping")
-    assert child.lines[:4] == [b'{"jsonrpc":"2.0","id":%s,"result":{}}\n' % text for text in (
-        b'"a string"', b"9007199254740992", b"9007199254740992", b"1e+21")]
+    assert child.lines[:4] == [
+        b'{"jsonrpc":"2.0","id":%s,"result":{}}\n' % text
+        for text in (b'"a string"', b"9007199254740992", b"9007199254740992", b"1e+21")
+    ]
     assert len(child.lines) == 5
 
 
 def test_a_tool_listing_shows_schemas_and_the_annotations_mcp_go_stamps(start):
     tools = {entry["name"]: entry for entry in start().ask("tools/list")["tools"]}
     assert tools["create_issue"]["inputSchema"] == {
-        "type": "object", "properties": {name: {"type": "string"} for name in ("owner", "repo", "title")},
-        "required": ["owner", "repo", "title"]}
+        "type": "object",
+        "properties": {name: {"type": "string"} for name in ("owner", "repo", "title")},
+        "required": ["owner", "repo", "title"],
+    }
     assert [name for name in tools if tools[name]["annotations"]["readOnlyHint"]] == ["hint_reader"]
     assert {"get_my_user_info", "list_my_repos", "get_slow", "endless_line", "stop_reading"} <= set(tools)
 
@@ -267,6 +321,7 @@ def test_the_pages_of_a_paged_listing_make_up_the_whole(start):
 
 # ---- Command line and Forgejo ----------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("word", ["version", "--version", "-version"])
 def test_version_is_printed_without_a_url(word):
     printed = subprocess.run([CHILD, word], stdout=subprocess.PIPE, timeout=WAIT, check=True)
@@ -275,8 +330,11 @@ def test_version_is_printed_without_a_url(word):
 
 @pytest.mark.parametrize("style", ["flag", "flag with equals sign", "environment"])
 def test_at_start_the_version_is_asked_twice_with_token_and_user_agent(start, forgejo, token, style):
-    flags = {"flag": ["--transport", "stdio", "--url", forgejo.url], "environment": [],
-             "flag with equals sign": ["-transport=stdio", f"-url={forgejo.url}", "--debug"]}[style]
+    flags = {
+        "flag": ["--transport", "stdio", "--url", forgejo.url],
+        "environment": [],
+        "flag with equals sign": ["-transport=stdio", f"-url={forgejo.url}", "--debug"],
+    }[style]
     environment = {"FORGEJO_USER_AGENT": "broker/9"}
     if style == "environment":
         environment["FORGEJO_URL"] = forgejo.url
@@ -288,7 +346,10 @@ def test_at_start_the_version_is_asked_twice_with_token_and_user_agent(start, fo
 def test_the_forgejo_tools_act_as_the_user_of_the_token(start, forgejo, token):
     child = start("--url", forgejo.url, token=token)
     assert json.loads(child.text("get_my_user_info"))["Result"]["login"] == "alice"
-    assert [repo["full_name"] for repo in json.loads(child.text("list_my_repos"))["Result"]] == ["alice/alice-private", "alice/notes"]
+    assert [repo["full_name"] for repo in json.loads(child.text("list_my_repos"))["Result"]] == [
+        "alice/alice-private",
+        "alice/notes",
+    ]
     issue = json.loads(child.text("create_issue", owner="alice", repo="notes", title="Käse"))["Result"]
     assert (issue["title"], issue["user"]["login"]) == ("Käse", "alice")
 
@@ -302,8 +363,12 @@ def test_a_token_revoked_while_running_makes_calls_fail_with_forgejos_words(star
     assert error["message"].startswith("get user info err: ")
 
 
-@pytest.mark.parametrize("trouble", ["bad token", "no url", "refused", "502 page", "version too old", "version odd"])
-def test_without_a_working_forgejo_the_start_fails_with_a_fatal_line_and_status_1(start, forgejo, token, trouble):
+@pytest.mark.parametrize(
+    "trouble", ["bad token", "no url", "refused", "502 page", "version too old", "version odd"]
+)
+def test_without_a_working_forgejo_the_start_fails_with_a_fatal_line_and_status_1(
+    start, forgejo, token, trouble
+):
     url = forgejo.url
     if trouble == "refused":
         forgejo.stop()
@@ -311,8 +376,10 @@ def test_without_a_working_forgejo_the_start_fails_with_a_fatal_line_and_status_
         forgejo.inject("/api/v1/version", status(502, b"<h1>Bad gateway</h1>", "text/html"))
     elif trouble.startswith("version"):
         forgejo.version = "1.10.9" if trouble == "version too old" else "development"
-    child = start(token="bad.token" if trouble == "bad token" else token,
-                  environment={"FORGEJO_URL": "" if trouble == "no url" else url})
+    child = start(
+        token="bad.token" if trouble == "bad token" else token,
+        environment={"FORGEJO_URL": "" if trouble == "no url" else url},
+    )
     assert child.status() == 1
     assert b"\tFATAL\t" in child.errors
     assert child.lines == [None]
@@ -320,16 +387,37 @@ def test_without_a_working_forgejo_the_start_fails_with_a_fatal_line_and_status_
 
 def test_without_a_forgejo_the_users_are_told_apart_by_their_tokens(start):
     assert [start(token=name).text("get_my_user_info") for name in ("a.a", "b.b")] == [
-        hashlib.sha256(name).hexdigest()[:8] for name in (b"a.a", b"b.b")]
+        hashlib.sha256(name).hexdigest()[:8] for name in (b"a.a", b"b.b")
+    ]
 
 
 def test_environment_command_line_pid_and_descriptors_are_shown(start, control):
-    child = start("--control", control.path, "--unknown", "--also=unknown", environment={"FORGEJO_URL": "", "MINE": "1"}) \
-        if False else start("--no-forgejo", "--control", control.path, "--unknown", "--also=unknown",
-                            environment={"MINE": "1"})
+    child = (
+        start(
+            "--control",
+            control.path,
+            "--unknown",
+            "--also=unknown",
+            environment={"FORGEJO_URL": "", "MINE": "1"},
+        )
+        if False
+        else start(
+            "--no-forgejo",
+            "--control",
+            control.path,
+            "--unknown",
+            "--also=unknown",
+            environment={"MINE": "1"},
+        )
+    )
     assert json.loads(child.text("get_env"))["MINE"] == "1"
-    assert json.loads(child.text("get_argv"))[1:] == ["--no-forgejo", "--control", control.path, "--unknown",
-                                                       "--also=unknown"]
+    assert json.loads(child.text("get_argv"))[1:] == [
+        "--no-forgejo",
+        "--control",
+        control.path,
+        "--unknown",
+        "--also=unknown",
+    ]
     assert child.text("get_pid") == str(child.pid)
     assert set(json.loads(child.text("get_fds"))) == {"0", "1", "2"}
 
@@ -338,9 +426,14 @@ def test_an_inherited_descriptor_is_shown(start):
     reader, writer = os.pipe()
     try:
         process = subprocess.run(
-            [sys.executable, CHILD, "--no-forgejo"], pass_fds=[writer], timeout=WAIT, check=True,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            input=b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"get_fds"}}\n')
+            [sys.executable, CHILD, "--no-forgejo"],
+            pass_fds=[writer],
+            timeout=WAIT,
+            check=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            input=b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"get_fds"}}\n',
+        )
     finally:
         os.close(reader)
         os.close(writer)
@@ -349,6 +442,7 @@ def test_an_inherited_descriptor_is_shown(start):
 
 
 # ---- Calls -----------------------------------------------------------------------------------------------------------
+
 
 def test_answers_come_out_of_order_when_calls_end_so(start, control):
     child = start("--control", control.path)
@@ -392,10 +486,18 @@ def test_an_echo_has_the_size_asked_for(start):
 def test_progress_is_sent_by_token_and_only_then(start):
     child = start()
     assert child.text("get_progress", n=2) == "2 steps"
-    child.answer(child.request("tools/call", {"name": "get_progress", "arguments": {"n": 2},
-                                              "_meta": {"progressToken": "p"}}))
-    sent = [message["params"] for message in child.messages() if message.get("method") == "notifications/progress"]
-    assert [(step["progressToken"], step["progress"], step["total"]) for step in sent] == [("p", 1, 2), ("p", 2, 2)]
+    child.answer(
+        child.request(
+            "tools/call", {"name": "get_progress", "arguments": {"n": 2}, "_meta": {"progressToken": "p"}}
+        )
+    )
+    sent = [
+        message["params"] for message in child.messages() if message.get("method") == "notifications/progress"
+    ]
+    assert [(step["progressToken"], step["progress"], step["total"]) for step in sent] == [
+        ("p", 1, 2),
+        ("p", 2, 2),
+    ]
 
 
 def test_log_messages_below_the_level_set_are_not_sent(start):
@@ -409,8 +511,14 @@ def test_log_messages_below_the_level_set_are_not_sent(start):
     assert sent == ["before", "high", "high"]
 
 
-@pytest.mark.parametrize("tool, method", [
-    ("ask_elicit", "elicitation/create"), ("ask_sampling", "sampling/createMessage"), ("ask_roots", "roots/list")])
+@pytest.mark.parametrize(
+    "tool, method",
+    [
+        ("ask_elicit", "elicitation/create"),
+        ("ask_sampling", "sampling/createMessage"),
+        ("ask_roots", "roots/list"),
+    ],
+)
 def test_a_question_to_the_client_returns_its_answer(start, tool, method):
     child = start()
     call = child.call(tool)
@@ -437,6 +545,7 @@ def test_a_changed_tool_set_is_announced_and_listed(start):
 
 
 # ---- Misbehaviour ----------------------------------------------------------------------------------------------------
+
 
 def test_a_silent_call_is_never_answered(start):
     child = start()
@@ -479,11 +588,17 @@ def test_a_big_line_has_exactly_the_bytes_asked_for(start, size):
 
 
 def test_an_endless_line_never_ends_but_sigterm_ends_its_writer():
-    process = subprocess.Popen([sys.executable, CHILD, "--no-forgejo"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, CHILD, "--no-forgejo"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     with process:
         try:
-            process.stdin.write(b'{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{"name":"endless_line"}}\n')
+            process.stdin.write(
+                b'{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{"name":"endless_line"}}\n'
+            )
             process.stdin.flush()
             data = process.stdout.read(1_000_000)
             process.terminate()
@@ -527,7 +642,9 @@ def test_a_grandchild_holds_stdout_after_the_child_has_ended(start):
     try:
         child.process.stdin.close()
         assert child.process.wait(WAIT) == 0
-        assert os.readlink(f"/proc/{pid}/fd/1") == os.readlink(f"/proc/self/fd/{child.process.stdout.fileno()}")
+        assert os.readlink(f"/proc/{pid}/fd/1") == os.readlink(
+            f"/proc/self/fd/{child.process.stdout.fileno()}"
+        )
         assert None not in child.lines
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -569,6 +686,7 @@ def test_a_child_that_stopped_reading_lets_its_pipe_fill_up_and_ends_on_sigterm(
 
 
 # ---- Ends ------------------------------------------------------------------------------------------------------------
+
 
 def test_at_the_end_of_input_running_calls_are_finished_and_a_cut_line_dropped(start, control):
     child = start("--control", control.path)
@@ -619,16 +737,24 @@ def test_with_ignore_term_sigterm_changes_nothing(start):
 
 
 def test_a_crash_has_status_3_or_the_signal_asked_for(start):
-    for arguments, status_ in (({}, 3), ({"signal": "SIGSEGV"}, -11), ({"signal": "SIGKILL"}, -9),
-                               ({"signal": "SIGTERM"}, -15)):
+    for arguments, status_ in (
+        ({}, 3),
+        ({"signal": "SIGSEGV"}, -11),
+        ({"signal": "SIGKILL"}, -9),
+        ({"signal": "SIGTERM"}, -15),
+    ):
         child = start()
         child.call("crash", **arguments)
         assert child.status() == status_
 
 
 def test_a_child_whose_stdout_is_closed_dies_of_sigpipe():
-    process = subprocess.Popen([sys.executable, CHILD, "--no-forgejo"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, CHILD, "--no-forgejo"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     with process:
         process.stdout.close()
         process.stdin.write(b'{"jsonrpc":"2.0","id":1,"method":"ping"}\n')
@@ -640,6 +766,7 @@ def test_a_child_whose_stdout_is_closed_dies_of_sigpipe():
 
 
 # ---- Modes -----------------------------------------------------------------------------------------------------------
+
 
 def test_exit1_fails_the_start_always_or_while_its_file_exists(start, tmp_path):
     assert start("--mode", "exit1").status() == 1
@@ -685,7 +812,9 @@ def test_version_and_instructions_of_initialize_can_be_set(start):
 def test_more_tools_are_read_from_a_file_at_start(start, tmp_path):
     file = tmp_path / "tools.json"
     assert start("--mode", f"more_tools={file}").ask("ping") == {}
-    file.write_text(json.dumps(["get_extra", {"name": "whole", "inputSchema": {"type": "object"}, "title": "T"}]))
+    file.write_text(
+        json.dumps(["get_extra", {"name": "whole", "inputSchema": {"type": "object"}, "title": "T"}])
+    )
     child = start("--mode", f"more_tools={file}")
     tools = {entry["name"]: entry for entry in child.ask("tools/list")["tools"]}
     assert tools["whole"] == {"name": "whole", "inputSchema": {"type": "object"}, "title": "T"}
@@ -706,6 +835,7 @@ def test_roots_are_asked_right_after_initialized_and_the_answer_kept(start):
 
 # ---- Control ---------------------------------------------------------------------------------------------------------
 
+
 def test_every_message_and_call_is_reported_with_the_pid(start, control):
     child = start("--control", control.path)
     child.initialize()
@@ -713,11 +843,20 @@ def test_every_message_and_call_is_reported_with_the_pid(start, control):
     child.text_of(call)
     child.write(b"junk\n")
     assert control.wait_event(event="message", method="notifications/initialized")["pid"] == child.pid
-    assert control.wait_event(event="call") == {"event": "call", "pid": child.pid, "tool": "get_echo", "id": call,
-                                                "args": {"text": "x"}}
+    assert control.wait_event(event="call") == {
+        "event": "call",
+        "pid": child.pid,
+        "tool": "get_echo",
+        "id": call,
+        "args": {"text": "x"},
+    }
     control.wait_event(lambda event: event["event"] == "message" and event["method"] is None)
     assert [event["method"] for event in control.events if event["event"] == "message"] == [
-        "initialize", "notifications/initialized", "tools/call", None]
+        "initialize",
+        "notifications/initialized",
+        "tools/call",
+        None,
+    ]
 
 
 def test_a_child_is_known_before_it_serves_anything(start, control):
@@ -797,7 +936,11 @@ META = "io.modelcontextprotocol/"
 
 
 def meta(capabilities=(), **more):
-    return {META + "protocolVersion": "2026-07-28", META + "clientCapabilities": {name: {} for name in capabilities}, **more}
+    return {
+        META + "protocolVersion": "2026-07-28",
+        META + "clientCapabilities": {name: {} for name in capabilities},
+        **more,
+    }
 
 
 def modern_answer(child, method, params=None, *, capabilities=(), **more):
@@ -808,15 +951,23 @@ def modern_answer(child, method, params=None, *, capabilities=(), **more):
 
 
 def modern_call(child, name, capabilities=(), **params):
-    return modern_answer(child, "tools/call", {"name": name, "arguments": {}, **params}, capabilities=capabilities)
+    return modern_answer(
+        child, "tools/call", {"name": name, "arguments": {}, **params}, capabilities=capabilities
+    )
 
 
-@pytest.mark.parametrize("method, params, code", [
-    ("initialize", {"protocolVersion": "2025-11-25"}, -32602), ("tools/list", {}, -32602),
-    ("tools/list", {"_meta": {META + "protocolVersion": "2026-07-28"}}, -32602),
-    ("tools/list", {"_meta": {**meta(), META + "protocolVersion": "2099-01-01"}}, -32022),
-    ("tools/list", {"_meta": {**meta(), META + "logLevel": "loud"}}, -32602),
-    ("ping", {"_meta": meta()}, -32601), ("logging/setLevel", {"_meta": meta(), "level": "info"}, -32601)])
+@pytest.mark.parametrize(
+    "method, params, code",
+    [
+        ("initialize", {"protocolVersion": "2025-11-25"}, -32602),
+        ("tools/list", {}, -32602),
+        ("tools/list", {"_meta": {META + "protocolVersion": "2026-07-28"}}, -32602),
+        ("tools/list", {"_meta": {**meta(), META + "protocolVersion": "2099-01-01"}}, -32022),
+        ("tools/list", {"_meta": {**meta(), META + "logLevel": "loud"}}, -32602),
+        ("ping", {"_meta": meta()}, -32601),
+        ("logging/setLevel", {"_meta": meta(), "level": "info"}, -32601),
+    ],
+)
 def test_a_modern_child_knows_no_handshake_and_no_request_without_metadata(start, method, params, code):
     child = start("--era", "modern")
     answer = child.answer(child.request(method, params))
@@ -827,7 +978,11 @@ def test_a_modern_child_knows_no_handshake_and_no_request_without_metadata(start
 def test_a_modern_child_says_what_it_is_and_how_long_its_lists_may_be_kept(start):
     child = start("--era", "modern", "--mode", "ttl=5000", "--mode", "instructions=read me")
     found = modern_answer(child, "server/discover")["result"]
-    assert (found["supportedVersions"], found["instructions"], found["ttlMs"]) == (["2026-07-28"], "read me", 5000)
+    assert (found["supportedVersions"], found["instructions"], found["ttlMs"]) == (
+        ["2026-07-28"],
+        "read me",
+        5000,
+    )
     for method in ("tools/list", "prompts/list", "resources/list", "resources/templates/list"):
         assert modern_answer(child, method)["result"]["ttlMs"] == 5000
     assert modern_answer(child, "resources/read", {"uri": "test://none"})["error"]["code"] == -32602
@@ -836,38 +991,81 @@ def test_a_modern_child_says_what_it_is_and_how_long_its_lists_may_be_kept(start
 def test_a_modern_child_asks_in_its_result_and_goes_on_in_the_retry(start):
     child, can = start("--era", "modern"), ("elicitation", "sampling", "roots")
     asked = modern_call(child, "ask_all", can)["result"]
-    answers = {"round1-0": {"action": "decline"}, "round1-1": {"role": "assistant", "content": {"type": "text", "text": "x"}, "model": "m"},
-               "round1-2": {"roots": []}}
-    assert [request["method"] for request in asked["inputRequests"].values()] == ["elicitation/create", "sampling/createMessage", "roots/list"]
-    partly = modern_call(child, "ask_all", can, inputResponses={"round1-0": {"action": "decline"}}, requestState=asked["requestState"])
+    answers = {
+        "round1-0": {"action": "decline"},
+        "round1-1": {"role": "assistant", "content": {"type": "text", "text": "x"}, "model": "m"},
+        "round1-2": {"roots": []},
+    }
+    assert [request["method"] for request in asked["inputRequests"].values()] == [
+        "elicitation/create",
+        "sampling/createMessage",
+        "roots/list",
+    ]
+    partly = modern_call(
+        child,
+        "ask_all",
+        can,
+        inputResponses={"round1-0": {"action": "decline"}},
+        requestState=asked["requestState"],
+    )
     assert partly["result"]["resultType"] == "input_required"
-    ended = modern_call(child, "ask_all", can, inputResponses=answers, requestState=asked["requestState"])["result"]
+    ended = modern_call(child, "ask_all", can, inputResponses=answers, requestState=asked["requestState"])[
+        "result"
+    ]
     assert json.loads(ended["content"][0]["text"]) == list(answers.values())
 
 
 def test_a_modern_child_asks_in_several_rounds_and_refuses_a_state_that_is_not_its_own(start):
     child, no = start("--era", "modern"), {"action": "decline"}
     first = modern_call(child, "ask_twice", ["elicitation"])["result"]
-    second = modern_call(child, "ask_twice", ["elicitation"], inputResponses={"round1-0": no}, requestState=first["requestState"])["result"]
-    ended = modern_call(child, "ask_twice", ["elicitation"], inputResponses={"round2-0": no}, requestState=second["requestState"])["result"]
-    assert first["requestState"] != second["requestState"] and json.loads(ended["content"][0]["text"]) == [no, no]
-    assert modern_call(child, "ask_twice", requestState="x" + second["requestState"])["error"]["code"] == -32602
+    second = modern_call(
+        child,
+        "ask_twice",
+        ["elicitation"],
+        inputResponses={"round1-0": no},
+        requestState=first["requestState"],
+    )["result"]
+    ended = modern_call(
+        child,
+        "ask_twice",
+        ["elicitation"],
+        inputResponses={"round2-0": no},
+        requestState=second["requestState"],
+    )["result"]
+    assert first["requestState"] != second["requestState"] and json.loads(ended["content"][0]["text"]) == [
+        no,
+        no,
+    ]
+    assert (
+        modern_call(child, "ask_twice", requestState="x" + second["requestState"])["error"]["code"] == -32602
+    )
     assert modern_call(child, "ask_roots")["error"]["data"] == {"requiredCapabilities": {"roots": {}}}
 
 
 def test_a_modern_child_logs_only_for_a_request_that_says_from_which_level(start):
     child = start("--era", "modern")
     modern_call(child, "get_log")
-    modern_answer(child, "tools/call", {"name": "get_log", "arguments": {"text": "heard"}}, **{META + "logLevel": "info"})
+    modern_answer(
+        child,
+        "tools/call",
+        {"name": "get_log", "arguments": {"text": "heard"}},
+        **{META + "logLevel": "info"},
+    )
     modern_answer(child, "tools/call", {"name": "get_log", "arguments": {}}, **{META + "logLevel": "error"})
-    assert [message["params"]["data"] for message in child.messages() if message.get("method") == "notifications/message"] == ["heard"]
+    assert [
+        message["params"]["data"]
+        for message in child.messages()
+        if message.get("method") == "notifications/message"
+    ] == ["heard"]
 
 
 def test_a_modern_child_tells_listeners_what_they_asked_for_until_they_cancel(start):
     child = start("--era", "modern")
     all_kinds = {"toolsListChanged": True, "promptsListChanged": True, "resourceSubscriptions": ["test://a"]}
     first = child.request("subscriptions/listen", {"_meta": meta(), "notifications": all_kinds})
-    second = child.request("subscriptions/listen", {"_meta": meta(), "notifications": {"toolsListChanged": True}})
+    second = child.request(
+        "subscriptions/listen", {"_meta": meta(), "notifications": {"toolsListChanged": True}}
+    )
     child.send(method="notifications/cancelled", params={"requestId": second})
     modern_call(child, "get_touched", arguments={"uri": "test://a"})
     modern_call(child, "get_touched", arguments={"uri": "test://b"})
@@ -875,6 +1073,15 @@ def test_a_modern_child_tells_listeners_what_they_asked_for_until_they_cancel(st
     told = [message for message in child.messages() if "method" in message]
     for message in told:
         schemas.judge(message, schemas.MODERN)
-    assert [(message["method"][14:], message["params"]["_meta"][META + "subscriptionId"]) for message in told] == [
-        ("subscriptions/acknowledged", first), ("subscriptions/acknowledged", second), ("resources/updated", first), ("tools/list_changed", first)]
-    assert told[0]["params"]["notifications"] == {"toolsListChanged": True, "resourceSubscriptions": ["test://a"]}
+    assert [
+        (message["method"][14:], message["params"]["_meta"][META + "subscriptionId"]) for message in told
+    ] == [
+        ("subscriptions/acknowledged", first),
+        ("subscriptions/acknowledged", second),
+        ("resources/updated", first),
+        ("tools/list_changed", first),
+    ]
+    assert told[0]["params"]["notifications"] == {
+        "toolsListChanged": True,
+        "resourceSubscriptions": ["test://a"],
+    }

@@ -47,7 +47,19 @@ def add_client(store, client_id="c", now=NOW):
 
 
 def add_grant(store, code="code", sub="1", client="c", now=NOW):
-    return store.finish_login(sub, client, "forgejo:read", "forgejo:read", "r", digest(code), "https://x.example/cb", "ch", now, now + 60, now + 60)
+    return store.finish_login(
+        sub,
+        client,
+        "forgejo:read",
+        "forgejo:read",
+        "r",
+        digest(code),
+        "https://x.example/cb",
+        "ch",
+        now,
+        now + 60,
+        now + 60,
+    )
 
 
 def pair(name, now=NOW):
@@ -72,7 +84,12 @@ def contents(path):
     """Every row of every table."""
     with contextlib.closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        names = [name for name, in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%' AND name != 'meta' ORDER BY 1")]
+        names = [
+            name
+            for (name,) in db.execute(
+                "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%' AND name != 'meta' ORDER BY 1"
+            )
+        ]
         return {name: sorted(map(repr, db.execute(f"SELECT * FROM {name}"))) for name in names}
 
 
@@ -120,8 +137,10 @@ def test_G01_the_programs_files_are_private_whatever_the_umask(make_installation
         installation.start()
     finally:
         os.umask(before)
-    made = {name: stat.S_IMODE((installation.folder / name).stat().st_mode) for name in ("broker.db", "broker.db-wal", "broker.db-shm",
-                                                                                        "broker.db.lock", "key")}
+    made = {
+        name: stat.S_IMODE((installation.folder / name).stat().st_mode)
+        for name in ("broker.db", "broker.db-wal", "broker.db-shm", "broker.db.lock", "key")
+    }
     assert set(made.values()) == {0o600}, made
 
 
@@ -139,9 +158,17 @@ def test_G04_what_was_revoked_is_gone_from_the_files(store, path):
 
 def test_every_commit_is_on_disk_before_the_call_returns(store):
     for connection in (store._writer, store._reader):
-        pragmas = {name: connection.execute(f"PRAGMA {name}").fetchone()[0] for name in
-                   ("journal_mode", "synchronous", "secure_delete", "foreign_keys", "trusted_schema")}
-        assert pragmas == {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1, "foreign_keys": 1, "trusted_schema": 0}
+        pragmas = {
+            name: connection.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("journal_mode", "synchronous", "secure_delete", "foreign_keys", "trusted_schema")
+        }
+        assert pragmas == {
+            "journal_mode": "wal",
+            "synchronous": 2,
+            "secure_delete": 1,
+            "foreign_keys": 1,
+            "trusted_schema": 0,
+        }
 
 
 def test_G07_a_second_broker_is_kept_out_and_a_command_is_not(store, path):
@@ -160,10 +187,17 @@ def test_G08_what_is_no_store_is_refused_and_left_as_it_was(path):
     assert Path(path).read_bytes().startswith(b"not a database")
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda data: data[:4096], lambda data: data[:-5000], lambda data: data[:100] + b"\xff" * 200 + data[300:],
-    lambda data: b"\xff" * 16 + data[16:], lambda data: data[:8192] + os.urandom(4096) + data[12288:],
-], ids=["cut to a page", "cut in a page", "first page", "header", "another page"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data[:4096],
+        lambda data: data[:-5000],
+        lambda data: data[:100] + b"\xff" * 200 + data[300:],
+        lambda data: b"\xff" * 16 + data[16:],
+        lambda data: data[:8192] + os.urandom(4096) + data[12288:],
+    ],
+    ids=["cut to a page", "cut in a page", "first page", "header", "another page"],
+)
 def test_G08_a_damaged_store_is_refused_and_never_made_anew(path, spoil):
     store = Store(path, KEYS)
     filled(store)
@@ -225,7 +259,11 @@ def test_G06_the_token_endpoint_issues_nothing_that_is_not_committed(rig):
         answer = client.refresh()
         if answer.status != 200:
             break
-    assert answer.status == 503 and answer.json()["error"] == "temporarily_unavailable" and answer.headers["retry-after"]
+    assert (
+        answer.status == 503
+        and answer.json()["error"] == "temporarily_unavailable"
+        and answer.headers["retry-after"]
+    )
     assert before["access_token"] and rig.broker.store.healthy()
     writer.execute("PRAGMA max_page_count = 1000000")
     assert client.refresh().status == 200
@@ -236,16 +274,30 @@ def test_G15_whatever_is_in_a_field_stays_in_it(store):
     store.update_user("1", nasty, nasty, [nasty], NOW)
     store.add_client(nasty, "dynamic", nasty, [nasty], None, nasty, {nasty: nasty}, NOW)
     store.finish_login("1", nasty, nasty, nasty, nasty, b"h", nasty, nasty, NOW, NOW + 60, NOW + 60)
-    assert store.user("1").login == nasty and store.client(nasty).name == nasty and store.user("1").groups == [nasty]
+    assert (
+        store.user("1").login == nasty
+        and store.client(nasty).name == nasty
+        and store.user("1").groups == [nasty]
+    )
     assert [row.client_id for row in store.find_grants("client", nasty, NOW)] == [nasty]
     assert not store.find_grants("client", "' OR 1 --", NOW) and not store.find_grants("user", "%", NOW)
 
 
 def test_G15_SQL_is_built_from_the_programs_own_words_only():
     own = {"LIVE_GRANT", "theirs", "column", "number", "pragma", "place"}
-    inner = {node.id for text in ast.walk(ast.parse(inspect.getsource(Store).replace("\n    ", "\n").replace("class Store:", "if 1:\n pass", 1)))
-             if isinstance(text, ast.JoinedStr) and re_sql(ast.unparse(text)) for part in text.values if isinstance(part, ast.FormattedValue)
-             for node in ast.walk(part.value) if isinstance(node, ast.Name)}
+    inner = {
+        node.id
+        for text in ast.walk(
+            ast.parse(
+                inspect.getsource(Store).replace("\n    ", "\n").replace("class Store:", "if 1:\n pass", 1)
+            )
+        )
+        if isinstance(text, ast.JoinedStr) and re_sql(ast.unparse(text))
+        for part in text.values
+        if isinstance(part, ast.FormattedValue)
+        for node in ast.walk(part.value)
+        if isinstance(node, ast.Name)
+    }
     assert inner <= own and "LIVE_GRANT" in inner
 
 
@@ -315,9 +367,17 @@ def still_good(path):
     store = Store(path, KEYS)
     try:
         assert store.bearer(digest("a2-alice"), NOW).login == "alice" and store.bearer(digest("a2-bob"), NOW)
-        assert store.session(digest("session-bob"), "2", "fjd_app") and store.client("own").secret_hash == digest("hush")
-        assert KEYS.unseal("upstream", "user:1", store.user("1").credential) == {"access": "access-alice", "refresh": "refresh-alice"}
-        assert store.refresh_token(digest("r1-alice")).rotated_at == NOW and store.refresh_token(digest("r2-alice")).ended_at is None
+        assert store.session(digest("session-bob"), "2", "fjd_app") and store.client(
+            "own"
+        ).secret_hash == digest("hush")
+        assert KEYS.unseal("upstream", "user:1", store.user("1").credential) == {
+            "access": "access-alice",
+            "refresh": "refresh-alice",
+        }
+        assert (
+            store.refresh_token(digest("r1-alice")).rotated_at == NOW
+            and store.refresh_token(digest("r2-alice")).ended_at is None
+        )
         assert len(store.live_grants(NOW)[0]) == 3
         assert store.take_login(digest("state"), NOW).kind == "client"
         assert store.rotate(digest("r2-bob"), None, NOW, *pair("next"), b"box")
@@ -358,12 +418,25 @@ def test_G09_a_migration_killed_between_any_two_statements_is_whole_or_did_not_b
     for number in range(100):
         path = str(tmp_path / f"{number}.db")
         shutil.copy(template, path)
-        done = subprocess.run([sys.executable, "-c", KILLED_MIGRATION, str(Path(fjmcp_broker.__file__).parent), path, str(number), LATER],
-                              capture_output=True, timeout=60)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                KILLED_MIGRATION,
+                str(Path(fjmcp_broker.__file__).parent),
+                path,
+                str(number),
+                LATER,
+            ],
+            capture_output=True,
+            timeout=60,
+        )
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         with contextlib.closing(sqlite3.connect(path)) as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            assert ("note" in [row[1] for row in db.execute("PRAGMA table_info(users)")]) == (version == versions + 1)
+            assert ("note" in [row[1] for row in db.execute("PRAGMA table_info(users)")]) == (
+                version == versions + 1
+            )
         seen.add(version)
         assert still_good(path) == versions + 1
         if done.returncode == 0:
@@ -411,7 +484,10 @@ OPERATIONS = {
     "save_credential": lambda s, g: s.save_credential("1", b"new box", 1, 2, NOW + 7200, NOW),
     "update_user": lambda s, g: s.update_user("1", "renamed", "n", ["g"], NOW),
     "sweep": lambda s, g: s.sweep(NOW + 400 * DAY, 90 * DAY),
-    "take_login": lambda s, g: (s.approve_login(b"l", b"f", b"b", "client", b"x", NOW + 60), s.take_login(b"l", NOW)),
+    "take_login": lambda s, g: (
+        s.approve_login(b"l", b"f", b"b", "client", b"x", NOW + 60),
+        s.take_login(b"l", NOW),
+    ),
 }
 
 
@@ -464,8 +540,11 @@ for number in range(100_000):
 def test_G05_kill_9_under_load_leaves_no_half_grant_and_nothing_usable_twice(path):
     chance = random.Random(7)
     for run in range(12):
-        process = subprocess.Popen([sys.executable, "-c", LOADED, path, str(Path(fjmcp_broker.__file__).parent), str(run)], stdout=subprocess.PIPE,
-                                   text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", LOADED, path, str(Path(fjmcp_broker.__file__).parent), str(run)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         said = [process.stdout.readline() for _ in range(chance.randrange(1, 60))]
         process.kill()
         said += process.stdout.read().splitlines(keepends=True)
@@ -473,9 +552,12 @@ def test_G05_kill_9_under_load_leaves_no_half_grant_and_nothing_usable_twice(pat
         process.stdout.close()
         with contextlib.closing(sqlite3.connect(path)) as db:
             assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-            assert db.execute("SELECT count(*) FROM grants WHERE grant_id NOT IN (SELECT grant_id FROM codes)").fetchone() == (0,)
-            assert db.execute("SELECT count(*) FROM codes WHERE used_at IS NOT NULL AND grant_id NOT IN (SELECT grant_id FROM access_tokens)"
-                              ).fetchone() == (0,)
+            assert db.execute(
+                "SELECT count(*) FROM grants WHERE grant_id NOT IN (SELECT grant_id FROM codes)"
+            ).fetchone() == (0,)
+            assert db.execute(
+                "SELECT count(*) FROM codes WHERE used_at IS NOT NULL AND grant_id NOT IN (SELECT grant_id FROM access_tokens)"
+            ).fetchone() == (0,)
         store = Store(path, KEYS)
         for line in filter(lambda line: line.endswith("\n"), said):
             what, name = line.split()
@@ -488,11 +570,17 @@ def test_G05_kill_9_under_load_leaves_no_half_grant_and_nothing_usable_twice(pat
 
 
 def test_G05_kill_9_after_the_call_returned_keeps_what_it_wrote(path):
-    program = ("import sys, os; sys.path.insert(0, sys.argv[2]); import fjmcp_broker as b\n"
-               "s = b.Store(sys.argv[1], b.Keyring([b'k' * 32]))\n"
-               "for n in range(50): s.add_client(f'c{n}', 'dynamic', 'n', [], None, 'none', {}, 1.0)\n"
-               "print('done', flush=True); os.kill(os.getpid(), 9)")
-    done = subprocess.run([sys.executable, "-c", program, path, str(Path(fjmcp_broker.__file__).parent)], capture_output=True, timeout=60)
+    program = (
+        "import sys, os; sys.path.insert(0, sys.argv[2]); import fjmcp_broker as b\n"
+        "s = b.Store(sys.argv[1], b.Keyring([b'k' * 32]))\n"
+        "for n in range(50): s.add_client(f'c{n}', 'dynamic', 'n', [], None, 'none', {}, 1.0)\n"
+        "print('done', flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, path, str(Path(fjmcp_broker.__file__).parent)],
+        capture_output=True,
+        timeout=60,
+    )
     assert done.returncode == -9 and done.stdout == b"done\n"
     store = Store(path, KEYS)
     assert all(store.client(f"c{n}") for n in range(50))
@@ -544,7 +632,10 @@ def test_G16_many_threads_at_once_lose_nothing(store):
 def test_of_two_that_redeem_or_rotate_the_same_only_one_does(store):
     filled(store)
     add_grant(store, "second")
-    for attempt in (lambda name: redeem(store, "second", name), lambda name: store.rotate(digest("1r"), None, NOW, *pair(name), b"box")):
+    for attempt in (
+        lambda name: redeem(store, "second", name),
+        lambda name: store.rotate(digest("1r"), None, NOW, *pair(name), b"box"),
+    ):
         results, barrier = [], threading.Barrier(6)
 
         def race(name, attempt=attempt, results=results, barrier=barrier):
@@ -589,8 +680,11 @@ def test_G17_sweeping_drops_what_had_its_time_and_keeps_what_reuse_detection_nee
 def test_10_000_registrations_are_kept_then_swept_by_age_but_never_one_with_a_live_login(store):
     add_user(store)
     with store._batch() as db:
-        db.executemany("INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, used_at)"
-                       " VALUES (?, 'dynamic', 'n', '[]', 'none', '{}', ?, ?)", [(f"d{n}", NOW, NOW) for n in range(10_000)])
+        db.executemany(
+            "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, used_at)"
+            " VALUES (?, 'dynamic', 'n', '[]', 'none', '{}', ?, ?)",
+            [(f"d{n}", NOW, NOW) for n in range(10_000)],
+        )
     add_grant(store, "code", client="d77")
     store.redeem_code(digest("code"), "d77", "https://x.example/cb", "ch", NOW, *pair("1"), 3)
     store.sweep(NOW + 29 * DAY, 90 * DAY)
@@ -609,7 +703,9 @@ def test_above_the_rows_of_a_user_the_one_unused_for_longest_goes(store):
     assert store.session(b"0", "1", "c")
 
 
-@pytest.mark.parametrize("grant, count, wins", [(1, 6, True), (1, 5, True), (1, 4, False), (2, 1, True), (0, 0, True)])
+@pytest.mark.parametrize(
+    "grant, count, wins", [(1, 6, True), (1, 5, True), (1, 4, False), (2, 1, True), (0, 0, True)]
+)
 def test_of_two_credentials_the_one_that_forgejo_counted_later_stays(store, grant, count, wins):
     store.update_user("1", "alice", "", [], NOW)
     store.save_credential("1", b"first", 1, 5, NOW, NOW)

@@ -44,7 +44,11 @@ def quiet(stream):
 def answer_of(stream, request_id):
     """The answer to a request on a stream, with what came before it."""
     events = []
-    while not events or not (isinstance(events[-1].data, dict) and events[-1].data.get("id") == request_id and "method" not in events[-1].data):
+    while not events or not (
+        isinstance(events[-1].data, dict)
+        and events[-1].data.get("id") == request_id
+        and "method" not in events[-1].data
+    ):
         events.append(stream.next(20))
     return events[-1], events[:-1]
 
@@ -89,7 +93,13 @@ def test_a_POST_stream_resumes_with_progress_and_answer_each_once(controlled, co
     call = control.wait_event(event="call", tool="get_slow")
     token = call["id"]  # the broker puts its own number in both places
     for step in (1, 2):
-        control.emit({"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": token, "progress": step}})
+        control.emit(
+            {
+                "jsonrpc": "2.0",
+                "method": "notifications/progress",
+                "params": {"progressToken": token, "progress": step},
+            }
+        )
     first = stream.next(15)
     while not (isinstance(first.data, dict) and first.data.get("method") == "notifications/progress"):
         first = stream.next(15)
@@ -136,8 +146,12 @@ def test_X08_an_event_id_of_another_session_or_user_replays_nothing_of_it(contro
     mine.close()
 
 
-@pytest.mark.parametrize("event_id", ["", "x", "-", "9999", "a-b", "x" * 300 + "-1", "\u00e9-1".encode().decode("latin-1")])
-def test_an_event_id_that_is_none_of_ours_opens_the_stream_as_if_there_were_none(controlled, control, event_id):
+@pytest.mark.parametrize(
+    "event_id", ["", "x", "-", "9999", "a-b", "x" * 300 + "-1", "\u00e9-1".encode().decode("latin-1")]
+)
+def test_an_event_id_that_is_none_of_ours_opens_the_stream_as_if_there_were_none(
+    controlled, control, event_id
+):
     mcp = controlled.session()
     control.emit(note(1))
     stream = mcp.open_stream(headers={"Last-Event-ID": event_id})
@@ -230,8 +244,12 @@ def test_with_several_in_flight_a_message_goes_to_the_GET_stream_once(controlled
     mcp = controlled.session()
     posts = []
     for name in "ab":
-        join = in_thread(mcp.start_request, "tools/call", {"name": "get_slow", "arguments": {"key": name}}, name)
-        control.wait_event(lambda event, name=name: event["event"] == "call" and event["args"].get("key") == name)
+        join = in_thread(
+            mcp.start_request, "tools/call", {"name": "get_slow", "arguments": {"key": name}}, name
+        )
+        control.wait_event(
+            lambda event, name=name: event["event"] == "call" and event["args"].get("key") == name
+        )
         posts.append(join()[1])
     get = mcp.open_stream()
     get.wait_comment(10)
@@ -248,8 +266,12 @@ def test_with_several_in_flight_and_no_GET_it_goes_to_the_newest_open_POST_once(
     mcp = controlled.session()
     posts = []
     for name in "ab":
-        join = in_thread(mcp.start_request, "tools/call", {"name": "get_slow", "arguments": {"key": name}}, name)
-        control.wait_event(lambda event, name=name: event["event"] == "call" and event["args"].get("key") == name)
+        join = in_thread(
+            mcp.start_request, "tools/call", {"name": "get_slow", "arguments": {"key": name}}, name
+        )
+        control.wait_event(
+            lambda event, name=name: event["event"] == "call" and event["args"].get("key") == name
+        )
         posts.append(join()[1])
     control.emit(note("whose?"))
     assert numbers(posts[1], 1) == ["whose?"]
@@ -263,21 +285,47 @@ def test_J24_progress_goes_by_its_token_whichever_type_and_never_to_another(cont
     mcp, bob = controlled.session(), controlled.session("bob")
     posts = {}
     for name, token in (("a", 7), ("b", "7")):
-        join = in_thread(mcp.start_request, "tools/call", {"name": "get_slow", "arguments": {"key": name}, "_meta": {"progressToken": token}},
-                         name)
-        number = control.wait_event(lambda event, name=name: event["event"] == "call" and event["args"].get("key") == name)["id"]
-        control.emit({"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": number, "progress": 1}},
-                     control.children[0])
+        join = in_thread(
+            mcp.start_request,
+            "tools/call",
+            {"name": "get_slow", "arguments": {"key": name}, "_meta": {"progressToken": token}},
+            name,
+        )
+        number = control.wait_event(
+            lambda event, name=name: event["event"] == "call" and event["args"].get("key") == name
+        )["id"]
+        control.emit(
+            {
+                "jsonrpc": "2.0",
+                "method": "notifications/progress",
+                "params": {"progressToken": number, "progress": 1},
+            },
+            control.children[0],
+        )
         # what other children and unknown tokens say reaches nobody
-        control.emit({"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": number, "progress": 99}},
-                     control.children[1])
-        control.emit({"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": token, "progress": 98}})
+        control.emit(
+            {
+                "jsonrpc": "2.0",
+                "method": "notifications/progress",
+                "params": {"progressToken": number, "progress": 99},
+            },
+            control.children[1],
+        )
+        control.emit(
+            {
+                "jsonrpc": "2.0",
+                "method": "notifications/progress",
+                "params": {"progressToken": token, "progress": 98},
+            }
+        )
         posts[name] = (join()[1], token)
     for name, (post, token) in posts.items():
         control.release(name, control.children[0])
         _, before = answer_of(post, name)
         progress = [event.data["params"] for event in before if isinstance(event.data, dict)]
-        assert progress == [{"progressToken": token, "progress": 1}] and type(progress[0]["progressToken"]) is type(token)
+        assert progress == [{"progressToken": token, "progress": 1}] and type(
+            progress[0]["progressToken"]
+        ) is type(token)
     assert bob.request("ping") == {}
 
 
@@ -287,8 +335,15 @@ def test_J24_cancelling_another_sessions_request_id_cancels_nothing(controlled, 
     number = control.wait_event(event="call", tool="get_slow")["id"]
     for request_id in (41, number, "41"):
         bob.notify("notifications/cancelled", {"requestId": request_id})
-    for request_id in ("41", 41.0, None, [41]):  # of the right session, but not the request's id as it was written
-        same(alice).notify("notifications/cancelled", {"requestId": request_id} if request_id is not None else {})
+    for request_id in (
+        "41",
+        41.0,
+        None,
+        [41],
+    ):  # of the right session, but not the request's id as it was written
+        same(alice).notify(
+            "notifications/cancelled", {"requestId": request_id} if request_id is not None else {}
+        )
     bob.request("ping")
     control.release("k")
     assert text_of(answer_of(stream, 41)[0].data["result"]) == "slow k"
@@ -305,7 +360,11 @@ def test_J07_an_answer_nobody_asked_for_reaches_no_child_and_no_other_session(co
     for request_id in (question.data["id"], 1, 2, 3, "1"):
         assert bob.reply(request_id, {"action": "accept", "content": {"answer": "stolen"}}).status == 202
     bob.request("ping")
-    assert [event["pid"] for event in control.events[before:] if event["event"] == "message" and event["method"] is None] == []
+    assert [
+        event["pid"]
+        for event in control.events[before:]
+        if event["event"] == "message" and event["method"] is None
+    ] == []
     assert alice.reply(question.data["id"], {"action": "decline"}).status == 202
     assert alice.reply(question.data["id"], {"action": "accept"}).status == 202  # a second one is dropped
     answer, _ = answer_of(stream, "asking")
@@ -317,7 +376,9 @@ def test_J07_an_answer_nobody_asked_for_reaches_no_child_and_no_other_session(co
 
 def test_a_slow_call_begins_to_stream_long_before_its_answer_and_is_kept_alive(controlled, control):
     mcp = controlled.session(protocol="2025-06-18")
-    _, stream = mcp.start_request("tools/call", SLOW, id="slow", timeout=10)  # returns with the head of the stream
+    _, stream = mcp.start_request(
+        "tools/call", SLOW, id="slow", timeout=10
+    )  # returns with the head of the stream
     assert stream.status == 200 and stream.headers["Content-Type"] == "text/event-stream"
     assert stream.wait_comment(10)
     control.release("k")
@@ -331,7 +392,9 @@ def test_a_quiet_stream_gets_a_comment_every_15_s(controlled):
     stream.close()
 
 
-def test_a_stream_ends_within_its_second_when_its_login_is_revoked_and_the_running_call_is_told(controlled, control):
+def test_a_stream_ends_within_its_second_when_its_login_is_revoked_and_the_running_call_is_told(
+    controlled, control
+):
     mcp = controlled.session()
     get = mcp.open_stream()
     _, post = mcp.start_request("tools/call", SLOW, id="slow")
@@ -407,16 +470,29 @@ def test_a_question_nobody_answers_is_answered_with_an_error_at_its_time(make_ri
     mcp = rig.session(capabilities={"elicitation": {}})
     _, stream = mcp.start_request("tools/call", {"name": "ask_elicit", "arguments": {}}, id="asking")
     answer, before = answer_of(stream, "asking")
-    assert "error" in json.loads(text_of(answer.data["result"])) and any("elicitation/create" in json.dumps(event.data) for event in before)
+    assert "error" in json.loads(text_of(answer.data["result"])) and any(
+        "elicitation/create" in json.dumps(event.data) for event in before
+    )
 
 
 def test_a_client_without_a_session_id_gets_nothing_by_guess(controlled, control):
     mcp = McpClient(controlled.url + "/mcp", controlled.login().tokens["access_token"])
     posts = []
     for name in "ab":
-        posts.append(in_thread(mcp.post, {"jsonrpc": "2.0", "id": name, "method": "tools/call", "params": {
-            "name": "get_slow", "arguments": {"key": name}}}))
-        control.wait_event(lambda event, name=name: event["event"] == "call" and event["args"].get("key") == name)
+        posts.append(
+            in_thread(
+                mcp.post,
+                {
+                    "jsonrpc": "2.0",
+                    "id": name,
+                    "method": "tools/call",
+                    "params": {"name": "get_slow", "arguments": {"key": name}},
+                },
+            )
+        )
+        control.wait_event(
+            lambda event, name=name: event["event"] == "call" and event["args"].get("key") == name
+        )
     control.emit(note("whose?"))
     for name, post in zip("ab", posts):
         control.release(name)

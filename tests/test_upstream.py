@@ -6,7 +6,16 @@ import pytest
 
 import fjmcp_broker
 from browser import Browser, BrowserError, approve_login
-from fake_forgejo import cut_body, html, lose_response, oauth_error, redirect, status, truncated_json, wrong_content_type
+from fake_forgejo import (
+    cut_body,
+    html,
+    lose_response,
+    oauth_error,
+    redirect,
+    status,
+    truncated_json,
+    wrong_content_type,
+)
 from load import Load, same
 from mcp_client import ClientError, McpClient, OAuthClient, RpcError
 from rig import json_of, text_of, who
@@ -14,13 +23,20 @@ from test_process import in_thread
 
 TOKEN, USERINFO = "/login/oauth/access_token", "/login/oauth/userinfo"
 PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
-CALL = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "get_my_user_info", "arguments": {}}}
+CALL = {
+    "jsonrpc": "2.0",
+    "id": 1,
+    "method": "tools/call",
+    "params": {"name": "get_my_user_info", "arguments": {}},
+}
 
 
 @pytest.fixture
 def lasting(make_rig):
     """A Rig whose own tokens outlive any test, so that only Forgejo's expire."""
-    return make_rig(access_token_lifetime="60d", session_idle_timeout="60d", max_sessions=30, max_sessions_per_user=30)
+    return make_rig(
+        access_token_lifetime="60d", session_idle_timeout="60d", max_sessions=30, max_sessions_per_user=30
+    )
 
 
 def refreshes(rig):
@@ -163,7 +179,9 @@ def test_a_login_whose_exchange_never_answers_leaves_the_others_working(lasting)
 
 
 @pytest.mark.parametrize("lost", [lose_response, cut_body, wrong_content_type, truncated_json])
-def test_a_lost_refresh_answer_is_one_clean_401_and_invalid_grant_and_one_login_revives_every_client(lasting, lost):
+def test_a_lost_refresh_answer_is_one_clean_401_and_invalid_grant_and_one_login_revives_every_client(
+    lasting, lost
+):
     rig = lasting
     sessions = [rig.session("alice") for _ in range(3)]
     rig.forgejo.inject(TOKEN, lost())
@@ -197,7 +215,9 @@ def test_a_refresh_lost_between_Forgejos_answer_and_our_disk_is_known_as_our_own
         rig.clock.advance(3590)
         call = in_thread(same(mcp).post, CALL)
         gate.wait_arrived()
-        monkeypatch.setattr(rig.broker.store, "save_credential", full)  # between Forgejo's answer and our disk
+        monkeypatch.setattr(
+            rig.broker.store, "save_credential", full
+        )  # between Forgejo's answer and our disk
         gate.open()
         assert call().status == 503
     rig.restart()
@@ -210,8 +230,13 @@ def test_a_refresh_lost_between_Forgejos_answer_and_our_disk_is_known_as_our_own
 # -- Forgejo in trouble
 
 
-FAULTS = {"502": lambda: status(502, "<html>bad gateway", "text/html"), "429": lambda: status(429, {"error": "invalid_grant"}),
-          "a page": html, "a redirect": lambda: redirect("/elsewhere"), "503 as JSON": lambda: status(503, {"error": "invalid_grant"})}
+FAULTS = {
+    "502": lambda: status(502, "<html>bad gateway", "text/html"),
+    "429": lambda: status(429, {"error": "invalid_grant"}),
+    "a page": html,
+    "a redirect": lambda: redirect("/elsewhere"),
+    "503 as JSON": lambda: status(503, {"error": "invalid_grant"}),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -223,7 +248,11 @@ def test_K19_what_says_nothing_about_the_login_logs_nobody_out(lasting, fault):
     assert who(mcp) == "alice"  # the token still has ten seconds
     rig.clock.advance(30)
     refused = same(mcp).post(CALL)
-    assert refused.status == 503 and refused.json()["error"]["data"]["reason"] == "upstream_down" and "Retry-After" in refused.headers
+    assert (
+        refused.status == 503
+        and refused.json()["error"]["data"]["reason"] == "upstream_down"
+        and "Retry-After" in refused.headers
+    )
     assert mcp.oauth.refresh().status == 200 and state(rig) == "active"
     rig.forgejo.clear_faults()
     rig.clock.advance(61)
@@ -387,4 +416,6 @@ def test_a_user_no_longer_allowed_is_shut_out_at_the_next_refresh(make_rig):
     while same(mcp).post(PING).status != 401:
         rig.tick()
     assert state(rig) == "refused"
-    assert [record["reason"] for record in rig.log.named("access refused")] == ["no longer among the allowed users and groups"]
+    assert [record["reason"] for record in rig.log.named("access refused")] == [
+        "no longer among the allowed users and groups"
+    ]

@@ -26,7 +26,10 @@ class Wire:
     """A raw connection that can send anything and reads answers one by one."""
 
     def __init__(self, rig):
-        self.sock, self.buffer = socket.create_connection(("127.0.0.1", rig.broker.server.port), timeout=20), b""
+        self.sock, self.buffer = (
+            socket.create_connection(("127.0.0.1", rig.broker.server.port), timeout=20),
+            b"",
+        )
 
     def __enter__(self):
         return self
@@ -75,8 +78,17 @@ def host(rig):
 
 def get(rig, path="/healthz", *lines, version=b"HTTP/1.1", method=b"GET", own_host=True):
     extra = b"".join((line if isinstance(line, bytes) else line.encode()) + b"\r\n" for line in lines)
-    return method + b" " + (path if isinstance(path, bytes) else path.encode()) + b" " + version + b"\r\n" + \
-        (host(rig) if own_host else b"") + extra + b"\r\n"
+    return (
+        method
+        + b" "
+        + (path if isinstance(path, bytes) else path.encode())
+        + b" "
+        + version
+        + b"\r\n"
+        + (host(rig) if own_host else b"")
+        + extra
+        + b"\r\n"
+    )
 
 
 def ask(rig, data, **arguments):
@@ -91,8 +103,16 @@ def post(rig, path, body, *lines):
 def mcp_post(rig, token, message, *lines, session=None):
     body = json.dumps(message).encode()
     more = [f"Mcp-Session-Id: {session}"] if session else []
-    return post(rig, "/mcp", body, f"Authorization: Bearer {token}", "Content-Type: application/json",
-                "Accept: application/json, text/event-stream", *more, *lines)
+    return post(
+        rig,
+        "/mcp",
+        body,
+        f"Authorization: Bearer {token}",
+        "Content-Type: application/json",
+        "Accept: application/json, text/event-stream",
+        *more,
+        *lines,
+    )
 
 
 def flood(rig, data):

@@ -6,6 +6,7 @@ the median of the rounds counts. Peers are installed, pinned, below `.cache/benc
 Printed: p50 and p99 of a small call in one session, calls a second in 8 and 32 sessions, memory at rest of the bridge alone, and
 of the broker: waking beyond the child's own start, 10,000 sessions on file, open streams, open/close cycles.
 """
+
 import argparse
 import contextlib
 import hashlib
@@ -46,20 +47,73 @@ def install(cache):
     cache.mkdir(parents=True, exist_ok=True)
     shell, found = " ".join(CHILD), {}
     with named_failure("npm peers"):
-        subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--silent", "--prefix", str(cache / "npm"),
-                        *(f"{name}@{version}" for name, version in NPM.items())], check=True, capture_output=True, timeout=300)
+        subprocess.run(
+            [
+                "npm",
+                "install",
+                "--no-audit",
+                "--no-fund",
+                "--silent",
+                "--prefix",
+                str(cache / "npm"),
+                *(f"{name}@{version}" for name, version in NPM.items()),
+            ],
+            check=True,
+            capture_output=True,
+            timeout=300,
+        )
         programs = cache / "npm" / "node_modules" / ".bin"
-        found["supergateway"] = lambda port: [programs / "supergateway", "--stdio", shell, "--outputTransport", "streamableHttp",
-                                              "--stateful", "--port", str(port), "--logLevel", "none"]
-        found["mcp-proxy (npm)"] = lambda port: [programs / "mcp-proxy", "--host", "127.0.0.1", "--port", str(port), "--server", "stream",
-                                                 "--", *CHILD]
+        found["supergateway"] = lambda port: [
+            programs / "supergateway",
+            "--stdio",
+            shell,
+            "--outputTransport",
+            "streamableHttp",
+            "--stateful",
+            "--port",
+            str(port),
+            "--logLevel",
+            "none",
+        ]
+        found["mcp-proxy (npm)"] = lambda port: [
+            programs / "mcp-proxy",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--server",
+            "stream",
+            "--",
+            *CHILD,
+        ]
     with named_failure("PyPI peers"):
         if not (cache / "venv" / "bin" / "mcp-proxy").exists():
-            subprocess.run([sys.executable, "-m", "venv", str(cache / "venv")], check=True, capture_output=True, timeout=120)
-            subprocess.run([cache / "venv" / "bin" / "pip", "install", "-q", *(f"{name}=={version}" for name, version in PYPI.items())],
-                           check=True, capture_output=True, timeout=300)
-        found["mcp-proxy (PyPI)"] = lambda port: [cache / "venv" / "bin" / "mcp-proxy", "--host", "127.0.0.1", "--port", str(port),
-                                                  "--", *CHILD]
+            subprocess.run(
+                [sys.executable, "-m", "venv", str(cache / "venv")],
+                check=True,
+                capture_output=True,
+                timeout=120,
+            )
+            subprocess.run(
+                [
+                    cache / "venv" / "bin" / "pip",
+                    "install",
+                    "-q",
+                    *(f"{name}=={version}" for name, version in PYPI.items()),
+                ],
+                check=True,
+                capture_output=True,
+                timeout=300,
+            )
+        found["mcp-proxy (PyPI)"] = lambda port: [
+            cache / "venv" / "bin" / "mcp-proxy",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--",
+            *CHILD,
+        ]
     return found
 
 
@@ -76,8 +130,13 @@ class Peer:
 
     def __init__(self, command, port):
         self.url, self.token = f"http://127.0.0.1:{port}/mcp", "-"
-        self.process = subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL, start_new_session=True)
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self.pid = self.process.pid
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
@@ -118,14 +177,32 @@ def load(server, sessions, seconds):
         client.call_tool("echo", text="warm")
         opened.append(client)
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-        script.write(SCRIPT % (", ".join(json.dumps(client.session_id or "") for client in opened), "x" * 100))
+        script.write(
+            SCRIPT % (", ".join(json.dumps(client.session_id or "") for client in opened), "x" * 100)
+        )
         script.flush()
-        headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream", "MCP-Protocol-Version": "2025-06-18"}
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json, text/event-stream",
+            "MCP-Protocol-Version": "2025-06-18",
+        }
         if server.token != "-":
             headers["Authorization"] = f"Bearer {server.token}"
-        done = subprocess.run(["wrk", f"-t{sessions}", f"-c{sessions}", f"-d{seconds}s", "-s", script.name,
-                               *(word for name, value in headers.items() for word in ("-H", f"{name}: {value}")), server.url],
-                              capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [
+                "wrk",
+                f"-t{sessions}",
+                f"-c{sessions}",
+                f"-d{seconds}s",
+                "-s",
+                script.name,
+                *(word for name, value in headers.items() for word in ("-H", f"{name}: {value}")),
+                server.url,
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
     for client in opened:
         with contextlib.suppress(OSError):
             client.delete()
@@ -150,12 +227,23 @@ class Ours:
 
     def __init__(self, folder):
         self.forgejo = FakeForgejo().start()
-        self.installation = Installation(folder, self.forgejo, CHILD, max_sessions=100, max_sessions_per_user=100,
-                                         max_session_rows_per_user=20000)
+        self.installation = Installation(
+            folder,
+            self.forgejo,
+            CHILD,
+            max_sessions=100,
+            max_sessions_per_user=100,
+            max_session_rows_per_user=20000,
+        )
         self.broker = self.installation.start()
         client = OAuthClient(self.installation.url, name="bench")
         client.login(None, "alice", "secret", "full")
-        self.client, self.url, self.token, self.pid = client, self.installation.url + "/mcp", client.tokens["access_token"], self.broker.pid
+        self.client, self.url, self.token, self.pid = (
+            client,
+            self.installation.url + "/mcp",
+            client.tokens["access_token"],
+            self.broker.pid,
+        )
 
     def close(self):
         self.installation.close()
@@ -180,20 +268,37 @@ def compare(ours, peers, rounds, seconds):
         for name, server in servers.items():
             if name != "broker":
                 server.close()
-    print(f"\n{'':18}{'p50 ms':>9}{'ratio':>7}{'p99 ms':>9}{'ratio':>7}{'calls/s 8':>11}{'ratio':>7}{'calls/s 32':>11}{'ratio':>7}"
-          f"{'MiB at rest':>13}{'ratio':>7}")
+    print(
+        f"\n{'':18}{'p50 ms':>9}{'ratio':>7}{'p99 ms':>9}{'ratio':>7}{'calls/s 8':>11}{'ratio':>7}{'calls/s 32':>11}{'ratio':>7}"
+        f"{'MiB at rest':>13}{'ratio':>7}"
+    )
+
     def median(name, sessions, key):
         return statistics.median(one[key] for one in results[name, sessions])
+
     for name in servers:
         if not all((name, sessions) in results for sessions in (1, 8, 32)):
             print(f"{name:18}no result")
             continue
-        row = [median(name, 1, "p50_ms"), median(name, 1, "p99_ms"), median(name, 8, "calls_per_s"), median(name, 32, "calls_per_s"), resting[name]]
-        base = [median("broker", 1, "p50_ms"), median("broker", 1, "p99_ms"), median("broker", 8, "calls_per_s"),
-                median("broker", 32, "calls_per_s"), resting["broker"]]
+        row = [
+            median(name, 1, "p50_ms"),
+            median(name, 1, "p99_ms"),
+            median(name, 8, "calls_per_s"),
+            median(name, 32, "calls_per_s"),
+            resting[name],
+        ]
+        base = [
+            median("broker", 1, "p50_ms"),
+            median("broker", 1, "p99_ms"),
+            median("broker", 8, "calls_per_s"),
+            median("broker", 32, "calls_per_s"),
+            resting["broker"],
+        ]
         ratios = [row[0] / base[0], row[1] / base[1], base[2] / row[2], base[3] / row[3], row[4] / base[4]]
-        print(f"{name:18}{row[0]:9.2f}{ratios[0]:7.1f}{row[1]:9.2f}{ratios[1]:7.1f}{row[2]:11.0f}{ratios[2]:7.1f}{row[3]:11.0f}{ratios[3]:7.1f}"
-              f"{row[4]:13.1f}{ratios[4]:7.1f}")
+        print(
+            f"{name:18}{row[0]:9.2f}{ratios[0]:7.1f}{row[1]:9.2f}{ratios[1]:7.1f}{row[2]:11.0f}{ratios[2]:7.1f}{row[3]:11.0f}{ratios[3]:7.1f}"
+            f"{row[4]:13.1f}{ratios[4]:7.1f}"
+        )
     print("ratio: how many times the broker is better")
 
 
@@ -222,7 +327,9 @@ def waking(ours, rounds):
         started = time.perf_counter()
         mcp.request("ping")
         beyond.append((time.perf_counter() - started) * 1000 - own_start())
-    print(f"waking a session: {statistics.median(beyond):.1f} ms beyond the child's own start (median of {rounds})")
+    print(
+        f"waking a session: {statistics.median(beyond):.1f} ms beyond the child's own start (median of {rounds})"
+    )
     mcp.delete()
 
 
@@ -242,9 +349,11 @@ def scale(ours, streams, cycles, rows):
     print(f"after {cycles} open/close cycles: {counts(ours.pid)}")
     ids = [os.urandom(24).hex() for _ in range(rows)]
     with contextlib.closing(sqlite3.connect(ours.installation.settings["store_path"], timeout=10)) as db, db:
-        db.executemany("INSERT INTO sessions (hash, sub, client_id, protocol_version, initialize, server, created_at, used_at) SELECT"
-                       " ?, sub, client_id, '2025-06-18', '{}', '{}', created_at, created_at FROM grants LIMIT 1",
-                       [(hashlib.sha256(name.encode()).digest(),) for name in ids])
+        db.executemany(
+            "INSERT INTO sessions (hash, sub, client_id, protocol_version, initialize, server, created_at, used_at) SELECT"
+            " ?, sub, client_id, '2025-06-18', '{}', '{}', created_at, created_at FROM grants LIMIT 1",
+            [(hashlib.sha256(name.encode()).digest(),) for name in ids],
+        )
     mcp = McpClient(ours.url, ours.token)
     mcp.initialize()
     print(f"with {rows} sessions on file: p50 of a ping {ping(mcp):.2f} ms, {counts(ours.pid)}")
@@ -271,7 +380,9 @@ def open_stream(ours, session_id):
     """A socket on which a session's GET stream has been asked for."""
     host = ours.url.split("/")[2]
     sock = socket.create_connection((host.split(":")[0], int(host.split(":")[1])))
-    sock.sendall(f"GET /mcp HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {ours.token}\r\nMcp-Session-Id: {session_id}\r\n\r\n".encode())
+    sock.sendall(
+        f"GET /mcp HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {ours.token}\r\nMcp-Session-Id: {session_id}\r\n\r\n".encode()
+    )
     return sock
 
 

@@ -31,13 +31,23 @@ def parse_arguments(description, argv=None):
     parser.add_argument("login", help="Forgejo user name")
     parser.add_argument("password")
     parser.add_argument("--calls", nargs="*", default=["get_my_user_info"], metavar="TOOL")
-    parser.add_argument("--access", default="full", choices=["full", "read"], help="what to choose on the consent page")
-    parser.add_argument("--scope", help="scope to put into the client's metadata (the SDK may choose another)")
-    parser.add_argument("--expire-and-call", action="store_true", help="then let the token expire and call again")
+    parser.add_argument(
+        "--access", default="full", choices=["full", "read"], help="what to choose on the consent page"
+    )
+    parser.add_argument(
+        "--scope", help="scope to put into the client's metadata (the SDK may choose another)"
+    )
+    parser.add_argument(
+        "--expire-and-call", action="store_true", help="then let the token expire and call again"
+    )
     parser.add_argument("--elicit", nargs="?", const="ask_elicit", metavar="TOOL")
-    parser.add_argument("--answer", type=json.loads, metavar="JSON", help="content of the elicitation's answer")
+    parser.add_argument(
+        "--answer", type=json.loads, metavar="JSON", help="content of the elicitation's answer"
+    )
     parser.add_argument("--progress", nargs="?", const="get_progress", metavar="TOOL")
-    parser.add_argument("--interactive-lines", action="store_true", help="commands on stdin, one JSON line for each")
+    parser.add_argument(
+        "--interactive-lines", action="store_true", help="commands on stdin, one JSON line for each"
+    )
     parser.add_argument("--mode", default="auto", help="mcp 2.x: auto, legacy or a protocol version")
     return parser.parse_args(argv)
 
@@ -49,7 +59,9 @@ class CallbackListener:
         self._arrived = threading.Condition()
         self._queries = []
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
         self._thread.start()
         self.redirect_uri = "http://localhost:%d/callback" % self._server.server_address[1]
 
@@ -102,7 +114,9 @@ class Login:
     async def open(self, authorize_url):
         """The SDK's redirect handler."""
         query = urllib.parse.parse_qs(urllib.parse.urlsplit(authorize_url).query)
-        self.rounds.append({name: query[name][0] for name in ("scope", "resource", "prompt") if name in query})
+        self.rounds.append(
+            {name: query[name][0] for name in ("scope", "resource", "prompt") if name in query}
+        )
         await asyncio.to_thread(self._walk, authorize_url)
 
     def _walk(self, authorize_url):
@@ -116,7 +130,9 @@ class Login:
         """The callback's query, as the SDK's callback handler needs it; RuntimeError for an OAuth error."""
         query = await asyncio.to_thread(self.listener.take)
         if "error" in query:
-            raise RuntimeError("authorization ended with %s: %s" % (query["error"], query.get("error_description")))
+            raise RuntimeError(
+                "authorization ended with %s: %s" % (query["error"], query.get("error_description"))
+            )
         return query
 
 
@@ -251,7 +267,9 @@ class Conversation:
             name, _, arguments = rest.partition(" ")
             return {"call": await self.call(name, json.loads(arguments or "{}"))}
         if verb == "touch":
-            return {"touched": await self.client.updated(rest, lambda: self.call("get_touched", {"uri": rest}))}
+            return {
+                "touched": await self.client.updated(rest, lambda: self.call("get_touched", {"uri": rest}))
+            }
         if verb == "start":
             name, _, arguments = rest.partition(" ")
             await self.client.start(name, json.loads(arguments or "{}"))
@@ -299,7 +317,9 @@ def describe(error):
     code = getattr(getattr(error, "error", None), "code", None)
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
-    return {"error": {"type": type(error).__name__, "message": str(error), "code": code, "http_status": status}}
+    return {
+        "error": {"type": type(error).__name__, "message": str(error), "code": code, "http_status": status}
+    }
 
 
 def say(result):

@@ -1,6 +1,6 @@
 """The MCP Python SDK 1.x as a client of the broker; for the interpreter of the real part mcp1. Prints JSON lines.
 
-    sdk1_client.py URL LOGIN PASSWORD [options]
+sdk1_client.py URL LOGIN PASSWORD [options]
 """
 
 import asyncio
@@ -38,7 +38,6 @@ class Adapter:
         text = "".join(part.text for part in result.content if part.type == "text")
         return {"text": text, "is_error": result.isError, "structured": result.structuredContent}
 
-
     async def updated(self, uri, cause):
         await self._session.subscribe_resource(uri)
         await cause()
@@ -48,12 +47,17 @@ class Adapter:
 
     async def start(self, name, arguments):
         # This SDK has no call for cancelling: who uses it tells the id that the next request will get.
-        self._started = self._session._request_id, asyncio.create_task(self._session.call_tool(name, arguments))
+        self._started = (
+            self._session._request_id,
+            asyncio.create_task(self._session.call_tool(name, arguments)),
+        )
 
     async def cancel(self):
         request_id, task = self._started
         params = types.CancelledNotificationParams(requestId=request_id)
-        await self._session.send_notification(types.ClientNotification(types.CancelledNotification(params=params)))
+        await self._session.send_notification(
+            types.ClientNotification(types.CancelledNotification(params=params))
+        )
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
@@ -77,7 +81,9 @@ async def connect(arguments, login, storage, converse):
     questions, updates = [], asyncio.Queue()
 
     async def on_message(message):
-        if isinstance(message, types.ServerNotification) and isinstance(message.root, types.ResourceUpdatedNotification):
+        if isinstance(message, types.ServerNotification) and isinstance(
+            message.root, types.ResourceUpdatedNotification
+        ):
             await updates.put(str(message.root.params.uri))
 
     async def on_elicit(context, params):

@@ -1,6 +1,6 @@
 """The MCP Python SDK 2.x as a client of the broker; for the interpreter of the real part mcp2. Prints JSON lines.
 
-    sdk2_client.py URL LOGIN PASSWORD [options]
+sdk2_client.py URL LOGIN PASSWORD [options]
 """
 
 import asyncio
@@ -38,7 +38,6 @@ class Adapter:
         result = await self._client.call_tool(name, arguments, progress_callback=on_progress)
         text = "".join(part.text for part in result.content if part.type == "text")
         return {"text": text, "is_error": result.is_error, "structured": result.structured_content}
-
 
     async def updated(self, uri, cause):
         if self.protocol_version < "2026":
@@ -89,7 +88,9 @@ async def connect(arguments, login, storage, converse):
     provider = make_provider(arguments, login, storage)
     async with create_mcp_http_client(auth=provider) as http_client:
         transport = streamable_http_client(arguments.url, http_client=http_client)
-        async with Client(transport, mode=arguments.mode, elicitation_callback=on_elicit, message_handler=on_message) as client:
+        async with Client(
+            transport, mode=arguments.mode, elicitation_callback=on_elicit, message_handler=on_message
+        ) as client:
             await converse(Adapter(client, updates), provider, questions)
 
 
