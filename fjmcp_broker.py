@@ -68,7 +68,8 @@ __version__ = "0.1.0"
 # Must not know configuration, storage, or HTTP.
 # ======================================================================================================================
 
-READ, WRITE = "forgejo:read", "forgejo:write"
+READ = "forgejo:read"
+WRITE = "forgejo:write"
 SCOPES = (READ, WRITE)
 
 LEGACY_VERSIONS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
@@ -76,14 +77,14 @@ FIRST_MODERN_VERSION = "2026-07-28"
 BATCH_VERSION = "2025-03-26"  # the only revision with JSON-RPC batches
 META_VERSION = "io.modelcontextprotocol/protocolVersion"
 
-PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = (
-    -32700,
-    -32600,
-    -32601,
-    -32602,
-    -32603,
-)
-SERVER_ERROR, SESSION_NOT_FOUND, UNSUPPORTED_VERSION = -32000, -32001, -32022
+PARSE_ERROR = -32700
+INVALID_REQUEST = -32600
+METHOD_NOT_FOUND = -32601
+INVALID_PARAMS = -32602
+INTERNAL_ERROR = -32603
+SERVER_ERROR = -32000
+SESSION_NOT_FOUND = -32001
+UNSUPPORTED_VERSION = -32022
 
 REFRESH_GRACE = (
     120  # seconds in which a rotated refresh token still answers with the newest pair of its chain
@@ -98,7 +99,10 @@ class Refusal(Exception):
 
     def __init__(self, status, code, sentence, headers=()):
         super().__init__(f"{status} {code}: {sentence}")
-        self.status, self.code, self.sentence, self.headers = status, code, sentence, tuple(headers)
+        self.status = status
+        self.code = code
+        self.sentence = sentence
+        self.headers = tuple(headers)
 
 
 class OAuthError(Refusal):
@@ -113,13 +117,11 @@ class RpcError(Exception):
 
     def __init__(self, code, message, data=None, status=200, headers=()):
         super().__init__(message)
-        self.code, self.message, self.data, self.status, self.headers = (
-            code,
-            message,
-            data,
-            status,
-            tuple(headers),
-        )
+        self.code = code
+        self.message = message
+        self.data = data
+        self.status = status
+        self.headers = tuple(headers)
 
 
 class Clock:
@@ -388,7 +390,10 @@ def _url(value):
         raise ValueError(
             "must be a URL that starts with https:// (or http:// on loopback), without user name, query or fragment"
         )
-    scheme, host, port, path = match[1].lower(), match[2].lower(), int(match[3] or 0), match[4] or ""
+    scheme = match[1].lower()
+    host = match[2].lower()
+    port = int(match[3] or 0)
+    path = match[4] or ""
     return f"{scheme}://{host}{'' if port in (0, {'http': 80, 'https': 443}[scheme]) else f':{port}'}{path}"
 
 
@@ -490,10 +495,8 @@ def _forgejo_scopes(value):
 def _clients(value):
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
         raise ValueError("must be written as [[clients]] tables")
-    known, ids = (
-        {"client_id", "name", "redirect_uris", "client_secret"},
-        [item.get("client_id") for item in value],
-    )
+    known = {"client_id", "name", "redirect_uris", "client_secret"}
+    ids = [item.get("client_id") for item in value]
     for item in value:
         for key in set(item) - known:
             raise ValueError(f"has the unknown key {key!r}; known are {', '.join(sorted(known))}")
@@ -619,7 +622,10 @@ def load_settings(flags, environ, config_path=None):
 
     Raises ConfigurationError with every problem at once, each naming its key and where the value came from.
     """
-    problems, given, values, sources = [], {}, {}, {}
+    problems = []
+    given = {}
+    values = {}
+    sources = {}
     in_file = _read_toml(config_path, problems) if config_path else {}
     unreadable = bool(problems)  # a file that cannot be read is one problem, not one a setting
     variables = {
@@ -653,7 +659,8 @@ def load_settings(flags, environ, config_path=None):
                 )
             continue
         try:
-            values[setting.name], sources[setting.name] = KINDS[setting.kind](value), source
+            values[setting.name] = KINDS[setting.kind](value)
+            sources[setting.name] = source
         except (ValueError, TypeError) as error:
             problems.append(f"{source}: {setting.name}{'' if setting.secret else f' = {value!r}'}: {error}")
     if (
@@ -680,7 +687,9 @@ class Log:
     """Writes events as JSON objects (or text for people), one a line. Safe from any thread."""
 
     def __init__(self, settings, stream=None, clock=None):
-        self._settings, self._stream, self._clock = settings, stream or sys.stderr, clock or Clock()
+        self._settings = settings
+        self._stream = stream or sys.stderr
+        self._clock = clock or Clock()
         self._lock = threading.Lock()  # guards the stream; a leaf: nothing is taken while it is held
         self._request = threading.local()
         self.counters = collections.Counter()
@@ -732,7 +741,8 @@ MAGIC = b"FJ1"
 def hkdf(key, salt, info, length=64):
     """HKDF-SHA256 (RFC 5869)."""
     pseudo_random_key = hmac.digest(salt, key, "sha256")
-    blocks, block = b"", b""
+    blocks = b""
+    block = b""
     for counter in range(1, -(-length // 32) + 1):
         block = hmac.digest(pseudo_random_key, block + info + bytes([counter]), "sha256")
         blocks += block
@@ -771,7 +781,9 @@ def seal_with(key, purpose, owner, plain, salt=None):
 
 def unseal_with(key, purpose, owner, box):
     """The inverse of seal_with; ValueError for every kind of failure, before anything is decrypted."""
-    header, sealed, tag = box[:39], box[39:-32], box[-32:]
+    header = box[:39]
+    sealed = box[39:-32]
+    tag = box[-32:]
     if len(box) < 71 or header[:7] != MAGIC + _key_id(key):
         raise ValueError("not a box of this key")
     keys = hkdf(key, header[7:], b"fjmcp/v1/box/" + purpose.encode())
@@ -785,7 +797,8 @@ def put_file(path, fill, over=None):
 
     FileExistsError unless there is what `over` says (bytes; None: nothing). On disk, with its name, when the call returns.
     """
-    folder, fresh = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY), f"{path}.new"
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+    fresh = f"{path}.new"
     try:
         fcntl.flock(
             folder, fcntl.LOCK_EX
@@ -823,7 +836,9 @@ class Keyring:
     """The sealing keys, newest first: the first seals, every one opens what names it."""
 
     def __init__(self, keys, path=None):
-        self._keys, self._path, self._seen = tuple(keys), path, None
+        self._keys = tuple(keys)
+        self._path = path
+        self._seen = None
 
     @property
     def keys(self):
@@ -834,10 +849,8 @@ class Keyring:
             ):  # a file that is gone or wrong is told at the next start
                 status = os.stat(self._path)
                 if self._seen != (status.st_ino, status.st_mtime_ns):
-                    self._keys, self._seen = (
-                        Keyring.parse(read_file(self._path).decode("ascii"))._keys,
-                        (status.st_ino, status.st_mtime_ns),
-                    )
+                    self._keys = Keyring.parse(read_file(self._path).decode("ascii"))._keys
+                    self._seen = (status.st_ino, status.st_mtime_ns)
         return self._keys
 
     @classmethod
@@ -1034,15 +1047,17 @@ class Store:
 
     def __init__(self, path, keyring, alone=True):
         """Open, make or migrate the store; `alone` keeps a second broker out, operators' commands come beside one."""
-        self.path, self._lock_file, self._writer, self._reader = path, None, None, None
-        self._write_lock, self._read_lock = (
-            threading.Lock(),
-            threading.Lock(),
-        )  # guard a connection each; leaves
+        self.path = path
+        self._lock_file = None
+        self._writer = None
+        self._reader = None
+        self._write_lock = threading.Lock()
+        self._read_lock = threading.Lock()  # guard a connection each; leaves
         try:
             if alone:
                 self._claim(path)
-            self._writer, self._reader = self._connect(path), self._connect(path)
+            self._writer = self._connect(path)
+            self._reader = self._connect(path)
             if (problem := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(problem)
             self._migrate()
@@ -1708,7 +1723,9 @@ class NotAllowed(Exception):
 
     def __init__(self, sub, login, reason):
         super().__init__(reason)
-        self.sub, self.login, self.reason = sub, login, reason
+        self.sub = sub
+        self.login = login
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -1742,7 +1759,8 @@ class _Socket(io.RawIOBase):
     """A socket for http.client, with one deadline over a whole answer: a time-out per read would start anew at each byte."""
 
     def __init__(self, sock, deadline):
-        self._sock, self._deadline = sock, deadline
+        self._sock = sock
+        self._deadline = deadline
 
     def makefile(self, mode):
         return io.BufferedReader(self)
@@ -1769,9 +1787,11 @@ def fetch(
 
     `connect(timeout)` gives another socket than the name's; TLS and Host stay the name's. `on_data` is called when the body begins.
     """
-    parts, end = urlsplit(url), time.monotonic() + deadline
+    parts = urlsplit(url)
+    end = time.monotonic() + deadline
     port = parts.port or {"https": 443, "http": 80}[parts.scheme]
-    connection, sock = http.client.HTTPConnection(parts.hostname, port), None
+    connection = http.client.HTTPConnection(parts.hostname, port)
+    sock = None
     try:
         sock = (
             connect(deadline)
@@ -1842,7 +1862,9 @@ class PublicWeb:
     """GETs what strangers name: from the public internet only, on port 443, with strict limits (OWASP SSRF; security.md finding 9)."""
 
     def __init__(self, resolve=resolve_name, connect=socket.create_connection, ca_file=""):
-        self._resolve, self._connect, self._ca_file = resolve, connect, ca_file
+        self._resolve = resolve
+        self._connect = connect
+        self._ca_file = ca_file
 
     def get(self, url, cap):
         """A Fetched of at most `cap` bytes within 5 s; FetchFailed otherwise. One bad address among a name's refuses them all."""
@@ -1898,7 +1920,8 @@ class Credential:
     @classmethod
     def from_answer(cls, answer, now, old_refresh=""):
         """From a token answer; UpstreamDown when it is not one."""
-        access, refresh = answer.get("access_token"), answer.get("refresh_token") or old_refresh
+        access = answer.get("access_token")
+        refresh = answer.get("refresh_token") or old_refresh
         if (
             not isinstance(access, str)
             or not access
@@ -1942,7 +1965,8 @@ class Forgejo:
     """What this broker asks of Forgejo (reference: Forgejo's OAuth2 provider)."""
 
     def __init__(self, settings, clock):
-        self._settings, self._clock = settings, clock
+        self._settings = settings
+        self._clock = clock
         base = settings.forgejo_internal_url or settings.forgejo_url
         self._authorize = settings.forgejo_authorize_url or settings.forgejo_url + "/login/oauth/authorize"
         self._token = settings.forgejo_token_url or base + "/login/oauth/access_token"
@@ -2021,7 +2045,9 @@ class Forgejo:
         value = answer.json() if answer.status == 200 else None
         if value is None:
             raise UpstreamDown(f"userinfo: status {answer.status}")
-        sub, login, groups = value.get("sub"), value.get("preferred_username"), value.get("groups") or []
+        sub = value.get("sub")
+        login = value.get("preferred_username")
+        groups = value.get("groups") or []
         if (
             not isinstance(sub, str)
             or not re.fullmatch(r"[1-9][0-9]{0,18}", sub)
@@ -2082,11 +2108,18 @@ class Upstream:
     """
 
     def __init__(self, settings, store, keyring, forgejo, log, clock):
-        self._settings, self._store, self._keyring, self._forgejo = settings, store, keyring, forgejo
-        self._log, self._clock = log, clock
+        self._settings = settings
+        self._store = store
+        self._keyring = keyring
+        self._forgejo = forgejo
+        self._log = log
+        self._clock = clock
         self._lock = threading.Lock()  # guards the dicts and the counter below; a leaf
         # A user's lock allows one refresh at a time; the only lock held across the network, taken before any other.
-        self._user_locks, self._retry, self._asked, self._callbacks = {}, {}, {}, 0
+        self._user_locks = {}
+        self._retry = {}
+        self._asked = {}
+        self._callbacks = 0
 
     def _user_lock(self, sub):
         with self._lock:
@@ -2298,7 +2331,8 @@ _ENCODER = json.JSONEncoder(
 
 def _check_depth(text):
     """Refuse deep nesting before a recursive parser sees it."""
-    depth, bare = 0, re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
+    depth = 0
+    bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
     for character in re.findall(r"[\[\]{}]", bare):
         depth += 1 if character in "[{" else -1
         if depth > MAX_DEPTH:
@@ -2535,7 +2569,9 @@ class Stream:
 
     def __init__(self, max_items=256, max_bytes=1 << 20, stall=35.0, answers=0):
         self.key = b64url(os.urandom(9))  # new at every start of the broker, so stale event ids never match
-        self._max_items, self._max_bytes, self._stall = max_items, max_bytes, stall
+        self._max_items = max_items
+        self._max_bytes = max_bytes
+        self._stall = stall
         self._changed = (
             threading.Condition()
         )  # guards everything below; a leaf: nothing is taken while it is held
@@ -2609,7 +2645,9 @@ class Reader:
     """One client's reading of a Stream. take(timeout) -> Item, None on time-out; `ended` once there will be no more."""
 
     def __init__(self, stream, cursor):
-        self.stream, self.cursor, self.ended = stream, cursor, False
+        self.stream = stream
+        self.cursor = cursor
+        self.ended = False
 
     def take(self, timeout, after=0):
         """The next item, waiting at most `timeout` seconds; None then, or when the reader has `ended`."""
@@ -2650,11 +2688,9 @@ class Limiter:
     """Token buckets by key: a burst of `rate` and `rate` a minute after that. Refusal 429 with Retry-After when empty."""
 
     def __init__(self, clock):
-        self._clock, self._lock, self._buckets = (
-            clock,
-            threading.Lock(),
-            {},
-        )  # the lock guards the dict; a leaf
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._buckets = {}  # the lock guards the dict; a leaf
 
     def spend(self, kind, key, rate):
         """Take one token of `key`'s bucket for `kind`."""
@@ -2875,7 +2911,8 @@ def consent_page(
     headers=(),
 ):
     """The broker's own consent: who asks, where the answer goes, what is allowed; the person chooses or refuses."""
-    name, where = html.escape(client_name), html.escape(destination(redirect_uri))
+    name = html.escape(client_name)
+    where = html.escape(destination(redirect_uri))
     meanings = "".join(
         f"<li>{html.escape(meaning)}</li>"
         for meaning in filter(None, map(scope_meaning, forgejo_scopes.split()))
@@ -2967,7 +3004,8 @@ def moment(seconds):
 
 def home_page(public_url, forgejo_url):
     """For people who open the server's address."""
-    url, host = html.escape(public_url + "/mcp"), html.escape(urlsplit(forgejo_url).netloc)
+    url = html.escape(public_url + "/mcp")
+    host = html.escape(urlsplit(forgejo_url).netloc)
     body = f"""
 <p>With this server, AI assistants work on <a href="{html.escape(forgejo_url)}">{host}</a> as you, with your own rights, after you log in.</p>
 <div class="box"><p class="quiet">The address to give your assistant:</p><p class="big"><code>{url}</code></p></div>
@@ -3055,7 +3093,8 @@ def redirect_matches(registered, asked):
     """Exact, but for loopback: any port, its three names alike, and an empty path is `/` (RFC 8252 7.3)."""
     if registered == asked:
         return True
-    ours, theirs = LOOPBACK_URI.fullmatch(registered), LOOPBACK_URI.fullmatch(asked)
+    ours = LOOPBACK_URI.fullmatch(registered)
+    theirs = LOOPBACK_URI.fullmatch(asked)
     if not ours or not theirs or (theirs[1] and not 0 < int(theirs[1]) < 65536):
         return False
     return (ours[2] or "/", ours[3]) == (theirs[2] or "/", theirs[3])
@@ -3065,7 +3104,8 @@ def registrable_uris(uris, schemes, limit):
     """Of a client's redirect URIs those that may be used here; OAuthError when there is none, or one that deceives."""
     if not isinstance(uris, list) or not 1 <= len(uris) <= limit:
         raise OAuthError("invalid_redirect_uri", f"redirect_uris must be a list of 1 to {limit} URIs.")
-    usable, unusable = [], None
+    usable = []
+    unusable = None
     for uri in uris:
         try:
             check_redirect_uri(uri, schemes)
@@ -3098,7 +3138,8 @@ def spend(limiter, settings, kind, request):
     """
     if request.direct and is_loopback_name(request.address):
         return
-    rate, address = getattr(settings, f"rate_{kind}"), request.address
+    rate = getattr(settings, f"rate_{kind}")
+    address = request.address
     if ":" in address:  # whoever has one IPv6 address has the other 2^64 of its network too
         address = str(ipaddress.ip_network(f"{address.partition('%')[0]}/64", strict=False))
     limiter.spend(kind, address, rate)
@@ -3196,20 +3237,16 @@ class Documents:
     RETRY = 60
 
     def __init__(self, settings, store, log, clock, limiter, web):
-        self._settings, self._store, self._log, self._clock, self._limiter, self._web = (
-            settings,
-            store,
-            log,
-            clock,
-            limiter,
-            web,
-        )
+        self._settings = settings
+        self._store = store
+        self._log = log
+        self._clock = clock
+        self._limiter = limiter
+        self._web = web
         # Strangers' documents never hold up those of applications that people have logged in to.
         self._slots = [threading.BoundedSemaphore(4) for in_use in (False, True)]
-        self._flights, self._lock = (
-            weakref.WeakValueDictionary(),
-            threading.Lock(),
-        )  # the lock guards the dict; a leaf
+        self._flights = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()  # the lock guards the dict; a leaf
 
     def may_be_one(self, client_id):
         """Whether a client_id is the URL of a document that we would fetch: not our own host's, nor Forgejo's."""
@@ -3273,13 +3310,12 @@ class Documents:
         try:
             signed, _, signature = assertion.rpartition(".")
             header, claims = (read_json(unb64url(part)) for part in signed.split("."))
-            kid, now = header.get("kid"), self._clock.now()
-            url, audience, expires, begins = (
-                self._settings.public_url,
-                claims.get("aud"),
-                claims.get("exp"),
-                claims.get("nbf", 0),
-            )
+            kid = header.get("kid")
+            now = self._clock.now()
+            url = self._settings.public_url
+            audience = claims.get("aud")
+            expires = claims.get("exp")
+            begins = claims.get("nbf", 0)
             audiences = set([audience] if isinstance(audience, str) else audience or ())
             are_numbers = all(isinstance(moment, (int, float)) for moment in (expires, begins))
             for wrong, reason in (
@@ -3388,13 +3424,11 @@ class Clients:
     """Finds, registers and authenticates clients."""
 
     def __init__(self, settings, store, log, clock, limiter, web):
-        self._settings, self._store, self._log, self._clock, self._limiter = (
-            settings,
-            store,
-            log,
-            clock,
-            limiter,
-        )
+        self._settings = settings
+        self._store = store
+        self._log = log
+        self._clock = clock
+        self._limiter = limiter
         self._documents = Documents(settings, store, log, clock, limiter, web)
         check_configured_clients(settings)
         store.drop_configured_clients(item["client_id"] for item in settings.clients)
@@ -3448,11 +3482,9 @@ class Clients:
             if isinstance(document.get("scope"), str) and document["scope"]
             else " ".join(SCOPES)
         )
-        client_id, secret, now = (
-            new_secret("fjd_")[:36],
-            None if method == "none" else new_secret("fjs_"),
-            self._clock.now(),
-        )
+        client_id = new_secret("fjd_")[:36]
+        secret = None if method == "none" else new_secret("fjs_")
+        now = self._clock.now()
         name = clean_name(document.get("client_name"))
         metadata = {
             "redirect_uris": uris,
@@ -3476,11 +3508,9 @@ class Clients:
 
     def authenticate(self, request, form):
         """The client that speaks on /token or /revoke (RFC 6749 2.3.1): Basic, post or an assertion for one with a secret or keys."""
-        client_id, secret, assertion = (
-            form.get("client_id"),
-            form.get("client_secret"),
-            form.get("client_assertion"),
-        )
+        client_id = form.get("client_id")
+        secret = form.get("client_secret")
+        assertion = form.get("client_assertion")
         authorization = request.header("authorization")
         basic = authorization is not None
         if basic:
@@ -3598,15 +3628,16 @@ class Authorization:
     def __init__(
         self, settings, store, keyring, clients, upstream, forgejo, log, clock, limiter, session_ended
     ):
-        self._settings, self._store, self._keyring, self._clients = settings, store, keyring, clients
+        self._settings = settings
+        self._store = store
+        self._keyring = keyring
+        self._clients = clients
         self._session_ended = session_ended  # called with the name of a session whose row is gone
-        self._upstream, self._forgejo, self._log, self._clock, self._limiter = (
-            upstream,
-            forgejo,
-            log,
-            clock,
-            limiter,
-        )
+        self._upstream = upstream
+        self._forgejo = forgejo
+        self._log = log
+        self._clock = clock
+        self._limiter = limiter
         secure = settings.public_url.startswith("https:")
         self._cookie_name = "__Host-fjmcp" if secure else "fjmcp"
         self._cookie_flags = f"; Path=/; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}"
@@ -3616,7 +3647,8 @@ class Authorization:
 
     def metadata(self, request):
         """RFC 8414: what this authorization server offers."""
-        url, methods = self._settings.public_url, {"methods_supported": list(AUTH_METHODS)}
+        url = self._settings.public_url
+        methods = {"methods_supported": list(AUTH_METHODS)}
         if self._settings.client_documents:
             methods = {
                 "methods_supported": [*AUTH_METHODS, "private_key_jwt"],
@@ -3758,7 +3790,8 @@ class Authorization:
         now = self._clock.now()
         if login["expires"] <= now:
             raise PageRefusal("expired")
-        decision, access = form.get("decision"), form.get("access")
+        decision = form.get("decision")
+        access = form.get("access")
         if decision not in ("approve", "deny") or (decision == "approve" and access not in ("full", "read")):
             raise PageRefusal("undecided")
         # Reading is less than writing, so read only is a narrower grant even where only forgejo:write was asked.
@@ -3776,7 +3809,8 @@ class Authorization:
 
     def _start_login(self, kind, login, cookie, box, now, taken_at=None):
         """Keep a login that only this browser can finish, and send the browser to Forgejo."""
-        state, verifier = new_secret(), new_secret()
+        state = new_secret()
+        verifier = new_secret()
         sealed = self._keyring.seal("login", digest(state).hex(), {**login, "verifier": verifier})
         if not self._store.approve_login(
             digest(state),
@@ -3805,7 +3839,8 @@ class Authorization:
             or form.get("iss", [self._settings.forgejo_url])[0].rstrip("/") != self._settings.forgejo_url
         ):  # RFC 9207 2.4
             raise PageRefusal("malformed answer")
-        state, now = form["state"][0], self._clock.now()
+        state = form["state"][0]
+        now = self._clock.now()
         row = self._store.take_login(digest(state), now)
         if row is None:
             raise PageRefusal("expired")
@@ -3853,7 +3888,8 @@ class Authorization:
             raise ClientRedirect("access_denied", error.reason) from None
 
     def _client_answered(self, login, info, now):
-        code, code_expires = new_secret("fjc_"), now + self._settings.code_lifetime
+        code = new_secret("fjc_")
+        code_expires = now + self._settings.code_lifetime
         grant_id = self._store.finish_login(
             info.sub,
             login["client"],
@@ -3975,7 +4011,8 @@ class Authorization:
             raise OAuthError(
                 "invalid_request", "Send the parameters in the body; secrets do not belong in a URL."
             )
-        resources, form = values.get("resource", ()), {name: items[0] for name, items in values.items()}
+        resources = values.get("resource", ())
+        form = {name: items[0] for name, items in values.items()}
         for name, items in values.items():
             if len(items) > 1 and name != "resource":
                 raise OAuthError("invalid_request", f"{name[:40]} is given more than once.")
@@ -3988,12 +4025,14 @@ class Authorization:
         return self._clients.authenticate(request, form), form, resources
 
     def _redeem(self, client, form):
-        verifier, code = form.get("code_verifier", ""), form.get("code", "")
+        verifier = form.get("code_verifier", "")
+        code = form.get("code", "")
         if not code:
             raise OAuthError("invalid_request", "code is missing.")
         if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
             raise OAuthError("invalid_request", "code_verifier is missing or malformed (RFC 7636 4.1).")
-        now, pair = self._clock.now(), self._new_pair()
+        now = self._clock.now()
+        pair = self._new_pair()
         challenge = b64url(hashlib.sha256(verifier.encode()).digest())
         row = self._store.code(digest(code))
         if row and row.state != "active":
@@ -4026,7 +4065,8 @@ class Authorization:
         A client that lost an answer, or two of its processes, re-send a token shortly after its rotation: within 120 s
         that is answered with the newest pair. Later it is theft, and the grant ends (RFC 9700 4.14.2).
         """
-        token, now = form.get("refresh_token", ""), self._clock.now()
+        token = form.get("refresh_token", "")
+        now = self._clock.now()
         for _ in range(100):
             row = self._store.refresh_token(digest(token)) if token.startswith("fjr_") else None
             if (
@@ -4048,10 +4088,8 @@ class Authorization:
                     return self._pair_answer(pair, scope or row.scope, self._settings.access_token_lifetime)
                 continue  # another request was faster: the next look finds what it made
             pair = self._successor(token, row, now)
-            newer, access = (
-                self._store.refresh_token(digest(pair["refresh"])),
-                self._store.access_token(digest(pair["access"])),
-            )
+            newer = self._store.refresh_token(digest(pair["refresh"]))
+            access = self._store.access_token(digest(pair["access"]))
             if newer and newer.rotated_at is None and access and access.expires_at > now and scope is None:
                 return self._pair_answer(pair, row.scope, access.expires_at - now)
             token = pair["refresh"]
@@ -4105,7 +4143,8 @@ class Authorization:
         token = form.get("token", "")
         if not token:
             raise OAuthError("invalid_request", "token is missing.")
-        refresh, access = self._store.refresh_token(digest(token)), self._store.access_token(digest(token))
+        refresh = self._store.refresh_token(digest(token))
+        access = self._store.access_token(digest(token))
         if refresh and refresh.client_id == client.client_id:
             self._end(refresh, "revoked by client")
         elif access and access.client_id == client.client_id:
@@ -4207,7 +4246,8 @@ class Guardian:
 
     def __init__(self):
         self._lock = threading.Lock()  # guards the pipe and the set; a leaf
-        self._known, self._process = set(), None
+        self._known = set()
+        self._process = None
 
     def _tell(self, line):
         """Send a line; a guardian that has died is started anew and told everything. Under the lock."""
@@ -4294,13 +4334,19 @@ class Child:
     """
 
     def __init__(self, command, environment, label, guardian, settings, log, on_line, on_end):
-        self._guardian, self._settings, self._log, self._label = guardian, settings, log, label
-        self._on_line, self._on_end = on_line, on_end
+        self._guardian = guardian
+        self._settings = settings
+        self._log = log
+        self._label = label
+        self._on_line = on_line
+        self._on_end = on_end
         self._write_lock = threading.Lock()  # one whole line at a time; guards _stdin
         self._lock = (
             threading.Lock()
         )  # guards reason, _kill_at, and that nobody signals a number given back; a leaf
-        self.reason, self._kill_at, self.ended = None, float("inf"), threading.Event()
+        self.reason = None
+        self._kill_at = float("inf")
+        self.ended = threading.Event()
         self.pid = self._process = self._stdin = self._exit = None
         self._token = (
             environment.get("FORGEJO_ACCESS_TOKEN", "").encode() or b"\n"
@@ -4347,7 +4393,8 @@ class Child:
 
     def send(self, line, deadline=10.0):
         """Write a line; False when the child is gone or does not read. Half a line cannot be taken back, so that ends the child."""
-        data, end = memoryview(line + b"\n"), time.monotonic() + deadline
+        data = memoryview(line + b"\n")
+        end = time.monotonic() + deadline
         with self._write_lock:
             while data and self._stdin is not None:
                 try:
@@ -4368,14 +4415,16 @@ class Child:
         with self._lock:
             if self.reason is not None:
                 return
-            self.reason, self._kill_at = reason, time.monotonic() + self._settings.stop_timeout
+            self.reason = reason
+            self._kill_at = time.monotonic() + self._settings.stop_timeout
         self._close_stdin()
         self._signal(signal.SIGTERM)
 
     def kill(self, reason):
         """End it now."""
         with self._lock:
-            self.reason, self._kill_at = self.reason or reason, 0.0
+            self.reason = self.reason or reason
+            self._kill_at = 0.0
         self._signal(signal.SIGKILL)
 
     def tick(self):
@@ -4397,7 +4446,8 @@ class Child:
 
     def _chunks(self, pipe):
         """What comes out of a pipe, until its end or a second after the process's: then only a grandchild holds it open."""
-        poll, until = select.poll(), None
+        poll = select.poll()
+        until = None
         poll.register(pipe, select.POLLIN)
         poll.register(self._exit, select.POLLIN)
         while until is None or time.monotonic() < until:
@@ -4413,7 +4463,8 @@ class Child:
                 until = time.monotonic() + 1
 
     def _read_stdout(self):
-        parts, size = [], 0
+        parts = []
+        size = 0
         for chunk in self._chunks(self._process.stdout):
             pieces = chunk.split(b"\n")
             for number, piece in enumerate(pieces, 1):
@@ -4423,15 +4474,19 @@ class Child:
                     self.kill("line_too_long")
                     return
                 if number < len(pieces):
-                    line, parts, size = b"".join(parts), [], 0
+                    line = b"".join(parts)
+                    parts = []
+                    size = 0
                     if line.strip():
                         self._on_line(line)
 
     def _read_stderr(self):
-        window, lines = time.monotonic(), 0
+        window = time.monotonic()
+        lines = 0
         for chunk in self._chunks(self._process.stderr):
             if time.monotonic() - window > 1:
-                window, lines = time.monotonic(), 0
+                window = time.monotonic()
+                lines = 0
             for line in chunk.splitlines():
                 lines += 1
                 if lines <= 50:
@@ -4520,19 +4575,21 @@ class Call:
         after=None,
         over=None,
     ):
-        self.method, self.params, self.reply, self.deadline = method, params, reply, deadline
-        self.capabilities, self.client, self.level, self.after, self.over = (
-            capabilities,
-            client,
-            level,
-            after,
-            over,
-        )
+        self.method = method
+        self.params = params
+        self.reply = reply
+        self.deadline = deadline
+        self.capabilities = capabilities
+        self.client = client
+        self.level = level
+        self.after = after
+        self.over = over
         meta = (params or {}).get("_meta")
         self.token = meta.get("progressToken") if isinstance(meta, dict) else None
         self.paused_at = None  # since when its client owes an answer: the clock stands
         self.undeclared = {}  # what the child asked of a client that cannot do it
-        self.answers, self.state = {}, None  # of a child of the modern era: what goes into the retry
+        self.answers = {}
+        self.state = None  # of a child of the modern era: what goes into the retry
 
     def fail(self, reason, sentence, *, retryable, outcome_unknown=True, code=SERVER_ERROR):
         """Answer with an error of the broker's own (design 5: the table of cases)."""
@@ -4545,7 +4602,8 @@ class Waiting:
     """The reply to a call of the broker's own: wait(seconds) gives the answer's body, or None."""
 
     def __init__(self):
-        self._done, self.body = threading.Event(), None
+        self._done = threading.Event()
+        self.body = None
 
     def notify(self, body):
         """Nobody listens."""
@@ -4571,28 +4629,28 @@ class Question:
     __slots__ = ("link", "key", "method", "params", "call", "deadline")
 
     def __init__(self, link, key, method, params, call=None):
-        self.link, self.key, self.method, self.params, self.call, self.deadline = (
-            link,
-            key,
-            method,
-            params,
-            call,
-            0.0,
-        )
+        self.link = link
+        self.key = key
+        self.method = method
+        self.params = params
+        self.call = call
+        self.deadline = 0.0
 
 
 class Link:
     """A child together with what is under way on it. Its maps are guarded by the session's lock."""
 
     def __init__(self, session, seq, fresh_until):
-        self.session, self.seq, self.fresh_until = (
-            session,
-            seq,
-            fresh_until,
-        )  # of the credential that the child holds
+        self.session = session
+        self.seq = seq
+        self.fresh_until = fresh_until  # of the credential that the child holds
         self.pending = {}  # our id towards the child -> Call
         self.numbers = itertools.count(1)
-        self.child, self.edge, self.bad_lines, self.stray, self.used_at = None, None, 0, 0, time.monotonic()
+        self.child = None
+        self.edge = None
+        self.bad_lines = 0
+        self.stray = 0
+        self.used_at = time.monotonic()
         self.over = False  # whether link_ended has been here; under the session's lock
         self.probed = False  # whether the handshake began by asking for its era
 
@@ -4687,7 +4745,9 @@ class Wake:
     """One start of a child that several requests wait for."""
 
     def __init__(self):
-        self.done, self.link, self.error = threading.Event(), None, None
+        self.done = threading.Event()
+        self.link = None
+        self.error = None
 
 
 class Session:
@@ -4711,16 +4771,32 @@ class Session:
         tools_hash=None,
         durable=True,
     ):
-        self.registry, self.settings, self.log = registry, registry.settings, registry.log
-        self.name, self.sub, self.client_id, self.durable = name, sub, client_id, durable
-        self.initialize, self.version, self.level, self.server = initialize, version, level, None
-        self.subscriptions, self.tools_hash = collections.Counter(subscriptions), tools_hash
+        self.registry = registry
+        self.settings = registry.settings
+        self.log = registry.log
+        self.name = name
+        self.sub = sub
+        self.client_id = client_id
+        self.durable = durable
+        self.initialize = initialize
+        self.version = version
+        self.level = level
+        self.server = None
+        self.subscriptions = collections.Counter(subscriptions)
+        self.tools_hash = tools_hash
         self.ttl = 0  # ms for which what a modern child says of itself may be kept
         self.tools = self.binary = None  # what the child of that program last said of its tools
         self.lock = threading.Lock()
-        self.link, self.draining, self.waking, self.ended, self.questions = None, set(), None, False, set()
-        self.failures, self.retry_at, self.failure = 0, 0.0, None
-        self.users, self.leased = 0, False  # of a place in a pool; guarded by the registry's lock
+        self.link = None
+        self.draining = set()
+        self.waking = None
+        self.ended = False
+        self.questions = set()
+        self.failures = 0
+        self.retry_at = 0.0
+        self.failure = None
+        self.users = 0
+        self.leased = False  # of a place in a pool; guarded by the registry's lock
         self._watch_lock = (
             threading.Lock()
         )  # one change of subscriptions at a time, child's answers awaited; taken before `lock`
@@ -4803,10 +4879,8 @@ class Session:
             if "unsubscribe" in changes:
                 self.subscriptions[changes["unsubscribe"]] -= 1
                 self.subscriptions = +self.subscriptions
-            self.level, self.tools_hash = (
-                changes.get("level", self.level),
-                changes.get("tools_hash", self.tools_hash),
-            )
+            self.level = changes.get("level", self.level)
+            self.tools_hash = changes.get("tools_hash", self.tools_hash)
             after = (self.level, sorted(self.subscriptions), self.tools_hash)
         if self.durable and before != after:
             with contextlib.suppress(StoreUnavailable):  # what is lost is a replay's detail, not the answer
@@ -4816,7 +4890,8 @@ class Session:
         """Make the child's subscriptions what this session wants; the resources that it refused."""
         with self._watch_lock:
             with self.lock:
-                link, uris = self.link, set(self.subscriptions)
+                link = self.link
+                uris = set(self.subscriptions)
             return link.edge.watch(uris) if link else set()
 
     # -- questions of the child
@@ -4824,7 +4899,8 @@ class Session:
     def hold(self, question, call, seconds):
         """A question is with the client: the clock of its call stands until it is answered, at most that long."""
         with self.lock:
-            question.call, question.deadline = call, time.monotonic() + seconds
+            question.call = call
+            question.deadline = time.monotonic() + seconds
             self.questions.add(question)
             if call and call.paused_at is None:
                 call.paused_at = time.monotonic()
@@ -4872,7 +4948,8 @@ class Session:
                 return self.link
             if self.failures >= 3 and time.monotonic() < self.retry_at:
                 raise self.failure
-            wake, leader = self.waking or Wake(), self.waking is None
+            wake = self.waking or Wake()
+            leader = self.waking is None
             self.waking = wake
         if leader:
             self._wake(wake)
@@ -4884,7 +4961,8 @@ class Session:
 
     def _wake(self, wake):
         """Start a child and put it in place. Whatever happens, who waits for `wake` is told, and the next may try again."""
-        error, link = None, None
+        error = None
+        link = None
         try:
             link = self._start()
         except (RpcError, Refusal) as problem:
@@ -4898,16 +4976,21 @@ class Session:
             with self.lock:
                 if link and self.ended:
                     link.child.stop("session ended")
-                    error, link = session_not_found(), None
-                old, self.waking = self.link if self.link is not link else None, None
+                    error = session_not_found()
+                    link = None
+                old = self.link if self.link is not link else None
+                self.waking = None
                 if link:
-                    self.link, self.failures = None if link.over else link, 0
+                    self.link = None if link.over else link
+                    self.failures = 0
                     self.draining |= {each for each in (old,) if each and not each.over}
                 else:
                     if isinstance(error, RpcError):
-                        self.failures, self.failure = self.failures + 1, error
+                        self.failures = self.failures + 1
+                        self.failure = error
                     self.retry_at = time.monotonic() + min(60, 2 ** max(0, self.failures - 3))
-                wake.link, wake.error = link, error
+                wake.link = link
+                wake.error = error
             wake.done.set()
             if link and old:
                 self._stop_if_drained(old)
@@ -4950,7 +5033,8 @@ class Session:
                 was=self.version,
                 now=server["protocolVersion"],
             )
-        self.server, self.version = server, self.version or server["protocolVersion"]
+        self.server = server
+        self.version = self.version or server["protocolVersion"]
         if replay or not self.durable:
             self._replay(link)
 
@@ -5039,7 +5123,8 @@ class Session:
             if self.link is link:
                 self.link = None
             self.draining.discard(link)
-            calls, link.pending = list(link.pending.values()), {}
+            calls = list(link.pending.values())
+            link.pending = {}
             self.questions = {question for question in self.questions if question.link is not link}
         for call in calls:
             call.fail(
@@ -5098,7 +5183,8 @@ class Session:
             if self.ended:
                 return
             self.ended = True
-            links, self.link = self.links(), None
+            links = self.links()
+            self.link = None
             calls = [call for link in links for call in link.pending.values()]
             for link in links:
                 link.pending = {}
@@ -5124,7 +5210,9 @@ class Session:
 
     def _read_tools(self):
         """{name: tool} over all pages; None when the child does not give them."""
-        link, cursor, tools = self.awake(), None, {}
+        link = self.awake()
+        cursor = None
+        tools = {}
         for _ in range(100):
             result = (
                 link.call("tools/list", {"cursor": cursor} if cursor else {}, QUESTION_GRACE) or {}
@@ -5167,15 +5255,17 @@ def tools_digest(result):
 # ======================================================================================================================
 
 META = "io.modelcontextprotocol/"
-META_CLIENT, META_CAPABILITIES, META_LEVEL = (
-    META + "clientInfo",
-    META + "clientCapabilities",
-    META + "logLevel",
-)
-META_SERVER, META_SUBSCRIPTION = META + "serverInfo", META + "subscriptionId"
+META_CLIENT = META + "clientInfo"
+META_CAPABILITIES = META + "clientCapabilities"
+META_LEVEL = META + "logLevel"
+META_SERVER = META + "serverInfo"
+META_SUBSCRIPTION = META + "subscriptionId"
 MODERN_META = {META_VERSION, META_CLIENT, META_CAPABILITIES, META_LEVEL}
 LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
-HEADER_MISMATCH, MISSING_CAPABILITY, LEGACY_NOT_FOUND, LEGACY_URL_REQUIRED = -32020, -32021, -32002, -32042
+HEADER_MISMATCH = -32020
+MISSING_CAPABILITY = -32021
+LEGACY_NOT_FOUND = -32002
+LEGACY_URL_REQUIRED = -32042
 STATUS_OF_ERROR = {
     METHOD_NOT_FOUND: 404,
     HEADER_MISMATCH: 400,
@@ -5238,11 +5328,13 @@ def connect(link, known, seconds):
     (era, what the child says of itself in the form of an initialize result); `both` is a child of either era: sessions speak legacy
     with it, pools modern. The second is None when it did not answer; RpcError when it answers that it will not.
     """
-    session, era = link.session, known
+    session = link.session
+    era = known
     if known != "legacy" and not (known == "both" and session.durable):
         link.edge = ModernEdge(link)
         body = link.call("server/discover", None, seconds if known else min(seconds, PROBE_WAIT)) or {}
-        result, error = body.get("result"), body.get("error") or {}
+        result = body.get("result")
+        error = body.get("error") or {}
         versions = result.get("supportedVersions") if isinstance(result, dict) else None
         if (
             versions is None
@@ -5251,10 +5343,8 @@ def connect(link, known, seconds):
         ):
             versions = error["data"].get("supported")
         versions = versions if isinstance(versions, list) else []
-        modern, legacy = (
-            FIRST_MODERN_VERSION in versions,
-            any(version in versions for version in LEGACY_VERSIONS),
-        )
+        modern = FIRST_MODERN_VERSION in versions
+        legacy = any(version in versions for version in LEGACY_VERSIONS)
         era = ("both" if legacy else "modern") if modern else "legacy"
         if modern and isinstance(result, dict) and not (legacy and session.durable):
             return era, link.edge.server(result)
@@ -5272,7 +5362,8 @@ class Edge:
     """What is the same with a child of either era."""
 
     def __init__(self, link):
-        self._link, self._session = link, link.session
+        self._link = link
+        self._session = link.session
 
     def serves(self, call):
         """Whether the edge answers a call itself, by serve(call)."""
@@ -5294,7 +5385,9 @@ class LegacyEdge(Edge):
 
     def __init__(self, link):
         super().__init__(link)
-        self._ready, self._watched, self._level = False, set(), None
+        self._ready = False
+        self._watched = set()
+        self._level = None
 
     def initialize(self, seconds):
         """The child's result, with the version that was negotiated before; None when it gives none."""
@@ -5318,7 +5411,8 @@ class LegacyEdge(Edge):
 
     def encode(self, number, call):
         """A call as a line; where it asks for another level than the last one did, with one before it that sets it."""
-        params, setting = call.params, b""
+        params = call.params
+        setting = b""
         if call.token is not None:
             params = {**params, "_meta": {**params["_meta"], "progressToken": number}}
         if call.level not in (None, self._level):
@@ -5386,11 +5480,15 @@ class ModernEdge(Edge):
 
     def __init__(self, link):
         super().__init__(link)
-        self._listen, self._listens, self._kinds, self._honoured = None, {}, {}, set()
+        self._listen = None
+        self._listens = {}
+        self._kinds = {}
+        self._honoured = set()
 
     def server(self, result):
         """A DiscoverResult in the form of an initialize result, with the version that this session's client negotiates."""
-        session, meta = self._session, result.get("_meta")
+        session = self._session
+        meta = result.get("_meta")
         info = meta.get(META_SERVER) if isinstance(meta, dict) else None
         capabilities = result.get("capabilities") if isinstance(result.get("capabilities"), dict) else {}
         asked = session.version or session.initialize.get("protocolVersion")
@@ -5491,7 +5589,8 @@ class ModernEdge(Edge):
             return
         result = message.body["result"]
         requests = result.get("inputRequests") if isinstance(result.get("inputRequests"), dict) else {}
-        call.state, call.answers = result.get("requestState"), {}
+        call.state = result.get("requestState")
+        call.answers = {}
         questions = [
             Question(self._link, key, request["method"], request.get("params"), call)
             for key, request in requests.items()
@@ -5568,12 +5667,14 @@ class ModernEdge(Edge):
     def watch(self, uris):
         """Hear of every change of lists and of these resources: one stream of the child takes over from another; what it refused."""
         wanted = self._kinds | ({"resourceSubscriptions": sorted(uris)} if uris else {})
-        number, acknowledged = next(self._link.numbers), threading.Event()
+        number = next(self._link.numbers)
+        acknowledged = threading.Event()
         if wanted:
             self._listens[number] = acknowledged
             self._link.child.send(self._line(number, "subscriptions/listen", {"notifications": wanted}))
             acknowledged.wait(QUESTION_GRACE)
-        old, self._listen = self._listen, number if acknowledged.is_set() else None
+        old = self._listen
+        self._listen = number if acknowledged.is_set() else None
         if old is not None:
             self._listens.pop(old, None)
             self.cancel(old, None)
@@ -5589,7 +5690,10 @@ class LegacyReply:
     held = False
 
     def __init__(self, stream, request_id, streamable, change=None):
-        self.stream, self.id, self.streamable, self._change = stream, request_id, streamable, change
+        self.stream = stream
+        self.id = request_id
+        self.streamable = streamable
+        self._change = change
 
     def notify(self, body):
         """Something that belongs to the request comes before its answer."""
@@ -5626,8 +5730,11 @@ class LegacyFront:
     """A client with a session: what belongs to no request goes to its GET stream, questions go out as requests and come back as answers."""
 
     def __init__(self, session):
-        self._session, self._numbers, self._asked = session, itertools.count(1), {}
-        self.streams, self.get_stream = collections.OrderedDict(), session.new_stream(0)
+        self._session = session
+        self._numbers = itertools.count(1)
+        self._asked = {}
+        self.streams = collections.OrderedDict()
+        self.get_stream = session.new_stream(0)
 
     @property
     def listening(self):
@@ -5673,7 +5780,8 @@ class LegacyFront:
     def _target(self, link):
         """The stream for what belongs to no request by itself, and the call it is taken to belong to."""
         with self._session.lock:
-            calls, here = self._session.calls(), self._session.calls(link)
+            calls = self._session.calls()
+            here = self._session.calls(link)
             if len(calls) == 1 and calls[0].reply.streamable and calls[0].reply.stream.is_open:
                 return calls[0].reply.stream, calls[0] if here else None
             one = here[0] if len(here) == 1 else None
@@ -5744,15 +5852,15 @@ class ModernReply:
     """
 
     def __init__(self, place, request_id, method, hold, level=None, change=None):
-        self.place, self.id, self._method, self._hold, self._level, self._change = (
-            place,
-            request_id,
-            method,
-            hold,
-            level,
-            change,
-        )
-        self.stream, self.call, self._keys = place.new_stream(1), None, {}
+        self.place = place
+        self.id = request_id
+        self._method = method
+        self._hold = hold
+        self._level = level
+        self._change = change
+        self.stream = place.new_stream(1)
+        self.call = None
+        self._keys = {}
         self.held = self.gone = False
 
     def notify(self, body):
@@ -5764,7 +5872,8 @@ class ModernReply:
 
     def answer(self, line, message):
         """The child's answer, with everything in it that this era wants there."""
-        error, result = message.body.get("error"), message.body.get("result")
+        error = message.body.get("error")
+        result = message.body.get("result")
         if error:
             self.refuse(error, self._missing(error))
         elif not isinstance(result, dict):
@@ -5829,8 +5938,10 @@ class ModernReply:
             questions = [question for question in self.place.questions if question.call is self.call]
             if self.held or not questions:
                 return
-            self.held, self._keys = True, named_questions(questions)
-            stream, self.stream = self.stream, self.place.new_stream(1)
+            self.held = True
+            self._keys = named_questions(questions)
+            stream = self.stream
+            self.stream = self.place.new_stream(1)
         requests = {key: asking(question.method, question.params) for key, question in self._keys.items()}
         result = {
             "resultType": "input_required",
@@ -5843,7 +5954,10 @@ class ModernReply:
     def retried(self, request_id, responses):
         """The client came back, with answers or without: a Reader of what follows. What is missing is asked again."""
         with self.place.lock:
-            self.held, self.id, asked, self._keys = False, request_id, self._keys, {}
+            self.held = False
+            self.id = request_id
+            asked = self._keys
+            self._keys = {}
             reader = self.stream.open()
         for key, question in asked.items():
             if isinstance(responses.get(key), dict):
@@ -5892,7 +6006,8 @@ class PoolFront:
     """Requests that share a child. Only what surely belongs to one of them reaches it; the rest goes to who listens."""
 
     def __init__(self, session):
-        self._session, self._listeners = session, {}
+        self._session = session
+        self._listeners = {}
 
     @property
     def server_meta(self):
@@ -5985,7 +6100,8 @@ class PoolFront:
         if method == "notifications/tools/list_changed":
             self._session.tools = None
         with self._session.lock:
-            listeners, calls = list(self._listeners.values()), self._session.calls(link)
+            listeners = list(self._listeners.values())
+            calls = self._session.calls(link)
         for listener in listeners:
             if listener.hears(method, params):
                 listener.stream.put(self._tagged(method, params, listener.id))
@@ -6028,7 +6144,8 @@ class PoolFront:
     def end(self):
         """Streams of who listens end in order (MCP 2026-07-28 patterns/subscriptions, graceful closure)."""
         with self._session.lock:
-            listeners, self._listeners = list(self._listeners.values()), {}
+            listeners = list(self._listeners.values())
+            self._listeners = {}
         for listener in listeners:
             listener.stream.put(
                 result_message(
@@ -6052,18 +6169,30 @@ class Registry:
     """
 
     def __init__(self, settings, store, upstream, forgejo, guardian, log, clock):
-        self.settings, self.store, self.upstream, self.forgejo = settings, store, upstream, forgejo
-        self.guardian, self.log, self.clock = guardian, log, clock
+        self.settings = settings
+        self.store = store
+        self.upstream = upstream
+        self.forgejo = forgejo
+        self.guardian = guardian
+        self.log = log
+        self.clock = clock
         self.lock = threading.Condition()
-        self.sessions, self.pools, self.places, self.waiting, self.held = {}, {}, collections.Counter(), 0, {}
-        self.closing, self._binary, self.asking = False, None, False
+        self.sessions = {}
+        self.pools = {}
+        self.places = collections.Counter()
+        self.waiting = 0
+        self.held = {}
+        self.closing = False
+        self._binary = None
+        self.asking = False
         self.children = []  # every child not yet seen to have ended, whoever started it
 
     # -- sessions
 
     def open(self, sub, client_id, initialize):
         """A new session with its first child: (session id, the child's initialize result)."""
-        session_id, now = new_secret(), self.clock.now()
+        session_id = new_secret()
+        now = self.clock.now()
         session = Session(self, digest(session_id), sub, client_id, initialize, LegacyFront)
         session.awake()
         with self.lock:
@@ -6137,7 +6266,9 @@ class Registry:
                 }
                 session = Session(self, None, sub, client_id, initialize, PoolFront, durable=False)
                 pool.append(session)
-            session.users, session.leased, session.used_at = session.users + 1, alone, self.clock.now()
+            session.users = session.users + 1
+            session.leased = alone
+            session.used_at = self.clock.now()
             return session
 
     def release(self, session):
@@ -6321,9 +6452,11 @@ class Registry:
         binary = binary_fingerprint(child_command(self.settings))
         row = self.store.binary(binary)
         known = row.era if row else ""
-        self._binary, self.asking = binary, bool(row and row.asks)
+        self._binary = binary
+        self.asking = bool(row and row.asks)
         if link.session.binary != binary:
-            link.session.binary, link.session.tools = binary, None
+            link.session.binary = binary
+            link.session.tools = None
         try:
             era, server = connect(link, known or (None if probe else "legacy"), self.settings.start_timeout)
         except RpcError:
@@ -6410,10 +6543,19 @@ class Reaper:
     """What happens by the clock. tick() is a plain function; run() calls it at least once a second from a daemon thread."""
 
     def __init__(self, settings, store, registry, upstream, log, clock):
-        self._settings, self._store, self._registry, self._upstream = settings, store, registry, upstream
-        self._log, self._clock, self._stop = log, clock, threading.Event()
-        self._marker, self._next_sweep, self._next_refresh, self._refreshing = None, 0.0, 0.0, set()
-        self._streams, self._lock = {}, threading.Lock()  # the lock guards _streams and _refreshing; a leaf
+        self._settings = settings
+        self._store = store
+        self._registry = registry
+        self._upstream = upstream
+        self._log = log
+        self._clock = clock
+        self._stop = threading.Event()
+        self._marker = None
+        self._next_sweep = 0.0
+        self._next_refresh = 0.0
+        self._refreshing = set()
+        self._streams = {}
+        self._lock = threading.Lock()  # the lock guards _streams and _refreshing; a leaf
 
     def watch(self, reader, caller, is_call):
         """End an open stream within 1 s of its grant's end and 60 s of its token's expiry (a running call only at revocation)."""
@@ -6553,8 +6695,12 @@ class Endpoint:
     """POST, GET and DELETE of /mcp."""
 
     def __init__(self, settings, store, keyring, registry, reaper, clock):
-        self._settings, self._store, self._keyring, self._registry = settings, store, keyring, registry
-        self._reaper, self._clock = reaper, clock
+        self._settings = settings
+        self._store = store
+        self._keyring = keyring
+        self._registry = registry
+        self._reaper = reaper
+        self._clock = clock
 
     def gate(self, request):
         """The Caller of a request by its bearer token; Refusal 401 (RFC 6750 3). Each request reads its row: revocation is immediate."""
@@ -6580,7 +6726,8 @@ class Endpoint:
     def post(self, request):
         """A JSON-RPC message of either era, or a batch where its session allows one."""
         caller = self.gate(request)
-        request_id, modern = None, False
+        request_id = None
+        modern = False
         try:
             value = self._read(request)
             request_id = (
@@ -6705,7 +6852,8 @@ class Endpoint:
         over = once(lambda: None if session else self._registry.release(place))
         streamable = takes_streams(request)
         stream = place.new_stream(len(messages))
-        reader, calls = stream.open(), []
+        reader = stream.open()
+        calls = []
         try:
             for message in messages:
                 reply = LegacyReply(stream, message.id, streamable, self._change(caller, message))
@@ -6751,7 +6899,8 @@ class Endpoint:
         meta = check_metadata(request, message, self._settings.max_form)
         if message.method in LEGACY_ONLY:
             raise no_such_method(message.method)
-        capabilities, level = meta[META_CAPABILITIES], meta.get(META_LEVEL)
+        capabilities = meta[META_CAPABILITIES]
+        level = meta.get(META_LEVEL)
         if "requestState" in (message.params or {}):
             return self._retried(request, caller, message)
         alone = level is not None or self._registry.asking and bool(known_capabilities(capabilities))
@@ -6847,10 +6996,12 @@ class Endpoint:
 
     def _retried(self, request, caller, message):
         """A retry with the answers that were asked for goes on with the call that asked; nothing is run again."""
-        state, responses = message.params["requestState"], message.params.get("inputResponses")
+        state = message.params["requestState"]
+        responses = message.params.get("inputResponses")
         try:
             sealed = self._keyring.unseal("mrtr", self._owner(caller, message), unb64url(state))
-            held, wrote = sealed["held"], sealed["write"]
+            held = sealed["held"]
+            wrote = sealed["write"]
         except (ValueError, TypeError):
             raise RpcError(
                 INVALID_PARAMS, "requestState is not one that was given for this request."
@@ -7027,7 +7178,8 @@ def check_metadata(request, message, limit):
     if message.kind == "response":
         raise wrong(INVALID_REQUEST, "Clients of this revision do not send responses")
     params = message.params or {}
-    meta, header = params.get("_meta"), request.header("mcp-protocol-version")
+    meta = params.get("_meta")
+    header = request.header("mcp-protocol-version")
     version = meta.get(META_VERSION) if isinstance(meta, dict) else None
     if not isinstance(version, str):
         raise wrong(INVALID_PARAMS, f"params._meta needs {META_VERSION}")
@@ -7124,7 +7276,9 @@ HEADER_LINE = re.compile(
     rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*((?:[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*"
 )
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
-MAX_LINE, MAX_HEAD, MAX_HEADERS = 8192, 32768, 100
+MAX_LINE = 8192
+MAX_HEAD = 32768
+MAX_HEADERS = 100
 URI_TOO_LONG = (414, "uri_too_long", "The request line is too long.")
 HEADER_TOO_LARGE = (431, "header_too_large", "The request's header is too large.")
 
@@ -7143,11 +7297,12 @@ class Watcher(threading.Thread):
 
     def __init__(self, log):
         super().__init__(daemon=True, name="watcher")
-        self._log, self._epoll, self._wake, self._ended = log, select.epoll(), os.eventfd(0), False
-        self._readers, self._lock = (
-            {},
-            threading.Lock(),
-        )  # the lock guards the dict and what is registered; a leaf
+        self._log = log
+        self._epoll = select.epoll()
+        self._wake = os.eventfd(0)
+        self._ended = False
+        self._readers = {}
+        self._lock = threading.Lock()  # the lock guards the dict and what is registered; a leaf
         self._epoll.register(self._wake, select.EPOLLIN)
 
     def close(self):
@@ -7189,9 +7344,13 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, settings, handle, log, address, listener=None):
         super().__init__(address, None, bind_and_activate=False)
         self.socket.close()
-        self.settings, self.handle, self.log, self.watcher = settings, handle, log, Watcher(log)
+        self.settings = settings
+        self.handle = handle
+        self.log = log
+        self.watcher = Watcher(log)
         self._changed = threading.Condition()  # guards connections and draining; a leaf
-        self._connections, self.draining = set(), False
+        self._connections = set()
+        self.draining = False
         is_v6 = ":" in address[0]
         try:
             self.socket = listener or socket.create_server(
@@ -7312,14 +7471,15 @@ class Connection:
     """One connection: reads requests strictly, one at a time, and writes their responses."""
 
     def __init__(self, server, sock, peer):
-        self.server, self.sock, self.peer, self.settings = server, sock, peer, server.settings
-        self.buffer, self.busy, self.idle_reader, self.close_after, self.http11 = (
-            bytearray(),
-            False,
-            None,
-            False,
-            True,
-        )
+        self.server = server
+        self.sock = sock
+        self.peer = peer
+        self.settings = server.settings
+        self.buffer = bytearray()
+        self.busy = False
+        self.idle_reader = None
+        self.close_after = False
+        self.http11 = True
         self.unread = 0  # the body that is still to be read: its length, or "chunked"
 
     def run(self):
@@ -7336,7 +7496,8 @@ class Connection:
                 return self._linger()
             self.busy = True
             self._respond(request)
-            self.busy, patience = False, self.settings.idle_timeout
+            self.busy = False
+            patience = self.settings.idle_timeout
             self.close_after |= (
                 self.server.draining
             )  # looked at after `busy` is cleared: hurry() does it the other way round
@@ -7389,7 +7550,8 @@ class Connection:
 
     def _fields(self, deadline):
         """Header or trailer lines up to the empty one: lower-case names to the lists of their values."""
-        fields, left = {}, MAX_HEAD
+        fields = {}
+        left = MAX_HEAD
         for _ in range(MAX_HEADERS + 1):
             line = self._line(deadline, left, HEADER_TOO_LARGE)
             if not line:
@@ -7411,13 +7573,17 @@ class Connection:
             raise bad_request("The request line is malformed.")
         if match[3] not in (b"1.0", b"1.1"):
             raise Refusal(505, "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are served.")
-        method, target, headers = match[1].decode(), match[2].decode(), self._fields(deadline)
-        self.http11, hosts = match[3] == b"1.1", len(headers.get("host", ()))
+        method = match[1].decode()
+        target = match[2].decode()
+        headers = self._fields(deadline)
+        self.http11 = match[3] == b"1.1"
+        hosts = len(headers.get("host", ()))
         if hosts > 1 or self.http11 and not hosts:
             raise bad_request("Exactly one Host header is needed.")
         absolute = re.fullmatch(r"https?://([^/?#]+)(/.*)?", target, re.IGNORECASE)
         if absolute:
-            headers["host"], target = [absolute[1]], absolute[2] or "/"
+            headers["host"] = [absolute[1]]
+            target = absolute[2] or "/"
         if not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
             raise bad_request("The request's target is malformed.")
         self.unread = self._framing(headers)
@@ -7436,10 +7602,8 @@ class Connection:
 
     def _framing(self, headers):
         """How the body is framed: a length, or "chunked"; whatever could be read in two ways is refused (RFC 9112 6.3)."""
-        lengths, codings = (
-            headers.get("content-length", ()),
-            [coding.lower() for coding in headers.get("transfer-encoding", ())],
-        )
+        lengths = headers.get("content-length", ())
+        codings = [coding.lower() for coding in headers.get("transfer-encoding", ())]
         if codings and (lengths or not self.http11):
             raise bad_request("Transfer-Encoding cannot stand with Content-Length or in HTTP/1.0.")
         if codings not in ([], ["chunked"]):
@@ -7450,7 +7614,8 @@ class Connection:
 
     def _client_address(self, headers):
         """The client's address, and whether no proxy spoke for it: X-Forwarded-For is read from the right, past trusted proxies."""
-        address, hops = self.peer, ",".join(headers.get("x-forwarded-for", ())).split(",")
+        address = self.peer
+        hops = ",".join(headers.get("x-forwarded-for", ())).split(",")
         with contextlib.suppress(ValueError, IndexError):
             while self.server.trusts(address):
                 address = str(ipaddress.ip_address(hops.pop().strip()))
@@ -7495,7 +7660,8 @@ class Connection:
     # -- writing
 
     def _respond(self, request):
-        started, is_head = time.monotonic(), request.method == "HEAD"
+        started = time.monotonic()
+        is_head = request.method == "HEAD"
         with self.server.log.request(request.id):
             try:
                 response = self.server.handle(request)
@@ -7509,12 +7675,10 @@ class Connection:
                     -1
                 ].lineno  # for the operator; the client learns a number only
                 self.server.log.event("error", "internal error", error=type(error).__name__, line=place)
-                response, close = (
-                    json_response(
-                        500, {"error": "server_error", "error_description": f"Internal error {request.id}."}
-                    ),
-                    True,
+                response = json_response(
+                    500, {"error": "server_error", "error_description": f"Internal error {request.id}."}
                 )
+                close = True
                 self._send(response, close, is_head)
             if response.later:
                 self._pump(response, close)
@@ -7536,7 +7700,8 @@ class Connection:
         self.sock.sendall(data)
 
     def _send(self, response, close, head_only=False):
-        headers, bare = list(response.headers), response.status in (204, 304)
+        headers = list(response.headers)
+        bare = response.status in (204, 304)
         if response.content_type:
             headers.append(("Content-Type", response.content_type))
         if not bare:
@@ -7567,7 +7732,9 @@ class Connection:
 
     def _pump(self, response, close):
         """Send what is still to come: as JSON when the answers are there in time, else as a stream of events."""
-        later, reader, items = response.later, response.later.reader, []
+        later = response.later
+        reader = response.later.reader
+        items = []
         if later.json_wait == 0:
             self.idle_reader = reader
         try:
@@ -7608,11 +7775,9 @@ class Connection:
 
     def _collect(self, later, reader):
         """Items until the last; for a client that can take a stream, only those that make plain JSON possible."""
-        answers, seen, deadline = (
-            [],
-            reader.cursor,
-            None if later.json_wait is None else time.monotonic() + later.json_wait,
-        )
+        answers = []
+        seen = reader.cursor
+        deadline = None if later.json_wait is None else time.monotonic() + later.json_wait
         while True:
             item = self._take(
                 reader, 3600.0 if deadline is None else max(0.0, deadline - time.monotonic()), seen
@@ -7633,7 +7798,8 @@ class Connection:
         return []
 
     def _stream(self, response, reader, items, close):
-        key, later = reader.stream.key, response.later
+        key = reader.stream.key
+        later = response.later
         headers = [
             *response.headers,
             ("Content-Type", "text/event-stream"),
@@ -7683,13 +7849,15 @@ class Broker:
     """The whole program but its command line: everything built from settings, ready to serve."""
 
     def __init__(self, settings, *, clock=None, log=None, listener=None, web=None):
-        self.settings, self.clock = settings, clock or Clock()
+        self.settings = settings
+        self.clock = clock or Clock()
         self.log = log or Log(settings, clock=self.clock)
         keyring = load_keyring(settings)
         self.store = Store(settings.store_path, keyring)
         forgejo = Forgejo(settings, self.clock)
         self.upstream = Upstream(settings, self.store, keyring, forgejo, self.log, self.clock)
-        self.guardian, limiter = Guardian(), Limiter(self.clock)
+        self.guardian = Guardian()
+        limiter = Limiter(self.clock)
         self.registry = Registry(
             settings, self.store, self.upstream, forgejo, self.guardian, self.log, self.clock
         )
@@ -7713,13 +7881,12 @@ class Broker:
         self.servers = [self.server]
         if settings.metrics_listen:
             self.servers.append(Server(settings, self.metrics, self.log, settings.metrics_listen))
-        self._hosts, self._blob = own_hosts(settings.public_url, self.server.port), git_blob_id(__file__)
+        self._hosts = own_hosts(settings.public_url, self.server.port)
+        self._blob = git_blob_id(__file__)
 
     def _routes(self, clients, authorization, endpoint):
-        server_metadata, resource_metadata = (
-            "/.well-known/oauth-authorization-server",
-            "/.well-known/oauth-protected-resource",
-        )
+        server_metadata = "/.well-known/oauth-authorization-server"
+        resource_metadata = "/.well-known/oauth-protected-resource"
         table = (  # the paths at the root are for clients that ignore metadata
             (
                 "page",
@@ -7774,7 +7941,8 @@ class Broker:
 
     def handle(self, request):
         """Request -> Response, in the order of checks of design 3: Host, route, Origin, OPTIONS, bearer, method, body."""
-        (kind, methods), cors = self.routes.get(request.path, ("", {})), ()
+        (kind, methods) = self.routes.get(request.path, ("", {}))
+        cors = ()
         try:
             if request.headers.get("host", [""])[0].lower() not in self._hosts and kind != "health":
                 raise Refusal(421, "misdirected_request", "This server does not answer for that host name.")
@@ -7978,7 +8146,11 @@ class Arguments:
 
 def parse_arguments(arguments):
     """Arguments from the words of a command line; flags may stand before or after the command. ConfigurationError when they are wrong."""
-    flags, options, words, problems, left = {}, {}, [], [], list(arguments)
+    flags = {}
+    options = {}
+    words = []
+    problems = []
+    left = list(arguments)
     while left:
         argument = left.pop(0)
         if not argument.startswith("--"):
@@ -8000,10 +8172,8 @@ def parse_arguments(arguments):
         else:
             (flags if setting else options)[key] = value if given else "true" if is_switch else left.pop(0)
     name, *words = words or ["serve"]
-    config, command = (
-        options.pop("config", None) or os.environ.get(ENVIRONMENT_PREFIX + "CONFIG"),
-        COMMANDS.get(name),
-    )
+    config = options.pop("config", None) or os.environ.get(ENVIRONMENT_PREFIX + "CONFIG")
+    command = COMMANDS.get(name)
     if command is None:
         problems.append(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
     elif len(words) != bool(command.word):
@@ -8067,13 +8237,12 @@ def ask(setting, problems):
 
 def init(arguments):
     """Write broker.toml, and the client secret and a new sealing key into files of their own: `secrets_file`, or one for each."""
-    path, values, problems, files = (
-        os.path.abspath(arguments.config or "broker.toml"),
-        dict(arguments.flags),
-        [],
-        {},
-    )
-    folder, secret_file = os.path.dirname(path), "forgejo_oauth_client_secret_file"
+    path = os.path.abspath(arguments.config or "broker.toml")
+    values = dict(arguments.flags)
+    problems = []
+    files = {}
+    folder = os.path.dirname(path)
+    secret_file = "forgejo_oauth_client_secret_file"
     for setting in SETTINGS:
         if setting.default is REQUIRED and not {setting.name, setting.name + "_file"} & set(values):
             values[setting.name] = ask(setting, problems)
@@ -8165,7 +8334,8 @@ def guarded(findings):
 
 def check_store(settings):
     """The store, its folder, and the sealing key."""
-    path, key = os.path.abspath(settings.store_path), os.path.abspath(key_path(settings))
+    path = os.path.abspath(settings.store_path)
+    key = os.path.abspath(key_path(settings))
     folder = os.path.dirname(path)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         yield (
@@ -8320,7 +8490,8 @@ def check_forgejo(settings):
 def check_child(settings):
     """forgejo-mcp: is it there, new enough, and does it start and answer (without a token: as an anonymous user)."""
     try:
-        command, environment = child_command(settings), child_environment(settings, "")
+        command = child_command(settings)
+        environment = child_environment(settings, "")
         if isinstance(settings.forgejo_mcp_binary, str):
             shown = subprocess.run(
                 [command[0], "--version"],
@@ -8345,7 +8516,8 @@ def check_child(settings):
         return
     end = threading.Timer(settings.start_timeout, os.killpg, (child.pid, signal.SIGKILL))
     end.start()
-    server, us = None, {"name": "fjmcp-broker", "version": __version__}
+    server = None
+    us = {"name": "fjmcp-broker", "version": __version__}
     with contextlib.suppress(OSError), child:  # closing the pipe to one that has ended
         with contextlib.suppress(OSError, ValueError, AttributeError):
             for method, params in (
@@ -8382,10 +8554,8 @@ def check_containment(settings):
         path = os.path.realpath(child_command(settings)[0])
     except ChildMissing:
         return
-    owner, binary = (
-        os.stat(settings.store_path if os.path.exists(settings.store_path) else "/proc/self"),
-        os.stat(path),
-    )
+    owner = os.stat(settings.store_path if os.path.exists(settings.store_path) else "/proc/self")
+    binary = os.stat(path)
     readable = binary.st_mode & (
         0o400 if binary.st_uid == owner.st_uid else 0o040 if binary.st_gid == owner.st_gid else 0o004
     )
@@ -8498,22 +8668,14 @@ PREFLIGHT = {
     "access-control-allow-headers": ["authorization", "content-type", "mcp-session-id"],
 }
 AUTHORIZE = f"GET /oauth/authorize?response_type=code&client_id={{client}}&state=s&code_challenge_method=S256&code_challenge={'A' * 43}&redirect_uri="
-LOOPBACK, WEB = (
-    "http%3A%2F%2Flocalhost%3A41999%2Fcallback",
-    ("https://claude.ai", "https://chatgpt.com", "http://localhost:6274"),
-)
-PING, FORM = (
-    {"jsonrpc": "2.0", "id": 0, "method": "ping"},
-    {"Content-Type": "application/x-www-form-urlencoded"},
-)
-PASS_ON, BROKER = (
-    "let the proxy pass this on, with all headers, and its answer back",
-    "let the proxy leave answers alone; upgrade the broker",
-)
-BOTS, CORS = (
-    "exempt /mcp, /.well-known, /oauth, /register, /token from the proxy's bot rules",
-    "let the proxy pass OPTIONS on; add the origin to allowed_origins",
-)
+LOOPBACK = "http%3A%2F%2Flocalhost%3A41999%2Fcallback"
+WEB = ("https://claude.ai", "https://chatgpt.com", "http://localhost:6274")
+PING = {"jsonrpc": "2.0", "id": 0, "method": "ping"}
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+PASS_ON = "let the proxy pass this on, with all headers, and its answer back"
+BROKER = "let the proxy leave answers alone; upgrade the broker"
+BOTS = "exempt /mcp, /.well-known, /oauth, /register, /token from the proxy's bot rules"
+CORS = "let the proxy pass OPTIONS on; add the origin to allowed_origins"
 PROBES = (  # who needs it, request, its headers and body, what must come back, how to mend it
     *(
         (who, f"GET /.well-known/oauth-protected-resource{path}", {}, "", RESOURCE, PASS_ON)
@@ -8691,10 +8853,8 @@ def unlike(found, rules):
 
 def mistakes(answer, want, origin):
     """What is wrong with an answer (Fetched)."""
-    headers, document = (
-        {name: value.lower() for name, value in answer.headers.items()},
-        answer.json() if "json" in want else {},
-    )
+    headers = {name: value.lower() for name, value in answer.headers.items()}
+    document = answer.json() if "json" in want else {}
     if origin and want["status"] != 403 and headers.get("access-control-allow-origin") != "*":
         want = {**want, "access-control-allow-origin": [origin]}
     if answer.status != want["status"]:
@@ -8711,14 +8871,16 @@ def mistakes(answer, want, origin):
 
 def examine(url, register=True):
     """The findings of PROBES, and of whether a proxy holds streams back; without `register`, those that need a client are left out."""
-    client, moments = "", []
+    client = ""
+    moments = []
     for probe in map(json.dumps, PROBES):
         if "{client}" in probe and not client or '"POST /oauth/register"' in probe and not register:
             continue
         who, request, headers, body, want, fix = json.loads(
             probe.replace("{url}", url).replace("{client}", client)
         )
-        (method, path), before = request.split(" "), time.monotonic()
+        (method, path) = request.split(" ")
+        before = time.monotonic()
         answer = fetch(
             method,
             url + path,
@@ -8726,10 +8888,8 @@ def examine(url, register=True):
             body=(json.dumps(body) if isinstance(body, dict) else body).encode(),
         )
         client = client or str((answer.json() or {}).get("client_id", "")) if answer.status == 201 else client
-        wrong, shown = (
-            "; ".join(mistakes(answer, want, headers.get("Origin"))),
-            f"{request.partition('?')[0]} {headers or ''}".strip(),
-        )
+        wrong = "; ".join(mistakes(answer, want, headers.get("Origin")))
+        shown = f"{request.partition('?')[0]} {headers or ''}".strip()
         if wrong:
             yield (
                 "fail",
@@ -8805,7 +8965,8 @@ def open_store(arguments):
     settings = arguments.settings()
     if not os.path.exists(settings.store_path):
         raise ConfigurationError([f"store_path: there is no store at {settings.store_path}"])
-    keyring, owner = load_keyring(settings), os.stat(settings.store_path)
+    keyring = load_keyring(settings)
+    owner = os.stat(settings.store_path)
     with (
         acting_as(owner.st_uid, owner.st_gid),
         contextlib.closing(Store(settings.store_path, keyring, alone=False)) as store,
