@@ -15,7 +15,7 @@ import pytest
 
 from mcp_client import OAuthClient
 from rig import text_of
-from wire import Answer, Wire, ask, get, mcp_post, post
+from wire import Answer, Wire, get, mcp_post, post
 
 PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 CALL = {"jsonrpc": "2.0", "id": 1, "method": "tools/call"}

@@ -1,6 +1,5 @@
 """The authorization server, attacked and used through the whole broker."""
 
-import base64
 import hashlib
 import json
 import threading

@@ -18,7 +18,6 @@ import pytest
 from browser import Browser
 from child_control import ChildControl
 from mcp_client import McpClient, OAuthClient
-from replay import Replay, transcripts
 from rig import text_of
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

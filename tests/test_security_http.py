@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import threading
 
 import pytest
