@@ -980,7 +980,10 @@ CREATE TABLE account_logins (
   browser_hash BLOB PRIMARY KEY, sub TEXT NOT NULL, expires_at REAL NOT NULL
 ) WITHOUT ROWID;
 """
-MIGRATIONS = (SCHEMA,)  # MIGRATIONS[n] takes a store from version n to n + 1
+VERSION_2 = """
+CREATE INDEX grants_by_client ON grants (client_id, ended_at);
+"""
+MIGRATIONS = (SCHEMA, VERSION_2)  # MIGRATIONS[n] takes a store from version n to n + 1
 
 LIVE_GRANT = "ended_at IS NULL AND expires_at > :now"
 # A token of a table with its grant and user; of two columns of a name the first counts (an access token's own scope and expiry).
