@@ -57,6 +57,7 @@ import traceback
 import unicodedata
 import weakref
 from dataclasses import dataclass, replace
+from typing import Any
 from urllib.parse import parse_qsl, quote, unquote_plus, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -281,7 +282,7 @@ SETTINGS = (
     Setting(
         "allowed_redirect_schemes",
         "list",
-        "cursor,vscode,vscode-insiders,jetbrains",
+        "cursor,vscode,vscode-insiders,jetbrains,claude",
         "private-use schemes that a redirect URI may have",
         reload=True,
     ),
@@ -1373,7 +1374,8 @@ class Store:
     def redeem_code(self, code_hash, client_id, redirect_uri, challenge, now, access, refresh, attempts):
         """Turn a code into a token pair, once: the grant's id and scope, or None and nothing is changed but a counted attempt.
 
-        `access`, `refresh`: (hash, expires_at). RFC 6749 4.1.3, RFC 7636 4.6.
+        `access`, `refresh`: (hash, expires_at). RFC 6749 4.1.3, RFC 7636 4.6. An empty `redirect_uri` is one that the client
+        did not send, as OAuth 2.1 10.2 has it: the challenge binds the code.
         """
         given = {
             "now": now,
@@ -1383,7 +1385,7 @@ class Store:
             "challenge": challenge,
             "attempts": attempts,
         }
-        theirs = "hash = :hash AND client_id = :client AND redirect_uri = :uri"
+        theirs = "hash = :hash AND client_id = :client AND :uri IN ('', redirect_uri)"
         with self._batch() as db:
             row = db.execute(
                 f"UPDATE codes SET used_at = :now WHERE {theirs} AND challenge = :challenge AND used_at IS NULL AND expires_at > :now AND"
@@ -1407,7 +1409,7 @@ class Store:
         ).fetchone()
         db.execute(
             "INSERT INTO access_tokens VALUES (?, ?, ?, ?, ?)",
-            (access[0], grant_id, scope or grant.scope, now, access[1]),
+            (access[0], grant_id, grant.scope if scope is None else scope, now, access[1]),
         )
         db.execute(
             "INSERT INTO refresh_tokens (hash, grant_id, issued_at, expires_at) VALUES (?, ?, ?, ?)",
@@ -3088,7 +3090,8 @@ def check_redirect_uri(uri, schemes):
 
 
 LOOPBACK_URI = re.compile(
-    r"http://(?:localhost|127\.0\.0\.1|\[::1\])(?::([0-9]{1,5}))?(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE
+    r"http://(?:localhost|127\.0\.0\.1|\[::1\])(?::([0-9]{1,5}))?(/[^?#]*)?(\?[^#]*)?",
+    re.IGNORECASE | re.ASCII,  # without ASCII, IGNORECASE takes U+017F for an s
 )
 
 
@@ -3124,7 +3127,7 @@ def registrable_uris(uris, schemes, limit):
 
 def choose(document, key, supported):
     """What is served of a list that was asked for; the first that is supported must be among it, and is the default."""
-    values = document.get(key, [supported[0]])
+    values = document.get(key) or [supported[0]]  # null and an empty list are what some send for nothing
     if (
         not isinstance(values, list)
         or not all(isinstance(value, str) for value in values)
@@ -3470,7 +3473,7 @@ class Clients:
         spend(self._limiter, self._settings, "register", request)
         document = parse_json_object(request.read_body(self._settings.max_form), "invalid_client_metadata")
         uris = registrable_uris(document.get("redirect_uris"), self._settings.allowed_redirect_schemes, 10)
-        method = document.get("token_endpoint_auth_method", "client_secret_basic")
+        method = document.get("token_endpoint_auth_method") or "client_secret_basic"
         if method not in AUTH_METHODS:
             raise OAuthError(
                 "invalid_client_metadata",
@@ -3509,35 +3512,38 @@ class Clients:
             answer.update(client_secret=secret, client_secret_expires_at=0)
         return json_response(201, answer, NO_STORE)
 
-    def authenticate(self, request, form):
-        """The client that speaks on /token or /revoke (RFC 6749 2.3.1): Basic, post or an assertion for one with a secret or keys."""
-        client_id = form.get("client_id")
-        secret = form.get("client_secret")
-        assertion = form.get("client_assertion")
+    def authenticate(self, request: Request, form: dict[str, str]) -> Any:
+        """The client's row that speaks on /token or /revoke (RFC 6749 2.3.1): by Basic, post, an assertion, or its id alone.
+
+        Raises OAuthError `invalid_client` for one that is unknown, or whose secret or assertion is wrong.
+        """
+        assertion = form.get("client_assertion", "")
         authorization = request.header("authorization")
         basic = authorization is not None
-        if basic:
-            asked = (client_id, secret)
-            client_id, secret = self._basic(authorization)
-            if asked not in ((None, None), (client_id, None)):
-                raise OAuthError(
-                    "invalid_request",
-                    "Send the client's credentials in one place: the Authorization header or the body.",
-                )
+        offered: list[tuple[Any, Any]] = [(form.get("client_id"), form.get("client_secret"))]
+        if authorization is not None:
+            offered = self._basic(authorization, form)
         if (
-            assertion and not client_id
-        ):  # RFC 7521 4.2: the assertion names the client; whether it may is checked below
-            client_id = jwt_claims(assertion).get("sub")
-        if not isinstance(client_id, str) or not client_id.isascii() or not client_id:
+            assertion and offered[0][0] is None
+        ):  # RFC 7521 4.2: the assertion names the client; it is checked below
+            offered = [(jwt_claims(assertion).get("sub"), None)]
+        if not isinstance(offered[0][0], str) or not offered[0][0]:
             raise OAuthError("invalid_request", "client_id is missing.")
-        client = self.find(client_id)
-        if client is None:
-            raise self._refused(basic, "This client is not registered here (any more); register it again.")
-        # A public client that sends a stray secret is let pass: it proves nothing and hurts nothing.
-        if client.secret_hash and not (secret and hmac.compare_digest(client.secret_hash, digest(secret))):
+        for client_id, secret in offered:
+            client = self.find(client_id) if client_id.isascii() else None
+            # A public client that sends a stray secret is let pass: it proves nothing and hurts nothing.
+            if client and (
+                not client.secret_hash or secret and hmac.compare_digest(client.secret_hash, digest(secret))
+            ):
+                break
+        else:
+            if not any(self.find(client_id) for client_id, _ in offered if client_id.isascii()):
+                raise self._refused(
+                    basic, "This client is not registered here (any more); register it again."
+                )
             raise self._refused(basic, "The client's secret is missing or wrong.")
         if assertion or client.auth_method == "private_key_jwt":
-            self._check_assertion(client, form, assertion or "")
+            self._check_assertion(client, form, assertion)
         return client
 
     def _check_assertion(self, client, form, assertion):
@@ -3556,13 +3562,26 @@ class Clients:
         headers = (("WWW-Authenticate", 'Basic realm="fjmcp-broker"'),) if basic else ()
         return OAuthError("invalid_client", sentence, 401, headers)
 
-    def _basic(self, authorization):
+    def _basic(self, authorization: str, form: dict[str, str]) -> list[tuple[str, str]]:
+        """The readings (client_id, secret) of an Authorization header: form-encoded as RFC 6749 2.3.1 wants, and as it stands.
+
+        Most clients do not encode, and a secret of an operator's own may hold `+` or `%`.
+        """
         scheme, _, value = authorization.partition(" ")
+        name = colon = secret = ""
         with contextlib.suppress(ValueError):
             name, colon, secret = base64.b64decode(value.strip(), validate=True).decode().partition(":")
-            if colon and scheme.lower() == "basic":
-                return unquote_plus(name, errors="strict"), unquote_plus(secret, errors="strict")
-        raise self._refused(True, "The Authorization header is not Basic with a client_id and a secret.")
+        if not colon or scheme.lower() != "basic":
+            raise self._refused(True, "The Authorization header is not Basic with a client_id and a secret.")
+        readings = [(name, secret)]
+        with contextlib.suppress(ValueError):
+            readings.insert(0, (unquote_plus(name, errors="strict"), unquote_plus(secret, errors="strict")))
+        if "client_secret" in form or form.get("client_id") not in (None, *(name for name, _ in readings)):
+            raise OAuthError(
+                "invalid_request",
+                "Send the client's credentials in one place: the Authorization header or the body.",
+            )
+        return list(dict.fromkeys(readings))
 
 
 # ======================================================================================================================
@@ -3592,14 +3611,15 @@ class ClientRedirect(Exception):
         self.answer = {"error": error, "error_description": description}
 
 
-def parse_form(raw, refusal):
-    """A form (bytes) or query as {name: [values]}; raises `refusal` when it is not clean UTF-8, or has too many fields."""
-    values = {}
+def parse_form(raw: bytes | str, refusal: Exception) -> dict[str, list[str]]:
+    """A form (bytes) or query as {name: [values]}; raises `refusal` when it is not clean UTF-8, or has too many fields.
+
+    A parameter without a value is an absent one (RFC 6749 3.1, 3.2).
+    """
+    values: dict[str, list[str]] = {}
     try:
-        raw = raw.decode("ascii") if isinstance(raw, bytes) else raw
-        for name, value in parse_qsl(
-            raw, keep_blank_values=True, max_num_fields=100, encoding="utf-8", errors="strict"
-        ):
+        text = raw.decode("ascii") if isinstance(raw, bytes) else raw
+        for name, value in parse_qsl(text, max_num_fields=100, encoding="utf-8", errors="strict"):
             if "\0" in value:
                 raise refusal
             values.setdefault(name, []).append(value)
@@ -4088,14 +4108,17 @@ class Authorization:
                     self._log.audit(
                         "token refreshed", user=row.sub, client=client.client_id, grant=row.grant_id
                     )
-                    return self._pair_answer(pair, scope or row.scope, self._settings.access_token_lifetime)
+                    return self._pair_answer(pair, scope, self._settings.access_token_lifetime)
                 continue  # another request was faster: the next look finds what it made
             pair = self._successor(token, row, now)
             newer = self._store.refresh_token(digest(pair["refresh"]))
             access = self._store.access_token(digest(pair["access"]))
-            if newer and newer.rotated_at is None and access and access.expires_at > now and scope is None:
-                return self._pair_answer(pair, row.scope, access.expires_at - now)
-            token = pair["refresh"]
+            usable = newer and newer.rotated_at is None and access and access.expires_at > now
+            if usable and access.scope == scope:
+                return self._pair_answer(pair, scope, access.expires_at - now)
+            token = pair[
+                "refresh"
+            ]  # the newest pair has another scope than this request asks for: it is rotated
         raise OAuthError("invalid_grant", "The refresh token is too old. Log in again.")
 
     def _successor(self, token, row, now):
@@ -4109,12 +4132,12 @@ class Authorization:
         raise OAuthError("invalid_grant", "The refresh token was used before. Log in again.")
 
     @staticmethod
-    def _narrowed(asked, granted):
-        """The narrower scope asked for at a refresh, None for the grant's own; wider is refused (RFC 6749 6)."""
-        known = known_scopes(asked)
-        if not set(known) <= set(granted.split()):
-            raise OAuthError("invalid_scope", f"The login granted {granted}; log in again for more.")
-        return " ".join(known) if known and known != granted.split() else None
+    def _narrowed(asked: str, granted: str) -> str:
+        """The scope of a refresh's access token: what is both asked and granted, or the grant where that is nothing.
+
+        Clients repeat at each refresh what they asked at first, which the person may have narrowed (RFC 6749 6 would refuse it).
+        """
+        return " ".join(scope for scope in known_scopes(asked) if scope in granted.split()) or granted
 
     @staticmethod
     def _new_pair():

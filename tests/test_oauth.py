@@ -113,6 +113,14 @@ def test_cursors_set_of_three_is_registered_and_an_unknown_scheme_does_not_spoil
     assert OAuthClient(rig.url).register(redirect_uris=[*uris, "foo://bar"]).json()["redirect_uris"] == uris
 
 
+@pytest.mark.parametrize("uri", ["claude://claude.ai/mcp-auth-callback/sdk", "CLAUDE://claude.ai/x"])
+def test_the_desktop_apps_own_scheme_is_registered_and_its_login_asked(rig, uri):
+    client = OAuthClient(rig.url, redirect_uri=uri)
+    client.discover()
+    assert client.register().json()["redirect_uris"] == [uri]
+    assert Browser().get(client.authorize_url()).status == 200
+
+
 def test_a_registration_echoes_what_was_asked_and_has_nothing_empty(rig):
     answer = OAuthClient(rig.url).register(
         scope="claudeai", token_endpoint_auth_method="none", client_uri=None
@@ -142,6 +150,8 @@ def test_A01_an_unknown_client_is_shown_a_page_and_never_redirected(rig, client)
         "http://localhost/CALLBACK",
         "https://localhost/callback",
         "http://localhost:99999/callback",
+        "http://localho\u017ft/callback",
+        "http://LOCALHO\u017fT:1/callback",
         "",
     ],
 )
@@ -171,6 +181,8 @@ def test_U04_a_loopback_redirect_uri_matches_on_any_port_and_name(client, uri):
         ({"prompt": "none"}, "interaction_required"),
         ({"request": "x"}, "request_not_supported"),
         ({"request_uri": "https://x"}, "request_uri_not_supported"),
+        ({"code_challenge": ""}, "invalid_request"),
+        ({"response_type": ""}, "invalid_request"),
     ],
 )
 def test_A05_A06_A08_A09_A14_A15_A18_a_wrong_request_goes_back_with_error_state_and_iss(
@@ -184,6 +196,21 @@ def test_A05_A06_A08_A09_A14_A15_A18_a_wrong_request_goes_back_with_error_state_
 def test_A10_the_spellings_of_the_resource_that_clients_send_are_accepted(rig, client, spelling):
     url = client.authorize_url(resource=spelling and spelling.format(rig.url))
     assert Browser().get(url).status == 200
+
+
+@pytest.mark.parametrize(
+    "name", ["resource", "response_mode", "request", "request_uri", "scope", "prompt", "state", "nonce", "x"]
+)
+def test_an_empty_parameter_is_an_absent_one(rig, client, name):
+    url = client.authorize_url(**{name: None})
+    assert Browser().get(f"{url}&{name}=").status == Browser().get(f"{url}&{name}").status == 200
+
+
+def test_an_empty_parameter_beside_a_full_one_is_no_repetition_and_two_full_ones_are(rig, client):
+    url = client.authorize_url(state="s")
+    assert Browser().get(url + "&client_id=&redirect_uri=&state=&resource=").status == 200
+    assert to_redirect(client, url + "&scope=a&scope=b")["error"] == "invalid_request"
+    assert Browser().get(url + "&client_id=" + client.client_id).status == 400
 
 
 # -- consent and callback
@@ -356,6 +383,12 @@ def test_T01_T05_T10_T15_a_wrong_redemption_is_refused_and_the_code_stays(client
     assert client.redeem(code).status == 200
 
 
+@pytest.mark.parametrize("name", ["redirect_uri", "resource", "scope", "client_secret", "client_assertion"])
+@pytest.mark.parametrize("value", ["", None])
+def test_a_code_is_redeemed_without_what_need_not_be_sent(client, code, name, value):
+    assert client.redeem(code, **{name: value}).status == 200
+
+
 def test_T01_a_code_is_burned_after_three_wrong_verifiers(client, code):
     for _ in range(3):
         client.redeem(code, code_verifier="x" * 43)
@@ -465,7 +498,7 @@ def test_R04_parallel_refreshes_all_succeed_with_one_pair(rig):
     assert len({answer.json()["access_token"] for answer in answers}) == 1
 
 
-def test_R06_R08_a_wrong_client_resource_or_scope_rotates_nothing(rig):
+def test_R06_a_wrong_client_or_resource_rotates_nothing(rig):
     client, other = rig.login(), rig.login("bob")
     r0 = client.tokens["refresh_token"]
     assert other.refresh(refresh_token=r0).json()["error"] == "invalid_grant"
@@ -476,10 +509,46 @@ def test_R06_R08_a_wrong_client_resource_or_scope_rotates_nothing(rig):
     assert row.rotated_at is None and client.refresh(refresh_token=r0).status == 200
 
 
-def test_T16_a_read_only_login_cannot_be_widened_at_a_refresh(rig):
+@pytest.mark.parametrize(
+    "named",
+    [
+        "forgejo:read forgejo:write",
+        "forgejo:write",
+        " forgejo:write  forgejo:read ",
+        "forgejo:read forgejo:write offline_access openid",
+        "claudeai",
+        "",
+        None,
+    ],
+)
+def test_R08_T16_a_refresh_that_names_more_than_was_granted_gets_what_was_granted(rig, named):
     client = rig.login(access="read")
-    assert client.tokens["scope"] == "forgejo:read"
-    assert client.refresh(scope="forgejo:write").json()["error"] == "invalid_scope"
+    for _ in range(2):
+        answer = client.refresh(scope=named)
+        assert answer.status == 200 and answer.json()["scope"] == "forgejo:read"
+        row = rig.broker.store.bearer(
+            hashlib.sha256(answer.json()["access_token"].encode()).digest(), rig.clock.now()
+        )
+        assert row.scope == "forgejo:read"
+
+
+@pytest.mark.parametrize("first", ["forgejo:read", "forgejo:write", None])
+@pytest.mark.parametrize("again", ["forgejo:read", "forgejo:write", "forgejo:write forgejo:read", "", None])
+def test_R08_a_refresh_sent_again_says_the_scope_that_its_token_has(rig, first, again):
+    client = rig.login()
+    r0 = client.tokens["refresh_token"]
+    before = client.refresh(scope=first).json()
+    answer = client.refresh(refresh_token=r0, scope=again).json()
+    row = rig.broker.store.bearer(hashlib.sha256(answer["access_token"].encode()).digest(), rig.clock.now())
+    assert (
+        answer["scope"]
+        == row.scope
+        == (again if again in ("forgejo:read", "forgejo:write") else row.grant_scope)
+    )
+    assert (answer["access_token"] == before["access_token"]) == (answer["scope"] == before["scope"])
+    assert (
+        client.refresh(refresh_token=answer["refresh_token"], scope=None).json()["scope"] == row.grant_scope
+    )
 
 
 def test_R12_R13_R14_revocation(rig):

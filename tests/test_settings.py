@@ -272,7 +272,7 @@ def test_reload_takes_what_may_change_and_names_what_may_not():
         ("write_timeout", 30),
         ("code_lifetime", 60),
         ("login_lifetime", 600),
-        ("allowed_redirect_schemes", ("cursor", "vscode", "vscode-insiders", "jetbrains")),
+        ("allowed_redirect_schemes", ("cursor", "vscode", "vscode-insiders", "jetbrains", "claude")),
         ("read_only_tools", ("get_*", "list_*", "search_*", "check_*", "download_*")),
         ("child_keeps_state", False),
         ("strict_scopes", False),
