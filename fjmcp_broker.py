@@ -57,7 +57,7 @@ import traceback
 import unicodedata
 import weakref
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote_plus, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -2307,6 +2307,8 @@ class Upstream:
 
 MAX_DEPTH = 64
 ENVELOPE = re.compile(rb'\{"jsonrpc":"2\.0","id":([0-9]{1,15}),"(result":\{|error":)')
+Kind = TypeVar("Kind")
+Default = TypeVar("Default")
 
 
 def _unique(pairs):
@@ -2366,6 +2368,17 @@ def parse_json_object(body, error):
     if not isinstance(value, dict):
         raise OAuthError(error, "The body is not a JSON object.")
     return value
+
+
+def member(value: object, name: str, kind: type[Kind], default: Default) -> Kind | Default:
+    """Returns a member of a JSON object from outside if it is there and of this type, else `default`.
+
+    Anything may stand where a specification wants an object or a text: what is no object has no members, and a boolean is no integer.
+    """
+    found = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(found, kind) or isinstance(found, bool) and kind is not bool:
+        return default
+    return found
 
 
 @dataclass(frozen=True, slots=True)
