@@ -420,17 +420,19 @@ def highest_descriptor():
 def test_X01_a_strangers_request_is_answered_as_for_an_unknown_id_by_every_method_and_leaves_no_trace(rig):
     alice, bob = rig.session("alice"), rig.session("bob")
     first = text_of(alice.call_tool("get_pid"))
+    told = []
     for session_id in (alice.session_id, "x" * 43):
         stranger = McpClient(alice.url, bob.token, session_id=session_id)
-        answer = stranger.post(PING)
-        assert answer.status == 404 and answer.json()["error"]["code"] == -32001
-        assert stranger.delete().status == 404
-        assert (
-            stranger._wire.exchange(
-                "GET", stranger.url, None, {**stranger.headers(), "Accept": "text/event-stream"}
-            ).status
-            == 404
-        )
+        listen = {**stranger.headers(), "Accept": "text/event-stream"}
+        answers = [
+            stranger.post(PING),
+            stranger.delete(),
+            stranger._wire.exchange("GET", stranger.url, None, listen),
+        ]
+        assert [answer.status for answer in answers] == [404] * 3
+        assert answers[0].json()["error"]["code"] == -32001
+        told.append([answer.body for answer in answers])
+    assert told[0] == told[1]
     assert text_of(alice.call_tool("get_pid")) == first and rig.log.named("session ended") == []
     rig.clock.advance(890)
     McpClient(alice.url, bob.token, session_id=alice.session_id).post(PING)
@@ -455,6 +457,13 @@ def test_X03_session_ids_are_long_random_and_visible(rig):
     found = {McpClient(rig.url + "/mcp", token).post(INITIALIZE).headers["Mcp-Session-Id"] for _ in range(5)}
     found |= {fjmcp_broker.new_secret() for _ in range(10_000)}
     assert len(found) == 10_005 and all(re.fullmatch(r"[A-Za-z0-9_-]{43}", each) for each in found)
+
+
+def test_X04_without_a_session_id_not_even_the_only_session_is_meant(rig):
+    mcp = rig.session()
+    pid = text_of(mcp.call_tool("get_pid"))
+    assert text_of(McpClient(mcp.url, mcp.token).call_tool("get_pid")) != pid
+    assert text_of(mcp.call_tool("get_pid")) == pid and health(rig)["sessions"] == 1
 
 
 @pytest.mark.parametrize(
@@ -486,6 +495,18 @@ def test_X06_a_session_id_that_a_client_chooses_is_never_taken(rig):
     answer = chosen.post(INITIALIZE)
     assert answer.status == 200 and answer.headers["Mcp-Session-Id"] != chosen.session_id
     assert chosen.post(PING).status == 404
+
+
+def test_X07_a_session_unused_for_its_lifetime_is_gone_and_a_used_one_stays(make_rig):
+    rig = make_rig(session_lifetime="10d", access_token_lifetime="60d")
+    unused, used = rig.session(), rig.session()
+    for _ in range(3):
+        rig.clock.advance(4 * 86400)
+        rig.tick()
+        assert used.post(PING).status == 200
+    rig.clock.advance(60)
+    rig.tick()
+    assert unused.post(PING).status == 404 and used.post(PING).status == 200
 
 
 def test_X09_marks_of_two_users_never_cross_in_200_calls_each(rig):

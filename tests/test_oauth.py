@@ -31,7 +31,9 @@ def to_redirect(client, url):
     """What the client is told by a redirect from the authorization endpoint."""
     page = Browser(callbacks=(client.redirect_uri,)).get(url)
     assert page.redirected_to, (page.status, page.words)
-    return query_of(page.redirected_to)
+    pairs = urllib.parse.parse_qsl(urllib.parse.urlsplit(page.redirected_to).query, keep_blank_values=True)
+    assert len(dict(pairs)) == len(pairs), page.redirected_to  # each parameter once, `iss` above all
+    return dict(pairs)
 
 
 # -- discovery
@@ -285,14 +287,17 @@ def test_C05_a_form_is_answered_once(rig, client):
 def test_C07_two_tabs_do_not_disturb_each_other(rig, client):
     browser = Browser()
     first = browser.get(client.authorize_url())
-    browser.get(client.authorize_url())
-    answer = browser.submit(
-        first,
-        ("decision", "approve"),
-        form=first.form_with("login"),
-        stop=lambda url: url.startswith(rig.forgejo.url),
-    )
-    assert answer.redirected_to
+    second = browser.get(client.authorize_url())
+    states = set()
+    for page in (first, second):
+        answer = browser.submit(
+            page,
+            ("decision", "approve"),
+            form=page.form_with("login"),
+            stop=lambda url: url.startswith(rig.forgejo.url),
+        )
+        states.add(query_of(answer.redirected_to)["state"])
+    assert len(states) == 2
 
 
 def test_C14_a_refusal_goes_back_to_the_client(rig, client):

@@ -300,5 +300,5 @@ def test_H23_the_broker_never_reads_more_requests_than_the_proxy_sent(behind):
             found = len(re.findall(rb"HTTP/1\.1 [2-5][0-9][0-9]", data))
             assert found <= 2 and b" 500 " not in data
             answers += found
-    assert len(installation.records("request")) <= answers
+    assert 0 < len(installation.records("request")) <= answers
     assert session(behind).delete().status == 204

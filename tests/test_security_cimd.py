@@ -1,5 +1,6 @@
 """Clients that describe themselves at a URL of their own (Client ID Metadata Documents): used end to end, and attacked."""
 
+import gzip
 import json
 import threading
 import urllib.parse
@@ -335,9 +336,10 @@ def test_S08_an_answer_that_is_too_large_or_never_ends_is_let_go_of(cimd, web):
     big = json.dumps({**MINE, "padding": "x" * 5120}).encode()
     web.publish(big, ME)
     assert refused(cimd, ME)
+    coded = json.dumps({**MINE, "client_id": "https://app.example/gzip"}).encode()
     web.publish(
-        b"\x1f\x8b" + b"\0" * 100, "https://app.example/gzip", headers=(("Content-Encoding", "gzip"),)
-    )
+        gzip.compress(coded), "https://app.example/gzip", headers=(("Content-Encoding", "gzip"),)
+    )  # good, were it decoded
     assert refused(cimd, "https://app.example/gzip")
     for name, answer in OVERLONG.items():
         web.answers[f"https://app.example/{name.replace(' ', '-')}"] = lambda connection, answer=answer: (

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 import fjmcp_broker
+from browser import Browser, approve_login
 from child_control import ChildControl
 from mcp_client import McpClient, OAuthClient
 from rig import Rig, text_of
@@ -93,15 +94,22 @@ def test_B02_a_token_that_is_not_good_is_named_invalid(make_rig):
 
 def test_B03_no_other_secret_of_ours_is_a_token(make_rig):
     rig = make_rig()
-    client = rig.login()
+    client = OAuthClient(rig.url, auth_method="client_secret_post")
+    client.login(None, "alice", "secret")
+    callback = approve_login(Browser(), client.authorize_url(), "alice", "secret")
+    code = re.search(r"[?&]code=([^&]+)", callback)[1]
     page = ask(rig, get(rig, client.authorize_url().removeprefix(rig.url)))
     csrf = re.search(rb'name="csrf" value="([^"]+)"', page.body)[1].decode()
     cookie = page.header("set-cookie").partition("=")[2].partition(";")[0]
     box = re.search(rb'name="login" value="([^"]+)"', page.body)[1].decode()
-    code = fjmcp_broker.new_secret("fjc_")
+    session = McpClient(rig.url + "/mcp", client.tokens["access_token"])
+    session.initialize()
+    started = children(rig)
     for other in (
         client.tokens["refresh_token"],
         client.client_id,
+        client.client_secret,
+        session.session_id,
         csrf,
         cookie,
         box,
@@ -110,6 +118,7 @@ def test_B03_no_other_secret_of_ours_is_a_token(make_rig):
         "Zm9v",
     ):
         refused_with_401(rig, f"Authorization: Bearer {other}")
+    assert children(rig) == started
 
 
 def test_B04_the_users_forgejo_token_opens_nothing_and_goes_nowhere(make_rig):
