@@ -39,6 +39,7 @@ import io
 import ipaddress
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -123,6 +124,17 @@ class RpcError(Exception):
         self.data = data
         self.status = status
         self.headers = tuple(headers)
+
+
+def anew(error: Exception) -> Exception:
+    """A copy of an exception without its traceback, cause and context.
+
+    An exception that is kept is kept like this, and raised like this: each `raise` adds the frames of its thread, with all that
+    these requests hold, to the traceback of the one object.
+    """
+    copy = type(error).__new__(type(error), *error.args)
+    copy.__dict__.update(error.__dict__)
+    return copy
 
 
 class Clock:
@@ -728,6 +740,37 @@ class Log:
         """Log a fact that someone may later have to prove: who did what through which client."""
         self.counters[event] += 1
         self.event("info", event, audit=True, **fields)
+
+
+class Allowance:
+    """A token bucket for what one child sends: `burst` units at once, then `rate` a second. Not safe from several threads."""
+
+    def __init__(self, burst: float, rate: float) -> None:
+        self._burst = burst
+        self._rate = rate
+        self._left = burst
+        self._since = time.monotonic()
+        self.refused = 0  # units refused since the last that was granted
+
+    def _refill(self) -> None:
+        now = time.monotonic()
+        self._left = min(self._burst, self._left + (now - self._since) * self._rate)
+        self._since = now
+
+    def grants(self, units: float = 1) -> bool:
+        """Whether so many units are to be had; they are spent then, and else counted in `refused`."""
+        self._refill()
+        if self._left < units:
+            self.refused += 1
+            return False
+        self._left -= units
+        return True
+
+    def spend(self, units: float) -> float:
+        """Spend units in any case; the seconds to wait until the bucket holds nothing negative."""
+        self._refill()
+        self._left -= units
+        return max(0.0, -self._left / self._rate)
 
 
 # ======================================================================================================================
@@ -4326,6 +4369,11 @@ class Guardian:
                 self._process = None
 
 
+# What a child sends unasked costs a unit a piece and one for each FLOOD_UNIT bytes; above this it is read no faster.
+FLOOD_UNIT = 8192
+FLOOD_BURST = 4096
+FLOOD_RATE = 1024  # units a second
+
 ENVIRONMENT_PASSED = (
     "PATH",
     "HOME",
@@ -4519,18 +4567,23 @@ class Child:
                     if line.strip():
                         self._on_line(line)
 
+    def hold_back(self, seconds: float) -> None:
+        """Wait so long, or until the process has ended; in a reader's thread, so that the child waits at its full pipe."""
+        if seconds > 0:
+            poll = select.poll()
+            poll.register(self._exit, select.POLLIN)
+            poll.poll(math.ceil(seconds * 1000))
+
     def _read_stderr(self):
-        window = time.monotonic()
-        lines = 0
+        shown = Allowance(50, 5)  # lines, each of at most 2,000 characters
+        flood = Allowance(FLOOD_BURST, FLOOD_RATE)
         for chunk in self._chunks(self._process.stderr):
-            if time.monotonic() - window > 1:
-                window = time.monotonic()
-                lines = 0
-            for line in chunk.splitlines():
-                lines += 1
-                if lines <= 50:
-                    shown = line.replace(self._token, b"[token]")[:2000].decode("utf-8", "replace")
-                    self._log.event("debug", "child stderr", user=self._label, line=shown)
+            for line in chunk.splitlines() if shown.grants(0) else ():
+                if not shown.grants():
+                    break  # what else is in this chunk is read and dropped
+                text = line.replace(self._token, b"[token]")[:2000].decode("utf-8", "replace")
+                self._log.event("debug", "child stderr", user=self._label, line=text)
+            self.hold_back(flood.spend(len(chunk) / FLOOD_UNIT))
 
     def _run(self):
         """From the first line to the end of the output, which is that of the process: it is reaped and reported, once."""
@@ -4662,12 +4715,18 @@ class Waiting:
         return self.body
 
 
+# Questions of one session's children that may wait for the client at once, and their bytes.
+MAX_QUESTIONS = 64
+MAX_QUESTION_BYTES = 1 << 20
+
+
 class Question:
     """What a child asks its client in the middle of a call. `key` is its name where the child gave one, else its request id."""
 
-    __slots__ = ("link", "key", "method", "params", "call", "deadline")
+    __slots__ = ("link", "key", "method", "params", "call", "deadline", "size")
 
     def __init__(self, link, key, method, params, call=None):
+        self.size = len(dump([key, method, params]))
         self.link = link
         self.key = key
         self.method = method
@@ -4689,6 +4748,8 @@ class Link:
         self.edge = None
         self.bad_lines = 0
         self.stray = 0
+        self._flood = Allowance(FLOOD_BURST, FLOOD_RATE)
+        self._logged = Allowance(10, 1 / 6)  # records of lines that are no answers to anything
         self.used_at = time.monotonic()
         self.over = False  # whether link_ended has been here; under the session's lock
         self.probed = False  # whether the handshake began by asking for its era
@@ -4730,15 +4791,14 @@ class Link:
             message = classify(read_child_json(line))
         except (ValueError, RecursionError):
             self.bad_lines += 1
-            self.session.log.event(
-                "warning", "bad line from child", user=self.session.sub, count=self.bad_lines
-            )
+            self._dropped("warning", "bad line from child", line, count=self.bad_lines)
             if self.bad_lines >= 100:
                 self.child.kill("bad_lines")
             return
         self.bad_lines = 0
         if message.kind != "response":
             self._said(message)
+            self._hold_back(line)
             return
         with self.session.lock:
             call = self.pending.get(message.id) if isinstance(message.id, int) else None
@@ -4755,7 +4815,23 @@ class Link:
             self.session.call_ended(self, call, message)
         else:
             self.stray += 1
-            self.session.log.event("debug", "stray answer from child", user=self.session.sub)
+            self._dropped("debug", "stray answer from child", line)
+
+    def _hold_back(self, line: bytes) -> None:
+        """Let a child that sends much unasked wait: what it costs is its own time, not that of everybody's threads."""
+        wait = self._flood.spend(1 + len(line) / FLOOD_UNIT)
+        if wait and self.child:
+            self.child.hold_back(wait)
+
+    def _dropped(self, level: str, event: str, line: bytes, **fields: object) -> None:
+        """Log that a line is dropped, at a fixed rate: the log must not grow with what a child sends."""
+        suppressed = self._logged.refused
+        if self._logged.grants():
+            self._logged.refused = 0
+            self.session.log.event(
+                level, event, user=self.session.sub, suppressed=suppressed or None, **fields
+            )
+        self._hold_back(line)
 
     def _said(self, message):
         """A notification or question of the child: progress goes to its call, the rest by the edge to the session."""
@@ -4935,14 +5011,29 @@ class Session:
 
     # -- questions of the child
 
-    def hold(self, question, call, seconds):
-        """A question is with the client: the clock of its call stands until it is answered, at most that long."""
+    def hold(self, question: "Question", call: "Call | None", seconds: float) -> bool:
+        """A question is with the client: the clock of its call stands until it is answered, at most that long.
+
+        False, and the child has an error for an answer, when too many are open: a child that floods questions hurts itself.
+        """
         with self.lock:
+            open_bytes = sum(each.size for each in self.questions)
+            full = len(self.questions) >= MAX_QUESTIONS or open_bytes + question.size > MAX_QUESTION_BYTES
+            if not full:
+                self._hold(question, call, seconds)
+        if full:
             question.call = call
-            question.deadline = time.monotonic() + seconds
-            self.questions.add(question)
-            if call and call.paused_at is None:
-                call.paused_at = time.monotonic()
+            error = {"code": SERVER_ERROR, "message": "Too many questions to the client are open"}
+            question.link.edge.answered(question, None, error, False)
+        return not full
+
+    def _hold(self, question: "Question", call: "Call | None", seconds: float) -> None:
+        """Under the lock."""
+        question.call = call
+        question.deadline = time.monotonic() + seconds
+        self.questions.add(question)
+        if call and call.paused_at is None:
+            call.paused_at = time.monotonic()
 
     def answer(self, question, result=None, error=None):
         """The client's answer to a question; dropped when it is not open any more (J07)."""
@@ -4986,7 +5077,7 @@ class Session:
             ):
                 return self.link
             if self.failures >= 3 and time.monotonic() < self.retry_at:
-                raise self.failure
+                raise anew(self.failure)
             wake = self.waking or Wake()
             leader = self.waking is None
             self.waking = wake
@@ -4995,7 +5086,7 @@ class Session:
         elif not wake.done.wait(PLACE_WAIT + self.settings.start_timeout + 30):
             raise unavailable("starting_failed", "The tool process did not start in time.")
         if wake.error:
-            raise wake.error
+            raise anew(wake.error)
         return wake.link
 
     def _wake(self, wake):
@@ -5005,7 +5096,7 @@ class Session:
         try:
             link = self._start()
         except (RpcError, Refusal) as problem:
-            error = problem
+            error = anew(problem)
         except BaseException as problem:
             self.log.event("error", "start failed", user=self.sub, error=type(problem).__name__)
             error = unavailable("starting_failed", "The tool process could not be started.")
@@ -5841,11 +5932,11 @@ class LegacyFront:
         stream, guess = self._target(link)
         for question in questions:
             number = f"{stream.key}.{next(self._numbers)}"
-            self._session.hold(
-                question,
-                call or guess,
-                self._session.settings.input_timeout if stream.is_open else QUESTION_GRACE,
-            )
+            seconds = self._session.settings.input_timeout if stream.is_open else QUESTION_GRACE
+            if not self._session.hold(question, call or guess, seconds):
+                if call:  # it ended with this refusal
+                    return
+                continue
             with self._session.lock:
                 self._asked[number] = question
             stream.put(dump(asking(question.method, question.params, jsonrpc="2.0", id=number)))
