@@ -57,6 +57,7 @@ import tomllib
 import traceback
 import unicodedata
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote_plus, urlencode, urlsplit
@@ -1026,6 +1027,8 @@ CREATE TABLE account_logins (
 """
 VERSION_2 = """
 CREATE INDEX grants_by_client ON grants (client_id, ended_at);
+ALTER TABLE logins ADD COLUMN decision TEXT NOT NULL DEFAULT '';
+ALTER TABLE logins ADD COLUMN answer BLOB;
 """
 MIGRATIONS = (SCHEMA, VERSION_2)  # MIGRATIONS[n] takes a store from version n to n + 1
 
@@ -1357,15 +1360,43 @@ class Store:
 
     # -- logins
 
-    def approve_login(self, state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at=None):
+    def approve_login(
+        self,
+        state_hash: bytes,
+        form_hash: bytes,
+        browser_hash: bytes,
+        kind: str,
+        sealed: bytes | None,
+        expires_at: float,
+        taken_at: float | None = None,
+        decision: str = "",
+    ) -> bool:
         """Keep an approved (or, with taken_at, a refused) login; False when this form was answered before."""
         return (
             self._write(
-                "INSERT OR IGNORE INTO logins VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at),
+                "INSERT OR IGNORE INTO logins (state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at, decision)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at, decision),
             )
             == 1
         )
+
+    def answered_form(self, form_hash: bytes, now: float) -> Any:
+        """(state_hash, decision) of a form's answer whose login still lives, or None."""
+        return self._one(
+            "SELECT state_hash, decision FROM logins WHERE form_hash = ? AND expires_at > ?", (form_hash, now)
+        )
+
+    def login(self, state_hash: bytes, now: float) -> Any:
+        """(browser_hash, kind, answer) of a state's login, taken or not, or None when it is unknown or has expired."""
+        return self._one(
+            "SELECT browser_hash, kind, answer FROM logins WHERE state_hash = ? AND expires_at > ?",
+            (state_hash, now),
+        )
+
+    def answer_login(self, state_hash: bytes, answer: bytes) -> None:
+        """Keep what the callback of a login was answered with, sealed."""
+        self._write("UPDATE logins SET answer = ? WHERE state_hash = ?", (answer, state_hash))
 
     def take_login(self, state_hash, now):
         """The login of a state, once: (browser_hash, kind, sealed), or None when unknown, expired or taken."""
@@ -1393,9 +1424,14 @@ class Store:
         now,
         expires_at,
         code_expires_at,
+        answered=(b"", b""),
     ):
-        """Make the grant of an approved login and its authorization code; the grant's id."""
+        """Make the grant of an approved login and its authorization code; the grant's id.
+
+        `answered`: the login's state_hash and the sealed answer to its callback, on disk together with the code in it.
+        """
         with self._batch() as db:
+            db.execute("UPDATE logins SET answer = ?2 WHERE state_hash = ?1", answered)
             grant_id = db.execute(
                 "INSERT INTO grants (sub, client_id, scope, asked, resource, created_at, used_at, expires_at)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING grant_id",
@@ -2884,7 +2920,14 @@ NOTICES = {  # what: (status, title, sentence, advice)
     "answered": (
         400,
         "This was answered already",
-        "If your application is still waiting, start again from it.",
+        "The answer was another one, and it stands. If your application is still waiting, start again from it.",
+        (),
+    ),
+    "connected": (
+        200,
+        "Your application is connected",
+        "This login was finished, and the application has taken its answer. You can close this page. If the "
+        "application still waits, start again from it.",
         (),
     ),
     "wrong browser": (
@@ -3648,6 +3691,9 @@ class Clients:
 
 GRANT_RATE = 120  # requests a minute to /token that one login may make
 LOGGED_OUT = "Forgejo ended this login. Log in again."
+FINISH_WAIT = (
+    60  # seconds that a callback waits for an earlier one of the same login; Forgejo is asked several things
+)
 ACCOUNT_LIFETIME = 1800  # seconds a browser stays logged in to the account page
 
 
@@ -3717,6 +3763,10 @@ class Authorization:
         self._log = log
         self._clock = clock
         self._limiter = limiter
+        # One callback of a state at a time: a second one (a double click, a reload) waits for the first one's answer. The first
+        # lock guards the map and is a leaf; a state's own is held across the network, and taken before a user's.
+        self._finishing_lock = threading.Lock()
+        self._finishing: weakref.WeakValueDictionary[bytes, threading.Lock] = weakref.WeakValueDictionary()
         secure = settings.public_url.startswith("https:")
         self._cookie_name = "__Host-fjmcp" if secure else "fjmcp"
         self._cookie_flags = f"; Path=/; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}"
@@ -3785,13 +3835,9 @@ class Authorization:
                 {"redirect_uri": redirect_uri, "state": form.get("state", [None])[0]}, **error.answer
             )
         cookie, headers = self._marked_browser(request)
-        box = b64url(
-            self._keyring.seal(
-                "login",
-                digest(cookie).hex(),
-                {**login, "expires": self._clock.now() + self._settings.login_lifetime},
-            )
-        )
+        # The way to Forgejo is in the form, so that the same decision sent twice is answered twice alike.
+        login |= {"expires": self._clock.now() + self._settings.login_lifetime, **self._way_to_forgejo()}
+        box = b64url(self._keyring.seal("login", digest(cookie).hex(), login))
         return consent_page(
             client_name=client.name,
             client_id=client.client_id,
@@ -3858,17 +3904,16 @@ class Authorization:
             "scope": known_scopes(one.get("scope", "")) or list(SCOPES),
         }
 
-    def consent(self, request):
+    def consent(self, request: Request) -> Response:
         """POST /oauth/consent: the person's decision, believed only from the browser that was shown the page (C02 to C05)."""
         form, cookie = self._posted(request, self._cookie_name, "consent:")
         box = form.get("login", "")
         try:
-            login = self._keyring.unseal("login", digest(cookie).hex(), unb64url(box))
+            login = self._way_to_forgejo() | self._keyring.unseal(
+                "login", digest(cookie).hex(), unb64url(box)
+            )
         except ValueError:
             raise PageRefusal("wrong browser") from None
-        now = self._clock.now()
-        if login["expires"] <= now:
-            raise PageRefusal("expired")
         decision = form.get("decision")
         access = form.get("access")
         if decision not in ("approve", "deny") or (decision == "approve" and access not in ("full", "read")):
@@ -3876,38 +3921,69 @@ class Authorization:
         # Reading is less than writing, so read only is a narrower grant even where only forgejo:write was asked.
         granted = login["scope"] if access == "full" and WRITE in login["scope"] else [READ]
         denied = decision == "deny"
-        to_forgejo = self._start_login(
-            "client", {**login, "granted": granted}, cookie, box, now, now if denied else None
-        )
-        self._log.audit(
-            "consent refused" if denied else "consent given", client=login["client"], scope=" ".join(granted)
-        )
+        decided = "deny" if denied else " ".join(granted)
+        if self._decided(cookie, box, {**login, "granted": granted}, decided):
+            self._log.audit(
+                "consent refused" if denied else "consent given",
+                client=login["client"],
+                scope=" ".join(granted),
+            )
         if denied:
             return self._to_client(login, error="access_denied", error_description="The person refused")
-        return to_forgejo
+        return self._to_forgejo(login, cookie)
 
-    def _start_login(self, kind, login, cookie, box, now, taken_at=None):
-        """Keep a login that only this browser can finish, and send the browser to Forgejo."""
-        state = new_secret()
-        verifier = new_secret()
-        sealed = self._keyring.seal("login", digest(state).hex(), {**login, "verifier": verifier})
-        if not self._store.approve_login(
-            digest(state),
-            digest(box),
+    def _decided(self, cookie: str, box: str, login: dict[str, Any], decided: str) -> bool:
+        """Keeps the decision on a form; whether it is the first, False for the same one sent again while its login lives.
+
+        Raises PageRefusal for another decision than the first (C05), or a form that is too old.
+        """
+        now = self._clock.now()
+        form_hash = digest(box)
+        earlier = self._store.answered_form(form_hash, now)
+        if earlier is None:
+            if login["expires"] <= now:
+                raise PageRefusal("expired")
+            if self._keep_login("client", login, cookie, form_hash, decided):
+                return True
+            earlier = self._store.answered_form(form_hash, now)  # the other click was faster
+        if earlier is None or (earlier.state_hash, earlier.decision) != (digest(login["way"]), decided):
+            raise PageRefusal("answered")
+        return False
+
+    @staticmethod
+    def _way_to_forgejo() -> dict[str, str]:
+        """A new state and PKCE verifier for a login at Forgejo."""
+        return {"way": new_secret(), "verifier": new_secret()}
+
+    def _keep_login(
+        self, kind: str, login: dict[str, Any], cookie: str, form_hash: bytes, decided: str
+    ) -> bool:
+        """Keeps a login that only this browser can finish; False when its form was answered before."""
+        now = self._clock.now()
+        state_hash = digest(login["way"])
+        denied = decided == "deny"
+        sealed = None if denied else self._keyring.seal("login", state_hash.hex(), login)
+        return self._store.approve_login(
+            state_hash,
+            form_hash,
             digest(cookie),
             kind,
-            None if taken_at else sealed,
+            sealed,
             now + self._settings.login_lifetime,
-            taken_at,
-        ):
-            raise PageRefusal("answered")
-        return redirect(
-            self._forgejo.authorize_url(state, b64url(hashlib.sha256(verifier.encode()).digest()))
+            now if denied else None,
+            decided,
         )
+
+    def _to_forgejo(self, login: dict[str, Any], cookie: str) -> Response:
+        """The redirect to Forgejo's login; the browser's mark lives as long as the login that was just kept."""
+        challenge = b64url(hashlib.sha256(login["verifier"].encode()).digest())
+        response = redirect(self._forgejo.authorize_url(login["way"], challenge))
+        mark = self._set_cookie(self._cookie_name, cookie, self._settings.login_lifetime)
+        return replace(response, headers=(*response.headers, mark))
 
     # -- callback
 
-    def callback(self, request):
+    def callback(self, request: Request) -> Response:
         """GET /oauth/callback: Forgejo's answer, taken once and only in the browser that consented."""
         spend(self._limiter, self._settings, "authorize", request)
         form = parse_form(request.query, PageRefusal("malformed answer"))
@@ -3919,30 +3995,79 @@ class Authorization:
         ):  # RFC 9207 2.4
             raise PageRefusal("malformed answer")
         state = form["state"][0]
-        now = self._clock.now()
-        row = self._store.take_login(digest(state), now)
+        state_hash = digest(state)
+        row = self._store.login(state_hash, self._clock.now())
         if row is None:
             raise PageRefusal("expired")
         cookie = self._cookie(request, self._cookie_name)
         if not cookie or not hmac.compare_digest(digest(cookie), row.browser_hash):
             raise PageRefusal("wrong browser")
+        with self._turn(state_hash):
+            taken = self._store.take_login(state_hash, self._clock.now())
+            if taken is None:
+                return self._answered_before(state_hash)
+            try:
+                login = self._keyring.unseal("login", state_hash.hex(), taken.sealed)
+            except ValueError:
+                raise PageRefusal("expired") from None
+            return self._finished(taken.kind, login, form, state_hash)
+
+    @contextlib.contextmanager
+    def _turn(self, state_hash: bytes) -> Iterator[None]:
+        """One callback of a state at a time; a later one waits for the answer of the first."""
+        with self._finishing_lock:
+            lock = self._finishing.setdefault(state_hash, threading.Lock())
+        if not lock.acquire(timeout=FINISH_WAIT):
+            raise temporarily("Forgejo takes long to answer; try again in a moment.", 5)
         try:
-            login = self._keyring.unseal("login", digest(state).hex(), row.sealed)
-        except ValueError:
+            yield
+        finally:
+            lock.release()
+
+    def _answered_before(self, state_hash: bytes) -> Response:
+        """The answer to a callback that comes again: the first one's while it is of use, then a page."""
+        now = self._clock.now()
+        row = self._store.login(state_hash, now)
+        try:
+            answer = self._keyring.unseal("answer", state_hash.hex(), row.answer)
+        except (ValueError, TypeError, AttributeError):  # none: refused by the person, or lost in a crash
             raise PageRefusal("expired") from None
+        code = self._store.code(digest(answer["code"])) if answer["code"] else None
+        if code and code.used_at is not None:
+            return notice("connected")
+        if answer["code"] and (code is None or code.expires_at <= now or code.ended_at is not None):
+            raise PageRefusal("expired")
+        response = redirect(answer["location"])
+        return replace(response, headers=(*response.headers, *map(tuple, answer["headers"])))
+
+    def _answer_box(self, state_hash: bytes, response: Response, code: str = "") -> bytes:
+        """The answer of a callback, sealed, as `_answered_before` reads it."""
+        headers = dict(response.headers)
+        location = headers.pop("Location")
+        kept = [(name, value) for name, value in headers.items() if name == "Set-Cookie"]
+        return self._keyring.seal(
+            "answer", state_hash.hex(), {"location": location, "headers": kept, "code": code}
+        )
+
+    def _finished(
+        self, kind: str, login: dict[str, Any], form: dict[str, list[str]], state_hash: bytes
+    ) -> Response:
+        """The answer to the callback of a login that was just taken; kept for the same callback sent again."""
+        now = self._clock.now()
         try:
             info = self._logged_in(form, login["verifier"])
-            return (
-                self._account_opened(info, now)
-                if row.kind == "account"
-                else self._client_answered(login, info, now)
-            )
+            if kind != "account":
+                return self._client_answered(login, info, now, state_hash)
+            response = self._account_opened(info, now)
         except ClientRedirect as error:
-            if row.kind == "account":
+            if kind == "account":
                 raise PageRefusal(
                     error_page(403, "You are not logged in", error.answer["error_description"] + ".")
                 ) from None
-            return self._to_client(login, **error.answer)
+            response = self._to_client(login, **error.answer)
+        with contextlib.suppress(StoreUnavailable):  # this answer is good; only a repetition would find none
+            self._store.answer_login(state_hash, self._answer_box(state_hash, response))
+        return response
 
     def _logged_in(self, form, verifier):
         """Who logged in at Forgejo; ClientRedirect with the error of RFC 6749 4.1.2.1 otherwise, in our words: Forgejo's are not shown."""
@@ -3966,8 +4091,12 @@ class Authorization:
             self._log.audit("access refused", user=error.sub, login=error.login, reason=error.reason)
             raise ClientRedirect("access_denied", error.reason) from None
 
-    def _client_answered(self, login, info, now):
+    def _client_answered(
+        self, login: dict[str, Any], info: UserInfo, now: float, state_hash: bytes
+    ) -> Response:
+        """The redirect to the client with the code of a new grant (RFC 6749 4.1.2)."""
         code = new_secret("fjc_")
+        response = self._to_client(login, code=code)
         code_expires = now + self._settings.code_lifetime
         grant_id = self._store.finish_login(
             info.sub,
@@ -3981,6 +4110,7 @@ class Authorization:
             now,
             code_expires,
             code_expires,
+            (state_hash, self._answer_box(state_hash, response, code)),
         )
         self._log.audit(
             "login",
@@ -3990,7 +4120,7 @@ class Authorization:
             grant=grant_id,
             scope=" ".join(login["granted"]),
         )
-        return self._to_client(login, code=code)
+        return response
 
     # -- account
 
@@ -4019,10 +4149,12 @@ class Authorization:
             self._csrf(cookie, "account"),
         )
 
-    def account_login(self, request):
+    def account_login(self, request: Request) -> Response:
         """POST /account/login: to Forgejo, and back to the account page."""
         _, cookie = self._posted(request, self._cookie_name, "account login")
-        return self._start_login("account", {}, cookie, new_secret(), self._clock.now())
+        login = self._way_to_forgejo()
+        self._keep_login("account", login, cookie, digest(new_secret()), "")
+        return self._to_forgejo(login, cookie)
 
     def _account_opened(self, info, now):
         cookie = new_secret()  # a new one at each login: one that somebody planted before is worth nothing

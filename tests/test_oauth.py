@@ -273,15 +273,152 @@ def test_C04_a_form_sent_by_another_site_is_refused(rig, client, headers):
     assert answer.status == 403
 
 
-def test_C05_a_form_is_answered_once(rig, client):
+DECISIONS = [
+    {"decision": "approve", "access": "full"},
+    {"decision": "approve", "access": "read"},
+    {"decision": "deny", "access": "full"},
+]
+
+
+def decide(rig, browser, page, client, **decision):
+    """The answer to a consent form."""
+    fields = {**page.form_with("login").fields, **decision}
+    stop = lambda url: url.startswith((rig.forgejo.url, client.redirect_uri))
+    return browser.post(rig.url + "/oauth/consent", fields, stop=stop)
+
+
+def finish(rig, browser, client, url):
+    """From Forgejo's login page to the broker's callback: the callback's URL, which was not opened yet."""
+    stop = lambda url: url.startswith(rig.url + "/oauth/callback")
+    page = browser.get(url, stop=stop)
+    if not page.redirected_to:
+        page = browser.submit(
+            page, form=page.form_with("user_name"), stop=stop, user_name="alice", password="secret"
+        )
+    return (
+        page if page.redirected_to else browser.submit(page, ("granted", "true"), stop=stop)
+    ).redirected_to
+
+
+@pytest.mark.parametrize("first", DECISIONS)
+def test_C05_the_same_decision_of_a_form_is_answered_twice_alike_and_another_is_refused(rig, client, first):
     browser = Browser()
     page = browser.get(client.authorize_url())
-    stop = lambda url: url.startswith(rig.forgejo.url)
-    assert browser.submit(
-        page, ("decision", "approve"), form=page.form_with("login"), stop=stop
-    ).redirected_to
-    again = browser.submit(page, ("decision", "approve"), form=page.form_with("login"), stop=stop)
-    assert again.status == 400 and "answered already" in again.text
+    answer = decide(rig, browser, page, client, **first).redirected_to
+    rig.restart()
+    assert answer and decide(rig, browser, page, client, **first).redirected_to == answer
+    for other in DECISIONS:
+        if other != first:
+            refused = decide(rig, browser, page, client, **other)
+            assert refused.status == 400 and "answered already" in refused.text
+    assert decide(rig, browser, page, client, **first).redirected_to == answer
+    assert len(rig.broker.store._all("SELECT 1 FROM logins")) == 1
+    rig.clock.advance(601)
+    assert "expired" in decide(rig, browser, page, client, **first).text
+
+
+def test_C05_the_same_decision_is_answered_alike_as_long_as_its_login_lives(rig, client):
+    browser = Browser()
+    page = browser.get(client.authorize_url())
+    rig.clock.advance(599)
+    answer = decide(rig, browser, page, client, **DECISIONS[0]).redirected_to
+    rig.clock.advance(300)  # the form's own time is over
+    assert answer and decide(rig, browser, page, client, **DECISIONS[0]).redirected_to == answer
+
+
+def test_C05_of_many_clicks_at_once_all_lead_to_one_login(rig, client):
+    page_browser = Browser()
+    page = page_browser.get(client.authorize_url())
+    barrier, places = threading.Barrier(8), []
+
+    def click(decision):
+        barrier.wait(10)
+        places.append((decision, decide(rig, page_browser, page, client, **DECISIONS[decision])))
+
+    threads = [threading.Thread(target=click, args=(number % 2,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    led = {(decision, answer.redirected_to) for decision, answer in places if answer.redirected_to}
+    assert len(led) == 1 and len(places) == 8
+    assert all((decision == next(iter(led))[0]) == bool(answer.redirected_to) for decision, answer in places)
+    assert len(rig.log.named("consent given")) == 1
+
+
+def test_K04_a_callback_sent_again_gives_the_same_redirect_until_the_code_is_redeemed(rig, client):
+    browser = Browser()
+    page = browser.get(client.authorize_url(state="s"))
+    to_forgejo = decide(rig, browser, page, client, **DECISIONS[0]).redirected_to
+    url = finish(rig, browser, client, to_forgejo)
+    stop = lambda url: url.startswith(client.redirect_uri)
+    first = browser.get(url, stop=stop).redirected_to
+    rig.restart()
+    again = finish(
+        rig, browser, client, to_forgejo
+    )  # the second click: the same state, another code of Forgejo
+    assert (
+        query_of(again)["state"] == query_of(url)["state"]
+        and query_of(again)["code"] != query_of(url)["code"]
+    )
+    for repeated in (url, again):
+        assert browser.get(repeated, stop=stop).redirected_to == first
+        assert Browser().get(repeated, stop=stop).status == 403
+    assert client.redeem(query_of(first)["code"]).status == 200
+    page = browser.get(again, stop=stop)
+    assert page.status == 200 and not page.redirected_to and "is connected" in page.text
+    assert client.refresh().status == 200 and len(rig.broker.store._all("SELECT 1 FROM grants")) == 1
+
+
+def test_K04_a_callback_sent_again_after_its_code_has_expired_says_so(rig, client):
+    browser = Browser()
+    page = browser.get(client.authorize_url())
+    url = finish(rig, browser, client, decide(rig, browser, page, client, **DECISIONS[0]).redirected_to)
+    stop = lambda url: url.startswith(client.redirect_uri)
+    assert browser.get(url, stop=stop).redirected_to
+    rig.clock.advance(61)
+    page = browser.get(url, stop=stop)
+    assert page.status == 400 and "expired" in page.text
+
+
+def test_K04_a_second_callback_waits_for_the_first(rig, client, monkeypatch):
+    browser = Browser()
+    page = browser.get(client.authorize_url())
+    url = finish(rig, browser, client, decide(rig, browser, page, client, **DECISIONS[0]).redirected_to)
+    here, on = threading.Event(), threading.Event()
+    login = rig.broker.upstream.login
+
+    def slow(*arguments):
+        here.set()
+        assert on.wait(20)
+        return login(*arguments)
+
+    monkeypatch.setattr(rig.broker.upstream, "login", slow)
+    stop = lambda url: url.startswith(client.redirect_uri)
+    places = []
+    threads = [
+        threading.Thread(target=lambda: places.append(browser.get(url, stop=stop).redirected_to))
+        for _ in "ab"
+    ]
+    threads[0].start()
+    assert here.wait(10)
+    threads[1].start()
+    threads[1].join(0.3)
+    assert not places
+    on.set()
+    for thread in threads:
+        thread.join(20)
+    assert len(places) == 2 and len(set(places)) == 1 and "code" in query_of(places[0])
+
+
+def test_K04_a_login_that_forgejo_refused_is_refused_alike_when_its_callback_comes_again(rig, client):
+    browser = Browser()
+    page = browser.get(client.authorize_url(state="s"))
+    to_forgejo = decide(rig, browser, page, client, **DECISIONS[0]).redirected_to
+    url = f"{rig.url}/oauth/callback?error=access_denied&state={query_of(to_forgejo)['state']}"
+    stop = lambda url: url.startswith(client.redirect_uri)
+    first = browser.get(url, stop=stop).redirected_to
+    assert query_of(first)["error"] == "access_denied" and browser.get(url, stop=stop).redirected_to == first
 
 
 def test_C07_two_tabs_do_not_disturb_each_other(rig, client):
