@@ -265,6 +265,12 @@ def test_J21_a_client_that_hangs_up_leaves_no_thread_and_no_traceback(controlled
     assert not controlled.log.named("internal error") and not controlled.log.named("connection failed")
 
 
+@pytest.mark.parametrize("kind", ["text/plain", "application/json; charset=utf-16", "x", ""])
+def test_J23_the_content_type_of_a_message_is_not_looked_at(rig, kind):
+    mcp = rig.session()
+    assert mcp.post(PING, headers={"Content-Type": kind}).json()["result"] == {}
+
+
 # -- P: processes
 
 

@@ -180,8 +180,10 @@ def test_check_warns_of_what_works_but_should_not_be_so(make_installation):
     installation = make_installation()
     installation.start()
     installation.folder.chmod(0o755)
+    (installation.folder / "key").chmod(0o644)
     done = installation.command("check")
     assert done.returncode == 0
+    assert f"chmod 600 {installation.folder / 'key'}" in done.stdout
     assert (
         "is open to other users" in done.stdout
         and "lies beside the store" in done.stdout

@@ -273,6 +273,18 @@ def test_C04_a_form_sent_by_another_site_is_refused(rig, client, headers):
     assert answer.status == 403
 
 
+def test_C04_a_form_without_both_headers_is_believed_by_its_cookie_alone(rig, client):
+    browser = Browser()
+    fields = browser.get(client.authorize_url()).form_with("login").fields
+    answer = {**fields, "decision": "approve", "access": "full"}
+    headers = {"Sec-Fetch-Site": None, "Origin": None}
+    url = rig.url + "/oauth/consent"
+    stop = lambda url: url.startswith(rig.forgejo.url)
+    assert Browser().post(url, answer, headers=headers, stop=stop).status == 403
+    assert browser.post(url, {**answer, "csrf": "x"}, headers=headers, stop=stop).status == 403
+    assert browser.post(url, answer, headers=headers, stop=stop).redirected_to
+
+
 DECISIONS = [
     {"decision": "approve", "access": "full"},
     {"decision": "approve", "access": "read"},
@@ -441,6 +453,16 @@ def test_C14_a_refusal_goes_back_to_the_client(rig, client):
     callback = approve_login(Browser(), client.authorize_url(state="s"), "alice", "secret", decision="deny")
     answer = query_of(callback)
     assert (answer["error"], answer["state"], answer["iss"]) == ("access_denied", "s", rig.url)
+
+
+def test_C14_what_was_refused_cannot_be_approved_with_the_same_form(rig, client):
+    browser = Browser(callbacks=(client.redirect_uri,))
+    page = browser.get(client.authorize_url())
+    form = page.form_with("login")
+    assert "access_denied" in browser.submit(page, ("decision", "deny"), form=form).redirected_to
+    again = browser.submit(page, ("decision", "approve"), form=form, stop=lambda url: True)
+    assert again.status == 400 and not again.redirected_to
+    assert rig.forgejo.count("/login/oauth/authorize") == 0
 
 
 def test_a_consent_page_left_too_long_says_so(rig, client):
