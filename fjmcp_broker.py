@@ -31,6 +31,7 @@ import functools
 import getpass
 import hashlib
 import hmac
+import heapq
 import html
 import http
 import http.client
@@ -57,7 +58,7 @@ import tomllib
 import traceback
 import unicodedata
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote_plus, urlencode, urlsplit
@@ -321,6 +322,20 @@ SETTINGS = (
     Setting("max_inflight", "count", 32, "requests of one session at once", reload=True),
     Setting("stream_events", "count", 256, "events that a stream keeps for a client to resume", reload=True),
     Setting("stream_bytes", "size", "1MiB", "bytes that a stream keeps for a client to resume", reload=True),
+    Setting(
+        "kept_bytes",
+        "size",
+        "64MiB",
+        "answers that wait for a client or are being sent, over all",
+        reload=True,
+    ),
+    Setting("kept_bytes_per_session", "size", "8MiB", "such answers of one session", reload=True),
+    Setting(
+        "kept_time", "duration", "5m", "time that an answer waits for a client to come back", reload=True
+    ),
+    Setting(
+        "max_subscriptions", "count", 128, "resources that a session or a listener subscribes to", reload=True
+    ),
     Setting("header_timeout", "duration", "10s", "time for a request's header", reload=True),
     Setting("body_timeout", "duration", "30s", "time for a request's body", reload=True),
     Setting(
@@ -2643,11 +2658,12 @@ def redirect(location):
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Item:
     """One thing on a stream: a number, the bytes of a JSON-RPC message, whether it is an answer, and whether it is the last.
 
-    `status` is that of the HTTP response, should the answer be all there is.
+    `status` is that of the HTTP response, should the answer be all there is. `kept`: whether its owner is charged for it;
+    `dropped`: it stands for an answer that is gone.
     """
 
     number: int
@@ -2655,70 +2671,357 @@ class Item:
     answer: bool = False
     last: bool = False
     status: int = 200
+    request_id: object = None
+    kept: bool = False
+    dropped: bool = False
+
+
+class Holder:
+    """What one user, or one session, holds: its bytes, and what of it may be dropped, oldest first."""
+
+    __slots__ = ("bytes", "items")
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.items: collections.OrderedDict[Item, "Stream"] = collections.OrderedDict()
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who is charged for a stream: a user, and one session (or place in a pool) of that user by its number."""
+
+    user: str
+    session: int
+
+
+class KeptBytes:
+    """The accountant of everything that waits on streams for a client: how much, whose, and since when.
+
+    Bounds (settings): `kept_bytes` over all, a quarter of it for one user, `kept_bytes_per_session`, `kept_time`. At a bound the oldest
+    item of whoever holds most there is dropped; where a client reads all of that, whoever wants to add waits. While
+    all is full a user may still hold an equal share: who reads slowly, from many sides, holds up nobody else.
+    `lock` guards everything; a leaf: no stream's lock is taken while it is held. Each operation is O(log n).
+    """
+
+    def __init__(self, settings: "Settings", clock: Clock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self.lock = threading.Condition()
+        self.total = 0
+        self.users: dict[str, Holder] = {}
+        self.sessions: dict[int, Holder] = {}
+        self.ages: collections.OrderedDict[Item, tuple[float, Owner, "Stream"]] = collections.OrderedDict()
+        self._most: list[
+            tuple[int, str]
+        ] = []  # a heap of (-bytes, user); entries that are no longer true are skipped
+
+    def reserve(self, owner: Owner, size: int, patience: float, over: Callable[[], bool]) -> bool:
+        """Charge an owner; False when there is no room and none was made within `patience` seconds, or before over()."""
+        deadline = time.monotonic() + patience
+        tries = 0
+        while True:
+            with self.lock:
+                holder = self._full(owner, size)
+                stream = item = None
+                if holder is not None and holder.items and tries < 16:
+                    item, stream = next(iter(holder.items.items()))
+                if holder is None or item is None and self._may_exceed(owner, size, holder):
+                    self._charge(owner, size)
+                    return True
+                if item is None:
+                    left = deadline - time.monotonic()
+                    if left <= 0 or over():
+                        return False
+                    self.lock.wait(min(0.2, left))
+                    tries = 0
+            if item is not None and stream is not None:
+                stream.drop(item)
+                tries += 1
+
+    def _full(self, owner: Owner, size: int) -> Holder | None:
+        """Who has to give something up before an owner can have so much more; None when there is room. Under the lock.
+
+        What is larger than a bound by itself needs all else there to go.
+        """
+        every = self._settings.kept_bytes
+        session = self.sessions.get(owner.session)
+        user = self.users.get(owner.user)
+        if session and session.bytes + size > max(self._settings.kept_bytes_per_session, size):
+            return session
+        if user and user.bytes + size > max(every // 4, size):
+            return user
+        if self.total and self.total + size > max(every, size):
+            return self._largest()
+        return None
+
+    def _largest(self) -> Holder | None:
+        """The user who holds most."""
+        while self._most:
+            held, name = self._most[0]
+            user = self.users.get(name)
+            if user and user.bytes == -held:
+                return user
+            heapq.heappop(self._most)
+            if user:
+                heapq.heappush(self._most, (-user.bytes, name))
+        return None
+
+    def _may_exceed(self, owner: Owner, size: int, holder: Holder) -> bool:
+        """Whether it is the others who fill everything, while this user has less than an equal share."""
+        user = self.users.get(owner.user)
+        session = self.sessions.get(owner.session)
+        if holder is session or holder is user:
+            return False
+        return (user.bytes if user else 0) + size <= self._settings.kept_bytes // (len(self.users) + 1)
+
+    def _charge(self, owner: Owner, size: int) -> None:
+        for holders, name in ((self.users, owner.user), (self.sessions, owner.session)):
+            holders.setdefault(name, Holder()).bytes += size
+        self.total += size
+        heapq.heappush(self._most, (-self.users[owner.user].bytes, owner.user))
+        if len(self._most) > 4 * len(self.users) + 256:
+            self._most = [(-user.bytes, name) for name, user in self.users.items()]
+            heapq.heapify(self._most)
+
+    def release(self, owner: Owner, size: int) -> None:
+        """Take a charge back."""
+        with self.lock:
+            self._release(owner, size)
+
+    def _release(self, owner: Owner, size: int) -> None:
+        for holders, name in ((self.users, owner.user), (self.sessions, owner.session)):
+            holders[name].bytes -= size
+            if not holders[name].bytes:
+                del holders[name]
+        self.total -= size
+        self.lock.notify_all()
+
+    def keep(self, owner: Owner, stream: "Stream", item: Item) -> None:
+        """From now on an item (its bytes are charged) may be dropped: as the newest of its owner."""
+        item.kept = True
+        with self.lock:
+            self._forget(owner, item)
+            self.ages[item] = (self._clock.now(), owner, stream)
+            self.users[owner.user].items[item] = stream
+            self.sessions[owner.session].items[item] = stream
+
+    def _forget(self, owner: Owner, item: Item) -> None:
+        self.ages.pop(item, None)
+        for holder in (self.users.get(owner.user), self.sessions.get(owner.session)):
+            if holder:
+                holder.items.pop(item, None)
+
+    def gone(self, owner: Owner, item: Item, size: int) -> None:
+        """An item was dropped, or is needed no more."""
+        item.kept = False
+        with self.lock:
+            self._forget(owner, item)
+            self._release(owner, size)
+
+    def is_outsized(self, size: int) -> bool:
+        """Whether something is larger than a session's share: it lives while its connection does."""
+        return size > self._settings.kept_bytes_per_session
+
+    def expire(self) -> None:
+        """Drop what has waited longer than `kept_time`; what is being read begins anew."""
+        before = self._clock.now() - self._settings.kept_time
+        with self.lock:
+            tries = len(self.ages)
+        for _ in range(tries):
+            with self.lock:
+                item = next(iter(self.ages), None)
+                if item is None or self.ages[item][0] > before:
+                    return
+                stream = self.ages[item][2]
+            stream.drop(item)
+
+
+SMALL_ANSWER = 16384  # one that a client waits for is charged only if it stays: in most calls that is never
 
 
 class Stream:
     """What the broker has to say on one POST or GET: numbered, bounded, resumable, with one reader at a time.
 
-    Producers call put(); a reader takes items in order. Items stay for a client that resumes, within `max_items` and `max_bytes`.
-    A producer waits while an attached reader lags by more than that; without a reader the oldest items fall out.
+    Producers call put(); a reader takes items in order. Items stay for a client that resumes: events within `max_items` and
+    `max_bytes`, answers as long as the accountant `kept` allows. A producer waits while an attached reader lags by more than that;
+    without a reader the oldest events fall out. Nothing stays on a stream that no client can name: `on_named` is called when the
+    first event id is sent. `lost(request_id)` is said instead of an answer that is gone.
     """
 
-    def __init__(self, max_items=256, max_bytes=1 << 20, stall=35.0, answers=0):
+    def __init__(
+        self,
+        max_items: int = 256,
+        max_bytes: int = 1 << 20,
+        stall: float = 35.0,
+        answers: int = 0,
+        kept: KeptBytes | None = None,
+        owner: Owner | None = None,
+        lost: Callable[[object], bytes] | None = None,
+    ) -> None:
         self.key = b64url(os.urandom(9))  # new at every start of the broker, so stale event ids never match
         self._max_items = max_items
         self._max_bytes = max_bytes
         self._stall = stall
-        self._changed = (
-            threading.Condition()
-        )  # guards everything below; a leaf: nothing is taken while it is held
-        self._items = collections.deque()
-        self._bytes = self._number = self._taken = 0
-        self._reader = None
+        self._kept = kept
+        self._owner = owner or Owner("", 0)
+        self._lost = lost
+        # Guards everything below; only the accountant's lock is taken while it is held.
+        self._changed = threading.Condition()
+        self._items: dict[int, Item] = {}
+        self._events = 0  # how many of the items are no answers; `_bytes` are theirs
+        self._bytes = 0
+        self._number = 0
+        self._taken = 0
+        self._reader: Reader | None = None
         self._answers_left = answers
+        self.named = kept is None
+        self.on_named: Callable[[Stream], None] | None = None
+        self._unwanted = False  # no client can come back for what is put on it
         self.finished = False
 
-    def put(self, data, answer=False, status=200):
+    def put(self, data: bytes, answer: bool = False, status: int = 200, request_id: object = None) -> bool:
         """Add a message; the last of the expected answers ends the stream. False when it has ended already."""
+        charged = False
+        if self._kept and (not answer or len(data) >= SMALL_ANSWER):
+            charged = self._reserve(data, answer)
+            if not charged:
+                data = self._lost(request_id) if answer and self._lost else b""
         with self._changed:
-            if (
-                self._reader
-                and not answer
-                and (len(self._items) >= self._max_items or self._bytes >= self._max_bytes)
-            ):
+            if self._reader and not answer and self._is_full():
                 self._changed.wait_for(lambda: self.finished or not self._reader_lags(), self._stall)
             if self.finished:
+                self._uncharge(charged, data)
                 return False
-            self._number += 1
-            self._answers_left -= answer
-            last = answer and self._answers_left <= 0
-            self._items.append(Item(self._number, data, answer, last, status))
-            self._bytes += len(data)
-            while len(self._items) > self._max_items or (
-                self._bytes > self._max_bytes and len(self._items) > 1
-            ):
-                if self._reader and self._items[0].number > self._reader.cursor:
-                    break
-                self._bytes -= len(self._items.popleft().data)
-            self.finished = last
-            self._changed.notify_all()
-            return True
+            self._add(data, answer, status, request_id, charged)
+            stays = self._reader is None and self._kept is not None
+        if stays:
+            self._settle()
+        return True
 
-    def _reader_lags(self):
-        untaken = (
-            [len(item.data) for item in self._items if item.number > self._reader.cursor]
-            if self._reader
-            else []
-        )
+    def _add(self, data: bytes, answer: bool, status: int, request_id: object, charged: bool) -> None:
+        """Append a message, unless nobody will ever come for it. Under the lock."""
+        self._answers_left -= answer
+        self.finished = answer and self._answers_left <= 0
+        self._number += 1
+        if self._unwanted or not data:
+            self._uncharge(charged, data)
+        else:
+            item = Item(self._number, data, answer, self.finished, status, request_id)
+            self._items[item.number] = item
+            if charged and self._kept:
+                self._kept.keep(self._owner, self, item)
+            if not answer:
+                self._events += 1
+                self._bytes += len(data)
+                self._let_events_go()
+        self._changed.notify_all()
+
+    def _is_full(self) -> bool:
+        return self._events >= self._max_items or self._bytes >= self._max_bytes
+
+    def _let_events_go(self) -> None:
+        """Drop the oldest events that are too many, but none that an attached reader has still to take. Under the lock."""
+        while self._events > self._max_items or self._bytes > self._max_bytes and self._events > 1:
+            oldest = next(item for item in self._items.values() if not item.answer)
+            if self._reader and oldest.number > self._reader.cursor:
+                return
+            self._remove(oldest)
+
+    def _reader_lags(self) -> bool:
+        if not self._reader:
+            return False
+        cursor = self._reader.cursor
+        untaken = [
+            len(item.data) for item in self._items.values() if item.number > cursor and not item.answer
+        ]
         return len(untaken) >= self._max_items or sum(untaken) >= self._max_bytes
 
-    def end(self):
+    # -- what is kept for a client that comes back
+
+    def _reserve(self, data: bytes, answer: bool) -> bool:
+        """Charge the owner for a message. A client that reads lets its child wait; nobody else does, but for a large answer."""
+        assert self._kept
+        patience = self._stall if answer or self._reader else 0.0
+        over = lambda: self.finished or self._unwanted  # noqa: E731
+        return self._kept.reserve(self._owner, len(data), patience, over)
+
+    def _uncharge(self, charged: bool, data: bytes) -> None:
+        if charged and self._kept:
+            self._kept.release(self._owner, len(data))
+
+    def _remove(self, item: Item) -> None:
+        """An item goes: an event without a trace, an answer leaves word that it is gone. Under the lock."""
+        if item.kept and self._kept:
+            self._kept.gone(self._owner, item, len(item.data))
+        if item.answer and self._lost and not self._unwanted and not item.dropped:
+            word = self._lost(item.request_id)
+            self._items[item.number] = Item(item.number, word, True, item.last, dropped=True)
+            return
+        del self._items[item.number]
+        if not item.answer:
+            self._events -= 1
+            self._bytes -= len(item.data)
+
+    def drop(self, item: Item) -> None:
+        """Let an item go that is not being read; one that is counts as new."""
+        with self._changed:
+            if self._items.get(item.number) is not item:
+                return
+            if self._reader and self._reader.cursor < item.number:
+                if item.kept and self._kept:
+                    self._kept.keep(self._owner, self, item)
+                return
+            self._remove(item)
+
+    def _settle(self) -> None:
+        """Nobody reads: what was not yet charged is, and an answer larger than the session's share goes."""
+        assert self._kept
+        with self._changed:
+            items = [item for item in self._items.values() if not item.dropped]
+        for item in items:
+            if self._kept.is_outsized(len(item.data)):
+                self.drop(item)
+            elif not item.kept:
+                self._charge_late(item)
+
+    def _charge_late(self, item: Item) -> None:
+        assert self._kept
+        has_room = self._kept.reserve(self._owner, len(item.data), 0.0, lambda: True)
+        with self._changed:
+            is_here = self._items.get(item.number) is item and not item.kept
+            if has_room and is_here:
+                self._kept.keep(self._owner, self, item)
+            elif has_room:
+                self._kept.release(self._owner, len(item.data))
+        if not has_room:
+            self.drop(item)
+
+    def _forget(self) -> None:
+        """Keep nothing, now and later. Under the lock."""
+        self._unwanted = True
+        for item in list(self._items.values()):
+            self._remove(item)
+
+    def forget(self) -> None:
+        """No client can come back: what is on the stream goes, once nobody reads it any more."""
+        with self._changed:
+            self.named = False
+            if self._reader is None:
+                self._forget()
+
+    def announce(self) -> None:
+        """Event ids are about to be sent: from now on a client can come back."""
+        if not self.named and self.on_named:
+            self.named = True
+            self.on_named(self)
+
+    def end(self) -> None:
         """No more will come: an attached reader ends."""
         with self._changed:
             self.finished = True
             self._changed.notify_all()
 
-    def open(self, after=None):
+    def open(self, after: int | None = None) -> "Reader":
         """A Reader from the item after number `after` (default: what was not yet taken); it takes over from an older one."""
         with self._changed:
             if self._reader:
@@ -2728,12 +3031,20 @@ class Stream:
             return self._reader
 
     @property
-    def is_taken(self):
+    def is_taken(self) -> bool:
         """Whether a client took all that was put on it."""
         return self._taken >= self._number
 
     @property
-    def is_open(self):
+    def holds_nothing(self) -> bool:
+        """Whether no client reads it, and what none has taken is gone."""
+        with self._changed:
+            if self._reader is not None:
+                return False
+            return all(item.dropped or item.number <= self._taken for item in self._items.values())
+
+    @property
+    def is_open(self) -> bool:
         """Whether a reader is attached."""
         return self._reader is not None
 
@@ -2741,26 +3052,29 @@ class Stream:
 class Reader:
     """One client's reading of a Stream. take(timeout) -> Item, None on time-out; `ended` once there will be no more."""
 
-    def __init__(self, stream, cursor):
+    def __init__(self, stream: Stream, cursor: int) -> None:
         self.stream = stream
         self.cursor = cursor
         self.ended = False
 
-    def take(self, timeout, after=0):
+    def take(self, timeout: float, after: int = 0) -> Item | None:
         """The next item, waiting at most `timeout` seconds; None then, or when the reader has `ended`."""
         stream = self.stream
         with stream._changed:
             while not self.ended:
-                for item in stream._items:
-                    if item.number > max(self.cursor, after):
-                        return item
+                seen = max(self.cursor, after)
+                item = stream._items.get(seen + 1)
+                if item is None and seen < stream._number:
+                    item = next((item for item in stream._items.values() if item.number > seen), None)
+                if item is not None:
+                    return item
                 if stream.finished:
                     self.ended = True
                 elif not stream._changed.wait(timeout):
                     return None
             return None
 
-    def taken(self, item):
+    def taken(self, item: Item) -> None:
         """The item has been handed to the client's socket."""
         with self.stream._changed:
             self.cursor = item.number
@@ -2768,17 +3082,23 @@ class Reader:
             self.stream._changed.notify_all()
 
     @property
-    def has_all(self):
+    def has_all(self) -> bool:
         """Whether the last item was handed over."""
         return self.stream.finished and self.cursor >= self.stream._number
 
-    def close(self):
+    def close(self) -> None:
         """The client is gone, or has all it needs: the stream has no reader any more (unless a newer one took over)."""
-        with self.stream._changed:
+        stream = self.stream
+        with stream._changed:
             self.ended = True
-            if self.stream._reader is self:
-                self.stream._reader = None
-            self.stream._changed.notify_all()
+            was_last = stream._reader is self
+            if was_last:
+                stream._reader = None
+                if not stream.named:
+                    stream._forget()
+            stream._changed.notify_all()
+        if was_last and stream.named and stream._kept:
+            stream._settle()
 
 
 class Limiter:
@@ -5030,6 +5350,7 @@ class Session:
         self.level = level
         self.server = None
         self.subscriptions = collections.Counter(subscriptions)
+        self.subscribing: collections.Counter[str] = collections.Counter()  # asked for, not yet answered
         self.tools_hash = tools_hash
         self.ttl = 0  # ms for which what a modern child says of itself may be kept
         self.tools = self.binary = None  # what the child of that program last said of its tools
@@ -5048,12 +5369,19 @@ class Session:
             threading.Lock()
         )  # one change of subscriptions at a time, child's answers awaited; taken before `lock`
         self.used_at = self.saved_at = registry.clock.now()
+        self.owner = Owner(sub, next(registry.owners))
         self.front = front(self)
 
     def new_stream(self, answers):
         """A stream to the client that ends with that many answers."""
         return Stream(
-            self.settings.stream_events, self.settings.stream_bytes, self.settings.write_timeout + 5, answers
+            self.settings.stream_events,
+            self.settings.stream_bytes,
+            self.settings.write_timeout + 5,
+            answers,
+            self.registry.kept,
+            self.owner,
+            answer_dropped if self.durable else modern_answer_dropped,
         )
 
     # -- calls, notifications and answers of the client
@@ -5132,6 +5460,23 @@ class Session:
         if self.durable and before != after:
             with contextlib.suppress(StoreUnavailable):  # what is lost is a replay's detail, not the answer
                 self.registry.store.update_session(self.name, *after)
+
+    def begin_subscription(self, uri: object) -> str:
+        """Why a client may not subscribe to a resource, empty when it may; then it counts until end_subscription()."""
+        if not isinstance(uri, str):
+            return ""  # the child says what is wrong with it
+        with self.lock:
+            wanted = {uri, *self.subscriptions, *self.subscribing}
+            complaint = subscriptions_refused([uri], len(wanted), self.settings)
+            if not complaint:
+                self.subscribing[uri] += 1
+        return complaint
+
+    def end_subscription(self, uri: str) -> None:
+        """The child has answered, or never will."""
+        with self.lock:
+            self.subscribing[uri] -= 1
+            self.subscribing = +self.subscribing
 
     def watch(self):
         """Make the child's subscriptions what this session wants; the resources that it refused."""
@@ -5492,10 +5837,33 @@ class Session:
         return tools
 
 
+MAX_URI = 2048  # bytes of a resource's URI that is kept because somebody subscribed to it
+
+
+def subscriptions_refused(uris: Iterable[str], count: int, settings: Settings) -> str:
+    """Why these URIs may not be subscribed to, `count` being how many there would be in all; empty when they may."""
+    if any(len(uri.encode("utf-8", "surrogatepass")) > MAX_URI for uri in uris):
+        return f"A resource's URI that is subscribed to may have at most {MAX_URI} bytes."
+    if count > settings.max_subscriptions:
+        return f"At most {settings.max_subscriptions} resources may be subscribed to."
+    return ""
+
+
 def unavailable(reason, sentence, status=503, wait=5):
     """An RpcError for what cannot be had just now: nothing was done, the client may try again after `wait` seconds (design 5)."""
     data = {"reason": reason, "outcome_unknown": False, "retryable": True}
     return RpcError(SERVER_ERROR, sentence, data, status, (("Retry-After", str(wait)),))
+
+
+def answer_dropped(request_id: object, code: int = SERVER_ERROR) -> bytes:
+    """What is said to a client that comes back for an answer which went because nobody came in time (design 5)."""
+    data = {"reason": "answer_dropped", "outcome_unknown": False, "retryable": False}
+    return error_message(request_id, code, "The answer was given up; nobody came for it in time.", data)
+
+
+def modern_answer_dropped(request_id: object) -> bytes:
+    """The same in the words of MCP 2026-07-28, which has no use for the code of the legacy era."""
+    return answer_dropped(request_id, INTERNAL_ERROR)
 
 
 def session_not_found():
@@ -5728,8 +6096,12 @@ class LegacyEdge(Edge):
     def watch(self, uris):
         """Subscribe to these resources and no others; those that the child refused."""
         refused = set()
-        for uri in sorted(uris - self._watched):
-            if "result" not in (self._link.call("resources/subscribe", {"uri": uri}, QUESTION_GRACE) or {}):
+        asked = {uri: Waiting() for uri in sorted(uris - self._watched)}
+        deadline = time.monotonic() + QUESTION_GRACE  # for all together: a start must not take minutes
+        for uri, reply in asked.items():
+            self._link.start("resources/subscribe", {"uri": uri}, reply, QUESTION_GRACE)
+        for uri, reply in asked.items():
+            if "result" not in (reply.wait(max(0.0, deadline - time.monotonic())) or {}):
                 refused.add(uri)
         for uri in sorted(self._watched - uris):
             self._link.start("resources/unsubscribe", {"uri": uri}, Waiting(), QUESTION_GRACE)
@@ -5968,7 +6340,7 @@ class LegacyReply:
         if isinstance(result, dict) and (self._change or not STAMPS.isdisjoint(result)):
             self.give(result)
         else:
-            self.stream.put(with_id(line, message, self.id), answer=True)
+            self.stream.put(with_id(line, message, self.id), answer=True, request_id=self.id)
 
     def give(self, result):
         """A result as an answer."""
@@ -5976,12 +6348,14 @@ class LegacyReply:
             {name: value for name, value in result.items() if name not in STAMPS}, {META_SERVER}
         )
         self.stream.put(
-            result_message(self.id, self._change(result) if self._change else result), answer=True
+            result_message(self.id, self._change(result) if self._change else result),
+            answer=True,
+            request_id=self.id,
         )
 
     def fail(self, code, sentence, data):
         """An error as an answer."""
-        self.stream.put(error_message(self.id, code, sentence, data), answer=True)
+        self.stream.put(error_message(self.id, code, sentence, data), answer=True, request_id=self.id)
 
     def refuse(self, error, undeclared):
         """An error as an answer, of a child or of a client; `undeclared`: what was missed in the client, for which this era has no code."""
@@ -5997,6 +6371,7 @@ class LegacyFront:
         self._asked = {}
         self.streams = collections.OrderedDict()
         self.get_stream = session.new_stream(0)
+        self.get_stream.named = True
 
     @property
     def listening(self):
@@ -6005,11 +6380,13 @@ class LegacyFront:
 
     @property
     def keeps_nothing(self):
-        """Whether no client reads or has left something untaken."""
-        return all(
-            stream.is_taken and not stream.is_open
-            for stream in (self.get_stream, *list(self.streams.values()))
-        )
+        """Whether no client reads, and what none has taken has gone by its time."""
+        return all(stream.holds_nothing for stream in (self.get_stream, *list(self.streams.values())))
+
+    def name_stream(self, stream: Stream) -> None:
+        """A client has been told an id of this stream, and may come back for what is on it."""
+        with self._session.lock:
+            self.streams[stream.key] = stream
 
     def stream_after(self, event_id):
         """The stream and number that a Last-Event-ID names; the session's own stream when it names none of ours."""
@@ -6086,10 +6463,12 @@ class LegacyFront:
 
     def tick(self):
         """Under the session's lock: forget streams that were taken, all but the newest, and questions that are over."""
-        for key in [key for key, stream in self.streams.items() if stream.finished and stream.is_taken][:-8]:
-            del self.streams[key]
-        while len(self.streams) > 64:
-            self.streams.popitem(last=False)
+        over = [key for key, stream in self.streams.items() if stream.finished and not stream.is_open]
+        taken = [key for key in over if self.streams[key].is_taken][:-8]
+        for key in taken + over[: max(0, len(self.streams) - len(taken) - 64)]:
+            stream = self.streams.pop(key, None)
+            if stream:
+                stream.forget()
         self._asked = {
             number: question
             for number, question in self._asked.items()
@@ -6102,6 +6481,12 @@ class LegacyFront:
             streams = [self.get_stream, *self.streams.values()]
         for stream in streams:
             stream.end()
+            stream.forget()
+
+    def unload(self) -> None:
+        """The session leaves memory: nothing of it is charged to anybody any more."""
+        for stream in (self.get_stream, *self.streams.values()):
+            stream.forget()
 
 
 # -- modern clients, and legacy ones without a session
@@ -6143,7 +6528,9 @@ class ModernReply:
         elif self._change or "_meta" in result or "cacheScope" in result:
             self.give(result)
         else:
-            self.stream.put(with_id(line, message, self.id, self._stamps(result)), answer=True)
+            self.stream.put(
+                with_id(line, message, self.id, self._stamps(result)), answer=True, request_id=self.id
+            )
 
     def _stamps(self, result):
         stamps = {"resultType": "complete", "_meta": self.place.front.server_meta}
@@ -6158,14 +6545,17 @@ class ModernReply:
             result = {**result, "cacheScope": "private"}
         meta = result.get("_meta") if isinstance(result.get("_meta"), dict) else {}
         result = self._stamps(result) | result | {"_meta": {**self.place.front.server_meta, **meta}}
-        self.stream.put(result_message(self.id, result), answer=True)
+        self.stream.put(result_message(self.id, result), answer=True, request_id=self.id)
 
     def fail(self, code, sentence, data):
         """An error as an answer; the legacy era's own code for it is not used in this one. A call that is held is gone with it."""
         self.gone = self.held
         code = INTERNAL_ERROR if code == SERVER_ERROR else code
         self.stream.put(
-            error_message(self.id, code, sentence, data), answer=True, status=STATUS_OF_ERROR.get(code, 200)
+            error_message(self.id, code, sentence, data),
+            answer=True,
+            status=STATUS_OF_ERROR.get(code, 200),
+            request_id=self.id,
         )
 
     def refuse(self, error, undeclared):
@@ -6211,7 +6601,7 @@ class ModernReply:
             "requestState": self._hold(self),
             "_meta": self.place.front.server_meta,
         }
-        stream.put(result_message(self.id, result), answer=True)
+        stream.put(result_message(self.id, result), answer=True, request_id=self.id)
 
     def retried(self, request_id, responses):
         """The client came back, with answers or without: a Reader of what follows. What is missing is asked again."""
@@ -6447,6 +6837,8 @@ class Registry:
         self.closing = False
         self._binary = None
         self.asking = False
+        self.kept = KeptBytes(settings, clock)
+        self.owners = itertools.count(1)
         self.children = []  # every child not yet seen to have ended, whoever started it
 
     # -- sessions
@@ -6499,7 +6891,11 @@ class Registry:
                 LegacyFront,
                 version=row.protocol_version,
                 level=row.log_level,
-                subscriptions=json.loads(row.subscriptions),
+                subscriptions=[
+                    uri
+                    for uri in json.loads(row.subscriptions)[: self.settings.max_subscriptions]
+                    if len(uri) <= MAX_URI
+                ],
                 tools_hash=row.tools_hash,
             )
             with self.lock:
@@ -6592,10 +6988,14 @@ class Registry:
             return session.used_at >= before or not session.keeps_nothing
 
         with self.lock:
-            self.sessions = {name: session for name, session in self.sessions.items() if kept(session)}
+            unloaded = [session for session in self.sessions.values() if not kept(session)]
+            for session in unloaded:
+                del self.sessions[session.name]
             pools = {key: [session for session in pool if kept(session)] for key, pool in self.pools.items()}
             self.pools = {key: pool for key, pool in pools.items() if pool}
             self.held = {name: entry for name, entry in self.held.items() if entry[1] > time.monotonic()}
+        for session in unloaded:
+            session.front.unload()
 
     def all(self):
         """Every session, and every place of a pool, in memory."""
@@ -6853,6 +7253,7 @@ class Reaper:
                 and time.monotonic() - idle_since >= min(1.0, self._settings.session_idle_timeout)
             ):
                 session.sleep("idle")
+        self._registry.kept.expire()
         self._end_what_was_revoked(now)
         self._refresh(now)
         if now >= self._next_sweep:
@@ -7122,29 +7523,34 @@ class Endpoint:
                 refusal = self._refusal(caller, place, message)
                 if refusal:
                     reply.give(refusal)
-                else:
-                    calls.append(
-                        Call(
-                            message.method,
-                            message.params,
-                            reply,
-                            self._deadline(),
-                            after=session and remembers(session, message),
-                            capabilities=None if session else {},
-                            over=over,
-                        )
-                    )
+                    continue
+                call = Call(
+                    message.method,
+                    message.params,
+                    reply,
+                    self._deadline(),
+                    after=session and remembers(session, message),
+                    capabilities=None if session else {},
+                    over=over,
+                )
+                if session and message.method == "resources/subscribe":
+                    uri = (message.params or {}).get("uri")
+                    complaint = session.begin_subscription(uri)
+                    if complaint:
+                        reply.fail(INVALID_PARAMS, complaint, None)
+                        continue
+                    if isinstance(uri, str):
+                        call.over = once(functools.partial(session.end_subscription, uri))
+                calls.append(call)
             if session:
-                with session.lock:
-                    session.front.streams[stream.key] = stream
+                stream.on_named = session.front.name_stream
             if calls:
                 place.submit(calls)
         except BaseException:
             reader.close()
-            if session:
-                with session.lock:
-                    session.front.streams.pop(stream.key, None)
             over()
+            for call in calls:
+                call.over()
             raise
         if not calls:
             over()
@@ -7165,6 +7571,8 @@ class Endpoint:
         level = meta.get(META_LEVEL)
         if "requestState" in (message.params or {}):
             return self._retried(request, caller, message)
+        if message.method == "subscriptions/listen":
+            self._check_listener(message)
         alone = level is not None or self._registry.asking and bool(known_capabilities(capabilities))
         place = self._registry.lease(caller.sub, caller.client_id, capabilities, alone)
         over = once(lambda: self._registry.release(place))
@@ -7223,11 +7631,19 @@ class Endpoint:
             ),
         )
 
-    def _listening(self, caller, message, place, over):
-        wanted = message.params.get("notifications")
+    def _check_listener(self, message: Message) -> None:
+        """Refuse a listener before anything is made for it."""
+        wanted = (message.params or {}).get("notifications")
         if not isinstance(wanted, dict):
             raise RpcError(INVALID_PARAMS, "subscriptions/listen needs params.notifications.", None, 400)
-        stream = place.front.listen(message.id, wanted)
+        uris = wanted.get("resourceSubscriptions")
+        texts = {uri for uri in uris if isinstance(uri, str)} if isinstance(uris, list) else set()
+        complaint = subscriptions_refused(texts, len(texts), self._settings)
+        if complaint:
+            raise RpcError(INVALID_PARAMS, complaint, None, 400)
+
+    def _listening(self, caller, message, place, over):
+        stream = place.front.listen(message.id, message.params["notifications"])
         reader = stream.open()
 
         def gone():
@@ -8062,6 +8478,8 @@ class Connection:
     def _stream(self, response, reader, items, close):
         key = reader.stream.key
         later = response.later
+        if not later.gone:
+            reader.stream.announce()
         headers = [
             *response.headers,
             ("Content-Type", "text/event-stream"),

@@ -12,7 +12,8 @@ import fjmcp_broker
 import mcp_client
 from fjmcp_broker import Allowance, anew
 from load import same
-from mcp_client import McpClient
+from mcp_client import McpClient, RpcError
+from modern import connect, listening, refused
 from rig import text_of, who
 
 FILE = Path(fjmcp_broker.__file__)
@@ -142,3 +143,72 @@ def test_a_child_that_sends_without_end_is_read_no_faster_than_its_allowance(
         seconds for each, seconds in held if each != pid and seconds > 0
     ]
     assert who(same(mcp)) == "alice"
+
+
+# -- subscriptions
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+def test_subscriptions_of_a_session_are_bounded_in_number_and_length(make_rig, era):
+    rig = make_rig(child=("--era", era), max_subscriptions=3)
+    mcp = rig.session()
+
+    def code(uri):
+        try:
+            return mcp.request("resources/subscribe", {"uri": uri})
+        except RpcError as error:
+            return error.http_status, error.code
+
+    uris = [f"test://echo/{number}" for number in range(4)]
+    assert code("test://echo/" + "u" * 3000) == (200, -32602)
+    assert [code(uri) for uri in uris] == [{}, {}, {}, (200, -32602)]
+    assert code(uris[0]) == {}  # again, which is no more
+    mcp.request("resources/unsubscribe", {"uri": uris[1]})
+    assert code(uris[3]) == {}
+    (session,) = rig.broker.registry.all()
+    row = rig.broker.store.session(session.name, session.sub, session.client_id)
+    assert sorted(json.loads(row.subscriptions)) == [uris[0], uris[2], uris[3]] and not session.subscribing
+
+
+def test_a_subscription_whose_child_dies_does_not_count(controlled, control):
+    mcp = controlled.session()
+    (session,) = controlled.broker.registry.all()
+    assert not session.begin_subscription("test://note") and session.subscribing
+    session.end_subscription("test://note")
+    control.command({"cmd": "exit", "code": 1})
+    controlled.log.wait("child stopped")
+    assert mcp.request("resources/subscribe", {"uri": "test://note"}) == {} and not session.subscribing
+
+
+def test_a_session_on_file_with_more_subscriptions_than_allowed_is_cut(rig):
+    mcp = rig.session()
+    (session,) = rig.broker.registry.all()
+    uris = [f"test://echo/{number}" for number in range(200)]
+    rig.broker.store.update_session(session.name, None, ["x" * 5000, *uris], None)
+    rig.restart()
+    assert who(same(mcp)) == "alice"
+    (session,) = rig.broker.registry.all()
+    assert len(session.subscriptions) in (127, 128) and max(map(len, session.subscriptions)) < 100
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        None,
+        [],
+        {"resourceSubscriptions": [f"test://echo/{number}" for number in range(129)]},
+        {"resourceSubscriptions": ["test://echo/" + "u" * 3000]},
+    ],
+)
+def test_a_refused_listener_leaves_nothing_and_starts_nothing(rig, wanted):
+    mcp = connect(rig, capabilities={"elicitation": {}})
+    params = {} if wanted is None else {"notifications": wanted}
+    assert refused(mcp, "subscriptions/listen", params)[:2] == (400, -32602)
+    assert (rig.broker.registry.all(), rig.broker.registry.pools) == ([], {})
+    assert not rig.log.named("child started")
+
+
+def test_a_listener_has_as_many_resources_as_allowed(rig):
+    uris = [f"test://echo/{number}" for number in range(128)]
+    with listening(connect(rig), resourceSubscriptions=uris) as (honoured, _, _):
+        assert sorted(honoured["resourceSubscriptions"]) == sorted(uris)
