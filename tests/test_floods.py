@@ -102,7 +102,7 @@ def test_N02_H15_connections_in_waves_come_and_go(make_rig, nothing_stays, scale
 
 
 def test_H15_at_the_limit_connections_are_refused_at_once_and_those_that_are_there_are_served(
-    make_rig, scale
+    make_rig, scale, monkeypatch
 ):
     limit = scale(60, 1000)
     rig = make_rig(max_connections=limit, header_timeout="60s")
@@ -112,9 +112,14 @@ def test_H15_at_the_limit_connections_are_refused_at_once_and_those_that_are_the
     assert (
         wires[-1].send(get(rig)).answer().status == 200
     )  # the last of them was accepted, and so all before it
+    start, started = threading.Thread.start, []
+    monkeypatch.setattr(
+        threading.Thread, "start", lambda thread: (started.append(thread.name), start(thread))
+    )
     for _ in range(limit):
         with Wire(rig) as refused:
             assert refused.is_closed()
+    assert "connection" not in started
     assert rig.broker.server.open_connections == limit
     assert {wire.send(get(rig)).answer().status for wire in wires} == {200}
     for wire in wires:

@@ -575,19 +575,22 @@ def test_T06_a_replayed_code_ends_only_the_grant_it_made(rig, client, code):
     assert bearer_status(rig, other.tokens["access_token"]) == 200
 
 
-def test_T08_of_many_parallel_redemptions_one_succeeds(client, code):
-    statuses, barrier = [], threading.Barrier(12)
+def test_T08_of_many_parallel_redemptions_one_succeeds(rig, client, code):
+    answers, barrier = [], threading.Barrier(12)
 
     def redeem():
         barrier.wait(10)
-        statuses.append(client.redeem(code).status)
+        answers.append(client.redeem(code))
 
     threads = [threading.Thread(target=redeem) for _ in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert sorted(statuses) == [200] + [400] * 11
+    assert sorted(answer.status for answer in answers) == [200] + [400] * 11
+    made = next(answer.json() for answer in answers if answer.status == 200)
+    assert bearer_status(rig, made["access_token"]) == 401  # the others were replays
+    assert client.refresh(refresh_token=made["refresh_token"]).json()["error"] == "invalid_grant"
 
 
 def test_T09_a_code_lives_a_minute(rig, client, code):

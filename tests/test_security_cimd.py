@@ -510,6 +510,14 @@ def test_S14_what_is_kept_of_strangers_is_bounded_and_clients_with_a_login_stay(
             keep=40,
         )
     assert store._one("SELECT count(*) AS n FROM clients").n == 41 and client.refresh().status == 200
+    with store._batch() as db:
+        db.executemany(
+            "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, used_at)"
+            " VALUES (?, 'document', 'N', '[]', 'none', '{}', 0, ?)",
+            [(f"https://y.example/{number}", now) for number in range(1100)],
+        )
+    assert refused(cimd, "https://app.example/one-more")
+    assert store._one("SELECT count(*) AS n FROM clients").n == 1001 and client.refresh().status == 200
     assert {row.kind for row in store.listing("clients", now)[1]} == {"document"}
 
 

@@ -512,7 +512,7 @@ def test_C19_a_login_of_somebody_else_cannot_be_finished_in_a_victims_browser(ri
 
 def test_C20_fields_added_to_the_form_change_nothing(rig, client):
     browser = Browser()
-    page = browser.get(client.authorize_url(scope="forgejo:read"))
+    page = browser.get(client.authorize_url(scope="forgejo:read", state="mine"))
     added = {
         "client_id": "x",
         "redirect_uri": "https://evil.example/",
@@ -524,13 +524,15 @@ def test_C20_fields_added_to_the_form_change_nothing(rig, client):
     fields = {**page.form_with("login").fields, **added, "decision": "deny"}
     answer = browser.post(rig.url + "/oauth/consent", fields, stop=lambda url: True)
     assert answer.redirected_to.startswith(client.redirect_uri + "?")
+    assert query_of(answer.redirected_to)["state"] == "mine"
     page = browser.get(client.authorize_url(scope="forgejo:read"))
     browser.post(
         rig.url + "/oauth/consent",
         {**page.form_with("login").fields, **added, "decision": "approve"},
         stop=lambda url: True,
     )
-    assert rig.log.named("consent given")[-1]["scope"] == "forgejo:read"
+    given = rig.log.named("consent given")[-1]
+    assert (given["scope"], given["client"]) == ("forgejo:read", client.client_id)
 
 
 # -- K. the callback and what is upstream
