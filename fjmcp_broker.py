@@ -402,7 +402,9 @@ KEYS = {
     if setting.kind in ("text", "forgejo_scopes")
 }
 KEYS |= {setting.name: (setting, False) for setting in SETTINGS}
-URL = re.compile(r'(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?(/[!"$->@-~]*)?', re.IGNORECASE)
+URL = re.compile(
+    r'(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?(/[!"$->@-~]*)?', re.IGNORECASE | re.ASCII
+)
 
 
 def _text(value):
@@ -1840,7 +1842,7 @@ class Fetched:
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not re.fullmatch(r"application/([a-z0-9.-]+\+)?json", kind):
             return None
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(ValueError):
             value = read_json(self.body)
             return value if isinstance(value, dict) else None
 
@@ -1990,12 +1992,12 @@ def with_query(url, parameters):
     return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote)
 
 
-def jwt_claims(token):
-    """The claims of a JWT, unverified: it came straight from Forgejo over TLS. {} when it is none."""
+def jwt_claims(token: str) -> dict[str, object]:
+    """The claims of a JWT, unverified: Forgejo's came straight over TLS, a client's are checked later. {} when it is none."""
     try:
-        claims = json.loads(unb64url(token.split(".")[1]))
+        claims = read_json(unb64url(token.split(".")[1]))
         return claims if isinstance(claims, dict) else {}
-    except (ValueError, IndexError, AttributeError):
+    except (ValueError, IndexError):
         return {}
 
 
@@ -2029,15 +2031,10 @@ class Credential:
         ):
             raise UpstreamDown("Forgejo's token answer is incomplete")
         life = answer.get("expires_in")
-        life = (
-            float(life)
-            if isinstance(life, (int, float))
-            and not isinstance(life, bool)
-            or isinstance(life, str)
-            and life.isdigit()
-            else 3600.0
-        )
-        life = life if 0 < life < 366 * 86400 else 3600.0
+        if isinstance(life, str) and re.fullmatch(r"[0-9]{1,9}", life):
+            life = int(life)
+        if not isinstance(life, (int, float)) or isinstance(life, bool) or not 0 < life < 366 * 86400:
+            life = 3600.0
         expires, issued = (_claim(jwt_claims(access), name) for name in ("exp", "iat"))
         if (
             expires and issued and 0 < expires - issued < life
@@ -2400,65 +2397,122 @@ class Upstream:
 # ======================================================================================================================
 
 MAX_DEPTH = 64
+# A parsed value costs up to 250 bytes, and the parser lets no other thread run: this many cost 0.1 s and 60 MiB at most.
+MAX_VALUES = 1 << 18
+MAX_CHILD_VALUES = 1 << 20
+NO_STRUCTURE = bytes(set(range(256)) - set(b'"[]{},'))
+AS_SQUARE = bytes.maketrans(b"{}", b"[]")
+LONE_SURROGATE = (
+    re.compile(  # the escape of a first half without a second one, or of a second one without a first
+        rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+        rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    )
+)
 ENVELOPE = re.compile(rb'\{"jsonrpc":"2\.0","id":([0-9]{1,15}),"(result":\{|error":)')
+# U+0085, U+2028 and U+2029, which some readers of event streams take for the end of a line.
+LINE_SEPARATORS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 Kind = TypeVar("Kind")
 Default = TypeVar("Default")
 
 
-def _unique(pairs):
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(pairs)
     if len(value) != len(pairs):  # Python keeps the last, others the first: a difference to attack with
         raise ValueError("an object has the same key twice")
     return value
 
 
-def _no_constant(name):
+def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
 
 
-def _finite(text):
+def _finite(text: str) -> float:
     value = float(text)
-    if value in (float("inf"), float("-inf")):
+    if math.isinf(value):
         raise ValueError("a number is too large")
     return value
 
 
+def _finite_or_null(text: str) -> float | None:
+    """A child's number; null for one that no double can hold, as JSON.stringify has it: one number fails no call."""
+    value = float(text)
+    return None if math.isinf(value) else value
+
+
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
-_CHILD = json.JSONDecoder(parse_constant=_no_constant)
+_CHILD = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite_or_null)
 _ENCODER = json.JSONEncoder(
     separators=(",", ":"), check_circular=False
 )  # made once: json.dumps would make one a call
 
 
-def _check_depth(text):
-    """Refuse deep nesting before a recursive parser sees it."""
-    depth = 0
-    bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
-    for character in re.findall(r"[\[\]{}]", bare):
-        depth += 1 if character in "[{" else -1
-        if depth > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH}")
+def _structure(body: bytes) -> bytes:
+    """The brackets and commas of a JSON text that stand outside its strings, found by passes of C that are linear in it."""
+    bare = body.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, NO_STRUCTURE)
+    return b"".join(bare.replace(b'""', b"").split(b'"')[::2])
 
 
-def read_json(body):
-    """The value of a JSON text from outside: strict UTF-8, no duplicate keys, NaN or endless numbers; ValueError otherwise."""
-    text = body.decode("utf-8")
-    if text.count("[") + text.count("{") > MAX_DEPTH:
-        _check_depth(text)
-    return _STRICT.decode(text)
+def _check_values(body: bytes, most: int) -> None:
+    """ValueError if a JSON text may hold more values than `most`; each but one follows a bracket or a comma."""
+    if len(body) > most and sum(map(body.count, (b"[", b"{", b","))) > most:
+        marks = _structure(body)
+        if len(marks) - marks.count(b"]") - marks.count(b"}") > most:
+            raise ValueError(f"more than {most} values")
 
 
-def read_child_json(line):
-    """The value of a line of a child: JSON, but trusted not to be an attack on parsers; ValueError otherwise."""
-    return _CHILD.decode(line.decode("utf-8"))
+def _check_depth(body: bytes) -> None:
+    """ValueError if a JSON text is nested deeper than MAX_DEPTH, so that no recursive parser sees it.
+
+    Taking away all empty pairs of brackets makes a text one less deep. What is not JSON may be refused here or by the parser.
+    """
+    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+        return
+    brackets = _structure(body).translate(AS_SQUARE, b",")
+    for deeper in range(MAX_DEPTH, -1, -1):
+        if brackets.count(b"[") <= deeper:
+            return
+        brackets = brackets.replace(b"[]", b"")
+    raise ValueError(f"nested deeper than {MAX_DEPTH}, or a bracket is missing")
 
 
-def parse_json_object(body, error):
+def without_lone_surrogates(body: bytes) -> bytes:
+    """A JSON text in which each escape of half a surrogate pair is U+FFFD, as Go and others read it; Python keeps such halves."""
+    if b"\\ud" not in body and b"\\uD" not in body:
+        return body
+    # An escaped backslash is written in another way, so that each one that is left begins an escape.
+    mended, found = LONE_SURROGATE.subn(rb"\\ufffd", body.replace(rb"\\", rb"\u005c"))
+    return mended if found else body
+
+
+def _decode(decoder: json.JSONDecoder, body: bytes) -> object:
+    try:
+        return decoder.decode(without_lone_surrogates(body).decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(body: bytes) -> object:
+    """The value of a JSON text from outside; ValueError unless it is strict UTF-8 without duplicate keys, NaN or endless numbers.
+
+    At most MAX_DEPTH deep and of MAX_VALUES values, both known before it is parsed. Lone surrogates become U+FFFD.
+    """
+    _check_values(body, MAX_VALUES)
+    _check_depth(body)
+    return _decode(_STRICT, body)
+
+
+def read_child_json(line: bytes) -> object:
+    """The value of a line of a child: JSON of at most MAX_CHILD_VALUES values; ValueError otherwise."""
+    _check_values(line, MAX_CHILD_VALUES)
+    return _decode(_CHILD, line)
+
+
+def parse_json_object(body: bytes, error: str) -> dict[str, object]:
     """A JSON object from outside; OAuthError `error` when it is none."""
     try:
         value = read_json(body)
-    except (ValueError, RecursionError) as problem:
-        raise OAuthError(error, f"The body is not a JSON object: {problem}.") from None
+    except ValueError as problem:
+        raise OAuthError(error, f"The body is not a JSON object: {str(problem)[:200]}.") from None
     if not isinstance(value, dict):
         raise OAuthError(error, "The body is not a JSON object.")
     return value
@@ -2550,8 +2604,17 @@ def error_message(request_id, code, message, data=None):
     return dump({"jsonrpc": "2.0", **({} if request_id is None else {"id": request_id}), "error": error})
 
 
+def escape_line_separators(line: bytes) -> bytes:
+    """A JSON text that parses, with those characters escaped that some readers of event streams take for the end of a line."""
+    if not line.isascii():
+        for separator, escape in LINE_SEPARATORS:
+            line = line.replace(separator, escape)
+    return line
+
+
 def with_id(line, message, request_id, extra=None):
     """A child's answer with its id replaced and `extra` members in its result; large ones keep their bytes, where the envelope leaves no doubt."""
+    line = escape_line_separators(line)
     match = ENVELOPE.match(line)
     if (
         match
@@ -3574,7 +3637,7 @@ def spend(limiter, settings, kind, request):
 # A name in lower case with a last label that is no number, so no spelling of an IP address; no port, user name, fragment or dot segment.
 DOCUMENT_URL = re.compile(
     r"https://((?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?)"
-    r"(?!/*(?:\?|$))(?!\S*/(?:\.|%2[eE]){1,2}(?:[/?]|$))/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*(?:\?[A-Za-z0-9._~!$&'()*+,;=:@%/?-]*)?"
+    r"(?=/)(?!/*(?:\?|$))(?!\S*/(?:\.|%2[eE]){1,2}(?:[/?]|$))/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*(?:\?[A-Za-z0-9._~!$&'()*+,;=:@%/?-]*)?"
 )
 SHA256_PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")  # DigestInfo of RFC 8017 9.2 note 1
 
@@ -3763,7 +3826,7 @@ class Documents:
             ):
                 if wrong:
                     raise ValueError(reason)
-        except (AttributeError, TypeError, RecursionError):
+        except (AttributeError, TypeError):
             raise ValueError("it is not a JWT") from None
         if not any(
             verify_rs256(signed.encode(), unb64url(signature), n, e)
@@ -4527,12 +4590,9 @@ class Authorization:
 
         Whoever holds a token that we issued is limited by its grant, whatever address they share; all others by their address.
         """
-        kind, _, parameters = (request.header("content-type") or "").partition(";")
-        if (
-            kind.strip().lower() != "application/x-www-form-urlencoded"
-            or "charset" in parameters.lower()
-            and "utf-8" not in parameters.lower()
-        ):
+        # A charset is ignored: this type has none (WHATWG URL 5), and clients write several for the same ASCII.
+        kind = (request.header("content-type") or "").partition(";")[0]
+        if kind.strip().lower() != "application/x-www-form-urlencoded":
             raise OAuthError("invalid_request", "Send the parameters as application/x-www-form-urlencoded.")
         values = parse_form(
             request.read_body(self._settings.max_form),
@@ -5239,9 +5299,10 @@ class Link:
             self.bad_lines >= 100 or self.edge is None
         ):  # it was told to end, or speaks before it was spoken to
             return
+        line = without_lone_surrogates(line)  # here already: an answer may go on as these bytes
         try:
             message = classify(read_child_json(line))
-        except (ValueError, RecursionError):
+        except ValueError:
             self.bad_lines += 1
             self._dropped("warning", "bad line from child", line, count=self.bad_lines)
             if self.bad_lines >= 100:
@@ -5930,7 +5991,7 @@ SERVER_CAPABILITIES = (
     "resources",
     "tools",
 )
-LEGACY_MISSING = re.compile(r"client does not support|\bcapabilit", re.IGNORECASE)
+LEGACY_MISSING = re.compile(r"client does not support|\bcapabilit", re.IGNORECASE | re.ASCII)
 COLLECT_WAIT = 0.05  # seconds in which a legacy child may ask more, so that all goes out in one answer
 PROBE_WAIT = 5.0  # seconds a child may keep silent when it is asked for its era; then it is legacy
 
@@ -7411,7 +7472,7 @@ class Endpoint:
         body = request.read_body(self._settings.max_body)
         try:
             return read_json(body)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             duplicate = "twice" in str(error)
             raise RpcError(
                 INVALID_REQUEST if duplicate else PARSE_ERROR,
@@ -7950,13 +8011,13 @@ def marked_properties(schema, path=()):
 # ======================================================================================================================
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]+) HTTP/([0-9]\.[0-9])")
-HEADER_LINE = re.compile(
-    rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*((?:[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*"
-)
+FIELD_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+FIELD_VALUE = re.compile(rb"[\t -~\x80-\xff]*")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
 MAX_LINE = 8192
 MAX_HEAD = 32768
 MAX_HEADERS = 100
+MIN_CHUNKS = 4096  # the chunks that any body may have; a large one may have more
 URI_TOO_LONG = (414, "uri_too_long", "The request line is too long.")
 HEADER_TOO_LARGE = (431, "header_too_large", "The request's header is too large.")
 
@@ -8234,17 +8295,27 @@ class Connection:
             line = self._line(deadline, left, HEADER_TOO_LARGE)
             if not line:
                 return fields
-            field = HEADER_LINE.fullmatch(line)
-            if not field:
+            name, colon, value = line.partition(b":")
+            if not (colon and FIELD_NAME.fullmatch(name) and FIELD_VALUE.fullmatch(value)):
                 raise bad_request("A header line is malformed.")
-            fields.setdefault(field[1].decode().lower(), []).append(field[2].decode("latin-1"))
+            fields.setdefault(name.decode().lower(), []).append(value.strip(b" \t").decode("latin-1"))
             left -= len(line) + 2
         raise Refusal(*HEADER_TOO_LARGE)
 
+    def _await_request(self, until: float) -> None:
+        """Wait for the first byte of a request, past one empty line (RFC 9112 2.2: some clients end a body with it); Gone after `until`."""
+        if not self.buffer:
+            self._receive(until, Gone())
+        if self.buffer == b"\r":
+            self._receive(until, Gone())
+        if self.buffer.startswith(b"\r\n"):
+            del self.buffer[:2]
+            if not self.buffer:
+                self._receive(until, Gone())
+
     def _read_request(self, patience):
         """The next request; Gone when none begins in time, Refusal for anything that is not strictly HTTP."""
-        if not self.buffer:
-            self._receive(time.monotonic() + patience, Gone())
+        self._await_request(time.monotonic() + patience)
         deadline = time.monotonic() + self.settings.header_timeout
         match = REQUEST_LINE.fullmatch(self._line(deadline, MAX_LINE, URI_TOO_LONG))
         if not match:
@@ -8258,7 +8329,7 @@ class Connection:
         hosts = len(headers.get("host", ()))
         if hosts > 1 or self.http11 and not hosts:
             raise bad_request("Exactly one Host header is needed.")
-        absolute = re.fullmatch(r"https?://([^/?#]+)(/.*)?", target, re.IGNORECASE)
+        absolute = re.fullmatch(r"https?://([^/?#]+)(/.*)?", target, re.IGNORECASE | re.ASCII)
         if absolute:
             headers["host"] = [absolute[1]]
             target = absolute[2] or "/"
@@ -8317,9 +8388,10 @@ class Connection:
         self.unread = 0
         return body
 
-    def _chunks(self, limit, deadline, too_large):
+    def _chunks(self, limit: int, deadline: float, too_large: Refusal) -> bytes:
+        """A chunked body (RFC 9112 7.1). A chunk costs a few microseconds however small it is, so their number has a bound, too."""
         body = bytearray()
-        while True:
+        for _ in range(MIN_CHUNKS + limit // 64):
             match = CHUNK_LINE.fullmatch(
                 self._line(deadline, MAX_LINE, (400, "bad_request", "A chunk's line is too long."))
             )
@@ -8331,9 +8403,11 @@ class Connection:
                 return bytes(body)
             if len(body) + size > limit:
                 raise too_large
-            body += self._exactly(size, deadline)
-            if self._exactly(2, deadline) != b"\r\n":
+            chunk = self._exactly(size + 2, deadline)
+            if not chunk.endswith(b"\r\n"):
                 raise bad_request("A chunk does not end where it says.")
+            body += chunk[:-2]
+        raise bad_request("The body has too many chunks.")
 
     # -- writing
 
@@ -8562,6 +8636,10 @@ class Broker:
         if settings.metrics_listen:
             self.servers.append(Server(settings, self.metrics, self.log, settings.metrics_listen))
         self._hosts = own_hosts(settings.public_url, self.server.port)
+        self._wrong_host = (
+            f"This server answers for {urlsplit(settings.public_url).netloc}, not for that host name. "
+            "A proxy has to pass the client's Host header on, with its port (nginx: proxy_set_header Host $http_host)."
+        )
         self._blob = git_blob_id(__file__)
 
     def _routes(self, clients, authorization, endpoint):
@@ -8625,7 +8703,7 @@ class Broker:
         cors = ()
         try:
             if request.headers.get("host", [""])[0].lower() not in self._hosts and kind != "health":
-                raise Refusal(421, "misdirected_request", "This server does not answer for that host name.")
+                raise Refusal(421, "misdirected_request", self._wrong_host)
             if not kind:
                 raise Refusal(404, "not_found", "There is nothing at this address.")
             cors = self._cors(request, kind)
@@ -9177,10 +9255,11 @@ def check_child(settings):
                 [command[0], "--version"],
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=20,
                 stdin=subprocess.DEVNULL,
             ).stdout.strip()
-            number = re.search(r"v?([0-9]+)\.[0-9]+", shown)
+            number = re.search(r"(?<![0-9])([0-9]{1,9})\.[0-9]", shown)
             if number and int(number[1]) < 2:
                 yield "fail", f"forgejo_mcp_binary: {shown} is too old", "install forgejo-mcp 2.0 or newer"
         child = subprocess.Popen(
@@ -9210,7 +9289,7 @@ def check_child(settings):
                 if server is None:  # what refuses the handshake may speak the era that has none
                     child.stdin.write(dump(asking(method, params, jsonrpc="2.0", id=method)) + b"\n")
                     child.stdin.flush()
-                    result = json.loads(child.stdout.readline()).get("result", {})
+                    result = read_child_json(child.stdout.readline(settings.max_line)).get("result", {})
                     server = result.get("serverInfo") or result.get("_meta", {}).get(META_SERVER)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)

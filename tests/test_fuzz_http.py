@@ -102,6 +102,8 @@ def chunks_at(data, at):
 def request_at(data, at):
     """One request as (method, target, fields, body), where it ends, and whether the connection lives on (3, 9.3)."""
     line, at = line_at(data, at)
+    if not line:  # one empty line before a request is ignored (2.2)
+        line, at = line_at(data, at)
     words = line.split(" ")
     if len(words) != 3:
         raise Invalid("request line")
