@@ -2402,11 +2402,10 @@ MAX_VALUES = 1 << 18
 MAX_CHILD_VALUES = 1 << 20
 NO_STRUCTURE = bytes(set(range(256)) - set(b'"[]{},'))
 AS_SQUARE = bytes.maketrans(b"{}", b"[]")
-LONE_SURROGATE = (
-    re.compile(  # the escape of a first half without a second one, or of a second one without a first
-        rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
-        rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-    )
+# The escape of a first half of a pair without a second one, or of a second one without a first.
+LONE_SURROGATE = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 )
 ENVELOPE = re.compile(rb'\{"jsonrpc":"2\.0","id":([0-9]{1,15}),"(result":\{|error":)')
 # U+0085, U+2028 and U+2029, which some readers of event streams take for the end of a line.
