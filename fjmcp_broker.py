@@ -17,11 +17,14 @@ Contents, in dependency order; a section names only what stands above it:
   Eras · Registry and reaper · Gate and /mcp · HTTP server · Broker · Commands
 """
 
+from __future__ import annotations
+
 import base64
 import binascii
 import collections
 import contextlib
 import ctypes
+import datetime
 import difflib
 import email.utils
 import errno
@@ -58,7 +61,7 @@ import tomllib
 import traceback
 import unicodedata
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote_plus, urlencode, urlsplit
@@ -140,10 +143,98 @@ def anew(error: Exception) -> Exception:
 
 
 class Clock:
-    """Wall time in seconds. Tests inject another; waits on sockets and locks use real time and never ask it."""
+    """The machine's three clocks, in seconds. Tests inject others; waits on sockets and locks use real time and never ask them."""
 
-    def now(self):
+    def now(self) -> float:
+        """Returns the wall clock's time, which an operator, NTP or a bad battery may set at any moment."""
         return time.time()
+
+    def boottime(self) -> float:
+        """Returns the time since the machine's boot, which nobody sets and which runs on while the machine is suspended."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def monotonic(self) -> float:
+        """Returns a time for waits within this process."""
+        return time.monotonic()
+
+
+class SteadyClock:
+    """Wall time that a step of the wall clock does not move: read at the start, carried on by CLOCK_BOOTTIME.
+
+    A wall clock that differs is followed once it has for FOLLOW_AFTER seconds. What such a step forward expires is
+    forgiven for a while, because the step itself may be the error.
+    """
+
+    TOLERANCE = 60.0
+    FOLLOW_AFTER = 600.0
+    FORGIVEN_FOR = 7 * 86400.0
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._offset = clock.now() - clock.boottime()
+        self._differs = 0.0
+        self._since: float | None = None
+        self._leap = 0.0
+        self._leaped_at = 0.0
+
+    def now(self) -> float:
+        """Returns the time that expiries are compared with."""
+        return self._clock.boottime() + self._offset
+
+    def wall(self) -> float:
+        """Returns what the wall clock says at this moment."""
+        return self._clock.now()
+
+    def monotonic(self) -> float:
+        """Returns a time for waits within this process."""
+        return self._clock.monotonic()
+
+    def leap(self) -> float:
+        """Returns by how many seconds steps of the wall clock that were followed have moved now() forward, 0 once that is long ago."""
+        return self._leap if self._clock.boottime() - self._leaped_at < self.FORGIVEN_FOR else 0.0
+
+    def compare(self) -> tuple[str, float] | None:
+        """Compares with the wall clock, and follows it when it has differed for long; the reaper calls this.
+
+        Returns (what is to be said, the difference in seconds): `differs`, `agrees` (again) or `followed`; None for nothing new.
+        """
+        difference = self.wall() - self.now()
+        if abs(difference) <= self.TOLERANCE:
+            agrees_again = self._since is not None
+            self._since = None
+            return ("agrees", difference) if agrees_again else None
+        boottime = self._clock.boottime()
+        if self._since is None or abs(difference - self._differs) > self.TOLERANCE:
+            self._since = boottime  # another step: its ten minutes begin now
+            self._differs = difference
+        if boottime - self._since < self.FOLLOW_AFTER:
+            return "differs", difference
+        self._leap = max(0.0, self.leap() + difference)
+        self._leaped_at = boottime
+        self._offset += difference
+        self._since = None
+        return "followed", difference
+
+
+class Seldom:
+    """Says yes once in `seconds` for each key. It remembers no key for longer than that."""
+
+    def __init__(self, clock: SteadyClock, seconds: float) -> None:
+        self._clock = clock
+        self._seconds = seconds
+        self._lock = threading.Lock()  # guards the dict; a leaf
+        self._asked: collections.OrderedDict[object, float] = collections.OrderedDict()
+
+    def due(self, key: object) -> bool:
+        """Returns whether the key's last yes is long enough ago; then this is one."""
+        now = self._clock.monotonic()
+        with self._lock:
+            while self._asked and now - next(iter(self._asked.values())) >= self._seconds:
+                self._asked.popitem(last=False)
+            if key in self._asked:
+                return False
+            self._asked[key] = now
+            return True
 
 
 def new_secret(prefix=""):
@@ -1046,6 +1137,11 @@ VERSION_2 = """
 CREATE INDEX grants_by_client ON grants (client_id, ended_at);
 ALTER TABLE logins ADD COLUMN decision TEXT NOT NULL DEFAULT '';
 ALTER TABLE logins ADD COLUMN answer BLOB;
+ALTER TABLE users ADD COLUMN account_created REAL;
+ALTER TABLE users ADD COLUMN former_login TEXT;
+ALTER TABLE users ADD COLUMN state_reason TEXT;
+ALTER TABLE users ADD COLUMN credential_order INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX users_by_credential_order ON users (credential_order);
 """
 MIGRATIONS = (SCHEMA, VERSION_2)  # MIGRATIONS[n] takes a store from version n to n + 1
 
@@ -1578,14 +1674,55 @@ class Store:
         row = self._one("SELECT * FROM users WHERE sub = ?", (sub,))
         return row and row._replace(groups=json.loads(row.groups))
 
-    def update_user(self, sub, login, name, groups, now):
-        """Make or refresh what userinfo says of a user; the state and the credential stay."""
+    def update_user(
+        self,
+        sub: str,
+        login: str,
+        name: str,
+        groups: Sequence[str],
+        now: float,
+        account_created: float | None = None,
+    ) -> None:
+        """Makes or refreshes what Forgejo says of a user; the state and the credential stay. A login that changed is kept as the former."""
         self._write(
-            "INSERT INTO users (sub, login, name, groups, state, checked_at, created_at) VALUES (?, ?, ?, ?, 'logged_out', ?, ?)"
-            " ON CONFLICT (sub) DO UPDATE SET login = excluded.login, name = excluded.name, groups = excluded.groups,"
-            " checked_at = excluded.checked_at",
-            (sub, login, name, json.dumps(list(groups)), now, now),
+            "INSERT INTO users (sub, login, name, groups, state, account_created, checked_at, created_at)"
+            " VALUES (:sub, :login, :name, :groups, 'logged_out', :created, :now, :now)"
+            " ON CONFLICT (sub) DO UPDATE SET login = :login, name = :name, groups = :groups, checked_at = :now,"
+            " former_login = iif(login = :login COLLATE NOCASE, former_login, login),"
+            " account_created = coalesce(:created, account_created)",
+            {
+                "sub": sub,
+                "login": login,
+                "name": name,
+                "groups": json.dumps(list(groups)),
+                "created": account_created,
+                "now": now,
+            },
         )
+
+    def end_person(self, sub: str, reason: str, now: float) -> list[Any]:
+        """Ends every grant, session and account login of a user's number and forgets the credential: it means another person now.
+
+        Returns the grants (grant_id, client_id) that ended.
+        """
+        with self._batch() as db:
+            ended: list[Any] = db.execute(
+                "UPDATE grants SET ended_at = ?, end_reason = ? WHERE sub = ? AND ended_at IS NULL"
+                " RETURNING grant_id, client_id",
+                (now, reason, sub),
+            ).fetchall()
+            theirs = "WHERE grant_id IN (SELECT grant_id FROM grants WHERE sub = ?)"
+            db.execute(f"DELETE FROM access_tokens {theirs}", (sub,))
+            db.execute(f"UPDATE refresh_tokens SET successor = NULL {theirs}", (sub,))
+            db.execute("DELETE FROM sessions WHERE sub = ?", (sub,))
+            db.execute("DELETE FROM account_logins WHERE sub = ?", (sub,))
+            db.execute(
+                "UPDATE users SET state = 'logged_out', state_reason = NULL, credential = NULL, credential_grant = 0,"
+                " credential_count = 0, credential_seq = credential_seq + 1, refreshing_since = NULL,"
+                " upstream_scope = NULL, account_created = NULL, former_login = NULL WHERE sub = ?",
+                (sub,),
+            )
+            return ended
 
     def set_upstream_scope(self, sub, scope):
         """What Forgejo really granted, as introspection tells; None when unknown."""
@@ -1595,15 +1732,33 @@ class Store:
         """Note that the stored refresh token is about to be spent: after a crash its refusal is known to be ours."""
         self._write("UPDATE users SET refreshing_since = ? WHERE sub = ?", (now, sub))
 
-    def save_credential(self, sub, box, grant, count, expires_at, obtained_at):
-        """Replace a known user's credential, whatever their state; the new sequence number, None when a newer one is stored.
+    def credential_order(self) -> int:
+        """Returns the number of the last credential saved, of any user: read before an exchange or refresh begins."""
+        found = self._one("SELECT max(credential_order) AS last FROM users").last
+        return int(found or 0)
 
-        Newer is what Forgejo counted later: its grant's number, then the grant's counter. Equal or unreadable: the last one saved.
+    def save_credential(
+        self,
+        sub: str,
+        box: bytes,
+        grant: int,
+        count: int,
+        expires_at: float,
+        obtained_at: float,
+        began: int = 0,
+    ) -> int | None:
+        """Replaces a known user's credential, whatever their state. Returns its sequence number, None when a newer one is stored.
+
+        `began` is what credential_order() said before the exchange or refresh. A stored credential that was saved by
+        then is the older one, whatever Forgejo counts: a Forgejo restored from a backup counts from an older place. Of
+        two that overlapped Forgejo's numbers tell the later: its grant's, then the grant's counter; equal or
+        unreadable: the last one saved.
         """
         rows = self._write(
             "UPDATE users SET credential = :box, credential_grant = :grant, credential_count = :count, access_expires_at = :expires,"
-            " obtained_at = :obtained, credential_seq = credential_seq + 1, refreshing_since = NULL"
-            " WHERE sub = :sub AND (:grant = 0 OR credential_grant < :grant"
+            " obtained_at = :obtained, credential_seq = credential_seq + 1, refreshing_since = NULL,"
+            " credential_order = 1 + (SELECT max(credential_order) FROM users)"
+            " WHERE sub = :sub AND (credential_order <= :began OR :grant = 0 OR credential_grant < :grant"
             " OR (credential_grant = :grant AND credential_count <= :count)) RETURNING credential_seq",
             {
                 "box": box,
@@ -1612,27 +1767,37 @@ class Store:
                 "expires": expires_at,
                 "obtained": obtained_at,
                 "sub": sub,
+                "began": began,
             },
         )
         return rows[0].credential_seq if rows else None
 
-    def set_user_state(self, sub, state, if_seq=None):
-        """Set a user's state, if wanted only while a credential is still the stored one; whether it was set."""
+    def set_user_state(
+        self, sub: str, state: str, if_seq: int | None = None, reason: str | None = None
+    ) -> bool:
+        """Sets a user's state and Forgejo's reason for it; with `if_seq` only while that credential is the stored one.
+
+        Returns whether the state is another than before.
+        """
         return (
             self._write(
-                "UPDATE users SET state = ?, refreshing_since = NULL WHERE sub = ? AND (? IS NULL OR credential_seq = ?)"
-                " AND state != ?",
-                (state, sub, if_seq, if_seq, state),
+                "UPDATE users SET state = :state, state_reason = :reason, refreshing_since = NULL"
+                " WHERE sub = :sub AND (:seq IS NULL OR credential_seq = :seq) AND state != :state",
+                {"state": state, "reason": reason, "sub": sub, "seq": if_seq},
             )
             == 1
         )
+
+    def shut_out(self) -> set[str]:
+        """Returns the users whose logins are of no use at present: logged out upstream, suspended or not allowed."""
+        return {row.sub for row in self._all("SELECT sub FROM users WHERE state != 'active'")}
 
     def users_to_refresh(self, obtained_before, now):
         """The users with a live grant whose credential is older than that: Forgejo's refresh token dies after 730 h unused."""
         return [
             row.sub
             for row in self._all(
-                "SELECT sub FROM users WHERE state = 'active' AND obtained_at < :before AND EXISTS"
+                "SELECT sub FROM users WHERE state IN ('active', 'suspended') AND obtained_at < :before AND EXISTS"
                 f" (SELECT 1 FROM grants WHERE grants.sub = users.sub AND {LIVE_GRANT})",
                 {"before": obtained_before, "now": now},
             )
@@ -1811,8 +1976,8 @@ class UpstreamMisconfigured(Exception):
     """Forgejo refused this broker's client id or secret: the operator's fault, not the user's."""
 
 
-class NotAUser(Exception):
-    """userinfo answered with a page: Forgejo does so for suspended users, and so do proxies. Needs a second witness."""
+class Suspended(Exception):
+    """Forgejo lets this user do nothing (suspended, inactive, a password to change); the text is Forgejo's first sentence."""
 
 
 class LoggedOut(Exception):
@@ -2017,6 +2182,7 @@ class Credential:
     grant: int
     count: int
     subject: object
+    login: object
 
     @classmethod
     def from_answer(cls, answer, now, old_refresh=""):
@@ -2041,10 +2207,17 @@ class Credential:
         ):  # by the token's own clock, so that a skew does not matter
             life = expires - issued
         claims = jwt_claims(refresh)
-        subject = (
-            jwt_claims(answer["id_token"]).get("sub") if isinstance(answer.get("id_token"), str) else None
+        identity = jwt_claims(answer["id_token"]) if isinstance(answer.get("id_token"), str) else {}
+        return cls(
+            access,
+            refresh,
+            now + life,
+            now,
+            _claim(claims, "gnt"),
+            _claim(claims, "cnt"),
+            identity.get("sub"),
+            identity.get("preferred_username"),
         )
-        return cls(access, refresh, now + life, now, _claim(claims, "gnt"), _claim(claims, "cnt"), subject)
 
 
 @dataclass(frozen=True)
@@ -2055,6 +2228,29 @@ class UserInfo:
     login: str
     name: str
     groups: tuple
+
+
+@dataclass(frozen=True)
+class Account:
+    """An account as the API shows it: the number as text, the login, and when it was made (None: unreadable)."""
+
+    sub: str
+    login: str
+    created: float | None
+
+    @classmethod
+    def from_answer(cls, value: Mapping[str, Any] | None) -> Account | None:
+        """Returns the account in an answer of the API, None when there is none in it."""
+        number = value.get("id") if value else None
+        login = value.get("login") if value else None
+        if not isinstance(number, int) or isinstance(number, bool) or not isinstance(login, str) or not value:
+            return None
+        created = None
+        with contextlib.suppress(ValueError, OverflowError, TypeError):
+            # Forgejo writes it in its own time zone, which may change: the moment is what counts.
+            moment = datetime.datetime.fromisoformat(str(value.get("created")))
+            created = moment.timestamp() if moment.tzinfo and moment.year >= 1970 else None
+        return cls(str(number), login, created)
 
 
 class Forgejo:
@@ -2070,7 +2266,14 @@ class Forgejo:
         self._introspection = settings.forgejo_introspection_url or base + "/login/oauth/introspect"
         self._api = base + "/api/v1"
 
-    def _fetch(self, method, url, form=None, authorization=None):
+    def _fetch(
+        self,
+        method: str,
+        url: str,
+        form: Mapping[str, str] | None = None,
+        authorization: str | None = None,
+        deadline: float = 15.0,
+    ) -> Fetched:
         headers = {"Authorization": authorization} if authorization else {}
         if form:
             headers["Content-Type"] = "application/x-www-form-urlencoded"
@@ -2081,6 +2284,7 @@ class Forgejo:
                 ca_file=self._settings.forgejo_ca_file,
                 body=urlencode(form or {}).encode(),
                 headers=headers,
+                deadline=deadline,
             )
         except FetchFailed as error:
             raise UpstreamDown(str(error)) from None
@@ -2098,7 +2302,12 @@ class Forgejo:
         }
         return with_query(self._authorize, query)
 
-    def _grant(self, form, old_refresh=""):
+    def _grant(self, form: Mapping[str, str], old_refresh: str = "") -> Credential:
+        """Returns the Credential that the token endpoint gives for a form.
+
+        Raises UpstreamMisconfigured where Forgejo does not accept this broker, UpstreamRefused where it does not
+        accept the code or token (it says both with status 400, RFC 6749 5.2 with 401 too), UpstreamDown for all else.
+        """
         form = {
             **form,
             "client_id": self._settings.forgejo_oauth_client_id,
@@ -2108,13 +2317,13 @@ class Forgejo:
         value = answer.json()
         if answer.status == 200 and value is not None:
             return Credential.from_answer(value, self._clock.now(), old_refresh)
-        error = value.get("error") if value and 400 <= answer.status < 500 and answer.status != 429 else None
+        error = value.get("error") if value and answer.status in (400, 401) else None
         description = str(value.get("error_description"))[:200] if value else ""
         if error == "invalid_client" or error == "unauthorized_client" and "client secret" in description:
             raise UpstreamMisconfigured(f"{error}: {description}")
-        if error in ("invalid_grant", "unauthorized_client", "access_denied"):
+        if error in ("invalid_grant", "unauthorized_client"):
             raise UpstreamRefused(f"{error}: {description}")
-        raise UpstreamDown(f"status {answer.status} {error or ''}".strip())
+        raise UpstreamDown(f"the token endpoint answers {unexpected(answer)}")
 
     def exchange(self, code, verifier):
         """A Credential for an authorization code."""
@@ -2131,18 +2340,29 @@ class Forgejo:
         """A Credential for a refresh token, which is spent by this."""
         return self._grant({"grant_type": "refresh_token", "refresh_token": refresh_token}, refresh_token)
 
-    def userinfo(self, access):
-        """The UserInfo of an access token; UpstreamRefused, NotAUser or UpstreamDown."""
+    def probe(self) -> None:
+        """Returns if the token endpoint answers as one does, raises UpstreamDown otherwise. No token is spent, no secret sent."""
+        form = {
+            "grant_type": "refresh_token",
+            "client_id": self._settings.forgejo_oauth_client_id,
+            "refresh_token": "probe",
+        }
+        answer = self._fetch("POST", self._token, form, deadline=4.0)
+        value = answer.json()
+        if value is None or "error" not in value or answer.status >= 500:
+            raise UpstreamDown(f"the token endpoint answers {unexpected(answer)}")
+
+    def userinfo(self, access: str) -> UserInfo:
+        """Returns who an access token belongs to. Raises UpstreamRefused or UpstreamDown."""
         answer = self._fetch("GET", self._userinfo, authorization=f"Bearer {access}")
         if answer.status == 401:
-            raise UpstreamRefused("userinfo: 401")
-        if answer.status in (200, 303) and answer.json() is None:
-            raise NotAUser(f"userinfo: {answer.status} without JSON")
+            raise UpstreamRefused("userinfo answers 401")
         value = answer.json() if answer.status == 200 else None
         if value is None:
-            raise UpstreamDown(f"userinfo: status {answer.status}")
+            raise UpstreamDown(f"userinfo answers {unexpected(answer)}")
         sub = value.get("sub")
         login = value.get("preferred_username")
+        name = value.get("name")
         groups = value.get("groups") or []
         if (
             not isinstance(sub, str)
@@ -2154,47 +2374,119 @@ class Forgejo:
         groups = (
             tuple(group for group in groups if isinstance(group, str)) if isinstance(groups, list) else ()
         )
-        return UserInfo(sub, login, value["name"] if isinstance(value.get("name"), str) else "", groups)
+        return UserInfo(sub, login, name if isinstance(name, str) else "", groups)
 
-    def refuses(self, access):
-        """The second witness: whether the API itself refuses the token, in JSON."""
+    def account(self, access: str) -> Account | None:
+        """Returns the account behind an access token as /api/v1/user shows it, None where that cannot be read.
+
+        It needs the scope read:user. Raises Suspended.
+        """
         try:
             answer = self._fetch("GET", self._api + "/user", authorization=f"token {access}")
         except UpstreamDown:
-            return False
-        value = answer.json()
-        return value is not None and (
-            answer.status == 401 or answer.status == 403 and "scope" not in str(value.get("message"))
-        )
-
-    def introspect(self, token):
-        """The scopes that Forgejo really granted, or None when it does not say."""
-        credentials = (
-            f"{self._settings.forgejo_oauth_client_id}:{self._settings.forgejo_oauth_client_secret}".encode()
-        )
-        try:
-            value = self._fetch(
-                "POST",
-                self._introspection,
-                {"token": token},
-                "Basic " + base64.b64encode(credentials).decode(),
-            ).json()
-        except UpstreamDown:
             return None
-        return (
-            value["scope"]
-            if value and value.get("active") is True and isinstance(value.get("scope"), str)
-            else None
-        )
+        if prohibition := _prohibition(answer, access):
+            raise Suspended(prohibition)
+        return Account.from_answer(answer.json()) if answer.status == 200 else None
+
+    def named_account(self, login: str) -> Account | None:
+        """Returns the account that Forgejo shows under a login to anybody, None where it shows none. Raises UpstreamDown."""
+        answer = self._fetch("GET", f"{self._api}/users/{quote(login, safe='')}")
+        if answer.status == 404 and answer.json() is not None:
+            return None
+        account = Account.from_answer(answer.json()) if answer.status == 200 else None
+        if account is None:
+            raise UpstreamDown(f"the API answers {unexpected(answer)}")
+        return account
+
+    def standing(self, access: str) -> str:
+        """Asks the API, which alone sees suspension, about a token: returns `good`, `refused` (401), or `unknown`.
+
+        /version needs no scope. Raises Suspended for a suspended, inactive or must-change-password user.
+        """
+        try:
+            answer = self._fetch("GET", self._api + "/version", authorization=f"token {access}")
+        except UpstreamDown:
+            return "unknown"
+        if prohibition := _prohibition(answer, access):
+            raise Suspended(prohibition)
+        if answer.json() is None:
+            return "unknown"
+        return {200: "good", 401: "refused"}.get(answer.status, "unknown")
+
+    def introspect(self, token: str) -> str | None:
+        """Returns the scopes that Forgejo really granted, None when it does not say. Raises UpstreamDown."""
+        client = f"{self._settings.forgejo_oauth_client_id}:{self._settings.forgejo_oauth_client_secret}"
+        basic = "Basic " + base64.b64encode(client.encode()).decode()
+        answer = self._fetch("POST", self._introspection, {"token": token}, basic)
+        value = answer.json() if answer.status == 200 else None
+        if value is None:
+            raise UpstreamDown(f"introspection answers {unexpected(answer)}")
+        scope = value.get("scope")
+        return scope if value.get("active") is True and isinstance(scope, str) else None
 
 
-def allowed(settings, info):
-    """Whether a user may use this broker, by login or by group."""
+def unexpected(answer: Fetched) -> str:
+    """Returns what an operator has to know of an answer that Forgejo does not give: status, kind, where a redirect leads."""
+    target = answer.headers.get("location", "")
+    if 300 <= answer.status < 400 and target:
+        parts = urlsplit(target)
+        return f"status {answer.status} to {parts.scheme}://{parts.netloc}{parts.path}"[:300]
+    value = answer.json()
+    if value is None:
+        kind = answer.headers.get("content-type", "").partition(";")[0] or "no type"
+        return f"status {answer.status} ({kind[:60]})"
+    said = value.get("error") or value.get("message") or ""
+    return f"status {answer.status} {str(said)[:200]}".strip()
+
+
+def _prohibition(answer: Fetched, access: str) -> str:
+    """Returns the first sentence of the 403 that a user gets who may not sign in, else "". A 403 that names a scope is about the token."""
+    value = answer.json() if answer.status == 403 else None
+    message = value.get("message") if value else None
+    if not isinstance(message, str) or not message.strip() or "scope" in message.lower():
+        return ""
+    first = re.split(r"(?<=[.!?])\s", message.strip().replace(access, "[token]"), maxsplit=1)[0]
+    return "".join(character for character in first if character.isprintable())[:200]
+
+
+def missing_scopes(asked: str, granted: str) -> list[str]:
+    """Returns which of the scopes asked for are not within those granted: write:x has read:x, `all` has every one of the API's."""
+    has = set(granted.split())
+
+    def granted_by(scope: str) -> bool:
+        api = ":" in scope
+        return bool(has & {scope, scope.replace("read:", "write:")}) or api and "all" in has
+
+    return [scope for scope in asked.split() if not granted_by(scope)]
+
+
+def same_person(user: Any, login: str, created: float | None) -> bool:
+    """Returns whether a number of Forgejo still means the user on file: by when the account was made, else by the login.
+
+    A Forgejo that was restored or made anew gives numbers again.
+    """
+    if created is not None and user.account_created is not None:
+        return bool(created == user.account_created)
+    return bool(login.casefold() == user.login.casefold())
+
+
+def allowed(settings: Settings, info: UserInfo) -> bool:
+    """Returns whether a user may use this broker, by login or by group; Forgejo compares both without case, and so does this."""
     if not settings.allowed_users and not settings.allowed_groups:
         return True
-    return info.login.lower() in {user.lower() for user in settings.allowed_users} or bool(
-        set(info.groups) & set(settings.allowed_groups)
-    )
+    users = {user.casefold() for user in settings.allowed_users}
+    groups = {group.casefold() for group in settings.allowed_groups}
+    return info.login.casefold() in users or any(group.casefold() in groups for group in info.groups)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A refresh that Forgejo refused while callbacks were under way: it counts if `seq` is still stored once these have ended."""
+
+    user: Any
+    reason: str
+    callbacks: frozenset[object]
 
 
 class Upstream:
@@ -2203,85 +2495,206 @@ class Upstream:
     Forgejo keeps one refresh token per user and application, and every exchange or refresh kills the older one.
     """
 
-    def __init__(self, settings, store, keyring, forgejo, log, clock):
+    PROBE_EVERY = 3.0  # with the probe's own 4 s, a Forgejo that answers again is known to within 10 s
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        keyring: Keyring,
+        forgejo: Forgejo,
+        log: Log,
+        clock: SteadyClock,
+        person_ended: Callable[[str], None] = lambda sub: None,
+    ) -> None:
         self._settings = settings
         self._store = store
         self._keyring = keyring
         self._forgejo = forgejo
         self._log = log
         self._clock = clock
-        self._lock = threading.Lock()  # guards the dicts and the counter below; a leaf
+        self._person_ended = person_ended  # called with a number that has come to mean another person
+        self._lock = threading.Lock()  # guards the five below; a leaf
         # A user's lock allows one refresh at a time; the only lock held across the network, taken before any other.
-        self._user_locks = {}
-        self._retry = {}
-        self._asked = {}
-        self._callbacks = 0
+        self._user_locks: dict[str, threading.Lock] = {}
+        self._retry: dict[str, tuple[float, float]] = {}
+        self._refused: dict[str, Refused] = {}
+        self._callbacks: set[object] = set()
+        self._away = False  # the last probe failed
+        self._asked = Seldom(clock, 60.0)  # of whom the API was asked
+        self._forced = Seldom(clock, 600.0)  # whose token was refreshed because the API refused it
+        self._warned = Seldom(clock, 60.0)
+        self._probed = Seldom(clock, self.PROBE_EVERY)
 
-    def _user_lock(self, sub):
+    def _user_lock(self, sub: str) -> threading.Lock:
         with self._lock:
             return self._user_locks.setdefault(sub, threading.Lock())
 
+    def _warn(self, event: str, where: str, error: object, level: str = "warning", **fields: object) -> None:
+        """Logs what is wrong with Forgejo, at most once a minute for each event, place and kind of error."""
+        if self._warned.due((event, where, type(error), *fields.values())):
+            self._log.event(level, event, where=where, reason=str(error), **fields)
+
+    def _trouble(self, where: str, error: Exception) -> None:
+        """Logs Forgejo's failure: who reads the log learns why people cannot log in."""
+        if isinstance(error, UpstreamMisconfigured):
+            self._warn("forgejo refuses this broker's client id or secret", where, error, "error")
+        elif isinstance(error, UpstreamRefused):
+            self._warn("forgejo refused", where, error)
+        else:
+            self._warn("forgejo cannot be asked", where, error)
+
+    # -- logins
+
     @contextlib.contextmanager
-    def callback(self):
+    def callback(self) -> Iterator[None]:
         """While a login is being exchanged: a refusal seen meanwhile may be of the token which that login replaced."""
+        this = object()
         with self._lock:
-            self._callbacks += 1
+            self._callbacks.add(this)
         try:
             yield
         finally:
             with self._lock:
-                self._callbacks -= 1
+                self._callbacks.discard(this)
+                settled = [
+                    sub for sub, refused in self._refused.items() if not refused.callbacks & self._callbacks
+                ]
+                believed = [self._refused.pop(sub) for sub in settled]
+            for refused in believed:
+                with contextlib.suppress(StoreUnavailable):  # then the next refresh is refused again
+                    self._logged_out(refused.user, refused.reason)
 
-    def login(self, code, verifier):
-        """Exchange a callback's code and say who logged in: UserInfo; NotAllowed, UpstreamRefused, UpstreamDown otherwise.
+    def login(self, code: str, verifier: str) -> UserInfo:
+        """Exchanges a callback's code and returns who logged in.
 
-        The exchange has killed the user's older refresh token, so what it gave is saved before anything else can fail.
+        Raises NotAllowed, UpstreamRefused, UpstreamMisconfigured or UpstreamDown. The exchange has killed the user's
+        older refresh token, so its credential is saved as soon as it is known whose it is, whatever becomes of the login.
         """
-        credential = self._forgejo.exchange(code, verifier)
-        if isinstance(credential.subject, str) and self._store.user(credential.subject):
-            self._save(credential.subject, credential)
         try:
-            info = self._forgejo.userinfo(credential.access)
-        except NotAUser:
-            raise UpstreamRefused("userinfo answers with a page: the account may be suspended") from None
-        if credential.subject is not None and credential.subject != info.sub:
-            raise UpstreamDown("userinfo and id_token name different users")
+            return self._login(code, verifier)
+        except (UpstreamDown, UpstreamRefused, UpstreamMisconfigured) as error:
+            self._trouble("login", error)
+            raise
+
+    def _login(self, code: str, verifier: str) -> UserInfo:
+        began = self._store.credential_order()
+        credential = self._forgejo.exchange(code, verifier)
+        info, created = self._identify(credential, began)
+        known = self._store.user(info.sub) is not None
+        if known:
+            self._claim(info.sub, info.login, created)
+            self._save(info.sub, credential, began)
         if not allowed(self._settings, info):
             self._shut_out(info.sub, "refused", "not among the allowed users and groups")
             raise NotAllowed(info.sub, info.login, "This account may not use this server")
-        scope = self._forgejo.introspect(credential.access)
-        asked = set(self._settings.forgejo_oauth_scopes.split())
-        if self._settings.strict_scopes and scope is not None and set(scope.split()) != asked:
+        scope = self._granted(credential.access)
+        asked = self._settings.forgejo_oauth_scopes
+        if self._settings.strict_scopes and scope is not None and set(scope.split()) != set(asked.split()):
             raise NotAllowed(info.sub, info.login, "Forgejo granted other scopes than were asked")
-        self._store.update_user(info.sub, info.login, info.name, info.groups, self._clock.now())
-        self._save(info.sub, credential)
+        self._store.update_user(info.sub, info.login, info.name, info.groups, self._clock.now(), created)
+        if not known:
+            self._save(info.sub, credential, began)
         self._store.set_upstream_scope(info.sub, scope)
         self._store.set_user_state(info.sub, "active")
+        self._compare_scopes(info, asked, scope)
         return info
 
-    def _save(self, sub, credential):
+    def _identify(self, credential: Credential, began: int) -> tuple[UserInfo, float | None]:
+        """Returns who a new credential belongs to and when that account was made (None: unreadable).
+
+        Raises NotAllowed for a suspended user, UpstreamRefused or UpstreamDown where Forgejo does not say; a known
+        user's credential is saved before that.
+        """
+        try:
+            account = self._forgejo.account(credential.access)
+        except Suspended as error:
+            raise self._turned_away(credential, began, str(error)) from None
+        try:
+            info = self._forgejo.userinfo(credential.access)
+        except (UpstreamDown, UpstreamRefused):
+            self._save_for_known(credential, account, began)
+            raise
+        named = {name for name in (credential.subject, account and account.sub) if name}
+        if named - {info.sub}:
+            raise UpstreamDown("userinfo, the API and id_token name different users")
+        return info, account.created if account else None
+
+    def _turned_away(self, credential: Credential, began: int, sentence: str) -> NotAllowed:
+        """Returns the refusal of a login whose user Forgejo lets do nothing; the credential is kept for when that ends."""
+        info = self._forgejo.userinfo(credential.access)
+        user = self._store.user(info.sub)
+        if user and same_person(user, info.login, None):
+            self._save(info.sub, credential, began)
+            self._suspend(self._store.user(info.sub), sentence)
+        return NotAllowed(info.sub, info.login, f"Forgejo says: {sentence}")
+
+    def _save_for_known(self, credential: Credential, account: Account | None, began: int) -> None:
+        """Saves the credential of a login that fails because userinfo does, if the API or the id_token say whose it is."""
+        sub = account.sub if account else credential.subject
+        login = account.login if account else credential.login
+        user = self._store.user(sub) if isinstance(sub, str) else None
+        if user and isinstance(login, str) and same_person(user, login, account.created if account else None):
+            self._save(user.sub, credential, began)
+
+    def _claim(self, sub: str, login: str, created: float | None) -> None:
+        """Ends all logins of a number that means another person than the one on file."""
+        user = self._store.user(sub)
+        if user and not same_person(user, login, created):
+            self._end_person(user, login)
+
+    def _end_person(self, user: Any, login: str) -> None:
+        ended = self._store.end_person(user.sub, "identity changed", self._clock.now())
+        self._person_ended(user.sub)
+        self._log.audit("identity changed", user=user.sub, was=user.login, login=login, grants=len(ended))
+
+    def _granted(self, access: str) -> str | None:
+        """Returns the scopes that Forgejo granted, None when it does not say: the login goes on."""
+        try:
+            return self._forgejo.introspect(access)
+        except UpstreamDown as error:
+            self._trouble("introspection", error)
+            return None
+
+    def _compare_scopes(self, info: UserInfo, asked: str, granted: str | None) -> None:
+        missing = missing_scopes(asked, granted) if granted is not None else []
+        if missing:
+            self._warn(
+                "a login lacks scopes",
+                "login",
+                "Forgejo keeps the scopes of the first login",
+                user=info.sub,
+                login=info.login,
+                missing=" ".join(missing),
+                remedy="remove the application in Forgejo's settings, then connect again",
+            )
+
+    # -- the stored credential
+
+    def _save(self, sub: str, credential: Credential, began: int) -> int | None:
         box = self._keyring.seal(
             "upstream", f"user:{sub}", {"access": credential.access, "refresh": credential.refresh}
         )
         with self._lock:
             self._retry.pop(sub, None)
         return self._store.save_credential(
-            sub, box, credential.grant, credential.count, credential.expires_at, credential.obtained_at
+            sub, box, credential.grant, credential.count, credential.expires_at, credential.obtained_at, began
         )
 
-    def _opened(self, sub):
+    def _opened(self, sub: str, states: tuple[str, ...] = ("active",)) -> tuple[Any, dict[str, str]]:
+        """Returns a user's row and credential. Raises LoggedOut without one, or in another state."""
         user = self._store.user(sub)
-        if user is None or user.state != "active" or user.credential is None:
+        if user is None or user.state not in states or user.credential is None:
             raise LoggedOut(sub)
         try:
             return user, self._keyring.unseal("upstream", f"user:{sub}", user.credential)
         except ValueError:
             raise LoggedOut(sub) from None
 
-    def _left(self, user):
+    def _left(self, user: Any) -> tuple[float, float]:
         return user.access_expires_at - self._clock.now(), user.access_expires_at - user.obtained_at
 
-    def outlook(self, sub):
+    def outlook(self, sub: str) -> tuple[int | None, bool]:
         """(sequence number, whether it should be refreshed ahead of need) of a user's credential; (None, False) when logged out."""
         user = self._store.user(sub)
         if user is None or user.state != "active":
@@ -2289,7 +2702,7 @@ class Upstream:
         left, life = self._left(user)
         return user.credential_seq, left < min(300, life / 4)
 
-    def credential(self, sub):
+    def credential(self, sub: str) -> tuple[str, int, float]:
         """(access token, sequence number, time to ask again) for a request; LoggedOut, UpstreamDown or UpstreamMisconfigured."""
         user, box = self._opened(sub)
         left, life = self._left(user)
@@ -2303,91 +2716,187 @@ class Upstream:
             _, life = self._left(user)
         return box["access"], user.credential_seq, user.access_expires_at - min(60, life / 8)
 
-    def refresh(self, sub, seen=None):
-        """Refresh a user's credential, one thread at a time; False when another thread or login already did since `seen`."""
+    def refresh(self, sub: str, seen: int | None = None) -> bool:
+        """Refreshes a user's credential, one thread at a time. Returns False when another thread or login already did since `seen`.
+
+        Raises LoggedOut, UpstreamDown or UpstreamMisconfigured.
+        """
         if seen is None:
             seen = getattr(self._store.user(sub), "credential_seq", None)
         with self._user_lock(sub):
-            user, box = self._opened(sub)
+            user, box = self._opened(sub, ("active", "suspended"))
             if user.credential_seq != seen:
                 return False
-            now = self._clock.now()
-            with self._lock:
-                not_before, wait = self._retry.get(sub, (0.0, 0.0))
-            if now < not_before:
-                raise UpstreamDown("waiting to try again")
-            self._store.refresh_started(sub, now)
+            wait = self._await_turn(user)
+            began = self._store.credential_order()
+            self._store.refresh_started(sub, self._clock.now())
             try:
                 credential = self._forgejo.refresh(box["refresh"])
             except UpstreamRefused as error:
-                with self._lock:
-                    login_under_way = self._callbacks > 0
-                if login_under_way:
-                    self._back_off(sub, now, wait)
-                    raise UpstreamDown("a login is replacing this credential") from None
-                self._logged_out(user, str(error), interrupted=user.refreshing_since is not None)
-                raise LoggedOut(sub) from None
+                return self._refresh_refused(user, str(error), wait)
             except (UpstreamDown, UpstreamMisconfigured) as error:
-                if isinstance(error, UpstreamMisconfigured):
-                    self._log.event(
-                        "error", "forgejo refuses this broker's client id or secret", reason=str(error)
-                    )
-                self._back_off(sub, now, wait)
+                self._trouble("refresh", error)
+                self._back_off(sub, wait)
                 raise
-            self._save(sub, credential)
+            self._save(sub, credential, began)
             self._log.event("info", "upstream refreshed", user=sub)
-        self._check_again(sub, credential.access)
+        self._check_again(user, credential.access)
         return True
 
-    def _back_off(self, sub, now, wait):
+    def _await_turn(self, user: Any) -> float:
+        """Returns the last wait between two attempts. Raises UpstreamDown while the next is not due, or logins decide about a refusal."""
+        with self._lock:
+            not_before, wait = self._retry.get(user.sub, (0.0, 0.0))
+            refused = self._refused.get(user.sub)
+        if refused and refused.user.credential_seq == user.credential_seq:
+            raise UpstreamDown("a login may be replacing this credential")
+        if wait and self._clock.monotonic() < not_before:
+            raise UpstreamDown("waiting to try again")
+        return wait
+
+    def _back_off(self, sub: str, wait: float) -> None:
         wait = min(60.0, wait * 2 or 1.0)
         with self._lock:
-            self._retry[sub] = (now + wait, wait)
+            self._retry[sub] = (self._clock.monotonic() + wait, wait)
 
-    def _logged_out(self, user, reason, **facts):
-        if self._store.set_user_state(user.sub, "logged_out", user.credential_seq):
-            self._log.audit("logged out upstream", user=user.sub, reason=reason, **facts)
+    def _refresh_refused(self, user: Any, reason: str, wait: float) -> bool:
+        """Believes a refusal if no login is under way that may have caused it, and no login came first.
 
-    def _check_again(self, sub, access):
-        """After each refresh: is this still a user who may be here?"""
+        Returns False if one did. Raises LoggedOut, or UpstreamDown until the callbacks that are under way now have ended.
+        """
+        with self._lock:
+            callbacks = frozenset(self._callbacks)
+            if callbacks:
+                self._refused[user.sub] = Refused(user, reason, callbacks)
+        if callbacks:
+            self._back_off(user.sub, wait)
+            raise UpstreamDown("a login may be replacing this credential")
+        if not self._logged_out(user, reason):
+            return False
+        raise LoggedOut(user.sub)
+
+    def _logged_out(self, user: Any, reason: str) -> bool:
+        """Notes that a user has to log in again, unless another credential is stored than the one refused. Returns whether it did."""
+        if not self._store.set_user_state(user.sub, "logged_out", user.credential_seq):
+            return False
+        with self._lock:
+            self._retry.pop(user.sub, None)
+        interrupted = user.refreshing_since is not None  # a crash of ours may have lost the answer
+        self._log.audit("logged out upstream", user=user.sub, reason=reason, interrupted=interrupted)
+        return True
+
+    # -- after an outage
+
+    def probe_due(self) -> bool:
+        """Returns whether refreshes wait for a Forgejo that may answer again; the probe is then to be made, now."""
+        now = self._clock.monotonic()
+        with self._lock:
+            waits = any(not_before > now for not_before, _ in self._retry.values())
+        return waits and self._probed.due("")
+
+    def probe(self) -> None:
+        """Ends every wait once the token endpoint answers again: sessions come back within 10 s, however long it was away."""
+        try:
+            self._forgejo.probe()
+        except UpstreamDown:
+            with self._lock:
+                self._away = True
+            return
+        with self._lock:
+            back = self._away
+            self._away = False
+            if back:
+                self._retry.clear()
+        if back:
+            self._log.event("info", "forgejo answers again")
+
+    # -- may this user be here
+
+    def _check_again(self, user: Any, access: str) -> None:
+        """After each refresh: is this still the same person, one who may be here, and not suspended?"""
+        sub = user.sub
         try:
             info = self._forgejo.userinfo(access)
-        except (UpstreamDown, UpstreamRefused):
-            return
-        except NotAUser:
-            if self._forgejo.refuses(access):
-                self._shut_out(sub, "suspended", "Forgejo has suspended the account")
-            return
-        if info.sub != sub:
-            self._shut_out(sub, "logged_out", "Forgejo names another user")
-        elif not allowed(self._settings, info):
-            self._shut_out(sub, "refused", "no longer among the allowed users and groups")
+        except (UpstreamDown, UpstreamRefused) as error:
+            self._trouble("userinfo", error)
         else:
+            if not self._still_the_same(user, info, access):
+                return
+            if not allowed(self._settings, info):
+                self._shut_out(sub, "refused", "no longer among the allowed users and groups")
+                return
             self._store.update_user(sub, info.login, info.name, info.groups, self._clock.now())
+        self._asked.due(sub)
+        self._judge(sub, access)
 
-    def _shut_out(self, sub, state, reason):
+    def _still_the_same(self, user: Any, info: UserInfo, access: str) -> bool:
+        """Returns whether the token is still that person's, whose logins end otherwise: a restored Forgejo may give a grant's number again."""
+        if info.sub != user.sub:
+            self._end_person(user, info.login)
+            return False
+        if info.login.casefold() != user.login.casefold():
+            try:
+                account = self._forgejo.account(access)
+            except Suspended:
+                return True
+            if account and not same_person(user, info.login, account.created):
+                self._end_person(user, info.login)
+                return False
+        return True
+
+    def _judge(self, sub: str, access: str) -> str:
+        """Asks the API about a user's token and acts on it. Returns `good`, `refused`, `unknown` or `suspended`."""
+        user = self._store.user(sub)
+        try:
+            word = self._forgejo.standing(access)
+        except Suspended as error:
+            self._suspend(user, str(error))
+            return "suspended"
+        if word == "good" and user and user.state == "suspended":
+            if self._store.set_user_state(sub, "active", user.credential_seq):
+                self._log.event("info", "suspension ended", user=sub, login=user.login)
+        return word
+
+    def _suspend(self, user: Any, sentence: str) -> None:
+        """Notes that Forgejo keeps a user out, unless a login came meanwhile. Nothing is deleted: a suspension may be lifted."""
+        if user and self._store.set_user_state(user.sub, "suspended", user.credential_seq, sentence):
+            self._log.audit("suspended", user=user.sub, login=user.login, reason=sentence)
+
+    def _shut_out(self, sub: str, state: str, reason: str) -> None:
         if self._store.set_user_state(sub, state):
             self._log.audit("access refused", user=sub, reason=reason)
         now = self._clock.now()
-        for grant in (
-            self._store.grants_of(sub, now) if state == "refused" else ()
-        ):  # a suspension may be lifted again
+        for grant in self._store.grants_of(sub, now):
             self._store.end_grant(grant.grant_id, reason, now)
 
-    def may_ask(self, sub):
-        """Whether the API may be asked (again) about a user's token: at most once a minute. It counts as asked."""
-        now = self._clock.now()
-        with self._lock:
-            due = now - self._asked.get(sub, -60.0) >= 60
-            self._asked[sub] = now if due else self._asked[sub]
-        return due
+    def may_ask(self, sub: str) -> bool:
+        """Returns whether the API may be asked (again) about a user's token: at most once a minute. It counts as asked."""
+        return self._asked.due(sub)
 
-    def note_tool_refusal(self, sub):
-        """A tool answered with an error that may be Forgejo refusing the token: ask the API itself."""
-        with contextlib.suppress(LoggedOut, StoreUnavailable):
-            user, box = self._opened(sub)
-            if self._forgejo.refuses(box["access"]):
-                self._logged_out(user, "the API refuses the token")
+    def examine(self, sub: str) -> str:
+        """Finds out what Forgejo has against a user's token: returns `good`, `refused`, `unknown`, `suspended` or `logged out`.
+
+        A 401 says only that this access token is no good: a refresh decides, at most once in ten minutes.
+        """
+        try:
+            user, box = self._opened(sub, ("active", "suspended"))
+            if self._left(user)[0] <= 0 and self.refresh(sub, user.credential_seq):
+                user, box = self._opened(sub, ("active", "suspended"))
+            word = self._judge(sub, box["access"])
+            if word == "refused" and self._forced.due(sub):
+                self.refresh(sub, user.credential_seq)
+        except LoggedOut:
+            return "logged out"
+        except (UpstreamDown, UpstreamMisconfigured):
+            return "unknown"
+        return word
+
+    def readmitted(self, sub: str) -> bool:
+        """Returns whether a suspended user is let in again; a request of theirs asks Forgejo, at most once a minute."""
+        if not self.may_ask(sub):
+            return False
+        self.examine(sub)
+        return getattr(self._store.user(sub), "state", None) == "active"
 
 
 # ======================================================================================================================
@@ -3173,7 +3682,7 @@ class Limiter:
 
     def spend(self, kind, key, rate):
         """Take one token of `key`'s bucket for `kind`."""
-        now = self._clock.now()
+        now = self._clock.monotonic()
         with self._lock:
             left, since = self._buckets.pop((kind, key), (rate, now))
             left = min(rate, left + max(0, now - since) * rate / 60)
@@ -4076,6 +4585,7 @@ LOGGED_OUT = "Forgejo ended this login. Log in again."
 FINISH_WAIT = (
     60  # seconds that a callback waits for an earlier one of the same login; Forgejo is asked several things
 )
+NOT_ACCEPTED = "Forgejo does not accept this server's registration; its operator has to mend it."
 ACCOUNT_LIFETIME = 1800  # seconds a browser stays logged in to the account page
 
 
@@ -4464,8 +4974,9 @@ class Authorization:
                 return self._upstream.login(form["code"][0], verifier)
         except UpstreamDown:
             raise ClientRedirect("temporarily_unavailable", "Forgejo cannot be reached just now") from None
-        except (UpstreamRefused, UpstreamMisconfigured) as error:
-            self._log.event("error", "login failed at forgejo", reason=str(error))
+        except UpstreamMisconfigured:
+            raise ClientRedirect("server_error", NOT_ACCEPTED.rstrip(".")) from None
+        except UpstreamRefused:
             raise ClientRedirect(
                 "server_error", "Forgejo refused the login; the operator's log says why"
             ) from None
@@ -4625,8 +5136,8 @@ class Authorization:
         pair = self._new_pair()
         challenge = b64url(hashlib.sha256(verifier.encode()).digest())
         row = self._store.code(digest(code))
-        if row and row.state != "active":
-            raise OAuthError("invalid_grant", LOGGED_OUT)
+        if row:
+            self._check_user(row)
         grant = self._store.redeem_code(
             digest(code),
             client.client_id,
@@ -4666,8 +5177,7 @@ class Authorization:
             scope = self._narrowed(form.get("scope", ""), row.scope)
             if row.ended_at is not None or row.expires_at <= now:
                 raise OAuthError("invalid_grant", "The login has ended. Log in again.")
-            if row.state != "active":
-                raise OAuthError("invalid_grant", LOGGED_OUT)
+            self._check_user(row)
             if row.rotated_at is None:
                 pair = self._new_pair()
                 box = self._keyring.chained(token).seal("successor", str(row.grant_id), pair)
@@ -4687,6 +5197,13 @@ class Authorization:
                 "refresh"
             ]  # the newest pair has another scope than this request asks for: it is rotated
         raise OAuthError("invalid_grant", "The refresh token is too old. Log in again.")
+
+    def _check_user(self, row: Any) -> None:
+        """Raises OAuthError while Forgejo does not let a token's user in; a suspended one may be let in again by now."""
+        if row.state == "suspended" and self._upstream.readmitted(row.sub):
+            return
+        if row.state != "active":
+            raise OAuthError("invalid_grant", LOGGED_OUT)
 
     def _successor(self, token, row, now):
         if now - row.rotated_at > REFRESH_GRACE:
@@ -5655,7 +6172,9 @@ class Session:
                     if isinstance(error, RpcError):
                         self.failures = self.failures + 1
                         self.failure = error
-                    self.retry_at = time.monotonic() + min(60, 2 ** max(0, self.failures - 3))
+                    # Forgejo answers again without telling us: nobody may find out more than 10 s later.
+                    away = isinstance(error, RpcError) and (error.data or {}).get("reason") == "upstream_down"
+                    self.retry_at = time.monotonic() + min(5 if away else 60, 2 ** max(0, self.failures - 3))
                 wake.link = link
                 wake.error = error
             wake.done.set()
@@ -5689,7 +6208,7 @@ class Session:
         link.child.stop("no answer to the handshake")
         if link.probed:  # some older programs end at a request that they do not know
             return self._start(probe=False)
-        raise self.registry.why_not_started(self.sub, access)
+        raise self.registry.why_not_started(self.sub)
 
     def _settle(self, link, server, replay):
         if self.version and server["protocolVersion"] != self.version:
@@ -7125,9 +7644,8 @@ class Registry:
             raise invalid_token(self.settings, "Forgejo ended this login; log in again.") from None
         except UpstreamDown:
             raise self.upstream_down() from None
-        except UpstreamMisconfigured as error:
-            self.log.event("error", "forgejo refuses this broker's client id or secret", reason=str(error))
-            raise self.upstream_down() from None
+        except UpstreamMisconfigured:  # logged where it was seen
+            raise unavailable("upstream_down", NOT_ACCEPTED, wait=60) from None
 
     @staticmethod
     def upstream_down():
@@ -7207,21 +7725,35 @@ class Registry:
             "starting_failed", "The tool process could not be started; the operator's log says why."
         )
 
-    def why_not_started(self, sub, access):
-        """Why a child ended at its start: it exits alike when Forgejo is down and when it refuses the token, so we ask Forgejo."""
-        try:
-            self.forgejo.userinfo(access)
-        except UpstreamDown:
-            return self.upstream_down()
-        except (UpstreamRefused, NotAUser):
-            self.tool_refused(sub)
+    def why_not_started(self, sub: str) -> RpcError | Refusal:
+        """Returns the reason for a child's end at its start: it exits alike when Forgejo is down and when it refuses the token.
+
+        So the broker asks Forgejo itself.
+        """
+        found = self.upstream.examine(sub)
+        if found in ("suspended", "logged out"):
             return invalid_token(self.settings, "Forgejo refuses this login; log in again.")
-        return self._starting_failed()
+        return self.upstream_down() if found == "unknown" else self._starting_failed()
 
     def tool_refused(self, sub):
         """A tool's error may be Forgejo refusing the token: look into it, but not in the thread that has an answer to deliver."""
+
+        def examine():
+            with contextlib.suppress(StoreUnavailable):
+                self.upstream.examine(sub)
+
         if self.upstream.may_ask(sub):
-            threading.Thread(target=self.upstream.note_tool_refusal, args=(sub,), daemon=True).start()
+            threading.Thread(target=examine, daemon=True, name="examine").start()
+
+    def forget_person(self, sub: str) -> None:
+        """Ends every session, and every place in a pool, of a number that has come to mean another person; their rows are gone."""
+        with self.lock:
+            theirs = [session for session in self.sessions.values() if session.sub == sub]
+            pooled = [session for key, pool in self.pools.items() if key[0] == sub for session in pool]
+            self.sessions = {name: each for name, each in self.sessions.items() if each.sub != sub}
+            self.pools = {key: pool for key, pool in self.pools.items() if key[0] != sub}
+        for session in (*theirs, *pooled):
+            session.end("identity changed")
 
     def close(self, reason):
         """End every child; sessions stay on file."""
@@ -7338,8 +7870,9 @@ class Reaper:
             self._registry.all()
         )  # before the grants are read: one that is opened meanwhile may have a newer grant
         live, pairs = self._store.live_grants(now)
+        shut_out = self._store.shut_out()  # their grants live on, for the day they are let in again
         for reader, (caller, _) in streams:
-            if caller.grant_id not in live:
+            if caller.grant_id not in live or caller.sub in shut_out:
                 reader.close()
         self._registry.forget_but(pairs, sessions, "grant ended")
         with (
@@ -7366,8 +7899,10 @@ class Reaper:
                     session.sleep("logged out", though_listening=True)
                 elif link and link.seq != seq:
                     session.replace()
-        if now >= self._next_refresh:
-            self._next_refresh = now + 600
+        if self._upstream.probe_due():
+            threading.Thread(target=self._upstream.probe, daemon=True, name="probe").start()
+        if self._clock.monotonic() >= self._next_refresh:
+            self._next_refresh = self._clock.monotonic() + 600
             for sub in self._store.users_to_refresh(now - 10 * 86400, now):
                 self._refresh_in_background(sub)
 
@@ -7440,9 +7975,14 @@ class Endpoint:
         row = None
         if scheme.lower() == "bearer" and re.fullmatch(r"fja_[A-Za-z0-9_-]{43}", token):
             row = self._store.bearer(digest(token), self._clock.now())
-        if row is None or row.state != "active" or row.resource != self._settings.resource:
+        if row is None or row.resource != self._settings.resource:
             raise invalid_token(self._settings, "The access token is unknown, expired or revoked.")
+        if row.state != "active" and not self._readmitted(row):
+            raise invalid_token(self._settings, "Forgejo does not let this user in at present; log in again.")
         return Caller(row.sub, row.login, row.client_id, row.grant_id, row.scope, row.asked, row.expires_at)
+
+    def _readmitted(self, row: Any) -> bool:
+        return row.state == "suspended" and self._registry.upstream.readmitted(row.sub)
 
     # -- POST
 
@@ -8603,12 +9143,21 @@ class Broker:
 
     def __init__(self, settings, *, clock=None, log=None, listener=None, web=None):
         self.settings = settings
-        self.clock = clock or Clock()
-        self.log = log or Log(settings, clock=self.clock)
+        machine = clock or Clock()
+        self.clock = SteadyClock(machine)
+        self.log = log or Log(settings, clock=machine)
         keyring = load_keyring(settings)
         self.store = Store(settings.store_path, keyring)
         forgejo = Forgejo(settings, self.clock)
-        self.upstream = Upstream(settings, self.store, keyring, forgejo, self.log, self.clock)
+        self.upstream = Upstream(
+            settings,
+            self.store,
+            keyring,
+            forgejo,
+            self.log,
+            self.clock,
+            lambda sub: self.registry.forget_person(sub),
+        )
         self.guardian = Guardian()
         limiter = Limiter(self.clock)
         self.registry = Registry(

@@ -17,18 +17,26 @@ CHILD = (sys.executable, "-I", str(TESTS / "stdio_child.py"))
 
 
 class FakeClock:
-    """Wall time that a test moves. It starts at the real time and runs with it, so that two moments differ."""
+    """A machine's clocks, moved by a test. They start at the real time and run with it, so that two moments differ."""
 
     def __init__(self):
-        self.offset, self._stopped_at = 0.0, None
+        self.offset, self.wrong_by, self._stopped_at = 0.0, 0.0, None
 
-    def now(self):
+    def boottime(self):
         return (self._stopped_at or time.time()) + self.offset
 
-    __call__ = now
+    monotonic = __call__ = boottime
+
+    def now(self):
+        return self.boottime() + self.wrong_by
 
     def advance(self, seconds):
+        """Time passes, by every clock."""
         self.offset += seconds
+
+    def step_wall(self, seconds):
+        """Somebody sets the wall clock; no time passes."""
+        self.wrong_by += seconds
 
     def stop(self):
         """From here on only `advance` moves it: no rate limit recovers while a test runs."""

@@ -682,7 +682,7 @@ def test_K11_a_suspended_user_is_shut_out_at_the_next_refresh_and_back_after_a_l
     rig.forgejo.suspend("alice")
     rig.clock.advance(3500)
     rig.tick()
-    rig.log.wait("access refused")
+    rig.log.wait("suspended")
     assert rig.broker.store.user("1001").state == "suspended"
     assert bearer_status(rig, mcp.token) == 401 and mcp.oauth.refresh().json()["error"] == "invalid_grant"
     rig.forgejo.unsuspend("alice")
