@@ -1,8 +1,9 @@
 """A fake Forgejo for tests and demos: its OAuth2 provider and a little of its API.
 
-It answers as Forgejo does, oddities included (every token error is a 400, userinfo of a suspended user is a
-200 HTML page, one valid refresh token per user and application), because those oddities are what its clients
-get wrong. Tokens are signed as by a Forgejo with JWT_SIGNING_ALGORITHM = HS256. State lives in memory.
+It answers as a Forgejo of July 2026 was measured to, oddities included (every token error is a 400, only the API
+knows that a user is suspended, its 401 quotes the token, one valid refresh token per user and application),
+because those oddities are what its clients get wrong; the other profiles are older servers, from their source.
+Tokens are signed as by a Forgejo with JWT_SIGNING_ALGORITHM = HS256. State lives in memory.
 
 In a test:
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import copy
 import hashlib
 import hmac
 import html as html_text
@@ -37,7 +39,6 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsp
 
 WAIT = 10.0
 CONSENT_LIMIT = 600
-SESSION_COOKIE = "i_like_gitea"
 OIDC_SCOPES = ("openid", "profile", "email", "groups")
 SCOPE_CATEGORIES = (
     "activitypub",
@@ -54,6 +55,8 @@ API_SCOPES = {f"{level}:{category}" for level in ("read", "write") for category 
 API_SCOPES |= {"all", "public-only"}
 PROHIBITED = "This account is prohibited from signing in, please contact your site administrator."
 NOT_ACTIVATED = "This account is not activated."
+BAD_CREDENTIALS = "Credentials are incorrect or have expired. Please try again.\n"
+SIGNED_IN_ONLY = "Only signed in user is allowed to call APIs."
 CREATED = "2026-01-02T03:04:05Z"
 MISSING = object()
 """As a value in `json_override`: leave this member out."""
@@ -74,13 +77,46 @@ class Profile:
     name_falls_back_to_login: bool
     names_auth_failures: bool
     groups_when_none: bool
+    web_knows_suspension: bool
+    csrf_tokens: bool
+    session_cookie: str
 
 
 PROFILES = {
-    "forgejo": Profile(True, True, False, "unauthorized_client", True, True, None, False, True, True, False),
-    "forgejo-old": Profile(False, False, True, "", False, False, None, False, False, False, False),
+    "forgejo": Profile(
+        True,
+        True,
+        False,
+        "unauthorized_client",
+        True,
+        True,
+        None,
+        False,
+        True,
+        True,
+        False,
+        False,
+        False,
+        "session",
+    ),
+    "forgejo-old": Profile(
+        False, False, True, "", False, False, None, False, False, False, False, True, True, "i_like_gitea"
+    ),
     "gitea": Profile(
-        False, True, False, "invalid_grant", True, False, CONSENT_LIMIT, True, True, False, True
+        False,
+        True,
+        False,
+        "invalid_grant",
+        True,
+        False,
+        CONSENT_LIMIT,
+        True,
+        True,
+        False,
+        True,
+        True,
+        True,
+        "i_like_gitea",
     ),
 }
 
@@ -97,6 +133,7 @@ class User:
     full_name: str
     groups: list
     admin: bool
+    created: str = CREATED
     suspended: bool = False
     inactive: bool = False
     must_change_password: bool = False
@@ -267,11 +304,17 @@ class Request:
     def __init__(self, method, target, headers, body):
         parts = urlsplit(target)
         self.method, self.path, self.headers, self.body = method, unquote(parts.path), headers, body
-        self.target = target
+        self.target = target  # as the browser asked for it
         self.query = _first_values(parts.query)
         self.auth_user = self.grant_id = None
         self.session = self.session_id = None
         self.form = self._read_form()
+
+    def below(self, path):
+        """Take this path off the front, as a proxy does; False when the request is for something beside it."""
+        inside = self.path == path or self.path.startswith(path + "/")
+        self.path = (self.path.removeprefix(path) or "/") if inside else self.path
+        return inside
 
     def _read_form(self):
         """Form or JSON body as name to text, as Forgejo binds both to the same struct."""
@@ -591,7 +634,11 @@ class Gate:
 class FakeForgejo:
     """One instance on 127.0.0.1. `profile` is a name in PROFILES or a Profile; `clock` (replaceable at any time)
     gives the seconds by which tokens and codes expire. Two users exist from the start, alice and bob, password
-    "secret". The port is bound at once and kept until `stop()`; until `start()` and while `down()` it refuses."""
+    "secret". The port is bound at once and kept until `stop()`; until `start()` and while `down()` it refuses.
+
+    `path` ("/git") puts all of it below that path, as a proxy with a sub-path does. `require_signin` is
+    REQUIRE_SIGNIN_VIEW, `additional_grant_scopes` is ENABLE_ADDITIONAL_GRANT_SCOPES: then userinfo hides what a
+    user has in `private_organizations` (a set of names) from a grant without read:organization, all or read:admin."""
 
     def __init__(
         self,
@@ -603,10 +650,15 @@ class FakeForgejo:
         profile="forgejo",
         version="11.0.1+gitea-1.22.0",
         issuer_slash=True,
+        path="",
+        require_signin=False,
+        additional_grant_scopes=False,
     ):
         self.clock, self.access_lifetime, self.refresh_lifetime = clock, access_lifetime, refresh_lifetime
         self.profile = PROFILES[profile] if isinstance(profile, str) else profile
-        self.version, self.issuer_slash = version, issuer_slash
+        self.version, self.issuer_slash, self.path = version, issuer_slash, path
+        self.require_signin, self.additional_grant_scopes = require_signin, additional_grant_scopes
+        self.private_organizations = set()
         self.requests = RequestLog()
         self.wait_for, self.count = self.requests.wait_for, self.requests.count
         self._lock = threading.RLock()  # guards all state below; never held while a request waits or is sent
@@ -624,7 +676,7 @@ class FakeForgejo:
             ).close()  # SO_REUSEPORT below would share a taken port silently
         self._reservation = self._bound_socket(port)
         self.port = self._reservation.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://127.0.0.1:{self.port}{path}"
         for login in ("alice", "bob"):
             self.add_user(login)
 
@@ -715,7 +767,9 @@ class FakeForgejo:
 
     # -- what an administrator or a user can do --
 
-    def add_user(self, login, password="secret", *, sub=None, full_name="", groups=(), admin=False):
+    def add_user(
+        self, login, password="secret", *, sub=None, full_name="", groups=(), admin=False, created=CREATED
+    ):
         """A new user with one private repository and one issue in it; `sub` overrides what userinfo calls them."""
         with self._lock:
             if self._user_named(login):
@@ -724,7 +778,7 @@ class FakeForgejo:
             if number in self._users:
                 raise ValueError(f"user id exists: {number}")
             sub = str(number if sub is None else sub)
-            user = User(number, sub, login, password, full_name, list(groups), admin)
+            user = User(number, sub, login, password, full_name, list(groups), admin, created)
             self._users[user.id] = user
             self.add_repo(login, f"{login}-private")
             return user
@@ -764,6 +818,9 @@ class FakeForgejo:
     def unsuspend(self, login):
         self._need_user(login).suspended = False
 
+    def deactivate(self, login):
+        self._need_user(login).inactive = True
+
     def must_change_password(self, login, value=True):
         self._need_user(login).must_change_password = value
 
@@ -778,6 +835,21 @@ class FakeForgejo:
             self._drop_grants(lambda grant: grant.user_id == user.id)
             self._repos = {n: repo for n, repo in self._repos.items() if repo.owner_id != user.id}
             self._sessions = {n: s for n, s in self._sessions.items() if s.user_id != user.id}
+
+    def backup(self):
+        """A copy of all that a backup of Forgejo holds: accounts, applications, grants and their counters, the signing key."""
+        with self._lock:
+            numbers = [copy.copy(counter) for counter in (self._user_ids, self._ids)]
+            kept = (self._users, self._apps, self._grants, self._codes, self._repos)
+            return copy.deepcopy(kept), numbers, self._key
+
+    def restore(self, kept):
+        """Become what a backup holds: what was made after it is gone, and its numbers are given again."""
+        with self._lock:
+            tables, numbers, self._key = kept
+            self._users, self._apps, self._grants, self._codes, self._repos = copy.deepcopy(tables)
+            self._user_ids, self._ids = (copy.copy(counter) for counter in numbers)
+            self._sessions = {}
 
     def delete_app(self, client_id):
         with self._lock:
@@ -1051,11 +1123,14 @@ class FakeForgejo:
                 "name": self._display_name(user),
                 "preferred_username": user.login,
                 "profile": f"{self.url}/{user.login}",
+                "picture": f"{self.url}/avatars/{user.id}",
+                "locale": "en-US",
+                "updated_at": now,
             }
         if "email" in scopes:
             claims |= {"email": user.email, "email_verified": not user.inactive}
         if "groups" in scopes:
-            claims["groups"] = user.groups
+            claims["groups"] = self._shown_groups(user, grant)
         return self._sign(claims, app.client_secret.encode())
 
     def _display_name(self, user):
@@ -1162,11 +1237,14 @@ class FakeForgejo:
 
     # -- who is the bearer --
 
-    def _identity(self, request):
-        """The Identity behind the Authorization header, None without one; BadToken with Forgejo's reason."""
+    def _identity(self, request, parameter=None):
+        """The Identity behind the Authorization header (or a parameter), None without one; BadToken with Forgejo's reason:
+        a line for each method of authentication that was tried, the first of which quotes the token."""
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if not (scheme == "token" or scheme.lower() == "bearer"):
-            return None
+            if not parameter:
+                return None
+            token = parameter
         try:
             claims = self._claims(token)
             grant = self._grants.get(claims["gnt"])
@@ -1177,8 +1255,9 @@ class FakeForgejo:
             if claims["iat"] > self.clock():
                 raise BadToken("token was expired")
         except BadToken as bad:
+            quoted = f"access token does not exist [sha: {token}]\n{bad}"
             raise BadToken(
-                str(bad) if self.profile.names_auth_failures else "user does not exist [uid: 0, name: ]"
+                quoted if self.profile.names_auth_failures else "user does not exist [uid: 0, name: ]"
             ) from None
         self._note(request, grant)
         scopes = _api_scopes(grant.scope) if self.profile.api_reads_scopes else {"all"}
@@ -1188,13 +1267,16 @@ class FakeForgejo:
 
     def _userinfo(self, request):
         try:
-            who = self._identity(request)
+            who = self._identity(request, request.query.get("access_token"))
         except BadToken:
-            return _text(401, "Failed to authenticate user\n")
+            return _text(
+                401, BAD_CREDENTIALS if self.profile.names_auth_failures else "Failed to authenticate user\n"
+            )
         if who is None:
             return _text(401, "no valid authorization", [("WWW-Authenticate", 'Bearer realm=""')])
-        self._refuse_web_access(who.user)
         user = who.user
+        if self.profile.web_knows_suspension:
+            self._refuse_web_access(user)
         value = {
             "sub": user.sub,
             "name": self._display_name(user),
@@ -1202,9 +1284,17 @@ class FakeForgejo:
             "email": user.email,
             "picture": f"{self.url}/avatars/{user.id}",
         }
-        if user.groups or self.profile.groups_when_none:
-            value["groups"] = user.groups or None
+        groups = self._shown_groups(user, who.grant)
+        if groups or self.profile.groups_when_none:
+            value["groups"] = groups or None
         return _json(200, value)
+
+    def _shown_groups(self, user, grant):
+        """An organization is spelled as it was made, its teams in lower case."""
+        shows_all = {"all", "read:organization", "read:admin"} & set(grant.scope.split())
+        hidden = self.private_organizations if self.additional_grant_scopes and not shows_all else ()
+        parts = [group.partition(":") for group in user.groups]
+        return [name + colon + team.lower() for name, colon, team in parts if name not in hidden]
 
     def _refuse_web_access(self, user):
         """Web routes answer such users with a page or the way to the password form, never with an error status."""
@@ -1213,7 +1303,7 @@ class FakeForgejo:
         if user.inactive:
             raise Refusal(self._page(200, "Activate your account", f"<p>{NOT_ACTIVATED}</p>"))
         if user.must_change_password:
-            raise Refusal(_see_other("/user/settings/change_password"))
+            raise Refusal(_see_other(self.path + "/user/settings/change_password"))
 
     def _introspect(self, request):
         scheme, _, data = request.headers.get("Authorization", "").partition(" ")
@@ -1247,7 +1337,7 @@ class FakeForgejo:
     def _session(self, request):
         """The browser's session, made if it has none; `_page` sends its cookies."""
         if request.session is None:
-            request.session_id = request.cookie(SESSION_COOKIE)
+            request.session_id = request.cookie(self.profile.session_cookie)
             request.session = self._sessions.get(request.session_id)
         if request.session is None:
             request.session_id, request.session = secrets.token_hex(16), WebSession(secrets.token_urlsafe(24))
@@ -1256,14 +1346,26 @@ class FakeForgejo:
         request.auth_user = user.login if user else None
         return request.session, user
 
-    @staticmethod
-    def _with_cookies(request, response):
-        response.cookie(SESSION_COOKIE, request.session_id)
-        return response.cookie("_csrf", request.session.csrf)
+    def _with_cookies(self, request, response):
+        response.cookie(self.profile.session_cookie, request.session_id)
+        return response.cookie("_csrf", request.session.csrf) if self.profile.csrf_tokens else response
+
+    def _csrf_field(self, session):
+        hidden = f'<input type="hidden" name="_csrf" value="{session.csrf}">'
+        return hidden if self.profile.csrf_tokens else ""
 
     def _check_csrf(self, request):
+        """Older servers compare a token; a newer one reads Origin and Sec-Fetch-Site, and lets pass what sends neither."""
         session, _user = self._session(request)
-        if not hmac.compare_digest(session.csrf.encode(), request.form.get("_csrf", "").encode()):
+        if self.profile.csrf_tokens:
+            good = hmac.compare_digest(session.csrf.encode(), request.form.get("_csrf", "").encode())
+        else:
+            site = request.headers.get("Sec-Fetch-Site")
+            own = self.url.removesuffix(self.path)
+            good = site in (None, "same-origin", "none") and (
+                site is not None or request.headers.get("Origin") in (None, own)
+            )
+        if not good:
             raise Refusal(_text(400, "Invalid CSRF token.\n"))
         return session
 
@@ -1275,7 +1377,7 @@ class FakeForgejo:
         """The signed-in user of this browser, or a Refusal that leads to the sign-in page and back."""
         session, user = self._session(request)
         if user is None:
-            response = self._with_cookies(request, _see_other("/user/login"))
+            response = self._with_cookies(request, _see_other(self.path + "/user/login"))
             raise Refusal(response.cookie("redirect_to", quote(request.target, safe="")))
         self._refuse_web_access(user)
         return session, user
@@ -1283,13 +1385,14 @@ class FakeForgejo:
     def _login_page(self, request, message=""):
         _session, user = self._session(request)
         if user:
-            return _see_other("/")
+            return _see_other(self.path + "/")
         return self._with_cookies(
             request,
             self._page(
                 200,
                 "Sign in",
                 _LOGIN.format(
+                    base=self.path,
                     message=f'<p class="flash" role="alert">{html_text.escape(message)}</p>'
                     if message
                     else "",
@@ -1316,14 +1419,15 @@ class FakeForgejo:
         )
         self._sessions[request.session_id] = request.session
         request.auth_user = user.login
-        target = unquote(request.cookie("redirect_to") or "/")
+        target = unquote(request.cookie("redirect_to") or self.path + "/")
         local = target.startswith("/") and not target.startswith(("//", "/\\"))
-        return self._with_cookies(request, _see_other(target if local else "/")).cookie("redirect_to", "")
+        response = self._with_cookies(request, _see_other(target if local else self.path + "/"))
+        return response.cookie("redirect_to", "")
 
     def _logout(self, request):
         self._session(request)
         self._sessions.pop(request.session_id, None)
-        response = _see_other("/user/login").cookie(SESSION_COOKIE, "")
+        response = _see_other(self.path + "/user/login").cookie(self.profile.session_cookie, "")
         return response.cookie("redirect_to", quote(request.query.get("redirect_to", ""), safe=""))
 
     def _home(self, request):
@@ -1331,10 +1435,11 @@ class FakeForgejo:
         apps = {app.id: app for app in self._apps.values()}
         rows = "".join(
             _GRANT_ROW.format(
+                base=self.path,
                 name=html_text.escape(apps[grant.app_id].name),
                 id=grant.id,
                 scope=html_text.escape(grant.scope or "(none)"),
-                csrf=session.csrf,
+                csrf=self._csrf_field(session),
             )
             for grant in self._grants.values()
             if grant.user_id == user.id
@@ -1343,7 +1448,9 @@ class FakeForgejo:
             200,
             "Forgejo",
             _HOME.format(
-                login=html_text.escape(user.login), rows=rows or "<p>No application has access.</p>"
+                base=self.path,
+                login=html_text.escape(user.login),
+                rows=rows or "<p>No application has access.</p>",
             ),
         )
 
@@ -1351,19 +1458,22 @@ class FakeForgejo:
         self._check_csrf(request)
         _session, user = self._signed_in(request)
         self._drop_grants(lambda grant: (grant.id, grant.user_id) == (grant_id, user.id))
-        return _see_other("/")
+        return _see_other(self.path + "/")
 
     def _authorize(self, request):
         session, user = self._signed_in(request)
         asked = request.query | (request.form if request.method == "POST" else {})
         client_id, redirect_uri = asked.get("client_id", ""), asked.get("redirect_uri", "")
-        if asked.get("response_type") != "code" or not client_id:
+        wrong_type = asked.get("response_type") != "code"
+        if not client_id or wrong_type and self.profile.web_knows_suspension:
             return self._page(500, "Internal Server Error", "<p>An error occurred.</p>")
         app = self._apps.get(client_id)
         if app is None:
             return self._page(400, "Authorization failed", "<p>Client ID not registered</p>")
         if not app.accepts_redirect(redirect_uri):
             return self._page(400, "Authorization failed", "<p>Unregistered Redirect URI</p>")
+        if wrong_type:
+            return self._authorize_error(asked, "unsupported_response_type", "Only code is supported.")
         method, challenge = asked.get("code_challenge_method", ""), asked.get("code_challenge", "")
         if method not in ("", "plain", "S256"):
             return self._authorize_error(asked, "invalid_request", "unsupported code challenge method")
@@ -1384,18 +1494,21 @@ class FakeForgejo:
         hidden = {
             name: asked.get(name, "") for name in ("client_id", "state", "scope", "nonce", "redirect_uri")
         }
-        inputs = "".join(
+        inputs = self._csrf_field(request.session) + "".join(
             f'<input type="hidden" name="{name}" value="{html_text.escape(value)}">'
-            for name, value in {"_csrf": request.session.csrf, **hidden}.items()
+            for name, value in hidden.items()
         )
         return self._page(
             200,
             f"Authorize {app.name}",
             _CONSENT.format(
+                base=self.path,
                 inputs=inputs,
                 name=html_text.escape(app.name),
                 login=html_text.escape(user.login),
-                other=html_text.escape("/user/logout?" + urlencode({"redirect_to": request.target})),
+                other=html_text.escape(
+                    self.path + "/user/logout?" + urlencode({"redirect_to": request.target})
+                ),
                 scope=html_text.escape(hidden["scope"] or "(none)"),
                 redirect=html_text.escape(hidden["redirect_uri"]),
             ),
@@ -1451,6 +1564,7 @@ class FakeForgejo:
         ("POST", "/login/oauth/authorize"): _authorize,
         ("POST", "/login/oauth/grant"): _consent,
         ("GET", "/login/oauth/userinfo"): _userinfo,
+        ("POST", "/login/oauth/userinfo"): _userinfo,
         ("POST", "/login/oauth/introspect"): _introspect,
         ("POST", "/login/oauth/access_token"): _access_token,
         ("GET", "/user/login"): _login_page,
@@ -1475,6 +1589,8 @@ class FakeForgejo:
             return self._api_error(401, str(bad))
         if who:
             self._refuse_api_access(who.user)
+        elif self.require_signin:
+            return self._api_error(403, SIGNED_IN_ONLY)
         path = request.path.removeprefix("/api/v1")
         method = "GET" if request.method == "HEAD" else request.method
         paths = [(route, match) for route in self._API if (match := re.fullmatch(route[1], path))]
@@ -1490,16 +1606,12 @@ class FakeForgejo:
         return _text(405, "")
 
     def _refuse_api_access(self, user):
-        if user.suspended:
-            raise Refusal(self._api_error(403, PROHIBITED))
-        if user.inactive:
-            raise Refusal(self._api_error(403, NOT_ACTIVATED))
+        """These 403s have no `url`, and one text serves the suspended and the inactive."""
+        if user.suspended or user.inactive:
+            raise Refusal(_json(403, {"message": PROHIBITED}))
         if user.must_change_password:
-            raise Refusal(
-                self._api_error(
-                    403, f"You must change your password. Change it at: {self.url}/user/change_password"
-                )
-            )
+            where = f"{self.url}/user/change_password"
+            raise Refusal(_json(403, {"message": f"You must change your password. Change it at: {where}"}))
 
     def _require_scopes(self, who, level, categories):
         wanted = [f"{level}:{category}" for category in categories]
@@ -1527,6 +1639,13 @@ class FakeForgejo:
             request,
             [self._repo_json(repo, who) for repo in self._visible_repos(who) if repo.owner_id == who.user.id],
         )
+
+    def _api_new_repo(self, request, who):
+        asked = request.json()
+        if not isinstance(asked, dict) or not asked.get("name"):
+            return self._api_error(422, "[Name]: Required")
+        repo = self.add_repo(who.user.login, str(asked["name"]), private=bool(asked.get("private")))
+        return _json(201, self._repo_json(repo, who))
 
     def _api_user_repos(self, request, who, login):
         user = self._user_named(login)
@@ -1642,7 +1761,7 @@ class FakeForgejo:
             "language": "",
             "is_admin": user.admin,
             "last_login": CREATED,
-            "created": CREATED,
+            "created": user.created,
             "restricted": False,
             "active": not user.inactive,
             "prohibit_login": user.suspended,
@@ -1721,6 +1840,7 @@ class FakeForgejo:
         ("GET", "/version", False, (), _api_version),
         ("GET", "/user", True, (["user"],), _api_me),
         ("GET", "/user/repos", True, (["user"], ["repository"]), _api_my_repos),
+        ("POST", "/user/repos", True, (["user"], ["repository"]), _api_new_repo),
         ("GET", "/user/orgs", True, (["user", "organization"],), _api_my_orgs),
         ("GET", "/users/([^/]+)", False, (["user"],), _api_user),
         ("GET", "/users/([^/]+)/repos", False, (["user"], ["repository"]), _api_user_repos),
@@ -1746,6 +1866,9 @@ class _Handler(BaseHTTPRequestHandler):
             request = Request(self.command, self.path, self.headers, self._read_body())
         except ValueError:
             self.send_error(400)
+            return
+        if not request.below(self.server.path):
+            self.send_error(404)
             return
         try:
             response = self.server.answer(request)
@@ -1872,7 +1995,7 @@ footer {{ margin-top: 2rem; opacity: .7; font-size: .85rem; }}
 </style></head><body><main><h1>{title}</h1>{body}</main>
 <footer>A stand-in for Forgejo, for tests and demos.</footer></body></html>"""
 
-_LOGIN = """{message}<form method="post" action="/user/login">
+_LOGIN = """{message}<form method="post" action="{base}/user/login">
 <label for="user_name">Username</label>
 <input id="user_name" name="user_name" type="text" autocomplete="username" required autofocus>
 <label for="password">Password</label>
@@ -1882,16 +2005,16 @@ _LOGIN = """{message}<form method="post" action="/user/login">
 
 _CONSENT = """<p><strong>{name}</strong> asks for access to the account <strong>{login}</strong>.</p>
 <p>Scopes: <code>{scope}</code></p><p>You will be sent to <code>{redirect}</code></p>
-<form method="post" action="/login/oauth/grant">{inputs}
+<form method="post" action="{base}/login/oauth/grant">{inputs}
 <button class="primary" name="granted" value="true">Authorize application</button>
 <button name="granted" value="false">Cancel</button></form>
 <p><a href="{other}">Use another account</a></p>"""
 
-_HOME = """<p>Signed in as <strong>{login}</strong>. <a href="/user/logout">Sign out</a></p>
+_HOME = """<p>Signed in as <strong>{login}</strong>. <a href="{base}/user/logout">Sign out</a></p>
 <h2>Authorized applications</h2>{rows}"""
 
-_GRANT_ROW = """<form method="post" action="/user/settings/applications/oauth2/1/revoke/{id}">
-<input type="hidden" name="_csrf" value="{csrf}"><p><strong>{name}</strong><br><code>{scope}</code></p>
+_GRANT_ROW = """<form method="post" action="{base}/user/settings/applications/oauth2/1/revoke/{id}">
+{csrf}<p><strong>{name}</strong><br><code>{scope}</code></p>
 <button>Revoke</button></form>"""
 
 

@@ -1,6 +1,8 @@
 """The one credential of each user at Forgejo, under load: refreshed once, never lost by a race, and each refusal known for what it is."""
 
+import contextlib
 import threading
+import time
 
 import pytest
 
@@ -8,6 +10,7 @@ import fjmcp_broker
 from browser import Browser, BrowserError, approve_login
 from fake_forgejo import (
     cut_body,
+    hang,
     html,
     lose_response,
     oauth_error,
@@ -41,6 +44,21 @@ def lasting(make_rig):
 
 def refreshes(rig):
     return sum(request.form.get("grant_type") == "refresh_token" for request in rig.forgejo.requests[:])
+
+
+def spent_tokens(rig):
+    """How many refreshes with a stored token were asked for, answered or not; a probe carries none."""
+    return sum(
+        request.form.get("grant_type") == "refresh_token" and "client_secret" in request.form
+        for request in rig.forgejo.requests[:]
+    )
+
+
+def ended(*names):
+    """Wait for the broker's threads of these names."""
+    for thread in threading.enumerate():
+        if thread.name in names and thread.is_alive():
+            thread.join(30)
 
 
 def exchanges(rig):
@@ -264,7 +282,7 @@ def test_Forgejo_away_for_an_hour_logs_nobody_out_and_is_not_hammered(lasting):
     sessions = [rig.session(name) for name in ("alice", "bob")]
     rig.clock.advance(3590)
     rig.forgejo.inject(TOKEN, status(502, "away", "text/plain"), times=None)
-    before = rig.forgejo.count(TOKEN)
+    before = spent_tokens(rig)
     for _ in range(360):
         rig.clock.advance(10)
         rig.tick()
@@ -274,7 +292,7 @@ def test_Forgejo_away_for_an_hour_logs_nobody_out_and_is_not_hammered(lasting):
     for mcp in sessions:
         assert same(mcp).post(CALL).status == 503
         assert mcp.oauth.refresh().status == 200
-    asked = rig.forgejo.count(TOKEN) - before
+    asked = spent_tokens(rig) - before
     assert 2 * 45 <= asked <= 2 * 75  # two users, 1 s doubling to 60 s
     assert state(rig) == "active" and not rig.log.named("logged out upstream")
     rig.forgejo.clear_faults()
@@ -419,3 +437,203 @@ def test_a_user_no_longer_allowed_is_shut_out_at_the_next_refresh(make_rig):
     assert [record["reason"] for record in rig.log.named("access refused")] == [
         "no longer among the allowed users and groups"
     ]
+
+
+# -- which credential is the newer one
+
+
+def test_a_login_after_Forgejo_was_restored_counts_though_its_grants_have_lower_numbers(lasting):
+    rig = lasting
+    kept = rig.forgejo.backup()
+    for _ in range(2):
+        mcp = rig.session()
+        rig.forgejo.revoke_grant("alice", rig.app.client_id)
+    mcp = rig.session()  # the third grant's number is the highest that Forgejo gave
+    rig.forgejo.restore(kept)
+    rig.clock.advance(3700)
+    assert same(mcp).post(CALL).status == 401
+    rig.login()
+    assert who(same(mcp)) == "alice"
+    rig.clock.advance(3700)
+    assert who(same(mcp)) == "alice"
+
+
+def test_of_two_logins_that_overlap_the_one_Forgejo_counted_later_is_kept(lasting):
+    rig = lasting
+    gate = rig.forgejo.hold(TOKEN, method="POST")
+    first = in_thread(rig.login)
+    gate.wait_arrived()
+    second = in_thread(rig.login)
+    gate.wait_arrived(2)
+    answered = rig.forgejo.inject(TOKEN, hang(processed=True))  # whichever is first, its answer comes last
+    gate.let(1)
+    answered.wait_hit()
+    gate.open()
+    rig.forgejo.wait_for(lambda request: request.path == TOKEN and request.status == 200)
+    rig.log.wait("token issued")
+    answered.release()
+    first(), second()
+    row = rig.broker.store.user(rig.forgejo._need_user("alice").sub)
+    assert row.credential_count == rig.forgejo.grant_of("alice", rig.app.client_id).counter == 2
+
+
+def test_a_login_saves_its_credential_once(lasting, monkeypatch):
+    rig = lasting
+    rig.login()
+    saved, real = [], rig.broker.store.save_credential
+    monkeypatch.setattr(
+        rig.broker.store, "save_credential", lambda *given: saved.append(given[0]) or real(*given)
+    )
+    rig.login()
+    rig.login("bob")
+    assert saved == [rig.forgejo._need_user(name).sub for name in ("alice", "bob")]
+
+
+def test_a_refusal_is_believed_once_the_callbacks_of_that_moment_have_ended_whatever_comes_after(lasting):
+    rig = lasting
+    mcp = rig.session()
+    rig.forgejo.revoke_grant("alice", rig.app.client_id)
+    rig.clock.advance(3590)
+    upstream, sub = rig.broker.upstream, rig.forgejo._need_user("alice").sub
+    with upstream.callback():
+        with pytest.raises(fjmcp_broker.UpstreamDown):
+            upstream.refresh(sub)
+        rubbish = upstream.callback()
+        rubbish.__enter__()  # and one is always under way from now on
+        rig.clock.advance(5)
+        with pytest.raises(fjmcp_broker.UpstreamDown):
+            upstream.refresh(sub)
+        assert state(rig) == "active"
+    assert state(rig) == "logged_out" and len(rig.log.named("logged out upstream")) == 1
+    assert same(mcp).post(CALL).status == 401
+    rubbish.__exit__(None, None, None)
+
+
+def test_a_refusal_does_not_count_when_a_callback_of_that_moment_brought_another_credential(lasting):
+    rig = lasting
+    mcp = rig.session()
+    rig.clock.advance(3590)
+    rig.forgejo.inject(TOKEN, oauth_error("invalid_grant", "replaced by the login"), method="POST")
+    upstream, sub = rig.broker.upstream, rig.forgejo._need_user("alice").sub
+    with upstream.callback():
+        with pytest.raises(fjmcp_broker.UpstreamDown):
+            upstream.refresh(sub)
+        rig.login()
+    assert state(rig) == "active" and who(same(mcp)) == "alice"
+
+
+# -- an outage, from its first minute to its end
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "an access_denied of a filter"])
+def test_an_outage_of_the_token_endpoint_beyond_the_tokens_life_logs_nobody_out(lasting, fault):
+    rig = lasting
+    mcp = rig.session()
+    made = FAULTS.get(fault, lambda: status(403, {"error": "access_denied"}))
+    rig.forgejo.inject(TOKEN, made(), times=None)
+    rig.clock.advance(3599)
+    same(mcp).post(CALL)
+    rig.clock.advance(2)
+    # A call that was let in just before sees the API refuse the token that ran out; that says nothing of the login.
+    assert rig.broker.upstream.examine(rig.forgejo._need_user("alice").sub) == "unknown"
+    assert same(mcp).post(CALL).status == 503 and state(rig) == "active"
+    rig.forgejo.clear_faults()
+    rig.clock.advance(60)
+    assert who(same(mcp)) == "alice"
+
+
+def test_once_Forgejo_answers_again_every_session_is_served_within_ten_seconds(lasting):
+    rig = lasting
+    sessions = [rig.session(name) for name in ("alice", "bob")]
+    rig.clock.advance(3700)
+    rig.forgejo.inject(TOKEN, status(502, "away", "text/plain"), times=None)
+    for _ in range(60):
+        rig.clock.advance(10)
+        rig.tick()
+        ended("refresh", "probe")
+    assert [same(mcp).post(CALL).status for mcp in sessions] == [503, 503]
+    rig.forgejo.clear_faults()
+    rig.clock.advance(4)
+    rig.tick()
+    rig.log.wait("forgejo answers again")
+    assert [who(same(mcp)) for mcp in sessions] == ["alice", "bob"]
+    assert len(rig.log.named("forgejo answers again")) == 1
+
+
+def test_a_probe_spends_no_token_and_carries_no_secret(lasting):
+    rig = lasting
+    rig.session()
+    rig.clock.advance(3700)
+    rig.forgejo.inject(TOKEN, status(502), times=None)
+    with contextlib.suppress(fjmcp_broker.UpstreamDown):
+        rig.broker.upstream.refresh(rig.forgejo._need_user("alice").sub)
+    rig.tick()
+    probe = rig.forgejo.wait_for(lambda request: request.form.get("refresh_token") == "probe")
+    assert set(probe.form) == {"grant_type", "client_id", "refresh_token"}
+    assert "authorization" not in probe.headers
+    ended("probe")
+
+
+def test_a_session_whose_child_could_not_start_while_Forgejo_was_away_wakes_soon_after(lasting):
+    rig = lasting
+    mcp = rig.session()
+    rig.broker.registry.all()[0].sleep("test")
+    rig.forgejo.inject("/api/v1/version", status(502, "away", "text/plain"), times=None)
+    for _ in range(8):
+        assert same(mcp).post(CALL).json()["error"]["data"]["reason"] == "upstream_down"
+    session = rig.broker.registry.all()[0]
+    assert session.retry_at - time.monotonic() <= 5
+    session.retry_at = 0.0  # as if these seconds had passed
+    rig.forgejo.clear_faults()
+    assert who(same(mcp)) == "alice"
+
+
+# -- what the operator and the client are told
+
+
+@pytest.mark.parametrize("wrong", ["client", "secret"])
+def test_a_wrong_client_id_or_secret_is_never_called_a_Forgejo_that_cannot_be_reached(lasting, wrong):
+    rig = lasting
+    mcp = rig.session()
+    if wrong == "secret":
+        rig.forgejo.rotate_secret(rig.app.client_id)
+    else:
+        rig.forgejo.delete_app(rig.app.client_id)
+    rig.clock.advance(3700)
+    refused = same(mcp).post(CALL)
+    assert refused.status == 503 and "Retry-After" in refused.headers
+    assert "reached" not in refused.text and "registration" in refused.text
+    with pytest.raises((BrowserError, ClientError)) as error:
+        rig.login("bob")
+    assert "reached" not in str(error.value)
+    records = rig.log.named("forgejo refuses this broker's client id or secret")
+    assert records and all(record["level"] == "error" for record in records)
+
+
+@pytest.mark.parametrize("where", ["login", "refresh", "userinfo", "introspection"])
+def test_why_Forgejo_could_not_be_asked_is_a_warning_at_most_once_a_minute_of_a_kind(lasting, where):
+    rig = lasting
+    mcp = rig.session()
+    path = {"login": TOKEN, "refresh": TOKEN, "userinfo": USERINFO}.get(where, "/login/oauth/introspect")
+    rig.clock.stop()
+    rig.forgejo.inject(path, redirect("https://sso.example.org/wall?next=secret"), times=None)
+    told = lambda: [r for r in rig.log.named("forgejo cannot be asked") if r["where"] == where]  # noqa: E731
+    for _ in range(3):
+        if where in ("login", "introspection"):
+            with contextlib.suppress(BrowserError, ClientError):
+                rig.login("bob")
+        else:
+            rig.clock.advance(3600 if not told() else 1)
+            with contextlib.suppress(fjmcp_broker.UpstreamDown):
+                rig.broker.upstream.refresh(rig.forgejo._need_user("alice").sub)
+    (record,) = told()
+    assert record["level"] == "warning" and "303 to https://sso.example.org/wall" in record["reason"]
+    assert "secret" not in record["reason"]
+    rig.clock.advance(61)
+    if where in ("login", "introspection"):
+        with contextlib.suppress(BrowserError, ClientError):
+            rig.login("bob")
+    else:
+        with contextlib.suppress(fjmcp_broker.UpstreamDown):
+            rig.broker.upstream.refresh(rig.forgejo._need_user("alice").sub)
+    assert len(told()) == 2 and mcp.token
