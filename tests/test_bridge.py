@@ -22,6 +22,8 @@ from rig import json_of, text_of, who
 from test_child import ECHO, Running, counts, guardian  # noqa: F401
 from test_process import await_end, in_thread, session
 
+# An exception that ends a thread of the broker is a traceback on stderr: it fails the test during which it came.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 PING = {"jsonrpc": "2.0", "id": "a ping", "method": "ping"}
 INITIALIZE = {
     "jsonrpc": "2.0",

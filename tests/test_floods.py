@@ -17,6 +17,8 @@ from mcp_client import OAuthClient
 from rig import text_of
 from wire import Answer, Wire, get, mcp_post, post
 
+# An exception that ends a thread of the broker is a traceback on stderr: it fails the test during which it came.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 CALL = {"jsonrpc": "2.0", "id": 1, "method": "tools/call"}
 

@@ -21,6 +21,8 @@ from mcp_client import McpClient, OAuthClient
 from rig import Rig, text_of
 from wire import Answer, Wire, ask, get, host, mcp_post, post
 
+# An exception that ends a thread of the broker is a traceback on stderr: it fails the test during which it came.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 OK, PING = b"HTTP/1.1 200 OK", {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 
 
