@@ -5888,10 +5888,11 @@ class Link:
 class Wake:
     """One start of a child that several requests wait for."""
 
-    def __init__(self):
+    def __init__(self, modest: bool = False) -> None:
         self.done = threading.Event()
         self.link = None
         self.error = None
+        self.modest = modest  # it takes only a place that is free
 
 
 class Session:
@@ -6139,6 +6140,8 @@ class Session:
             self._wake(wake)
         elif not wake.done.wait(PLACE_WAIT + self.settings.start_timeout + 30):
             raise unavailable("starting_failed", "The tool process did not start in time.")
+        if wake.error and wake.modest and not leader:  # it gave up where this request may wait
+            return self.awake()
         if wake.error:
             raise anew(wake.error)
         return wake.link
@@ -6148,7 +6151,7 @@ class Session:
         error = None
         link = None
         try:
-            link = self._start()
+            link = self._start(modest=wake.modest)
         except (RpcError, Refusal) as problem:
             error = anew(problem)
         except BaseException as problem:
@@ -6169,7 +6172,7 @@ class Session:
                     self.failures = 0
                     self.draining |= {each for each in (old,) if each and not each.over}
                 else:
-                    if isinstance(error, RpcError):
+                    if isinstance(error, RpcError) and not wake.modest:
                         self.failures = self.failures + 1
                         self.failure = error
                     # Forgejo answers again without telling us: nobody may find out more than 10 s later.
@@ -6181,13 +6184,13 @@ class Session:
             if link and old:
                 self._stop_if_drained(old)
 
-    def _start(self, probe=True):
+    def _start(self, probe=True, modest=False):
         access, seq, fresh_until = self.registry.credential(self.sub)
         with self.lock:
             if self.link and self.link.alive and self.link.seq == seq:  # nothing newer was to be had
                 return self.link
         replay = self.version is not None
-        self.registry.take_place(self)
+        self.registry.take_place(self, modest)
         link = Link(self, seq, fresh_until)
         try:
             link.child = self.registry.spawn(access, self.sub, link)
@@ -6207,7 +6210,7 @@ class Session:
             raise
         link.child.stop("no answer to the handshake")
         if link.probed:  # some older programs end at a request that they do not know
-            return self._start(probe=False)
+            return self._start(probe=False, modest=modest)
         raise self.registry.why_not_started(self.sub)
 
     def _settle(self, link, server, replay):
@@ -6228,10 +6231,11 @@ class Session:
         link.edge.ready()
         if self.level:
             link.edge.set_level(self.level)
-        if self.subscriptions or self.front.listening:
+        if self.subscriptions or self.front.hears:
             link.edge.watch(set(self.subscriptions))
         if self.tools_hash:
             self._compare_tools(link)
+        self.front.started(link)
 
     def _compare_tools(self, link):
         """Tell the client when the new child has other tools than the one it knew; the comparison holds up nobody."""
@@ -6249,12 +6253,12 @@ class Session:
         if not self.settings.child_keeps_state and not self.sleep("token rotated"):
             self.wake_in_background(only_if=lambda: self.link)
 
-    def wake_in_background(self, only_if=lambda: True):
-        """Start a child without waiting for it."""
+    def wake_in_background(self, only_if=lambda: True, modest=False):
+        """Start a child without waiting for it; `modest`: only if a place is free."""
         with self.lock:
             if self.ended or self.waking or not only_if() or time.monotonic() < self.retry_at:
                 return
-            self.waking = wake = Wake()
+            self.waking = wake = Wake(modest)
         threading.Thread(target=self._wake, args=(wake,), daemon=True).start()
 
     def sleep(self, reason, though_listening=False):
@@ -6275,11 +6279,13 @@ class Session:
         """Whether it has no child and nothing that a client has not taken."""
         return not (self.link or self.draining or self.waking) and self.front.keeps_nothing
 
-    def idle_since(self):
+    def idle_since(self, though_listening=False):
         """Since when (monotonic) the child has had nothing to do; None while it is busy or asleep."""
         with self.lock:
-            idle = self.link and not self.waking and not self._busy(self.link) and not self.front.listening
-            return self.link.used_at if idle else None
+            idle = self.link and not self.waking and not self._busy(self.link)
+            if not idle or self.front.listening and not though_listening:
+                return None
+            return self.link.used_at
 
     def call_ended(self, link, call, message):
         """A call is over: drained children go, waiting requests may get the place, a refusal by Forgejo is looked into."""
@@ -6345,7 +6351,7 @@ class Session:
             if link is not self.link:
                 self._stop_if_drained(link)
         if not links and self.front.listening:  # its child died: what it listens to must go on
-            self.wake_in_background()
+            self.wake_in_background(modest=True)
 
     def _give_up(self, questions, calls):
         for question in questions:
@@ -6450,11 +6456,15 @@ def session_not_found():
     return RpcError(SESSION_NOT_FOUND, "Session not found. Start a new one with initialize.", None, 404)
 
 
-def tools_digest(result):
+def list_digest(result: object, name: str) -> bytes:
+    """A fingerprint of the list in a result of tools/list, prompts/list or resources/list."""
+    listed = result.get(name) if isinstance(result, dict) else None
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).digest()
+
+
+def tools_digest(result: object) -> bytes:
     """A fingerprint of a tools/list result."""
-    return hashlib.sha256(
-        json.dumps(result.get("tools") if isinstance(result, dict) else None, sort_keys=True).encode()
-    ).digest()
+    return list_digest(result, "tools")
 
 
 # ======================================================================================================================
@@ -6499,6 +6509,12 @@ MAY_ASK = (
 LEGACY_ONLY = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
 LIST_CHANGES = {
     f"notifications/{kind}/list_changed": f"{kind}ListChanged" for kind in ("tools", "prompts", "resources")
+}
+LIST_CHANGED = {kind: method for method, kind in LIST_CHANGES.items()}
+LISTS = {
+    "toolsListChanged": ("tools/list", "tools"),
+    "promptsListChanged": ("prompts/list", "prompts"),
+    "resourcesListChanged": ("resources/list", "resources"),
 }
 SERVER_CAPABILITIES = (
     "experimental",
@@ -6958,6 +6974,14 @@ class LegacyFront:
         return bool(self._session.subscriptions) and self.get_stream.is_open
 
     @property
+    def hears(self) -> bool:
+        """Whether a new child must be told that somebody listens."""
+        return self.listening
+
+    def started(self, link: Link) -> None:
+        """The session itself compares the tools of a new child."""
+
+    @property
     def keeps_nothing(self):
         """Whether no client reads, and what none has taken has gone by its time."""
         return all(stream.holds_nothing for stream in (self.get_stream, *list(self.streams.values())))
@@ -7087,6 +7111,7 @@ class ModernReply:
         self.stream = place.new_stream(1)
         self.call = None
         self._keys = {}
+        self.held_name = ""
         self.held = self.gone = False
 
     def notify(self, body):
@@ -7129,6 +7154,8 @@ class ModernReply:
     def fail(self, code, sentence, data):
         """An error as an answer; the legacy era's own code for it is not used in this one. A call that is held is gone with it."""
         self.gone = self.held
+        if self.gone:  # no retry can find it any more
+            self.place.registry.retried(self.held_name)
         code = INTERNAL_ERROR if code == SERVER_ERROR else code
         self.stream.put(
             error_message(self.id, code, sentence, data),
@@ -7239,6 +7266,7 @@ class PoolFront:
     def __init__(self, session):
         self._session = session
         self._listeners = {}
+        self._lists: dict[str, bytes] = {}  # kind -> digest of what the last child listed
 
     @property
     def server_meta(self):
@@ -7248,8 +7276,54 @@ class PoolFront:
 
     @property
     def listening(self):
-        """Whether somebody waits for news: that keeps the child awake."""
-        return any(listener.kinds or listener.uris for listener in self._listeners.values())
+        """Whether somebody waits for news of a resource: that keeps the child awake; changes of lists do not."""
+        return any(listener.uris for listener in self._listeners.values())
+
+    @property
+    def hears(self) -> bool:
+        """Whether a new child must be told that somebody listens."""
+        return bool(self._kinds() or self.listening)
+
+    def _kinds(self) -> set[str]:
+        """The lists whose changes somebody waits for."""
+        return {kind for listener in self._listeners.values() for kind in listener.kinds}
+
+    def started(self, link: Link) -> None:
+        """A new child serves: who listens is told of lists that are not what they were."""
+        with self._session.lock:
+            kinds = self._kinds()
+        for kind in kinds:
+            self._look(link, kind)
+
+    def _look(self, link: Link, kind: str) -> None:
+        """Ask for a list, tell those who listen if it has changed; nobody waits for that."""
+        method, member_name = LISTS[kind]
+
+        def compare(result: object) -> None:
+            now = list_digest(result, member_name)
+            before = self._lists.get(kind)
+            self._lists[kind] = self._session.registry.lists[kind] = now
+            if before not in (None, now):
+                self._tell(LIST_CHANGED[kind], {})
+
+        link.start(method, {}, Waiting(), 60, after=compare)
+
+    def _tell(self, method: str, params: dict[str, object]) -> None:
+        """News for those who listen to it."""
+        with self._session.lock:
+            listeners = list(self._listeners.values())
+        for listener in listeners:
+            if listener.hears(method, params):
+                listener.stream.put(self._tagged(method, params, listener.id))
+
+    def _program(self, uris: set[str]) -> dict[str, object]:
+        """What the program says of itself. A child is started only where one is needed, or nothing is known yet."""
+        session = self._session
+        known = session.server or session.registry.known_program()
+        if uris or known is None:
+            session.awake()
+            known = session.server
+        return known
 
     @property
     def keeps_nothing(self):
@@ -7276,16 +7350,15 @@ class PoolFront:
     def listen(self, request_id, wanted):
         """Serve a `subscriptions/listen`: its stream, which says first what is honoured (MCP 2026-07-28 patterns/subscriptions)."""
         session = self._session
-        session.awake()
-        capabilities = session.server.get("capabilities") or {}
+        uris = wanted.get("resourceSubscriptions")
+        uris = {uri for uri in uris if isinstance(uri, str)} if isinstance(uris, list) else set()
+        capabilities = self._program(uris).get("capabilities") or {}
         kinds = {
             name
             for name in LIST_CHANGES.values()
             if wanted.get(name) is True
             and (capabilities.get(name.removesuffix("ListChanged")) or {}).get("listChanged") is True
         }
-        uris = wanted.get("resourceSubscriptions")
-        uris = {uri for uri in uris if isinstance(uri, str)} if isinstance(uris, list) else set()
         if not (capabilities.get("resources") or {}).get("subscribe"):
             uris = set()
         for uri in uris:
@@ -7303,6 +7376,12 @@ class PoolFront:
         )
         with session.lock:
             self._listeners[stream.key] = Listener(stream, request_id, frozenset(kinds), frozenset(uris))
+            link = session.link
+        for kind in kinds:
+            if link and link.alive and kind not in self._lists:
+                self._look(link, kind)
+            elif kind in session.registry.lists:
+                self._lists.setdefault(kind, session.registry.lists[kind])
         return stream
 
     def unlisten(self, stream):
@@ -7330,12 +7409,9 @@ class PoolFront:
         """A notification of the child: news to who listens, other things to the only request in flight."""
         if method == "notifications/tools/list_changed":
             self._session.tools = None
+        self._tell(method, params)
         with self._session.lock:
-            listeners = list(self._listeners.values())
             calls = self._session.calls(link)
-        for listener in listeners:
-            if listener.hears(method, params):
-                listener.stream.put(self._tagged(method, params, listener.id))
         if len(calls) == 1 and not listened:
             calls[0].reply.notify(asking(method, params or None, jsonrpc="2.0"))
 
@@ -7393,6 +7469,11 @@ class PoolFront:
 # ======================================================================================================================
 
 
+MAX_CAPABILITIES = 4096  # bytes of what a client says it can be asked, as JSON
+MAX_POOLED = 32  # places of one user in pools, used or not; above it those go that nobody uses
+MAX_POOLED_IN_USE = 256
+
+
 class Registry:
     """Sessions by name, pools by (user, client, what its clients can be asked), places for children, and the way to credentials.
 
@@ -7416,6 +7497,10 @@ class Registry:
         self.closing = False
         self._binary = None
         self.asking = False
+        self._programs: dict[
+            str, dict[str, object]
+        ] = {}  # fingerprint -> what it last said of itself; the newest four
+        self.lists: dict[str, bytes] = {}  # kind of list -> digest of what any child last listed
         self.kept = KeptBytes(settings, clock)
         self.owners = itertools.count(1)
         self.children = []  # every child not yet seen to have ended, whoever started it
@@ -7489,8 +7574,12 @@ class Registry:
         Give it back with release().
         """
         known = known_capabilities(capabilities)
-        key = (sub, client_id, dump(known))
+        spelled = json.dumps(known, sort_keys=True).encode()
+        if len(spelled) > MAX_CAPABILITIES:  # they are kept, and told to each child
+            raise RpcError(INVALID_PARAMS, "What the client says it can be asked is too large.", None, 400)
+        key = (sub, client_id, hashlib.sha256(spelled).digest())
         with self.lock:
+            unused = self._make_room_in_pools(sub, key)
             pool = self.pools.setdefault(key, [])
             for session in reversed(pool) if alone else pool:
                 if not session.leased and not session.ended and not (alone and session.users):
@@ -7506,17 +7595,43 @@ class Registry:
             session.users = session.users + 1
             session.leased = alone
             session.used_at = self.clock.now()
-            return session
+        for each in unused:
+            each.end("another was used later")
+        return session
+
+    def _make_room_in_pools(self, sub: str, key: tuple[str, str, bytes]) -> list["Session"]:
+        """Take out what a user has too much of: the places used longest ago that nobody uses now. Under the lock."""
+        if key in self.pools:
+            return []
+        own = [session for name, pool in self.pools.items() if name[0] == sub for session in pool]
+        unused = sorted((each for each in own if not each.users), key=lambda each: each.used_at)
+        unused = unused[: max(0, len(own) - MAX_POOLED + 1)]
+        if len(own) - len(unused) >= MAX_POOLED_IN_USE:
+            raise unavailable("busy", "Too many requests of this user wait for tool processes.", 429, 1)
+        for session in unused:
+            self._out_of_pool(session)
+        return unused
+
+    def _out_of_pool(self, session: "Session") -> None:
+        """Under the lock."""
+        for key, pool in list(self.pools.items()):
+            if session in pool:
+                pool.remove(session)
+                if not pool:
+                    del self.pools[key]
 
     def release(self, session):
-        """A request of a lease is over."""
+        """A request of a lease is over; a place that never had a child, nor failed to get one, goes."""
         with self.lock:
             session.users -= 1
             session.leased = session.leased and session.users > 0
+            if not session.users and session.server is None and not session.failures and not session.waking:
+                self._out_of_pool(session)
 
     def hold(self, reply):
         """Keep a reply that waits for a retry; what the retry has to name."""
         name = new_secret()
+        reply.held_name = name
         with self.lock:
             self.held[name] = (reply, time.monotonic() + self.settings.input_timeout + 60)
         return name
@@ -7587,8 +7702,25 @@ class Registry:
 
     # -- places among max_sessions
 
-    def take_place(self, session):
-        """Wait for a place for a child, putting the longest idle one to sleep; RpcError 503 after 20 s."""
+    def _let_listener_give_way(self, others: list["Session"]) -> None:
+        """Put a child to sleep that does nothing but wait for news of a resource, and has for `session_idle_timeout`."""
+        rest = self.settings.session_idle_timeout
+        now = self.clock.now()
+        tired = [
+            (since, index, each)
+            for index, each in enumerate(others)
+            if now - each.used_at >= rest
+            and (since := each.idle_since(though_listening=True)) is not None
+            and time.monotonic() - since >= min(1.0, rest)
+        ]
+        if tired:
+            min(tired)[2].sleep("place needed", though_listening=True)
+
+    def take_place(self, session, modest=False):
+        """Wait for a place for a child, putting the longest idle one to sleep; RpcError 503 after 20 s.
+
+        `modest`: only a free place will do, at once.
+        """
         deadline = time.monotonic() + PLACE_WAIT
         while True:
             with self.lock:
@@ -7608,8 +7740,12 @@ class Registry:
                     for index, each in enumerate(others)
                     if (since := each.idle_since()) is not None
                 ]
+                if modest:
+                    raise unavailable("busy", "No place is free.")
                 if idle and not self.settings.child_keeps_state:
                     min(idle)[2].sleep("place needed")
+                elif not self.settings.child_keeps_state:
+                    self._let_listener_give_way(others)
                 with self.lock:
                     if time.monotonic() >= deadline or self.closing:
                         raise unavailable(
@@ -7705,8 +7841,16 @@ class Registry:
             raise
         if server and era != known:
             self._note_era(binary, era)
+        if server:
+            self._programs = {**dict(list(self._programs.items())[-3:]), binary: server}
         link.probed = probe and not known
         return server
+
+    def known_program(self) -> dict[str, object] | None:
+        """What the program said of itself when a child of it last started; None when none has."""
+        with contextlib.suppress(ChildMissing, OSError):
+            return self._programs.get(binary_fingerprint(child_command(self.settings)))
+        return None
 
     def _note_era(self, binary, era):
         with contextlib.suppress(StoreUnavailable):  # it is asked again next time
