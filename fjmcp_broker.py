@@ -19,6 +19,7 @@ Contents, in dependency order; a section names only what stands above it:
 
 from __future__ import annotations
 
+import array
 import base64
 import binascii
 import collections
@@ -55,6 +56,7 @@ import sqlite3
 import ssl
 import subprocess
 import sys
+import termios
 import threading
 import time
 import tomllib
@@ -402,12 +404,46 @@ SETTINGS = (
         "trusted_proxies",
         "networks",
         "127.0.0.0/8,::1/128",
-        "peers whose X-Forwarded-For is believed",
+        "peers whose X-Forwarded-For is believed; the peer of a Unix socket always is",
         reload=True,
     ),
-    Setting("max_connections", "count", 4096, "open HTTP connections", reload=True),
+    Setting("max_connections", "count", 3072, "open HTTP connections", reload=True),
     Setting("max_connections_per_address", "count", 256, "open HTTP connections of one address", reload=True),
-    Setting("max_body", "size", "4MiB", "body of a request to /mcp", reload=True),
+    Setting(
+        "max_requests_per_user",
+        "count",
+        128,
+        "requests with a user's token that are read or answered at once",
+        reload=True,
+    ),
+    Setting(
+        "max_requests_per_address",
+        "count",
+        64,
+        "requests without a valid token of one address that are read or answered at once",
+        reload=True,
+    ),
+    Setting(
+        "max_streams_per_user",
+        "count",
+        64,
+        "streams (GET and subscriptions/listen) of one user at once",
+        reload=True,
+    ),
+    Setting(
+        "max_body",
+        "size",
+        "4MiB",
+        "body of a request to /mcp; at most a quarter of body_bytes",
+        reload=True,
+    ),
+    Setting(
+        "body_bytes",
+        "size",
+        "64MiB",
+        "bodies being read at once, without the first 16 KiB of each",
+        reload=True,
+    ),
     Setting("max_form", "size", "64KiB", "body of any other request", reload=True),
     Setting("max_line", "size", "16MiB", "line of a child's output", reload=True),
     Setting("max_inflight", "count", 32, "requests of one session at once", reload=True),
@@ -430,7 +466,11 @@ SETTINGS = (
     Setting("header_timeout", "duration", "10s", "time for a request's header", reload=True),
     Setting("body_timeout", "duration", "30s", "time for a request's body", reload=True),
     Setting(
-        "write_timeout", "duration", "30s", "time in which a client must take what is sent to it", reload=True
+        "write_timeout",
+        "duration",
+        "30s",
+        "time in which a client must take 64 KiB of what is sent to it, or the rest",
+        reload=True,
     ),
     Setting("idle_timeout", "duration", "150s", "time an unused connection is kept", reload=True),
     Setting(
@@ -793,6 +833,11 @@ def load_settings(flags, environ, config_path=None):
         problems.append(
             f"{sources['listen']}: listen: with an http public_url it must be on loopback: tokens would travel in the clear"
         )
+    if values.get("max_body", 0) * 4 > values.get("body_bytes", math.inf):
+        problems.append(
+            f"{sources['max_body']}: max_body = {values['max_body']} is more than a quarter of body_bytes ="
+            f" {values['body_bytes']} ({sources['body_bytes']}): raise body_bytes or lower max_body"
+        )
     if problems:
         raise ConfigurationError(problems)
     return Settings(values, sources)
@@ -1142,6 +1187,12 @@ ALTER TABLE users ADD COLUMN former_login TEXT;
 ALTER TABLE users ADD COLUMN state_reason TEXT;
 ALTER TABLE users ADD COLUMN credential_order INTEGER NOT NULL DEFAULT 0;
 CREATE INDEX users_by_credential_order ON users (credential_order);
+ALTER TABLE clients ADD COLUMN network TEXT;
+ALTER TABLE clients ADD COLUMN unused_since REAL;
+UPDATE clients SET unused_since = created_at WHERE kind = 'dynamic' AND used_at <= created_at;
+CREATE INDEX clients_unused ON clients (unused_since) WHERE unused_since IS NOT NULL;
+CREATE INDEX clients_by_network ON clients (network, unused_since) WHERE network IS NOT NULL;
+CREATE INDEX logins_sealed ON logins (expires_at) WHERE sealed IS NOT NULL;
 """
 MIGRATIONS = (SCHEMA, VERSION_2)  # MIGRATIONS[n] takes a store from version n to n + 1
 
@@ -1162,7 +1213,10 @@ LISTINGS = {
     " FROM sessions JOIN users USING (sub) ORDER BY used_at DESC",
 }
 SWEEPS = (  # what goes once its time is that many seconds past (None: the life of an unused client); bounded, so that no sweep takes long
+    # Strangers make logins: their boxes (6 KiB) go with the login's time, the tombstones an hour later.
+    ("UPDATE logins SET sealed = NULL WHERE sealed IS NOT NULL AND expires_at < ?", 0),
     ("DELETE FROM logins WHERE expires_at < ?", 3600),
+    ("UPDATE clients SET network = NULL WHERE network IS NOT NULL AND created_at < ?", 3600),
     ("DELETE FROM account_logins WHERE expires_at < ?", 0),
     ("DELETE FROM assertions WHERE expires_at < ?", 0),
     ("DELETE FROM access_tokens WHERE expires_at < ?", 60),
@@ -1180,6 +1234,10 @@ SWEEPS = (  # what goes once its time is that many seconds past (None: the life 
         None,
     ),
 )
+REGISTRATIONS_AN_HOUR = (
+    2000  # kept of one network, unused: a hosted client's servers register for all its users
+)
+REGISTRATIONS_IN_ALL = 100_000  # unused: 0.5 GiB on disk at their largest
 BUSY_WAIT = 5  # seconds to wait for a process that keeps the database locked
 
 
@@ -1368,6 +1426,49 @@ class Store:
             ),
         )
 
+    def register_client(
+        self,
+        client_id: str,
+        name: str,
+        redirect_uris: list[str],
+        secret_hash: bytes | None,
+        auth_method: str,
+        metadata: dict[str, object],
+        network: str,
+        now: float,
+        hourly: int = REGISTRATIONS_AN_HOUR,
+        total: int = REGISTRATIONS_IN_ALL,
+    ) -> None:
+        """Keep a registration, and of those nobody has logged in through `hourly` of its network in an hour, `total` in all: the oldest go."""
+        given = {
+            "id": client_id,
+            "name": name,
+            "uris": json.dumps(redirect_uris),
+            "secret": secret_hash,
+            "method": auth_method,
+            "metadata": json.dumps(metadata),
+            "network": network,
+            "now": now,
+            "hour": now - 3600,
+            "hourly": hourly,
+            "total": total,
+        }
+        with self._batch() as db:
+            db.execute(
+                "INSERT INTO clients (client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, network, unused_since,"
+                " created_at, used_at) VALUES (:id, 'dynamic', :name, :uris, :secret, :method, :metadata, :network, :now, :now, :now)",
+                given,
+            )
+            for which, keep in (
+                ("network = :network AND unused_since > :hour", ":hourly"),
+                ("unused_since IS NOT NULL", ":total"),
+            ):
+                db.execute(
+                    f"DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE {which} ORDER BY unused_since"
+                    f" LIMIT max(0, (SELECT count(*) FROM clients WHERE {which}) - {keep}))",
+                    given,
+                )
+
     def client(self, client_id):
         """A client's row (redirect_uris, metadata and keys as values), or None; `in_use`: somebody has logged in through it."""
         row = self._one(
@@ -1554,7 +1655,10 @@ class Store:
                 "INSERT INTO codes (hash, grant_id, client_id, redirect_uri, challenge, expires_at) VALUES (?, ?, ?, ?, ?, ?)",
                 (code_hash, grant_id, client_id, redirect_uri, challenge, code_expires_at),
             )
-            db.execute("UPDATE clients SET used_at = ? WHERE client_id = ?", (now, client_id))
+            db.execute(
+                "UPDATE clients SET used_at = ?, unused_since = NULL, network = NULL WHERE client_id = ?",
+                (now, client_id),
+            )
             return grant_id
 
     # -- tokens
@@ -3147,17 +3251,54 @@ def with_id(line, message, request_id, extra=None):
 
 # ======================================================================================================================
 # HTTP values
-# Owns what a handler is given and what it gives back: Request, Response, and Stream, the value of everything that waits.
+# Owns what a handler is given and what it gives back: Request, Response, and Stream, the value of everything that waits; and what is
+# counted for whom: Limiter (requests by the minute), Places (at once), Bodies (in bytes).
 # Must not know sockets, routes, or what the bytes mean.
 # ======================================================================================================================
+
+UNIX_PEER = "unix"  # stands for the peer of a Unix socket, which has no address
+
+
+def read_address(text: str) -> str:
+    """Returns the one spelling of an IP address, an IPv4-mapped one as IPv4; raises ValueError for anything else.
+
+    Takes what proxies write into X-Forwarded-For: with a port (Azure, IIS, AWS's ALB on request), in brackets, as `::ffff:192.0.2.1`
+    (one dual-stack socket: nginx, HAProxy, Node).
+    """
+    host = text.strip(" \t")
+    if len(host) > 64:  # the longest address with a zone, brackets and a port
+        raise ValueError("not an address")
+    port = ""
+    if host.startswith("["):
+        host, bracket, port = host[1:].partition("]")
+        if not bracket or port and not port.startswith(":"):
+            raise ValueError("not an address")
+        port = port[1:] if port else "0"
+    elif host.count(":") == 1:
+        host, _, port = host.partition(":")
+    else:
+        port = "0"
+    if not (port.isascii() and port.isdecimal() and len(port) <= 5):
+        raise ValueError("not a port")
+    address = ipaddress.ip_address(host.partition("%")[0])
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def network_of(address: str, v4: int = 32, v6: int = 64) -> str:
+    """Returns whom an address is counted for: whoever has one IPv6 address has the other 2^64 of its network too."""
+    if address == UNIX_PEER or ":" not in address and v4 == 32:
+        return address
+    prefix = v6 if ":" in address else v4
+    return str(ipaddress.ip_network(f"{address.partition('%')[0]}/{prefix}", strict=False))
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """One HTTP request: `headers` maps a lower-case name to the list of its values; `target` is the raw path, `query` the raw query.
 
-    `read_body(limit)` returns the body's bytes, reading them only then; Refusal 413 or 400. `address` is the client's, as far as
-    trusted proxies tell. `direct` is true when no proxy spoke for the client.
+    `read_body(limit, seconds)` returns the body's bytes, reading them only then; Refusal 413, 408 or 400. `address` is the client's,
+    as far as trusted proxies tell. `direct`: no proxy spoke for the client. `is_proxy`: the address is a trusted proxy's own, which
+    stands for who knows how many clients. `seat` is what the request holds among what is served at once.
     """
 
     method: str
@@ -3166,8 +3307,10 @@ class Request:
     headers: dict
     address: str
     direct: bool
+    is_proxy: bool
     id: str
     read_body: object
+    seat: "Seat"
 
     def header(self, name, default=None):
         """The value of a header that may stand once; Refusal 400 when it stands twice."""
@@ -3672,6 +3815,152 @@ class Reader:
             stream._settle()
 
 
+class Places:
+    """Counts what is served at once by kind ("requests", "streams", "lingering") and owner ("user 42", "address 192.0.2.1").
+
+    Only a Seat takes and gives back, so that the count falls whatever becomes of a request.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the dict; a leaf
+        # (kind, owner) -> name -> seats of that name
+        self._held: dict[tuple[str, str], dict[object, int]] = {}
+
+    def count(self, kind: str, owner: str) -> int:
+        """Returns how many places of a kind an owner has."""
+        with self._lock:
+            return len(self._held.get((kind, owner), ()))
+
+    def total(self) -> int:
+        """Returns how many places are taken."""
+        with self._lock:
+            return sum(map(len, self._held.values()))
+
+    def move(
+        self, old: tuple[str, str, object] | None, new: tuple[str, str, object] | None, limit: int | None
+    ) -> bool:
+        """Gives `old` back and takes `new`, each (kind, owner, name); returns False, changing nothing, if the owner has `limit` of that kind."""
+        with self._lock:
+            if new:
+                names = self._held.get(new[:2], {})
+                if limit is not None and new != old and new[2] not in names and len(names) >= limit:
+                    return False
+                self._held.setdefault(new[:2], names)
+                names[new[2]] = names.get(new[2], 0) + 1
+            if old:
+                names = self._held[old[:2]]
+                names[old[2]] -= 1
+                if not names[old[2]]:
+                    del names[old[2]]
+                if not names:
+                    del self._held[old[:2]]
+            return True
+
+
+class Seat:
+    """A request's place among the Places: one at a time, moved by take(), given back by leave()."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._held: tuple[str, str, object] | None = None
+        self.owner = ""  # who asked last, be it in vain
+
+    def take(self, kind: str, owner: str, limit: int | None, name: object = None) -> None:
+        """Moves to a place of `owner`; Refusal 429 when they have `limit` of that kind. Seats of one `name` count once."""
+        self.owner = owner
+        wanted = (kind, owner, self if name is None else name)
+        if not self._places.move(self._held, wanted, limit):
+            raise Refusal(
+                429,
+                "too_many_requests",
+                "Too many requests at once; try again when some have been answered.",
+                (("Retry-After", "5"),),
+            )
+        self._held = wanted
+
+    def leave(self) -> None:
+        """Gives the place back."""
+        held = self._held
+        self._held = None
+        self._places.move(held, None, None)
+
+
+def seat_of_address(request: Request, settings: Settings) -> None:
+    """Counts a request without a valid token for its address, but for a proxy's own: Refusal 429 above `max_requests_per_address`."""
+    limit = None if request.is_proxy else settings.max_requests_per_address
+    request.seat.take("requests", f"address {network_of(request.address)}", limit)
+
+
+@dataclass(eq=False, slots=True)
+class Body:
+    """A request's body while it is read: for whom, since when, how its reading is ended, what came, and what of it is charged."""
+
+    owner: str
+    began: float
+    end: Callable[[], None]
+    received: int = 0
+    charged: int = 0
+    ended: bool = False
+
+
+class Bodies:
+    """The bytes of bodies being read, charged to their owners as they arrive; the first FREE of each are not.
+
+    When there are more than `body_bytes`, the slowest body of who holds most is ended: not the newcomer's, whoever that is.
+    """
+
+    FREE = 16384
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()  # guards everything below, and what is charged of every Body; a leaf
+        self._by_owner: dict[str, set[Body]] = {}
+        self.total = 0
+
+    def grow(self, body: Body, size: int) -> None:
+        """Charges `size` bytes that have arrived; Refusal 503 for a body that was ended, now or before."""
+        victims = []
+        with self._lock:
+            body.received += size
+            charge = max(0, body.received - self.FREE) - body.charged
+            if charge and not body.ended:
+                body.charged += charge
+                self.total += charge
+                self._by_owner.setdefault(body.owner, set()).add(body)
+                while self.total > self._settings.body_bytes:
+                    victims.append(self._slowest())
+                    self._drop(victims[-1])
+                    victims[-1].ended = True
+        for victim in victims:
+            if victim is not body:
+                victim.end()
+        if body.ended:
+            raise Refusal(
+                503,
+                "temporarily_unavailable",
+                "Too many large requests at once; try again in a moment.",
+                (("Retry-After", "5"),),
+            )
+
+    def close(self, body: Body) -> None:
+        """The body has been read, or never will be."""
+        with self._lock:
+            self._drop(body)
+
+    def _slowest(self) -> Body:
+        now = time.monotonic()
+        largest = max(self._by_owner.values(), key=lambda bodies: sum(body.charged for body in bodies))
+        return min(largest, key=lambda body: body.received / (now - body.began + 0.001))
+
+    def _drop(self, body: Body) -> None:
+        bodies = self._by_owner.get(body.owner, set())
+        if body in bodies:
+            bodies.remove(body)
+            self.total -= body.charged
+        if not bodies:
+            self._by_owner.pop(body.owner, None)
+
+
 class Limiter:
     """Token buckets by key: a burst of `rate` and `rate` a minute after that. Refusal 429 with Retry-After when empty."""
 
@@ -3680,9 +3969,17 @@ class Limiter:
         self._lock = threading.Lock()
         self._buckets = {}  # the lock guards the dict; a leaf
 
-    def spend(self, kind, key, rate):
+    def is_spent(self, kind: str, key: str, rate: int) -> bool:
+        """Returns whether spend() would refuse."""
+        now = self._clock.monotonic()
+        with self._lock:
+            left, since = self._buckets.get((kind, key), (rate, now))
+        return min(rate, left + max(0, now - since) * rate / 60) < 1
+
+    def spend(self, kind: str, key: str | int, rate: int) -> None:
         """Take one token of `key`'s bucket for `kind`."""
         now = self._clock.monotonic()
+        key = key if isinstance(key, int) else key[-64:]  # a stranger's host name may be longer
         with self._lock:
             left, since = self._buckets.pop((kind, key), (rate, now))
             left = min(rate, left + max(0, now - since) * rate / 60)
@@ -4037,6 +4334,8 @@ URI_CHARACTERS = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]{1,2000}")
 WEB_URI = re.compile(
     r"(?i:https?)://([A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[::1\])(?::([0-9]{1,5}))?(?:[/?].*)?"
 )
+MAX_REGISTRATION = 4096
+KEPT_AS_COLUMNS = {"redirect_uris", "client_name", "token_endpoint_auth_method"}  # of a registration
 RESERVED_PARAMETERS = {"code", "state", "iss", "error", "error_description"}
 
 
@@ -4127,19 +4426,20 @@ def choose(document, key, supported):
     return [value for value in supported if value in values]
 
 
-def spend(limiter, settings, kind, request):
-    """Refusal 429 above the `rate_<kind>` of the request's address, or twenty times that of all together.
+def has_rate(request: Request) -> bool:
+    """Returns whether a request's address has a rate limit.
 
     A loopback peer that speaks for nobody is the operator, or a proxy that hides who asks: no limit could be fair (clients.md 17).
     """
-    if request.direct and is_loopback_name(request.address):
-        return
-    rate = getattr(settings, f"rate_{kind}")
-    address = request.address
-    if ":" in address:  # whoever has one IPv6 address has the other 2^64 of its network too
-        address = str(ipaddress.ip_network(f"{address.partition('%')[0]}/64", strict=False))
-    limiter.spend(kind, address, rate)
-    limiter.spend(kind, "all", 20 * rate)
+    return not (request.direct and (is_loopback_name(request.address) or request.address == UNIX_PEER))
+
+
+def spend(limiter: Limiter, settings: Settings, kind: str, request: Request) -> None:
+    """Refusal 429 above the `rate_<kind>` of the request's address, or twenty times that of all together."""
+    if has_rate(request):
+        rate = getattr(settings, f"rate_{kind}")
+        limiter.spend(kind, network_of(request.address), rate)
+        limiter.spend(kind, "all", 20 * rate)
 
 
 # A name in lower case with a last label that is no number, so no spelling of an IP address; no port, user name, fragment or dot segment.
@@ -4461,7 +4761,7 @@ class Clients:
     def register(self, request):
         """POST /oauth/register: dynamic registration (RFC 7591 3). Open to all, so nothing in it is believed."""
         spend(self._limiter, self._settings, "register", request)
-        document = parse_json_object(request.read_body(self._settings.max_form), "invalid_client_metadata")
+        document = parse_json_object(self._registration(request), "invalid_client_metadata")
         uris = registrable_uris(document.get("redirect_uris"), self._settings.allowed_redirect_schemes, 10)
         method = document.get("token_endpoint_auth_method") or "client_secret_basic"
         if method not in AUTH_METHODS:
@@ -4493,14 +4793,34 @@ class Clients:
         for key in ("application_type", "software_id", "software_version"):
             if isinstance(document.get(key), str) and 0 < len(document[key]) <= 200:
                 metadata[key] = document[key]
-        self._store.add_client(
-            client_id, "dynamic", name, uris, secret and digest(secret), method, metadata, now
+        self._store.register_client(
+            client_id,
+            name,
+            uris,
+            secret and digest(secret),
+            method,
+            {key: metadata[key] for key in metadata.keys() - KEPT_AS_COLUMNS},
+            network_of(request.address, 24, 48),
+            now,
         )
         self._log.audit("client registered", client=client_id, name=name, address=request.address)
         answer = {"client_id": client_id, "client_id_issued_at": int(now), **metadata}
         if secret:
             answer.update(client_secret=secret, client_secret_expires_at=0)
         return json_response(201, answer, NO_STORE)
+
+    def _registration(self, request: Request) -> bytes:
+        """Returns the body of a registration; above 4 KiB, which no client needs, OAuthError: strangers' rows stay on file."""
+        limit = min(MAX_REGISTRATION, self._settings.max_form)
+        try:
+            return request.read_body(limit)
+        except Refusal as error:
+            length = request.headers.get("content-length", ["0"])[0]
+            if error.status != 413 or int(length) > self._settings.max_form:
+                raise
+            raise OAuthError(
+                "invalid_client_metadata", f"A registration may have at most {limit} bytes."
+            ) from None
 
     def authenticate(self, request: Request, form: dict[str, str]) -> Any:
         """The client's row that speaks on /token or /revoke (RFC 6749 2.3.1): by Basic, post, an assertion, or its id alone.
@@ -4580,6 +4900,7 @@ class Clients:
 # Must not know sessions or children; that a grant ended is learnt by others from the store.
 # ======================================================================================================================
 
+SPENT_PATIENCE = 2  # seconds that an address which has spent its rate has for the body of a token request
 GRANT_RATE = 120  # requests a minute to /token that one login may make
 LOGGED_OUT = "Forgejo ended this login. Log in again."
 FINISH_WAIT = (
@@ -5104,14 +5425,11 @@ class Authorization:
         kind = (request.header("content-type") or "").partition(";")[0]
         if kind.strip().lower() != "application/x-www-form-urlencoded":
             raise OAuthError("invalid_request", "Send the parameters as application/x-www-form-urlencoded.")
-        values = parse_form(
-            request.read_body(self._settings.max_form),
-            OAuthError("invalid_request", "The body is malformed."),
-        )
         if request.query:
             raise OAuthError(
                 "invalid_request", "Send the parameters in the body; secrets do not belong in a URL."
             )
+        values = parse_form(self._form_body(request), OAuthError("invalid_request", "The body is malformed."))
         resources = values.get("resource", ())
         form = {name: items[0] for name, items in values.items()}
         for name, items in values.items():
@@ -5120,10 +5438,28 @@ class Authorization:
         token = next((form[name] for name in token_names if form.get(name)), "")
         row = self._store.code(digest(token)) or self._store.refresh_token(digest(token)) if token else None
         if row:
+            request.seat.take(
+                "requests", f"grant {row.grant_id}", self._settings.max_requests_per_user
+            )  # many logins share a hosted client's address
             self._limiter.spend("grant", row.grant_id, GRANT_RATE)
         else:
             spend(self._limiter, self._settings, "token", request)
         return self._clients.authenticate(request, form), form, resources
+
+    def _form_body(self, request: Request) -> bytes:
+        """Returns the body of a token request; of an address that has spent its rate only one that is there at once, else Refusal 429.
+
+        Such an address is not refused unread: the body may name a login that has a rate of its own.
+        """
+        rate = self._settings.rate_token
+        if not has_rate(request) or not self._limiter.is_spent("token", network_of(request.address), rate):
+            return request.read_body(self._settings.max_form)
+        try:
+            return request.read_body(self._settings.max_form, SPENT_PATIENCE)
+        except Refusal as error:
+            if error.status == 408:
+                spend(self._limiter, self._settings, "token", request)
+            raise
 
     def _redeem(self, client, form):
         verifier = form.get("code_verifier", "")
@@ -8108,6 +8444,7 @@ class Endpoint:
         """The Caller of a request by its bearer token; Refusal 401 (RFC 6750 3). Each request reads its row: revocation is immediate."""
         authorization = request.header("authorization")
         if authorization is None:
+            seat_of_address(request, self._settings)
             raise Refusal(
                 401,
                 "unauthorized",
@@ -8120,13 +8457,23 @@ class Endpoint:
         if scheme.lower() == "bearer" and re.fullmatch(r"fja_[A-Za-z0-9_-]{43}", token):
             row = self._store.bearer(digest(token), self._clock.now())
         if row is None or row.resource != self._settings.resource:
+            seat_of_address(request, self._settings)
             raise invalid_token(self._settings, "The access token is unknown, expired or revoked.")
-        if row.state != "active" and not self._readmitted(row):
-            raise invalid_token(self._settings, "Forgejo does not let this user in at present; log in again.")
+        if row.state != "active":
+            seat_of_address(request, self._settings)
+            if not self._readmitted(row):
+                raise invalid_token(
+                    self._settings, "Forgejo does not let this user in at present; log in again."
+                )
+        request.seat.take("requests", f"user {row.sub}", self._settings.max_requests_per_user)
         return Caller(row.sub, row.login, row.client_id, row.grant_id, row.scope, row.asked, row.expires_at)
 
     def _readmitted(self, row: Any) -> bool:
         return row.state == "suspended" and self._registry.upstream.readmitted(row.sub)
+
+    def _seat_of_stream(self, request: Request, caller: Caller, name: object = None) -> None:
+        """Counts a request as a stream from now on; Refusal 429 above `max_streams_per_user`."""
+        request.seat.take("streams", f"user {caller.sub}", self._settings.max_streams_per_user, name)
 
     # -- POST
 
@@ -8317,6 +8664,7 @@ class Endpoint:
             return self._retried(request, caller, message)
         if message.method == "subscriptions/listen":
             self._check_listener(message)
+            self._seat_of_stream(request, caller)
         alone = level is not None or self._registry.asking and bool(known_capabilities(capabilities))
         place = self._registry.lease(caller.sub, caller.client_id, capabilities, alone)
         over = once(lambda: self._registry.release(place))
@@ -8487,6 +8835,7 @@ class Endpoint:
         except RpcError as error:
             return rpc_error_response(None, error)
         stream, after = session.front.stream_after(request.header("last-event-id"))
+        self._seat_of_stream(request, caller, stream.key)  # the one it takes over from counts no more
         reader = stream.open(after)
         self._reaper.watch(reader, caller, False)
         return Response(200, later=Later(reader, 0))
@@ -8701,6 +9050,12 @@ MAX_LINE = 8192
 MAX_HEAD = 32768
 MAX_HEADERS = 100
 MIN_CHUNKS = 4096  # the chunks that any body may have; a large one may have more
+MAX_HOPS = 32  # entries of X-Forwarded-For that are read
+SEND_BUFFER = 65536  # the kernel doubles it
+STEADY = 65536  # bytes that a client has to take within `write_timeout`
+LINGERING = 64  # refused requests of one owner whose rest is read at once
+FAIR_SHARE = 8  # connections that an address may have more than another before one of them makes room
+MAKING_ROOM = 64  # connections that have been told to end, and still do, at most
 URI_TOO_LONG = (414, "uri_too_long", "The request line is too long.")
 HEADER_TOO_LARGE = (431, "header_too_large", "The request's header is too large.")
 
@@ -8772,6 +9127,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.watcher = Watcher(log)
         self._changed = threading.Condition()  # guards connections and draining; a leaf
         self._connections = set()
+        self._making_room = 0  # how many of them were told to end so that others have a place
+        self.places = Places()
+        self.bodies = Bodies(settings)
+        self._unheard_proxies = False  # whether it was logged that an X-Forwarded-For is not believed
         self.draining = False
         is_v6 = ":" in address[0]
         try:
@@ -8786,7 +9145,7 @@ class Server(http.server.ThreadingHTTPServer):
                 [f"cannot listen on {address[0]}:{address[1]}: {os.strerror(error.errno)}"]
             ) from None
         self.socket.setblocking(False)  # a process that shares it may be the faster one
-        self.port = self.socket.getsockname()[1]
+        self.port = 0 if self.socket.family == socket.AF_UNIX else self.socket.getsockname()[1]
 
     def start(self):
         """Accept until `hurry`."""
@@ -8811,9 +9170,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, sock, address):
         """Give a connection a thread, or drop it at once when there are too many."""
-        connection = Connection(self, sock, address[0].removeprefix("::ffff:"))
+        peer = UNIX_PEER if sock.family == socket.AF_UNIX else read_address(address[0])
+        connection = Connection(self, sock, peer)
         with self._changed:
-            if self._is_full_for(connection.peer):
+            if not self._has_room_for(connection):
                 return sock.close()
             self._connections.add(connection)
         try:
@@ -8825,12 +9185,37 @@ class Server(http.server.ThreadingHTTPServer):
         """One connection is lost, and the operator learns why; never a traceback on stderr."""
         self.log.event("error", "internal error", error=sys.exc_info()[0].__name__)
 
-    def _is_full_for(self, peer):
-        held = 0 if self.trusts(peer) else sum(each.peer == peer for each in self._connections)
-        return (
-            len(self._connections) >= self.settings.max_connections
-            or held >= self.settings.max_connections_per_address
-        )
+    def _has_room_for(self, newcomer: "Connection") -> bool:
+        """Returns whether a connection may stay, room made for it if need be."""
+        owner = newcomer.peer_owner
+        held = sum(each.peer_owner == owner for each in self._connections) if owner else 0
+        if held >= self.settings.max_connections_per_address:
+            return False
+        if len(self._connections) - self._making_room < self.settings.max_connections:
+            return True
+        return self._make_room(newcomer)
+
+    def _make_room(self, newcomer: "Connection") -> bool:
+        """Ends the oldest connection of the address that holds most, and much more than the newcomer's; returns whether there was one.
+
+        Counted are connections that wait for a request, and requests without a valid token. So a few addresses that take every
+        connection, slowly, lose them again; whoever has logged in keeps theirs.
+        """
+        owned = collections.defaultdict(list)
+        for connection in self._connections:
+            if not connection.evicted:
+                owned[connection.owner()].append(connection)
+        owned.pop(None, None)
+        if not owned or self._making_room >= MAKING_ROOM:
+            return False
+        most = max(owned.values(), key=len)
+        if len(most) <= len(owned.get(newcomer.peer_owner, ())) + FAIR_SHARE:
+            return False
+        oldest = min(most, key=lambda connection: connection.since)
+        oldest.evicted = True
+        self._making_room += 1
+        oldest.interrupt(socket.SHUT_RDWR)
+        return True
 
     def _serve(self, connection):
         try:
@@ -8842,13 +9227,29 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _ended(self, connection):
         connection.sock.close()
+        connection.seat.leave()
         with self._changed:
             self._connections.discard(connection)
+            self._making_room -= connection.evicted
             self._changed.notify_all()
 
-    def trusts(self, address):
-        """Whether a peer's X-Forwarded-For is believed."""
-        return any(ipaddress.ip_address(address) in network for network in self.settings.trusted_proxies)
+    def trusts(self, address: str) -> bool:
+        """Returns whether a peer's X-Forwarded-For is believed."""
+        if address == UNIX_PEER:
+            return True
+        parsed = ipaddress.ip_address(address)
+        return any(parsed in network for network in self.settings.trusted_proxies)
+
+    def hear_no_proxy(self, peer: str) -> None:
+        """Logs, once, that a peer writes X-Forwarded-For and is not believed: else all its clients share one address unnoticed."""
+        if not self._unheard_proxies:
+            self._unheard_proxies = True
+            self.log.event(
+                "warning",
+                "x_forwarded_for_ignored",
+                peer=peer,
+                advice="If this is your reverse proxy, add its address to trusted_proxies; until then all its clients count as one.",
+            )
 
     def hurry(self):
         """Accept no more; idle connections and idle streams end now, the others with their answer."""
@@ -8892,10 +9293,16 @@ def write_head(status, headers):
 class Connection:
     """One connection: reads requests strictly, one at a time, and writes their responses."""
 
-    def __init__(self, server, sock, peer):
+    def __init__(self, server: Server, sock: socket.socket, peer: str) -> None:
         self.server = server
         self.sock = sock
         self.peer = peer
+        # Whose it is while it waits for a request: a proxy's may be anybody's.
+        self.peer_owner = None if server.trusts(peer) else f"address {network_of(peer)}"
+        self.since = time.monotonic()  # when it was opened, or last began or ended a request
+        self.evicted = False  # ended by the server, to make room
+        self.seat = Seat(server.places)
+        self.body: Body | None = None  # the body that is being read, if it is charged
         self.settings = server.settings
         self.buffer = bytearray()
         self.busy = False
@@ -8906,7 +9313,10 @@ class Connection:
 
     def run(self):
         """Serve requests until the connection ends."""
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.peer != UNIX_PEER:
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A client that does not read holds this much of the kernel's memory, and not what it grows a buffer to (4 MiB and more).
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         patience = (
             self.settings.header_timeout
         )  # a connection is worth keeping once a request has come over it
@@ -8916,9 +9326,15 @@ class Connection:
             except Refusal as error:
                 self._send(refusal_response(error), True)
                 return self._linger()
+            self.since = time.monotonic()
+            self.seat.owner = f"address {network_of(request.address)}"
             self.busy = True
-            self._respond(request)
+            try:
+                self._respond(request)
+            finally:
+                self.seat.leave()
             self.busy = False
+            self.since = time.monotonic()
             patience = self.settings.idle_timeout
             self.close_after |= (
                 self.server.draining
@@ -8932,8 +9348,22 @@ class Connection:
         ):  # one that is finished ends by itself, once all of it is sent
             reader.close()
         if not self.busy:  # what has arrived can still be read
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RD)
+            self.interrupt(socket.SHUT_RD)
+
+    def interrupt(self, how: int) -> None:
+        """Wakes the connection's thread out of its socket; a closed one stays closed."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(how)
+
+    def owner(self) -> str | None:
+        """Returns whom this connection may be taken from to make room, None for nobody: a request with a good token is never cut.
+
+        One that waits for a request is its peer's; a proxy's, the last one's that was served over it.
+        """
+        owner = self.seat.owner
+        if self.busy:
+            return owner if owner.startswith("address ") else None
+        return self.peer_owner or owner or None
 
     # -- reading
 
@@ -8946,9 +9376,12 @@ class Connection:
             data = self.sock.recv(65536)
         except TimeoutError:
             raise late or Refusal(408, "request_timeout", "The request did not arrive in time.") from None
+        if data:
+            self.buffer += data
+        if self.body:
+            self.server.bodies.grow(self.body, len(data))
         if not data:
             raise Gone
-        self.buffer += data
 
     def _exactly(self, size, deadline):
         while len(self.buffer) < size:
@@ -9029,7 +9462,14 @@ class Connection:
         self.close_after |= "close" in tokens or not self.http11 and "keep-alive" not in tokens
         path, _, query = target.partition("?")
         return Request(
-            method, path, query, headers, *self._client_address(headers), os.urandom(6).hex(), self._read_body
+            method,
+            path,
+            query,
+            headers,
+            *self._client_address(headers),
+            os.urandom(6).hex(),
+            self._read_body,
+            self.seat,
         )
 
     def _framing(self, headers):
@@ -9044,17 +9484,29 @@ class Connection:
             raise bad_request("Content-Length must be one plain number.")
         return "chunked" if codings else int(lengths[0]) if lengths else 0
 
-    def _client_address(self, headers):
-        """The client's address, and whether no proxy spoke for it: X-Forwarded-For is read from the right, past trusted proxies."""
-        address = self.peer
-        hops = ",".join(headers.get("x-forwarded-for", ())).split(",")
-        with contextlib.suppress(ValueError, IndexError):
-            while self.server.trusts(address):
-                address = str(ipaddress.ip_address(hops.pop().strip()))
-        return address, "x-forwarded-for" not in headers or not self.server.trusts(self.peer)
+    def _client_address(self, headers: dict[str, list[str]]) -> tuple[str, bool, bool]:
+        """Returns the client's address, whether no proxy spoke for it, and whether it is a trusted proxy's own.
 
-    def _read_body(self, limit):
-        """The request's body, read only now; 413 above `limit`, 408 when it is too slow, 400 when it is malformed."""
+        X-Forwarded-For is read from the right, past trusted proxies; an entry that is no address ends the reading there.
+        """
+        lines = headers.get("x-forwarded-for")
+        trusted = self.server.trusts(self.peer)
+        if lines is None or not trusted:
+            if lines is not None:
+                self.server.hear_no_proxy(self.peer)
+            return self.peer, True, trusted
+        address = self.peer
+        with contextlib.suppress(ValueError):
+            for hop in reversed(",".join(lines).rsplit(",", MAX_HOPS)[-MAX_HOPS:]):
+                address = read_address(hop)
+                if not self.server.trusts(address):
+                    return address, False, False
+        return address, False, True
+
+    def _read_body(self, limit: int, seconds: float | None = None) -> bytes:
+        """Returns the request's body, read only now; 413 above `limit`, 408 when it is too slow, 400 when it is malformed, 503 when
+        bodies have no room and this one is the slowest of who holds most.
+        """
         if not self.unread:
             return b""
         too_large = Refusal(413, "content_too_large", f"The body may have at most {limit} bytes.")
@@ -9062,12 +9514,21 @@ class Connection:
             raise too_large
         if self.wants_continue and not self.buffer:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline = time.monotonic() + self.settings.body_timeout
-        body = (
-            self._chunks(limit, deadline, too_large)
-            if self.unread == "chunked"
-            else self._exactly(self.unread, deadline)
-        )
+        now = time.monotonic()
+        deadline = now + min(self.settings.body_timeout, seconds or math.inf)
+        try:
+            if self.unread == "chunked" or self.unread > Bodies.FREE:
+                self.body = Body(self.seat.owner, now, functools.partial(self.interrupt, socket.SHUT_RD))
+                self.server.bodies.grow(self.body, len(self.buffer))
+            body = (
+                self._chunks(limit, deadline, too_large)
+                if self.unread == "chunked"
+                else self._exactly(self.unread, deadline)
+            )
+        finally:
+            if self.body:
+                self.server.bodies.close(self.body)
+                self.body = None
         self.unread = 0
         return body
 
@@ -9130,9 +9591,28 @@ class Connection:
         if self.unread:
             self._linger()
 
-    def _write(self, data):
+    def _write(self, data: bytes) -> None:
+        """Sends data to a client that may be slow but must be steady: TimeoutError when it has not taken 64 KiB, or the rest, in time."""
+        deadline = time.monotonic() + self.settings.write_timeout
         self.sock.settimeout(self.settings.write_timeout)
-        self.sock.sendall(data)
+        left = memoryview(data)[self.sock.send(data) :]
+        before = len(left) and self._untaken() + len(left)
+        while left:
+            self.sock.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                left = left[self.sock.send(left) :]
+            except TimeoutError:
+                untaken = self._untaken() + len(left)
+                if before - untaken < STEADY:
+                    raise
+                before = untaken
+                deadline = time.monotonic() + self.settings.write_timeout
+
+    def _untaken(self) -> int:
+        """Returns how many bytes the kernel holds for the client."""
+        held = array.array("i", [0])
+        fcntl.ioctl(self.sock, termios.TIOCOUTQ, held)
+        return held[0]
 
     def _send(self, response, close, head_only=False):
         headers = list(response.headers)
@@ -9145,9 +9625,11 @@ class Connection:
             headers.append(("Connection", "close" if close else "keep-alive"))
         self._write(write_head(response.status, headers) + (b"" if head_only or bare else response.body))
 
-    def _linger(self):
-        """What the client still sends is read for a moment, else the reset would take our answer with it."""
+    def _linger(self) -> None:
+        """Reads what the client still sends for a moment, else the reset would take our answer with it; few at once of one owner."""
+        owner = self.seat.owner or self.peer_owner or ""
         with contextlib.suppress(OSError, Refusal):
+            self.seat.take("lingering", owner, LINGERING)
             self.sock.shutdown(socket.SHUT_WR)
             deadline = time.monotonic() + 1
             while True:
@@ -9399,6 +9881,8 @@ class Broker:
             if not kind:
                 raise Refusal(404, "not_found", "There is nothing at this address.")
             cors = self._cors(request, kind)
+            if kind != "mcp":  # there the bearer tells whose it is
+                seat_of_address(request, self.settings)
             handler = methods.get(request.method) or (
                 methods["HEAD"] if kind == "mcp" else None
             )  # there the bearer comes before the method

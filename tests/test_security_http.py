@@ -376,7 +376,7 @@ def test_H17_without_threads_connections_are_dropped_and_the_next_is_served(make
 def test_H20_a_failure_while_accepting_costs_one_connection_only(make_rig, monkeypatch):
     rig = make_rig()
     with monkeypatch.context() as patch:
-        patch.setattr(rig.broker.server, "_is_full_for", lambda peer: 1 / 0)
+        patch.setattr(rig.broker.server, "_has_room_for", lambda newcomer: 1 / 0)
         with Wire(rig) as wire:
             rig.log.wait("internal error")
             assert wire.is_closed()

@@ -148,6 +148,15 @@ def test_all_problems_come_at_once_with_key_and_source(tmp_path):
     assert "--public-url" in text and "FJMCP_BROKER_PUBLIC_URL" in text
 
 
+@pytest.mark.parametrize(
+    "given", [{"max_body": "17MiB"}, {"body_bytes": "15MiB"}, {"max_body": "1025KiB", "body_bytes": "4MiB"}]
+)
+def test_max_body_may_be_a_quarter_of_body_bytes_and_no_more(given):
+    (problem,) = problems(**given)
+    assert "max_body = " in problem and "body_bytes = " in problem
+    assert load(max_body="1MiB", body_bytes="4MiB").body_bytes == 4 << 20
+
+
 def test_a_secret_is_never_shown_in_an_error():
     assert "canary" not in str(problems(key="canary\x00key"))
 
@@ -261,7 +270,11 @@ def test_reload_takes_what_may_change_and_names_what_may_not():
         ("refresh_token_lifetime", 90 * 86400),
         ("request_timeout", 300),
         ("input_timeout", 600),
-        ("max_connections", 4096),
+        ("max_connections", 3072),
+        ("max_requests_per_user", 128),
+        ("max_requests_per_address", 64),
+        ("max_streams_per_user", 64),
+        ("body_bytes", 64 << 20),
         ("max_body", 4 << 20),
         ("max_line", 16 << 20),
         ("max_inflight", 32),

@@ -284,7 +284,7 @@ def test_G15_whatever_is_in_a_field_stays_in_it(store):
 
 
 def test_G15_SQL_is_built_from_the_programs_own_words_only():
-    own = {"LIVE_GRANT", "theirs", "column", "number", "pragma", "place"}
+    own = {"LIVE_GRANT", "theirs", "column", "number", "pragma", "place", "which", "keep"}
     inner = {
         node.id
         for text in ast.walk(
@@ -733,3 +733,75 @@ def test_everybody_sees_that_somebody_committed(store, path):
     add_client(beside, "b")
     beside.close()
     assert store.change_marker() != ours
+
+
+# -- registrations that nobody has logged in through
+
+
+def register(store, client_id, network="203.0.113.0/24", now=NOW, **limits):
+    store.register_client(
+        client_id, "name", ["https://x.example/cb"], None, "none", {}, network, now, **limits
+    )
+
+
+def registered(store):
+    return {row.client_id for row in store._all("SELECT client_id FROM clients")}
+
+
+def test_of_unused_registrations_of_a_network_the_oldest_of_an_hour_go(store):
+    for number in range(5):
+        register(store, f"a{number}", now=NOW + number, hourly=3)
+    register(store, "b", "198.51.100.0/24", NOW + 5, hourly=3)
+    assert registered(store) == {"a2", "a3", "a4", "b"}
+    register(store, "later", now=NOW + 3604, hourly=1)  # those before are an hour old
+    assert registered(store) == {"a2", "a3", "b", "later"} | {"a4"}
+
+
+def test_of_all_unused_registrations_the_oldest_go_and_none_that_was_used(store):
+    add_user(store)
+    register(store, "c", now=NOW)
+    add_grant(store)
+    for number in range(6):
+        register(store, f"a{number}", f"198.51.{number}.0/24", NOW + number, total=4)
+    assert registered(store) == {"c", "a2", "a3", "a4", "a5"}
+    row = store.client("c")
+    assert row.unused_since is None and row.network is None
+
+
+def test_a_registration_at_the_limits_reads_an_index_and_no_row(store):
+    """Its cost is that of counting entries of an index, however large the rows are."""
+    statements = []
+    store._writer.set_trace_callback(statements.append)
+    register(store, "a")
+    store._writer.set_trace_callback(None)
+    deletes = [statement for statement in statements if statement.startswith("DELETE FROM clients")]
+    assert len(deletes) == 2
+    for statement, index in zip(deletes, ("clients_by_network", "clients_unused"), strict=True):
+        steps = [row.detail for row in store._all("EXPLAIN QUERY PLAN " + statement)]
+        reads = [step for step in steps if step.startswith(("SCAN", "SEARCH"))]
+        assert reads[0].startswith("SEARCH clients USING PRIMARY KEY")  # what is deleted, if anything
+        assert all(f"USING COVERING INDEX {index}" in step for step in reads[1:]) and len(reads) == 3, steps
+
+
+def test_a_registrations_network_is_forgotten_after_an_hour_and_a_logins_box_with_its_time(store):
+    register(store, "a")
+    store.approve_login(b"s", b"f", b"b", "client", b"box", NOW + 600)
+    store.sweep(NOW + 3599, 90 * DAY)
+    assert store.client("a").network == "203.0.113.0/24"
+    assert [row.sealed for row in store._all("SELECT sealed FROM logins")] == [
+        None
+    ]  # it was answered: still known
+    store.sweep(NOW + 3601, 90 * DAY)
+    row = store.client("a")
+    assert row.network is None and row.unused_since == NOW
+
+
+def test_what_an_older_store_registered_and_nobody_used_is_counted(path):
+    old_store(path)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        kinds = db.execute("SELECT client_id, kind, used_at <= created_at FROM clients").fetchall()
+    store = Store(path, KEYS)
+    for client_id, kind, unused in kinds:
+        assert (store.client(client_id).unused_since is not None) == (kind == "dynamic" and bool(unused))
+    store.close()
+    assert any(kind == "dynamic" for _, kind, _ in kinds)
