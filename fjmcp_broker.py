@@ -1192,7 +1192,7 @@ ALTER TABLE clients ADD COLUMN unused_since REAL;
 UPDATE clients SET unused_since = created_at WHERE kind = 'dynamic' AND used_at <= created_at;
 CREATE INDEX clients_unused ON clients (unused_since) WHERE unused_since IS NOT NULL;
 CREATE INDEX clients_by_network ON clients (network, unused_since) WHERE network IS NOT NULL;
-CREATE INDEX logins_sealed ON logins (expires_at) WHERE sealed IS NOT NULL;
+CREATE INDEX logins_kept ON logins (expires_at) WHERE sealed IS NOT NULL OR answer IS NOT NULL;
 """
 MIGRATIONS = (SCHEMA, VERSION_2)  # MIGRATIONS[n] takes a store from version n to n + 1
 
@@ -1214,7 +1214,10 @@ LISTINGS = {
 }
 SWEEPS = (  # what goes once its time is that many seconds past (None: the life of an unused client); bounded, so that no sweep takes long
     # Strangers make logins: their boxes (6 KiB) go with the login's time, the tombstones an hour later.
-    ("UPDATE logins SET sealed = NULL WHERE sealed IS NOT NULL AND expires_at < ?", 0),
+    (
+        "UPDATE logins SET sealed = NULL, answer = NULL WHERE (sealed IS NOT NULL OR answer IS NOT NULL) AND expires_at < ?",
+        0,
+    ),
     ("DELETE FROM logins WHERE expires_at < ?", 3600),
     ("UPDATE clients SET network = NULL WHERE network IS NOT NULL AND created_at < ?", 3600),
     ("DELETE FROM account_logins WHERE expires_at < ?", 0),

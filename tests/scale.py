@@ -84,6 +84,7 @@ class Scale:
             max_sessions=str(awake),
             max_sessions_per_user=str(awake),
             max_session_rows_per_user=str(sessions),
+            max_streams_per_user="3000",
             session_idle_timeout="2s",
         )
         self.broker = self.installation.start()

@@ -255,6 +255,34 @@ def test_B13_a_forged_address_is_not_believed(behind):
     assert installation.records("client registered")[-1]["address"] == "127.0.0.1"
 
 
+def test_slow_bodies_of_one_client_behind_the_proxy_meet_its_limit_and_another_client_none(behind):
+    """The proxy passes half a body on, and says whose it is."""
+    installation, routes, context, _ = behind
+    proxy, netloc = urlsplit(routes[installation.url]), urlsplit(installation.url).netloc
+    installation.write(**installation.settings, trusted_proxies="127.0.0.1", max_requests_per_address=8)
+    installation.broker.process.send_signal(signal.SIGHUP)
+    while not installation.records("settings re-read"):
+        select.select([], [], [], 0.02)
+
+    def connection(address):
+        plain = socket.create_connection((proxy.hostname, proxy.port), 20, (address, 0))
+        return context.wrap_socket(plain, server_hostname=HOST)
+
+    half = f"POST /oauth/token HTTP/1.1\r\nHost: {netloc}\r\nContent-Length: 9\r\n"
+    half += "Content-Type: application/x-www-form-urlencoded\r\n\r\na"
+    with contextlib.ExitStack() as opened:
+        slow = [opened.enter_context(connection("127.0.0.5")) for _ in range(12)]
+        for sock in slow:
+            sock.sendall(half.encode())
+        refused = []
+        while len(refused) < 4:
+            refused += [sock.recv(12) for sock in select.select(slow, [], [], 20)[0] if not slow.remove(sock)]
+        assert refused == [b"HTTP/1.1 429"] * 4
+        other = opened.enter_context(connection("127.0.0.6"))
+        other.sendall(f"GET /healthz HTTP/1.1\r\nHost: {netloc}\r\nConnection: close\r\n\r\n".encode())
+        assert other.recv(12) == b"HTTP/1.1 200"
+
+
 def test_too_large_a_body_gets_the_brokers_own_words(behind):
     body = b" " * (4 * 2**20 + 10)
     answer, message = exchange(behind, [f"Content-Length: {len(body)}"], body)

@@ -786,11 +786,12 @@ def test_a_registration_at_the_limits_reads_an_index_and_no_row(store):
 def test_a_registrations_network_is_forgotten_after_an_hour_and_a_logins_box_with_its_time(store):
     register(store, "a")
     store.approve_login(b"s", b"f", b"b", "client", b"box", NOW + 600)
+    store.answer_login(b"s", b"box")
+    store.sweep(NOW + 599, 90 * DAY)
+    assert [(row.sealed, row.answer) for row in store._all("SELECT * FROM logins")] == [(b"box", b"box")]
     store.sweep(NOW + 3599, 90 * DAY)
     assert store.client("a").network == "203.0.113.0/24"
-    assert [row.sealed for row in store._all("SELECT sealed FROM logins")] == [
-        None
-    ]  # it was answered: still known
+    assert [(row.sealed, row.answer) for row in store._all("SELECT * FROM logins")] == [(None, None)]
     store.sweep(NOW + 3601, 90 * DAY)
     row = store.client("a")
     assert row.network is None and row.unused_since == NOW

@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent.parent
 sys.path[:0] = [str(TESTS)]
 
-from broker_process import Installation  # noqa: E402
+from broker_process import BROKER, Installation  # noqa: E402
 from fake_forgejo import FakeForgejo  # noqa: E402
 from mcp_client import McpClient, OAuthClient  # noqa: E402
 
@@ -210,6 +210,8 @@ def start_broker(name: str, child: list[str], program: Path | None = None, **set
         "max_sessions": 1200, "max_sessions_per_user": 1200, "max_session_rows_per_user": 20000,
         "metrics_listen": f"127.0.0.1:{free_port()}", "session_idle_timeout": "1h",
     } | settings  # fmt: skip
+    if b"max_streams_per_user" in (program or BROKER).read_bytes():  # an older program knows no such limit
+        values = {"max_streams_per_user": 2000} | values
     installation = Installation(folder, forgejo, child, program=program, **values)
     os.environ["MALLOC_ARENA_MAX"] = "2"
     began = time.perf_counter()
