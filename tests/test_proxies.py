@@ -274,16 +274,10 @@ def test_slow_bodies_of_one_client_behind_the_proxy_meet_its_limit_and_another_c
         slow = [opened.enter_context(connection("127.0.0.5")) for _ in range(12)]
         for sock in slow:
             sock.sendall(half.encode())
-            sock.setblocking(False)
-        refused = []
-        while len(refused) < 4:
-            readable = select.select(slow, [], [], 20)[0]
-            assert readable
-            for sock in readable:
-                with contextlib.suppress(ssl.SSLWantReadError):  # a session ticket of TLS and no answer
-                    refused.append(sock.recv(12))
-                    slow.remove(sock)
-        assert refused == [b"HTTP/1.1 429"] * 4
+        # Caddy reads the rest of a body before it passes the refusal on; the broker has no part in that any more.
+        while len(found := [each for each in installation.records("request") if each["status"] == 429]) < 4:
+            select.select([], [], [], 0.02)
+        assert {each["address"] for each in found} == {"127.0.0.5"}
         other = opened.enter_context(connection("127.0.0.6"))
         other.sendall(f"GET /healthz HTTP/1.1\r\nHost: {netloc}\r\nConnection: close\r\n\r\n".encode())
         assert other.recv(12) == b"HTTP/1.1 200"
