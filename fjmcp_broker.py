@@ -1899,6 +1899,50 @@ class Store:
         """Returns the users whose logins are of no use at present: logged out upstream, suspended or not allowed."""
         return {row.sub for row in self._all("SELECT sub FROM users WHERE state != 'active'")}
 
+    def bound_to(self, forgejo_url: str) -> str:
+        """Returns the URL of the Forgejo whose users these are; a store that knows none, or has no user yet, takes the given one.
+
+        Users are known by their number, which means another person at another Forgejo.
+        """
+        if self.forgejo_url() != forgejo_url:
+            with self._batch() as db:
+                db.execute("INSERT OR IGNORE INTO meta VALUES ('forgejo_url', ?)", (forgejo_url,))
+                db.execute(
+                    "UPDATE meta SET value = ? WHERE name = 'forgejo_url' AND NOT EXISTS (SELECT 1 FROM users)",
+                    (forgejo_url,),
+                )
+        return self.forgejo_url() or forgejo_url
+
+    def forgejo_url(self) -> str | None:
+        """Returns the URL of the Forgejo whose users these are, None while the store knows none."""
+        row = self._one("SELECT value FROM meta WHERE name = 'forgejo_url'")
+        return None if row is None else str(row.value)
+
+    def rebind(self, forgejo_url: str, forget: bool) -> list[Any]:
+        """Gives the store to another URL; with `forget` every user goes with all their logins. Returns the grants that ended by that."""
+        with self._batch() as db:
+            ended: list[Any] = []
+            if forget:
+                ended = db.execute(
+                    "SELECT grant_id, sub, client_id FROM grants WHERE ended_at IS NULL"
+                ).fetchall()
+                for statement in (
+                    "DELETE FROM sessions",
+                    "DELETE FROM account_logins",
+                    "DELETE FROM logins",
+                    "DELETE FROM grants",
+                    "DELETE FROM users",
+                ):
+                    db.execute(statement)
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('forgejo_url', ?)", (forgejo_url,))
+            return ended
+
+    def known_people(self, limit: int) -> list[Any]:
+        """Returns (sub, login, account_created) of the users whom Forgejo was asked about last."""
+        return self._all(
+            "SELECT sub, login, account_created FROM users ORDER BY checked_at DESC LIMIT ?", (limit,)
+        )
+
     def users_to_refresh(self, obtained_before, now):
         """The users with a live grant whose credential is older than that: Forgejo's refresh token dies after 730 h unused."""
         return [
@@ -2011,16 +2055,20 @@ class Store:
             cursor = self._reader.execute(LISTINGS[kind], {"now": now})
             return [column[0] for column in cursor.description], cursor.fetchall()
 
-    def find_grants(self, kind, value, now):
-        """The live grants of a user (by login), a client, of an id, or (kind `all`) of everybody."""
-        column = {
-            "user": "login = :value COLLATE NOCASE",
+    def find_grants(self, kind: str, value: str, now: float) -> list[Any]:
+        """Returns the live grants of a user, a client, of an id, or (kind `all`) of everybody.
+
+        A user is meant by their login, or by the one they had before if nobody has that now; Forgejo's do not depend on case.
+        """
+        which = {
+            "user": "(login = :value COLLATE NOCASE OR former_login = :value COLLATE NOCASE AND NOT EXISTS"
+            " (SELECT 1 FROM users WHERE login = :value COLLATE NOCASE))",
             "client": "client_id = :value",
             "grant": "grant_id = :value",
             "all": "1",
         }[kind]
         return self._all(
-            f"SELECT grant_id, sub, client_id FROM grants JOIN users USING (sub) WHERE {column} AND {LIVE_GRANT}",
+            f"SELECT grant_id, sub, client_id FROM grants JOIN users USING (sub) WHERE {which} AND {LIVE_GRANT}",
             {"value": value, "now": now},
         )
 
@@ -9767,6 +9815,14 @@ LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{
 EXPOSED = ("Access-Control-Expose-Headers", "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version")
 
 
+def other_forgejo(known: str, configured: str) -> str:
+    """Returns the sentence that refuses a store whose users are of another Forgejo than the configured one."""
+    return (
+        f"forgejo_url: the users in this store are those of {known}, not of {configured}. If it is the same Forgejo"
+        " under another URL, run `rebind`; if it is another Forgejo, `rebind --forget` ends all logins"
+    )
+
+
 class Broker:
     """The whole program but its command line: everything built from settings, ready to serve."""
 
@@ -9777,6 +9833,9 @@ class Broker:
         self.log = log or Log(settings, clock=machine)
         keyring = load_keyring(settings)
         self.store = Store(settings.store_path, keyring)
+        if (known := self.store.bound_to(settings.forgejo_url)) != settings.forgejo_url:
+            self.store.close()
+            raise ConfigurationError([other_forgejo(known, settings.forgejo_url)])
         forgejo = Forgejo(settings, self.clock)
         self.upstream = Upstream(
             settings,
@@ -10097,7 +10156,7 @@ def parse_arguments(arguments):
         key = name.replace("-", "_")
         setting, _ = KEYS.get(key, (None, False))
         is_switch = (
-            key in ("json", "all")
+            key in ("json", "all", "forget")
             or setting
             and setting.kind == "switch"
             and left[:1] not in (["true"], ["false"])
@@ -10302,7 +10361,11 @@ def check_store(settings):
     store = Store(path, keyring, alone=False)
     older = sum(not keyring.is_newest(box) for _, _, box in store.boxes())
     yield "ok", f"store_path: {path} opens with this key; sessions on file: {store.count_sessions()}"
+    known = store.forgejo_url()
+    empty = not store.known_people(1)
     store.close()
+    if known not in (None, settings.forgejo_url) and not empty:
+        yield "fail", other_forgejo(known, settings.forgejo_url), "run rebind, or set forgejo_url back"
     if older:
         yield (
             "warn",
@@ -10898,8 +10961,8 @@ def acting_as(uid, gid):
 
 
 @contextlib.contextmanager
-def open_store(arguments):
-    """(settings, keyring, store), beside a broker that may be running; root acts as the store's owner meanwhile."""
+def open_store(arguments, alone=False):
+    """(settings, keyring, store), beside a broker that may be running unless `alone`; root acts as the store's owner meanwhile."""
     settings = arguments.settings()
     if not os.path.exists(settings.store_path):
         raise ConfigurationError([f"store_path: there is no store at {settings.store_path}"])
@@ -10907,7 +10970,7 @@ def open_store(arguments):
     owner = os.stat(settings.store_path)
     with (
         acting_as(owner.st_uid, owner.st_gid),
-        contextlib.closing(Store(settings.store_path, keyring, alone=False)) as store,
+        contextlib.closing(Store(settings.store_path, keyring, alone=alone)) as store,
     ):
         yield settings, keyring, store
 
@@ -10932,13 +10995,28 @@ def listing(arguments):
     return 0
 
 
+def grants_of_renamed(settings: Settings, store: Store, login: str) -> list[Any]:
+    """Returns the live grants of a user whom only Forgejo knows by that login yet: a new name is learnt at the next refresh."""
+    try:
+        account = Forgejo(settings, SteadyClock(Clock())).named_account(login)
+    except UpstreamDown:
+        return []
+    user = store.user(account.sub) if account else None
+    if user is None or account is None or account.created is None or account.created != user.account_created:
+        return []
+    return store.find_grants("user", user.login, Clock().now())
+
+
 def revoke(arguments):
     """End the logins of a user, a client, one login, or all of them; a running broker acts on it within a second."""
     if len(arguments.options) != 1:
         raise ConfigurationError(["revoke needs exactly one of --user NAME, --client ID, --grant ID, --all"])
     with open_store(arguments) as (settings, _, store):
         log = Log(settings)
-        ended = store.find_grants(*next(iter(arguments.options.items())), Clock().now())
+        kind, value = next(iter(arguments.options.items()))
+        ended = store.find_grants(kind, value, Clock().now())
+        if kind == "user" and not ended:
+            ended = grants_of_renamed(settings, store, value)
         for grant in ended:
             if store.end_grant(grant.grant_id, "revoked by operator", Clock().now()):
                 log.audit(
@@ -10996,6 +11074,63 @@ def rotate_key(arguments):
             file=sys.stderr,
         )
     return int(lost > 0)
+
+
+def rebind(arguments: Arguments) -> int:
+    """Gives the store to the configured forgejo_url, while no broker runs. Returns the exit status.
+
+    Without --forget it has to be the same Forgejo under another URL: it is asked for users known here, who must be the same.
+    """
+    with open_store(arguments, alone=True) as (settings, _, store):
+        known = store.bound_to(settings.forgejo_url)
+        if known == settings.forgejo_url:
+            print(f"the store belongs to {known} already")
+            return 0
+        forget = "forget" in arguments.options
+        problem = "" if forget else differing_people(settings, store.known_people(50))
+        if problem:
+            print(f"fjmcp-broker: {problem}", file=sys.stderr)
+            return 1
+        ended = store.rebind(settings.forgejo_url, forget)
+    log = Log(settings)
+    for grant in ended:
+        log.audit(
+            "token revoked",
+            user=grant.sub,
+            client=grant.client_id,
+            grant=grant.grant_id,
+            reason="another Forgejo",
+        )
+    said = f"; ended {len(ended)} login{'' if len(ended) == 1 else 's'}" if forget else "; all logins go on"
+    print(f"the store belongs to {settings.forgejo_url} now, no longer to {known}{said}")
+    return 0
+
+
+def differing_people(settings: Settings, people: Sequence[Any]) -> str:
+    """Returns why a Forgejo does not seem to have the users known here, "" if it has: number, login and the account's age agree.
+
+    It is asked as anybody may ask: no token goes to a server that may be another.
+    """
+    forgejo = Forgejo(settings, SteadyClock(Clock()))
+    same = 0
+    hidden = 0
+    for person in people:
+        try:
+            account = forgejo.named_account(person.login)
+        except UpstreamDown as error:
+            return f"{settings.forgejo_url} cannot be asked for {person.login}: {error}. Nothing was changed"
+        if account is None:
+            hidden += 1
+        elif account.sub == person.sub and same_person(person, account.login, account.created):
+            same += 1
+        else:
+            return f"{person.login} is somebody else at {settings.forgejo_url}: it is another Forgejo. Nothing was changed"
+    if same and same >= hidden:
+        return ""
+    return (
+        f"{settings.forgejo_url} shows {same} of the {len(people)} users known here to anonymous callers, too few to tell"
+        " that it is the same Forgejo. Nothing was changed; --forget ends all logins"
+    )
 
 
 # -- serve
@@ -11093,6 +11228,11 @@ COMMANDS = {
         revoke,
         "end logins: --user NAME, --client ID, --grant ID or --all; in force within a second",
         ("user", "client", "grant", "all"),
+    ),
+    "rebind": Command(
+        rebind,
+        "the same Forgejo has another URL: it is asked for users known here; --forget: it is another Forgejo, all logins end",
+        ("forget",),
     ),
     "backup": Command(
         backup, "FILE: write a consistent copy of the store, also while the broker runs", word="FILE"
