@@ -1,12 +1,16 @@
 """What the broker reads from outside costs time in proportion to its length: each pattern in the file, each parser, each endpoint.
 
-Only growth is compared, by CPU clocks: what takes four times the input may take less than eight times the time.
+Only growth is compared, by CPU clocks: what takes four times the input may take twelve times the time at most.
 """
 
 import ast
+import contextlib
 import fnmatch
+import gc
 import itertools
+import json
 import re
+import socket
 import time
 import types
 from pathlib import Path
@@ -16,36 +20,51 @@ from re import _parser as parser
 import pytest
 
 import fjmcp_broker
+from broker_process import Installation
+from fake_forgejo import FakeForgejo
+from mcp_client import McpClient, OAuthClient
+from rig import CHILD
 
 SOURCE = Path(fjmcp_broker.__file__)
 FUNCTIONS = {"compile", "fullmatch", "match", "search", "sub", "subn", "split", "findall", "finditer"}
 METHODS = FUNCTIONS - {"compile"}
-FLOOR = 0.025  # seconds of CPU below which no growth is judged
-FACTOR = 8.0
+FLOOR = 0.05  # seconds of CPU below which no growth is judged
+# Four times the input: what is linear takes four times the time, and more once caches are too small; what is quadratic sixteen.
+FACTOR = 12.0
 
 
 # -- growth
 
 
-def cpu_of(action):
-    started = time.thread_time()
-    action()
-    return time.thread_time() - started
+def own_cpu(make):
+    """A function that gives the CPU time which this thread spends on the action that `make(size)` returns."""
+
+    def cost(size):
+        action = make(size)
+        gc.disable()  # a collection goes through all that the tests have made
+        try:
+            started = time.thread_time()
+            action()
+            return time.thread_time() - started
+        finally:
+            gc.enable()
+
+    return cost
 
 
-def grows_too_fast(make, sizes):
-    """A sentence if four times the input takes eight times the time or more, else None. `make(size)` gives what is measured.
+def grows_too_fast(cost, sizes):
+    """A sentence if four times the size costs more than FACTOR times the seconds, else None. `cost(size)` measures.
 
     `sizes` rise by four, so that what is exponential is found before it takes for ever.
     """
     before = 0.0
     for size in sizes:
-        took = cpu_of(make(size))
+        took = cost(size)
         if (
             took > FLOOR and took > FACTOR * before
         ):  # measured again: another process may have been in the way
-            smaller = min(cpu_of(make(size // 4)) for _ in range(3))
-            took = min(took, cpu_of(make(size)), cpu_of(make(size)))
+            pairs = [(cost(size // 4), cost(size)) for _ in range(4)]
+            smaller, took = (min(taken) for taken in zip(*pairs))
             if took > FLOOR and took > FACTOR * smaller:
                 return f"{size // 4}: {smaller * 1000:.1f} ms, {size}: {took * 1000:.1f} ms"
         before = took
@@ -210,7 +229,7 @@ def slow_input(pattern):
             text = head + unit * (size // len(unit)) + tail
             return lambda: drained(function(*arguments, text))
 
-        grown = grows_too_fast(make, (6, 24, 96, 384, 1536, 6144, 24576))
+        grown = grows_too_fast(own_cpu(make), (6, 24, 96, 384, 1536, 6144, 24576))
         if grown:
             return f"{method} of {head!r}, {unit!r} again and again, {tail!r}: {grown}"
     return None
@@ -264,4 +283,270 @@ def test_a_glob_of_the_operator_takes_time_in_proportion_to_a_tools_name(pattern
     def make(size):
         return lambda: fjmcp_broker.name_reads("a" * size, settings)
 
-    assert grows_too_fast(make, (256, 1024, 4096, 16384, 65536)) is None
+    assert grows_too_fast(own_cpu(make), (256, 1024, 4096, 16384, 65536)) is None
+
+
+# -- every parser, and every endpoint
+
+JSON = {  # what is repeated in a text that holds `size` bytes of it
+    "open brackets": lambda size: b"[" * size,
+    "open objects": lambda size: b'{"a":' * (size // 5),
+    "nested as deep as may be": lambda size: b"[" + b",".join([b"[" * 40 + b"]" * 40] * (size // 81)) + b"]",
+    "closed before they are open": lambda size: b"][" * (size // 2),
+    "escaped quotes after brackets": lambda size: b"[" * 65 + b'"' + b'\\"' * (size // 2),
+    "backslashes after brackets": lambda size: b"[" * 65 + b'"' + b"\\" * size,
+    "quotes after brackets": lambda size: b"[" * 65 + b'"' * size,
+    "empty objects": lambda size: b"[" + b"{}," * (size // 3) + b"1]",
+    "one member each": lambda size: b"[" + b'{"":0},' * (size // 7) + b"1]",
+    "members": lambda size: json.dumps({f"{n:x}": n for n in range(size // 12)}).encode(),
+    "the same member": lambda size: b"{" + b'"a":1,' * (size // 6) + b'"a":1}',
+    "digits": lambda size: b"[" + b"1" * size + b"]",
+    "long integers": lambda size: b"[" + b",".join([b"9" * 4000] * (size // 4001)) + b"]",
+    "digits after a point": lambda size: b"[0." + b"1" * size + b"]",
+    "an exponent": lambda size: b"[1e" + b"9" * size + b"]",
+    "numbers": lambda size: b"[" + b"1e400," * (size // 6) + b"1]",
+    "halves of surrogate pairs": lambda size: b'["' + b"\\ud800" * (size // 6) + b'"]',
+    "other halves": lambda size: b'["' + b"\\udfff\\\\" * (size // 8) + b'"]',
+    "surrogate pairs": lambda size: b'["' + b"\\ud83d\\ude00" * (size // 12) + b'"]',
+    "spaces": lambda size: b" " * size,
+    "text with brackets": lambda size: json.dumps(
+        ["int f(int a[]) { return a[0]; }\n" * (size // 32)]
+    ).encode(),
+    "separators of lines": lambda size: b'["' + b"\xe2\x80\xa8" * (size // 3) + b'"]',
+}
+READERS = {
+    "a text from outside": fjmcp_broker.read_json,
+    "a line of a child": fjmcp_broker.read_child_json,
+    "an answer of a child": lambda text: fjmcp_broker.with_id(
+        b'{"jsonrpc":"2.0","id":1,"result":' + text + b"}",
+        fjmcp_broker.Message("response", 1, "", None, {"result": {}}),
+        2,
+    ),
+    "an answer of Forgejo": lambda text: fjmcp_broker.Fetched(
+        200, {"content-type": "application/json"}, text
+    ).json(),
+    "a token": lambda text: fjmcp_broker.jwt_claims(f"a.{fjmcp_broker.b64url(text)}.c"),
+}
+
+
+@pytest.mark.parametrize("shape", JSON)
+@pytest.mark.parametrize("reader", READERS)
+def test_json_is_read_in_time_in_proportion_to_its_length(reader, shape):
+    def make(size):
+        text = JSON[shape](size)
+
+        def read():
+            with contextlib.suppress(ValueError):
+                READERS[reader](text)
+
+        return read
+
+    assert (
+        grows_too_fast(own_cpu(make), (1 << 8, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)) is None
+    )
+
+
+def refusing(function):
+    """The function, without what it raises for bad input."""
+
+    def call(text):
+        with contextlib.suppress(ValueError, fjmcp_broker.Refusal):
+            function(text)
+
+    return call
+
+
+SMALL = {
+    "a form": lambda text: fjmcp_broker.parse_form(text.encode("latin-1"), ValueError()),
+    "a name": fjmcp_broker.clean_name,
+    "a redirect URI": lambda text: fjmcp_broker.check_redirect_uri("https://" + text, ()),
+    "scopes": fjmcp_broker.known_scopes,
+    "base64url": fjmcp_broker.unb64url,
+}
+
+
+@pytest.mark.parametrize(
+    "unit", ["a", "%", "%25", "%e2%80", "+", "&", "=", "a=b;", " ", ".", "[", ":", "\u0301", "-a."]
+)
+@pytest.mark.parametrize("function", SMALL)
+def test_a_text_is_read_in_time_in_proportion_to_its_length(function, unit):
+    def make(size):
+        text = unit * (size // len(unit))
+        return lambda: refusing(SMALL[function])(text)
+
+    assert grows_too_fast(own_cpu(make), (1 << 8, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18)) is None
+
+
+class Attacked:
+    """A broker process that is sent raw requests, and whose CPU time is asked for each."""
+
+    def __init__(self, installation):
+        installation.start()
+        self.url = installation.url
+        self._address = installation.socket.getsockname()
+        self._clock = (
+            ~installation.broker.pid << 3
+        ) | 2  # clock_getcpuclockid(3): all threads, ended ones too
+        oauth = OAuthClient(self.url)
+        oauth.login(None, "alice", "secret", "read")
+        self.client_id = oauth.client_id
+        self.bearer = f"Authorization: Bearer {oauth.tokens['access_token']}\r\n"
+        with McpClient(oauth.mcp_url, oauth.tokens["access_token"], protocol="2025-03-26") as mcp:
+            mcp.initialize(version="2025-03-26")
+            self.session = f"Mcp-Session-Id: {mcp.session_id}\r\n"
+
+    def cost(self, request):
+        """The seconds of CPU that the broker spends on a request, which it may refuse at any byte."""
+        started = time.clock_gettime(self._clock)
+        with socket.create_connection(self._address, timeout=100) as sock:
+            with contextlib.suppress(OSError):
+                sock.sendall(request)
+            answer = b""
+            with contextlib.suppress(OSError):
+                answer = sock.recv(100)
+                while sock.recv(1 << 20):
+                    pass
+        assert not answer.startswith(b"HTTP/1.1 500"), answer
+        return time.clock_gettime(self._clock) - started
+
+    def request(self, method, target, head="", body=b"", framing=None):
+        framing = framing or f"Content-Length: {len(body)}\r\n"
+        host = f"Host: {self.url[7:]}\r\nConnection: close\r\n"
+        return f"{method} {target} HTTP/1.1\r\n{host}{head}{framing}\r\n".encode("latin-1") + body
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One broker process for all attacks: with limits of bodies that show growth."""
+    forgejo = FakeForgejo().start()
+    installation = Installation(tmp_path_factory.mktemp("attacked"), forgejo, CHILD)
+    yield Attacked(installation)
+    installation.close()
+    forgejo.stop()
+
+
+HEAD = (256, 1024, 4096, 16384, 30000)
+FORM = (256, 1024, 4096, 16384, 65000)
+MCP = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
+FORM_TYPE = "Content-Type: application/x-www-form-urlencoded\r\n"
+
+
+@pytest.mark.parametrize("shape", JSON)
+@pytest.mark.parametrize(
+    "path, sizes",
+    [("/oauth/register", FORM), ("/register", FORM), ("/mcp", MCP)],
+    ids=["register", "root", "mcp"],
+)
+def test_an_endpoint_that_takes_json_spends_time_in_proportion_to_it(shared, path, sizes, shape):
+    head = shared.bearer + "Accept: application/json\r\n" if path == "/mcp" else ""
+    assert (
+        grows_too_fast(lambda n: shared.cost(shared.request("POST", path, head, JSON[shape](n))), sizes)
+        is None
+    )
+
+
+FIELDS = {
+    "fields": lambda size: b"a=b&" * (size // 4),
+    "empty fields": lambda size: b"&" * size,
+    "escapes": lambda size: b"scope=" + b"%25" * (size // 3),
+    "half escapes": lambda size: b"scope=" + b"%e2" * (size // 3),
+    "pluses": lambda size: b"scope=" + b"+" * size,
+    "a resource": lambda size: b"resource=" + b":/" * (size // 2),
+    "a verifier": lambda size: b"grant_type=authorization_code&code=x&code_verifier=" + b"a" * size,
+    "a token": lambda size: b"token=" + b"x" * size + b"&refresh_token=" + b"y",
+    "an assertion": lambda size: b"client_assertion=" + b"." * size,
+    "an assertion of brackets": lambda size: (
+        b"client_assertion=a." + as_base64(b"[" * (size // 4 * 3)) + b".c"
+    ),
+    "an assertion of escapes": lambda size: (
+        b"client_assertion=a." + as_base64(b"[" * 65 + b'"' + b'\\"' * (size // 3)) + b".c"
+    ),
+    "a login": lambda size: b"decision=approve&csrf=x&login=" + b"A" * size,
+}
+
+
+def as_base64(text):
+    return fjmcp_broker.b64url(text).encode()
+
+
+@pytest.mark.parametrize("shape", FIELDS)
+@pytest.mark.parametrize("path", ["/oauth/token", "/oauth/revoke", "/oauth/consent", "/account/end"])
+def test_an_endpoint_that_takes_a_form_spends_time_in_proportion_to_it(shared, path, shape):
+    def cost(size):
+        body = FIELDS[shape](size)[:65000] + f"&client_id={shared.client_id}".encode()
+        return shared.cost(shared.request("POST", path, FORM_TYPE, body))
+
+    assert grows_too_fast(cost, FORM) is None
+
+
+@pytest.mark.parametrize("shape", FIELDS)
+@pytest.mark.parametrize("path", ["/oauth/authorize", "/oauth/callback"])
+def test_a_query_costs_time_in_proportion_to_it(shared, path, shape):
+    def cost(size):
+        return shared.cost(
+            shared.request("GET", f"{path}?{FIELDS[shape](size).decode()}&client_id={shared.client_id}")
+        )
+
+    assert grows_too_fast(cost, (128, 512, 2048, 7500)) is None
+
+
+@pytest.mark.parametrize(
+    "unit", [" ", "\t", "a", "a ", ",", "127.0.0.1,", "a=b; ", '"', "\\", "=?base64?", "\xff", ";q=", "\x01"]
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "X-A", "Accept", "Authorization", "Cookie", "Connection", "Content-Type", "Mcp-Session-Id", "Mcp-Method",
+        "Last-Event-ID", "Origin", "User-Agent", "X-Forwarded-For", "Access-Control-Request-Headers", "Expect",
+    ],
+)  # fmt: skip
+def test_a_header_costs_time_in_proportion_to_it(shared, name, unit):
+    def cost(size):
+        head = (
+            f"{name}: {unit * (size // len(unit))}\x01\r\n"
+            if unit == " "
+            else f"{name}: {unit * (size // len(unit))}\r\n"
+        )
+        bearer = "" if name == "Authorization" else shared.bearer
+        return shared.cost(shared.request("GET", "/mcp", bearer + head))
+
+    assert grows_too_fast(cost, HEAD) is None
+
+
+@pytest.mark.parametrize("line", ["a:\r\n", "a: b\r\n", "Cookie: a=b\r\n", "X-Forwarded-For: 127.0.0.1\r\n"])
+def test_header_lines_cost_time_in_proportion_to_their_number(shared, line):
+    assert grows_too_fast(lambda n: shared.cost(shared.request("GET", "/", line * n)), (6, 24, 96)) is None
+
+
+@pytest.mark.parametrize(
+    "chunk", [b"1\r\na\r\n", b"1;" + b" " * 500 + b"\r\na\r\n", b"0a\r\n" + b"a" * 10 + b"\r\n"]
+)
+@pytest.mark.parametrize("path", ["/oauth/register", "/oauth/token", "/mcp"])
+def test_chunks_cost_time_in_proportion_to_their_number(shared, path, chunk):
+    def cost(size):
+        body = chunk * size + b"0\r\n\r\n"
+        head = shared.bearer if path == "/mcp" else FORM_TYPE
+        return shared.cost(shared.request("POST", path, head, body, "Transfer-Encoding: chunked\r\n"))
+
+    assert grows_too_fast(cost, (64, 256, 1024, 4096, 16384)) is None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "w"}},
+        {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}},
+        {"jsonrpc": "2.0", "id": 1, "result": {}},
+        {"jsonrpc": "2.0", "method": "notifications/initialized"},
+        {"jsonrpc": "2.0", "id": 1, "method": "tools/list"},
+        {},
+    ],
+    ids=["refusals", "cancellations", "answers", "notifications", "requests", "nothing"],
+)
+def test_a_batch_costs_time_in_proportion_to_its_messages(shared, message):
+    def cost(size):
+        items = [{**message, "id": n} if "id" in message else message for n in range(size)]
+        head = shared.bearer + shared.session + "Accept: application/json\r\n"
+        return shared.cost(shared.request("POST", "/mcp", head, json.dumps(items).encode()))
+
+    assert grows_too_fast(cost, (16, 64, 256, 1024, 4096, 16384)) is None
