@@ -136,6 +136,90 @@ def test_J09_deep_nesting_is_refused_and_a_string_full_of_brackets_is_not(rig):
     assert text_of(mcp.call_tool("get_echo", text='[{"\\' * 200)) == '[{"\\' * 200
 
 
+def test_J09_more_values_than_a_body_may_have_are_refused_before_they_are_parsed(rig):
+    mcp = rig.session()
+    body = b'{"jsonrpc":"2.0","id":"many","method":"ping","params":{"a":[%s1]}}'
+    refused = mcp.post(body % (b"[]," * 270_000))
+    assert refused.status == 400 and refused.json()["error"]["code"] == -32700
+    assert mcp.post(body % (b"[]," * 100_000)).json()["result"] == {}
+
+
+@pytest.mark.parametrize("reader", [fjmcp_broker.read_json, fjmcp_broker.read_child_json])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        (r'"\ud800"', "\ufffd"),
+        (r'"\uDFFF\uD800x"', "\ufffd\ufffdx"),
+        (r'"\ud83d\ud83d\ude00\ude00"', "\ufffd\U0001f600\ufffd"),
+        (r'"\\ud800"', r"\ud800"),
+        (r'"\\\ud800\\"', "\\\ufffd\\"),
+        (r'["\\", "\ud83d\ude00", "\udc00\n"]', ["\\", "\U0001f600", "\ufffd\n"]),
+        (r'{"\udead": "\"\ud800"}', {"\ufffd": '"\ufffd'}),
+    ],
+)
+def test_half_a_surrogate_pair_is_read_as_others_read_it(reader, text, value):
+    assert reader(text.encode()) == value
+
+
+def test_members_that_are_the_same_once_halves_of_pairs_are_replaced_are_refused():
+    with pytest.raises(ValueError, match="twice"):
+        fjmcp_broker.read_json(rb'{"\ud800": 1, "\udfff": 2}')
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 65 + "]" * 65, '{"a":' * 65 + "1" + "}" * 65, "[" * 70 + "{", "]" * 70 + "[" * 70]
+)
+def test_no_text_that_is_too_deep_reaches_a_recursive_parser(text):
+    with pytest.raises(ValueError, match="nested"):
+        fjmcp_broker.read_json(text.encode())
+
+
+def test_depth_is_that_of_brackets_outside_of_strings():
+    deep = '["\\\\[","\\"{",' * 32 + '{"[\\\\":' * 32 + '"]"' + "}" * 32 + "]" * 32
+    fjmcp_broker.read_json(deep.encode())
+    with pytest.raises(ValueError, match="nested"):
+        fjmcp_broker.read_json(f"[{deep}]".encode())
+
+
+def answer_of_child(controlled, control, result):
+    """What a client gets when its child answers with `result`, bytes of JSON, in this order of members or with `result` first."""
+    mcp = controlled.session()
+    found = []
+    for number, line in enumerate(
+        (b'{"jsonrpc":"2.0","id":%d,"result":%s}\n', b'{"result":%s,"id":%d,"jsonrpc":"2.0"}\n')
+    ):
+        call = {"name": "get_slow", "arguments": {"key": f"unanswered {number}"}}
+        join = in_thread(mcp.post, {"jsonrpc": "2.0", "id": 5, "method": "tools/call", "params": call})
+        event = control.wait_event(event="call", args=call["arguments"])
+        control.raw(line % ((event["id"], result) if number == 0 else (result, event["id"])))
+        found.append(join())
+    return found
+
+
+def test_line_separators_of_unicode_are_escaped_in_what_a_client_is_sent(controlled, control):
+    text = "a\u0085b\u2028c\u2029d \u00e9 \U0001f600"
+    result = json.dumps({"content": [{"type": "text", "text": text}]}, ensure_ascii=False).encode()
+    for answer in answer_of_child(controlled, control, result):
+        assert not set(answer.text) & set("\u0085\u2028\u2029")
+        assert text_of(answer.json()["result"]) == text
+
+
+def test_a_childs_number_that_no_double_holds_stays_as_it_was_or_is_null(controlled, control):
+    for answer in answer_of_child(
+        controlled, control, b'{"content":[],"structuredContent":{"v":1e400,"w":[-1E999,1.5]}}'
+    ):
+        value = json.loads(answer.text, parse_constant=pytest.fail)["result"]["structuredContent"]
+        assert value["w"][1] == 1.5 and value["v"] in (None, float("inf"))
+        assert "Infinity" not in answer.text
+
+
+def test_half_a_surrogate_pair_of_a_child_reaches_no_client(controlled, control):
+    for answer in answer_of_child(
+        controlled, control, rb'{"content":[{"type":"text","text":"\\\ud800\ud83d\ude00"}]}'
+    ):
+        assert text_of(answer.json()["result"]) == "\\\ufffd\U0001f600"
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_J10_a_body_above_the_limit_is_refused_and_nothing_is_forwarded(make_rig, control, chunked):
     rig = make_rig(child=("--control", control.path), max_body="100KiB")

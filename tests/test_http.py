@@ -177,6 +177,40 @@ def test_H02_chunked_bodies_are_read(shared, token, size):
         assert wire.answer().json()["status"] == "ok"
 
 
+def test_a_body_of_very_many_chunks_is_refused(shared, token):
+    head = get(shared, "/oauth/register", "Transfer-Encoding: chunked", method=b"POST")
+    refused = ask(shared, head + b"1\r\n \r\n" * 60_000 + b"0\r\n\r\n")
+    assert refused.status == 400 and b"too many chunks" in refused.body
+    document = json.dumps({"redirect_uris": ["https://app.example/cb"], "client_name": "x" * 3900}).encode()
+    pieces = b"".join(b"1\r\n%c\r\n" % byte for byte in document)
+    assert ask(shared, head + pieces + b"0\r\n\r\n").status == 201
+
+
+def test_one_empty_line_before_a_request_is_ignored_and_no_second_one(shared):
+    document = post(shared, "/oauth/register", b"{}")
+    with Wire(shared) as wire:
+        wire.send(b"\r\n" + get(shared) + b"\r\n" + document + b"\r")
+        assert [wire.answer().status, wire.answer().status] == [200, 400]
+        assert wire.send(b"\n" + get(shared)).answer().status == 200
+    for blank in (b"\r\n\r\n", b"\n", b"\r\r\n", b" \r\n"):
+        assert ask(shared, blank + get(shared)).status == 400
+
+
+def test_an_empty_line_alone_begins_no_request(make_rig):
+    rig = make_rig(header_timeout="1s", idle_timeout="1s")
+    with Wire(rig) as wire:
+        assert wire.send(get(rig) + b"\r\n").answer().status == 200
+        assert wire.is_closed()
+
+
+def test_a_host_that_is_not_ours_is_told_which_is(make_rig):
+    rig = make_rig(public_url="https://mcp.example.org:8443")
+    for name in ("mcp.example.org", "evil.example", "mcp.example.org:443"):
+        answer = ask(rig, get(rig, "/.well-known/oauth-protected-resource", f"Host: {name}", own_host=False))
+        assert answer.status == 421 and "mcp.example.org:8443" in answer.json()["error_description"]
+        assert "evil" not in answer.json()["error_description"]
+
+
 @pytest.mark.parametrize(
     "path, lines, status",
     [

@@ -473,7 +473,9 @@ def as_base64(text):
 @pytest.mark.parametrize("path", ["/oauth/token", "/oauth/revoke", "/oauth/consent", "/account/end"])
 def test_an_endpoint_that_takes_a_form_spends_time_in_proportion_to_it(shared, path, shape):
     def cost(size):
-        body = FIELDS[shape](size)[:65000] + f"&client_id={shared.client_id}".encode()
+        body = FIELDS[shape](size)[:65000]
+        if "assertion" not in shape:  # which names the client itself
+            body += f"&client_id={shared.client_id}".encode()
         return shared.cost(shared.request("POST", path, FORM_TYPE, body))
 
     assert grows_too_fast(cost, FORM) is None

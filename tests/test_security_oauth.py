@@ -967,7 +967,7 @@ def test_T13_a_client_with_a_secret_must_show_it(rig, secret):
         "multipart/form-data; boundary=x",
         "text/plain",
         "",
-        "application/x-www-form-urlencoded; charset=utf-16",
+        "application/x-www-form-urlencoded2",
     ],
 )
 def test_T14_only_a_form_is_read(rig, client, kind):
@@ -976,6 +976,28 @@ def test_T14_only_a_form_is_read(rig, client, kind):
         answer = http(rig, "POST", "/oauth/token", body, {"Content-Type": kind})
         assert answer.status == 400 and answer.json()["error"] == "invalid_request"
     assert token_request(rig, fields).json()["error"] == "invalid_grant"
+
+
+@pytest.mark.parametrize("charset", ["ISO-8859-1", "utf8", "US-ASCII", '"utf-16"', "no such one"])
+def test_T14_the_charset_of_a_form_decides_nothing(rig, charset):
+    client = rig.login()
+    fields = {
+        "grant_type": "refresh_token",
+        "client_id": client.client_id,
+        "refresh_token": client.tokens["refresh_token"],
+    }
+    kind = {"Content-Type": f"application/x-www-form-urlencoded; charset={charset}"}
+    assert http(rig, "POST", "/oauth/token", urllib.parse.urlencode(fields), kind).status == 200
+
+
+@pytest.mark.parametrize(
+    "nested", ["[" * 20_000, '{"a":' * 9_000, "[" * 65 + '"' + '\\"' * 10_000, "1" * 9_000, '{"sub":1e999}']
+)
+def test_an_assertion_whatever_is_in_it_is_refused_in_the_words_of_the_rfc(rig, nested):
+    assertion = f"a.{fjmcp_broker.b64url(nested.encode())}.c"
+    fields = {"grant_type": "refresh_token", "refresh_token": "x", "client_assertion": assertion}
+    assert token_request(rig, fields).json()["error"] == "invalid_request"
+    assert not rig.log.named("internal error")
 
 
 def test_T14_parameters_in_the_url_are_refused(rig, client):
@@ -1455,6 +1477,7 @@ def test_U02_U03_U07_U08_U09_U10_what_a_browser_may_read_otherwise_is_not_regist
         "http://127.0.0.1/other",
         "http://127.0.0.1:0/cb",
         "http://127.0.0.1:99999/cb",
+        "http://localho\u017ft/cb",
         "http://127.0.0.1:٣/cb",
         "http://127.0.0.1:/cb",
         "http://127.1/cb",
