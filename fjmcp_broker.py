@@ -46,6 +46,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import re
 import secrets
 import select
@@ -66,7 +67,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, quote, unquote_plus, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote_plus, urlencode, urlsplit
 
 __version__ = "0.1.0"
 
@@ -1180,6 +1181,8 @@ CREATE TABLE account_logins (
 """
 VERSION_2 = """
 CREATE INDEX grants_by_client ON grants (client_id, ended_at);
+CREATE INDEX grants_by_expiry ON grants (expires_at);
+CREATE INDEX codes_by_grant ON codes (grant_id);
 ALTER TABLE logins ADD COLUMN decision TEXT NOT NULL DEFAULT '';
 ALTER TABLE logins ADD COLUMN answer BLOB;
 ALTER TABLE users ADD COLUMN account_created REAL;
@@ -1193,6 +1196,8 @@ UPDATE clients SET unused_since = created_at WHERE kind = 'dynamic' AND used_at 
 CREATE INDEX clients_unused ON clients (unused_since) WHERE unused_since IS NOT NULL;
 CREATE INDEX clients_by_network ON clients (network, unused_since) WHERE network IS NOT NULL;
 CREATE INDEX logins_kept ON logins (expires_at) WHERE sealed IS NOT NULL OR answer IS NOT NULL;
+ALTER TABLE clients ADD COLUMN confirmed_at REAL;
+UPDATE clients SET confirmed_at = iif(fresh_until > 0, fetched_at, used_at) WHERE kind = 'document';
 """
 MIGRATIONS = (SCHEMA, VERSION_2)  # MIGRATIONS[n] takes a store from version n to n + 1
 
@@ -1492,37 +1497,72 @@ class Store:
 
     # -- client documents
 
-    def keep_document(self, url, name, redirect_uris, auth_method, metadata, now, fresh_until, keep=1000):
+    def keep_document(
+        self,
+        url: str,
+        name: str,
+        redirect_uris: list[str],
+        auth_method: str,
+        metadata: dict[str, Any],
+        now: float,
+        fresh_until: float,
+        keep: int = 1000,
+        away: bool = False,
+    ) -> None:
         """Keep what a client_id's own document says, or (without a name) that it could not be used; an older good one stays on file.
 
-        Bounded: above `keep` the longest unused go, but never one with a live grant.
+        `away`: its origin could not be asked, so the older one counts as confirmed when it was. Bounded: above `keep` the
+        longest unused go, but never one with a live grant.
         """
+        given = {
+            "url": url,
+            "name": name,
+            "uris": json.dumps(redirect_uris),
+            "method": auth_method,
+            "metadata": json.dumps(metadata),
+            "now": now,
+            "fresh": fresh_until,
+            "keep": keep,
+            "away": away,
+        }
         with self._batch() as db:
             db.execute(
                 "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, fetched_at, fresh_until, created_at, used_at)"
                 " VALUES (:url, iif(:name = '', 'unreadable', 'document'), :name, :uris, :method, :metadata, :now, :fresh, :now, :now)"
-                " ON CONFLICT (client_id) DO UPDATE SET fetched_at = :now, fresh_until = :fresh",
-                {
-                    "url": url,
-                    "name": name,
-                    "uris": json.dumps(redirect_uris),
-                    "method": auth_method,
-                    "metadata": json.dumps(metadata),
-                    "now": now,
-                    "fresh": fresh_until,
-                },
+                " ON CONFLICT (client_id) DO UPDATE SET fetched_at = :now, fresh_until = :fresh,"
+                " confirmed_at = iif(:away, confirmed_at, NULL)",
+                given,
             )
             if name:
                 db.execute(
-                    "UPDATE clients SET kind = 'document', name = ?, redirect_uris = ?, auth_method = ?, metadata = ? WHERE client_id = ?",
-                    (name, json.dumps(redirect_uris), auth_method, json.dumps(metadata), url),
+                    "UPDATE clients SET kind = 'document', name = :name, redirect_uris = :uris, auth_method = :method,"
+                    " metadata = :metadata, confirmed_at = :now WHERE client_id = :url",
+                    given,
                 )
-            db.execute(
-                "DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind IN ('document', 'unreadable') AND NOT"
-                f" EXISTS (SELECT 1 FROM grants WHERE grants.client_id = clients.client_id AND {LIVE_GRANT})"
-                " ORDER BY used_at DESC LIMIT -1 OFFSET :keep)",
-                {"now": now, "keep": keep},
-            )
+            if (
+                db.execute(
+                    "SELECT count(*) FROM clients WHERE kind IN ('document', 'unreadable')"
+                ).fetchone()[0]
+                > keep
+            ):
+                db.execute(
+                    "DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind IN ('document', 'unreadable')"
+                    f" AND NOT EXISTS (SELECT 1 FROM grants WHERE grants.client_id = clients.client_id AND {LIVE_GRANT})"
+                    " ORDER BY used_at DESC LIMIT -1 OFFSET :keep)",
+                    given,
+                )
+
+    def documents_failing_since(self) -> float | None:
+        """When it began that no document of a client could be read from here; None: one was read last."""
+        row = self._one("SELECT value FROM meta WHERE name = 'documents_failing_since'")
+        return float(row.value) if row else None
+
+    def documents_fail(self, since: float | None) -> None:
+        """Note that no document can be read (from when on, unless that is noted already), or (None) that one was."""
+        if since is None:
+            self._write("DELETE FROM meta WHERE name = 'documents_failing_since'", ())
+        else:
+            self._write("INSERT OR IGNORE INTO meta VALUES ('documents_failing_since', ?)", (repr(since),))
 
     def keep_keys(self, url, keys):
         """Keep the public keys that a document's jwks_uri named."""
@@ -2116,7 +2156,14 @@ class Store:
 
 
 class FetchFailed(Exception):
-    """An outgoing request that brought no whole answer: unreachable, too slow, too large, not HTTP."""
+    """An outgoing request that brought no whole answer: unreachable, too slow, too large, not HTTP.
+
+    `away`: the name did not resolve, nothing there could be connected to, or it took too long.
+    """
+
+    def __init__(self, reason: str, away: bool = False) -> None:
+        super().__init__(reason)
+        self.away = away
 
 
 class UpstreamDown(Exception):
@@ -2201,29 +2248,108 @@ class _Socket(io.RawIOBase):
         """Nothing: http.client closes before the answer is read; fetch() closes after."""
 
 
+LOOKUPS = threading.BoundedSemaphore(64)  # names of ours that are being looked up
+STRANGERS_LOOKUPS = threading.BoundedSemaphore(64)  # names that strangers named: theirs must not hold up ours
+MAX_ADDRESSES = 16  # of a name, that are tried
+
+
+def resolve_name(host: str) -> list[str]:
+    """The addresses of a host name, as texts. Raises OSError, or ValueError for what is no name."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def resolve_until(
+    end: float, host: str, resolve: Callable[[str], list[str]], places: threading.BoundedSemaphore
+) -> list[str]:
+    """The addresses of a name. Raises FetchFailed when there is none, or none is known at `end` (monotonic).
+
+    getaddrinfo(3) has no deadline: a name server that says nothing holds it for as long as the resolver tries. So it runs in a
+    thread of its own, one of as many as there are `places`.
+    """
+    with contextlib.suppress(ValueError):
+        return [str(ipaddress.ip_address(host))]
+    found: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            found.put(resolve(host))
+        except Exception as error:
+            found.put(error)
+        finally:
+            places.release()
+
+    if not places.acquire(timeout=max(0.0, end - time.monotonic())):
+        raise FetchFailed("too many names are being looked up", away=True)
+    try:
+        threading.Thread(target=look_up, daemon=True, name="resolver").start()
+    except RuntimeError:
+        places.release()
+        raise FetchFailed("no thread to look the name up", away=True) from None
+    try:
+        answer = found.get(timeout=max(0.0, end - time.monotonic()))
+    except queue.Empty:
+        raise FetchFailed("the name servers do not answer", away=True) from None
+    if isinstance(answer, Exception) or not answer:
+        raise FetchFailed(f"the name does not resolve: {answer or 'it has no address'}", away=True)
+    return answer
+
+
+def open_socket(
+    parts: SplitResult, addresses: list[str], end: float, ca_file: str, connect: Callable[..., socket.socket]
+) -> socket.socket:
+    """A socket to the first of these addresses that takes it, with TLS where the URL is https. Raises FetchFailed, ssl.SSLError.
+
+    No address but the last may use up the time until `end` (monotonic): each gets its share. Wherever it leads, the
+    certificate must be of the URL's name.
+    """
+    context = ssl.create_default_context(cafile=ca_file or None) if parts.scheme == "https" else None
+    trouble: Exception = OSError("no address")
+    port = parts.port or {"https": 443, "http": 80}[parts.scheme]
+    tried = addresses[:MAX_ADDRESSES]
+    for number, address in enumerate(tried):
+        left = len(tried) - number
+        until = end if left == 1 else time.monotonic() + _time_left(end) / (left + 1)
+        sock = None
+        try:
+            sock = connect((address, port), timeout=_time_left(until))
+            sock.settimeout(_time_left(until))
+            return context.wrap_socket(sock, server_hostname=parts.hostname) if context else sock
+        except OSError as error:
+            if sock:
+                sock.close()
+            if isinstance(
+                error, ssl.SSLCertVerificationError
+            ):  # somebody is there who is not the name's owner
+                raise
+            trouble = error
+    raise FetchFailed(f"{type(trouble).__name__}: {trouble}", away=True)
+
+
 def fetch(
-    method, url, *, headers=(), body=b"", deadline=15.0, cap=262144, ca_file="", connect=None, on_data=None
+    method,
+    url,
+    *,
+    headers=(),
+    body=b"",
+    deadline=15.0,
+    cap=262144,
+    ca_file="",
+    addresses=(),
+    connect=socket.create_connection,
+    on_data=None,
 ):
     """One HTTP request without proxies or redirects, all of it within `deadline` seconds and `cap` bytes; FetchFailed otherwise.
 
-    `connect(timeout)` gives another socket than the name's; TLS and Host stay the name's. `on_data` is called when the body begins.
+    `addresses` are used instead of the name's; TLS and Host stay the name's. `on_data` is called when the body begins.
     """
     parts = urlsplit(url)
     end = time.monotonic() + deadline
-    port = parts.port or {"https": 443, "http": 80}[parts.scheme]
-    connection = http.client.HTTPConnection(parts.hostname, port)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port)
     sock = None
     try:
-        sock = (
-            connect(deadline)
-            if connect
-            else socket.create_connection((parts.hostname, port), timeout=deadline)
-        )
-        if parts.scheme == "https":
-            sock.settimeout(_time_left(end))
-            sock = ssl.create_default_context(cafile=ca_file or None).wrap_socket(
-                sock, server_hostname=parts.hostname
-            )
+        reached = addresses or resolve_until(end, parts.hostname, resolve_name, LOOKUPS)
+        sock = open_socket(parts, reached, end, ca_file, connect)
         connection.sock = _Socket(sock, end)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request(
@@ -2248,7 +2374,8 @@ def fetch(
             raise FetchFailed("the answer is too large")
         return Fetched(response.status, {name.lower(): value for name, value in response.getheaders()}, data)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise FetchFailed(f"{type(error).__name__}: {error}") from None
+        away = isinstance(error, (ConnectionError, TimeoutError))
+        raise FetchFailed(f"{type(error).__name__}: {error}", away) from None
     finally:
         if sock:
             sock.close()
@@ -2272,38 +2399,40 @@ def is_public(address):
     return not any(address in network for network in NOT_PUBLIC)
 
 
-def resolve_name(host):
-    """The addresses of a host name, as texts."""
-    return list(
-        dict.fromkeys(entry[4][0] for entry in socket.getaddrinfo(host, 443, type=socket.SOCK_STREAM))
-    )
-
-
 class PublicWeb:
     """GETs what strangers name: from the public internet only, on port 443, with strict limits (OWASP SSRF; security.md finding 9)."""
 
-    def __init__(self, resolve=resolve_name, connect=socket.create_connection, ca_file=""):
+    SECONDS = 5.0
+
+    def __init__(
+        self,
+        resolve: Callable[[str], list[str]] = resolve_name,
+        connect: Callable[..., socket.socket] = socket.create_connection,
+        ca_file: str = "",
+    ) -> None:
         self._resolve = resolve
         self._connect = connect
         self._ca_file = ca_file
 
-    def get(self, url, cap):
-        """A Fetched of at most `cap` bytes within 5 s; FetchFailed otherwise. One bad address among a name's refuses them all."""
-        started = time.monotonic()
-        try:
-            addresses = self._resolve(urlsplit(url).hostname)
-        except (OSError, ValueError) as error:
-            raise FetchFailed(f"the name does not resolve: {error}") from None
-        if not addresses or not all(map(is_public, addresses)):
+    def get(self, url: str, cap: int) -> Fetched:
+        """A Fetched of at most `cap` bytes within 5 s, resolving included; FetchFailed otherwise.
+
+        One bad address among a name's refuses them all. Those that were checked are connected to, one after the other: a
+        name that resolves anew may resolve otherwise (DNS rebinding).
+        """
+        end = time.monotonic() + self.SECONDS
+        host = urlsplit(url).hostname or ""
+        addresses = resolve_until(end, host, self._resolve, STRANGERS_LOOKUPS)
+        if not all(map(is_public, addresses)):
             raise FetchFailed("the name is not of the public internet")
-        # To the address that was checked: a name that resolves anew may resolve otherwise (DNS rebinding).
         return fetch(
             "GET",
             url,
             cap=cap,
             ca_file=self._ca_file,
-            deadline=5.0 - (time.monotonic() - started),
-            connect=lambda timeout: self._connect((addresses[0], 443), timeout=timeout),
+            deadline=end - time.monotonic(),
+            addresses=addresses,
+            connect=self._connect,
         )
 
 
@@ -4245,6 +4374,7 @@ def consent_page(
     client_name,
     client_id,
     client_host,
+    unconfirmed_since,
     redirect_uri,
     may_write,
     forgejo_scopes,
@@ -4277,6 +4407,8 @@ def consent_page(
         if client_host
         else "The application calls itself that; the name is not verified."
     )
+    if unconfirmed_since:
+        known += f" That address does not answer: the description is unconfirmed since {moment(unconfirmed_since)}."
     local = (
         "<p>Any program on this device can ask in an application's name: make sure that it is the one you started.</p>"
         if urlsplit(redirect_uri).scheme != "https"
@@ -4528,10 +4660,52 @@ def public_rsa_keys(jwks):
     return usable
 
 
-def read_client_document(url, answer, schemes):
-    """What a Client ID Metadata Document says, as (name, redirect URIs, auth method, what else is kept); ValueError or OAuthError.
+MAX_DOCUMENT = 5120  # bytes
+MAX_KEY_SET = 65536  # bytes
+# Documents that stand where real applications say. If none of them can be read from here, no application's can.
+WELL_KNOWN_DOCUMENTS = (
+    "https://claude.ai/oauth/mcp-oauth-client-metadata",
+    "https://chatgpt.com/oauth/client.json",
+    "https://vscode.dev/oauth/client-metadata.json",
+)
 
-    draft-ietf-oauth-client-id-metadata-document 4: its client_id is its own URL, byte for byte, and it has no secret.
+
+def refuse_failing_origin(answer: Fetched) -> Fetched:
+    """The answer, unless its origin (or a filter before it) only says that it will not answer now: FetchFailed, away."""
+    if answer.status in (403, 429) or 500 <= answer.status <= 599:
+        raise FetchFailed(f"status {answer.status}", away=True)
+    return answer
+
+
+def unreadable_documents(web: PublicWeb, schemes: tuple[str, ...]) -> list[str]:
+    """Why none of WELL_KNOWN_DOCUMENTS can be read from here, a reason each; empty when one can."""
+
+    def read(number: int, url: str) -> None:
+        try:
+            read_client_document(url, web.get(url, MAX_DOCUMENT), schemes)
+            reasons[number] = ""
+        except (FetchFailed, ValueError, OAuthError) as error:
+            reasons[number] = f"{url}: {error}"
+
+    reasons = [f"{url}: not asked" for url in WELL_KNOWN_DOCUMENTS]
+    readers = [
+        threading.Thread(target=read, args=each, daemon=True, name="document")
+        for each in enumerate(WELL_KNOWN_DOCUMENTS)
+    ]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    return reasons if all(reasons) else []
+
+
+def read_client_document(
+    url: str, answer: Fetched, schemes: tuple[str, ...]
+) -> tuple[str, list[str], str, dict[str, Any]]:
+    """What a Client ID Metadata Document says, as (name, redirect URIs, auth method, what else is kept).
+
+    Raises ValueError or OAuthError. draft-ietf-oauth-client-id-metadata-document 4: its client_id is its own URL, byte for
+    byte, and it has no secret.
     """
     document = answer.json() if answer.status == 200 else None
     if document is None:
@@ -4578,22 +4752,72 @@ class Documents:
     """Client ID Metadata Documents: a client_id that is the https URL of the client's own description.
 
     A stranger chooses the URL. So it is fetched from the public internet only, few at a time, and what came of it, good or bad, is
-    kept: a good one as long as its origin says, a failure for a minute. /token never fetches one; it uses what the login used.
+    kept: a good one as long as its origin says, a failure for a minute. While the origin only fails, the last good one serves
+    for a week, its keys for a day. /token never fetches one; it uses what the login used.
     """
 
     RETRY = 60
+    UNCONFIRMED = 7 * 86400  # seconds that a document serves after it could be read last
+    KEYS_FRESH = 3600
+    KEYS_UNCONFIRMED = 86400
+    ADVERTISED = 1800  # seconds that documents are advertised while none can be read
+    SLOT_WAIT = 8  # seconds; a slot is held for no more than PublicWeb.SECONDS
 
-    def __init__(self, settings, store, log, clock, limiter, web):
+    def __init__(
+        self, settings: Settings, store: Store, log: Log, clock: Clock, limiter: Limiter, web: PublicWeb
+    ) -> None:
         self._settings = settings
         self._store = store
         self._log = log
         self._clock = clock
         self._limiter = limiter
         self._web = web
-        # Strangers' documents never hold up those of applications that people have logged in to.
+        # Strangers' documents never hold up those of applications that people have logged in to, nor one stranger's another's.
         self._slots = [threading.BoundedSemaphore(4) for in_use in (False, True)]
-        self._flights = weakref.WeakValueDictionary()
-        self._lock = threading.Lock()  # the lock guards the dict; a leaf
+        self._shares: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+        self._flights: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()  # guards the two dicts; a leaf
+        self._failing_since = store.documents_failing_since()
+        self._unread: str | None = (
+            ""  # why a login's document could not be read, None once one was read; one assignment each
+        )
+
+    @property
+    def advertised(self) -> bool:
+        """Whether metadata say that documents are read here: not where a login's failed, or all have for half an hour.
+
+        Clients that read it register no other way, and end on a page that blames them (clients.md 19).
+        """
+        since = self._failing_since
+        fails = since is not None and self._clock.now() - since >= self.ADVERTISED
+        return self._settings.client_documents and not self._unread and not fails
+
+    def look_out(self) -> bool:
+        """Learns whether documents can be read from here; False, and a warning, when not."""
+        reasons = unreadable_documents(self._web, self._settings.allowed_redirect_schemes)
+        if not reasons or self._unread is None:
+            self._was_read()
+            return True
+        if self._failing_since is None:
+            self._failing_since = self._clock.now()
+            self._store.documents_fail(self._failing_since)
+        self._log.event(
+            "warning",
+            "client_documents_unreadable",
+            since=moment(self._failing_since),
+            advertised=self.advertised,
+            reasons=reasons,
+            fix="let this server reach port 443 of the internet; until then applications register instead",
+        )
+        return False
+
+    def _was_read(self) -> None:
+        """A document could be read: from now on they are advertised."""
+        self._unread = None
+        if self._failing_since is not None:
+            self._failing_since = None
+            self._store.documents_fail(None)
+            self._log.event("info", "client_documents_readable")
 
     def may_be_one(self, client_id):
         """Whether a client_id is the URL of a document that we would fetch: not our own host's, nor Forgejo's."""
@@ -4609,11 +4833,15 @@ class Documents:
         )
         return bool(match) and match[1] not in {urlsplit(url).hostname for url in ours}
 
-    def client(self, url):
-        """The client's row for a login, fetched if need be; None when its document cannot be used."""
+    def client(self, url: str, owner: str | None = None) -> Any:
+        """The client's row for a login, fetched if need be; None when its document cannot be used.
+
+        `owner` is whose request it is: one's fetches do not hold up another's. Its `fetched_at` is later than `confirmed_at`
+        where the last good document serves because its origin fails.
+        """
         row = self._store.client(url)
         if self._is_due(row):
-            with self._turn(url, row and row.in_use):
+            with self._turn(url, row and row.in_use, owner):
                 if self._is_due(self._store.client(url)):
                     self._fetch(url)
             row = self._store.client(url)
@@ -4623,14 +4851,17 @@ class Documents:
         return row is None or row.fresh_until <= self._clock.now() >= row.fetched_at + self.RETRY
 
     @contextlib.contextmanager
-    def _turn(self, url, in_use):
+    def _turn(self, url: str, in_use: bool, owner: str | None = None) -> Iterator[None]:
         """One fetch of a URL at a time, few of all, and a stranger's not too often from one host: nobody is flooded through us."""
         if not in_use:
             self._limiter.spend("document", urlsplit(url).hostname, 60)
         with self._lock:
-            flight = self._flights.setdefault(url, threading.Lock())
+            waits = [(self._flights.setdefault(url, threading.Lock()), 15)]
+            if not in_use and owner is not None:
+                waits.append((self._shares.setdefault(owner, threading.BoundedSemaphore(2)), self.SLOT_WAIT))
+        waits.append((self._slots[bool(in_use)], self.SLOT_WAIT))
         with contextlib.ExitStack() as held:
-            for lock, seconds in ((flight, 15), (self._slots[bool(in_use)], 5)):
+            for lock, seconds in waits:
                 if not lock.acquire(timeout=seconds):
                     raise temporarily(
                         "Too many applications introduce themselves just now; try again in a moment.", 5
@@ -4638,19 +4869,24 @@ class Documents:
                 held.callback(lock.release)
             yield
 
-    def _fetch(self, url):
+    def _fetch(self, url: str) -> None:
+        """Keeps what a document says, or that it could not be used."""
         now = self._clock.now()
         try:
-            answer = self._web.get(url, 5120)
-            self._store.keep_document(
-                url,
-                *read_client_document(url, answer, self._settings.allowed_redirect_schemes),
-                now,
-                now + freshness(answer),
-            )
+            answer = refuse_failing_origin(self._web.get(url, MAX_DOCUMENT))
+            read = read_client_document(url, answer, self._settings.allowed_redirect_schemes)
+            self._store.keep_document(url, *read, now, now + freshness(answer))
+            self._was_read()
         except (FetchFailed, ValueError, OAuthError) as error:
-            self._store.keep_document(url, "", [], "none", {}, now, 0)
-            self._log.event("info", "client document refused", client=url, reason=str(error))
+            away = isinstance(error, FetchFailed) and error.away
+            row = self._store.client(url)
+            until = row.confirmed_at + self.UNCONFIRMED if away and row and row.confirmed_at else 0
+            self._store.keep_document(url, "", [], "none", {}, now, min(now + self.RETRY, until), away=away)
+            if away and self._unread is not None:
+                self._unread = str(error)
+            self._log.event(
+                "info", "client document refused", client=url, reason=str(error), last_good_serves=until > now
+            )
 
     def check_assertion(self, client, assertion):
         """ValueError, with the reason, unless a JWT proves that the client made it, for us, just now (RFC 7523 3; RS256 only)."""
@@ -4701,7 +4937,7 @@ class Documents:
             raise ValueError("it was used before")
 
     def _keys(self, client, kid):
-        """The client's keys; from its jwks_uri anew when `kid` is none of them, or after a day, but at most once a minute."""
+        """The client's keys; from its jwks_uri anew when `kid` is none of them, or after an hour, but at most once a minute."""
         if "jwks" in client.metadata:
             return public_rsa_keys(client.metadata["jwks"])
         url = client.metadata.get("jwks_uri")
@@ -4715,40 +4951,36 @@ class Documents:
                 ).keys  # another may have fetched them meanwhile
                 if self._keys_due(kept, url, kid):
                     kept = self._fetch_keys(client, url, kept)
-        if not kept["ok"] and kid not in (
-            key[0] for key in kept["keys"]
-        ):  # our trouble must not look like the client's fault
+        stale = self._clock.now() - kept.get("good", 0) >= self.KEYS_UNCONFIRMED
+        names = [key[0] for key in kept["keys"]]
+        if not kept["ok"] and (stale or not names or kid not in (None, *names)):
+            # Our trouble, or their origin's, must not look like the client's fault.
             raise temporarily("The client's keys cannot be read just now.", self.RETRY)
         return kept["keys"]
 
-    def _keys_due(self, kept, url, kid):
+    def _keys_due(self, kept: dict[str, Any], url: str, kid: object) -> bool:
+        """Whether a client's keys are to be asked for: at most once a minute."""
         if kept.get("uri") != url:
             return True
         age = self._clock.now() - kept["at"]
-        return age >= self.RETRY and (
-            age >= 86400 or not kept["ok"] or kid not in (None, *(key[0] for key in kept["keys"]))
-        )
+        known = kid in (None, *(key[0] for key in kept["keys"]))
+        return age >= self.RETRY and (age >= self.KEYS_FRESH or not kept["ok"] or not known)
 
-    def _fetch_keys(self, client, url, kept):
+    def _fetch_keys(self, client: Any, url: str, kept: dict[str, Any]) -> dict[str, Any]:
+        """The client's keys, asked for and kept; where their origin only fails, the last good ones for a day."""
         now = self._clock.now()
         try:
-            answer = self._web.get(url, 65536)
-            kept = {
-                "uri": url,
-                "at": now,
-                "ok": True,
-                "keys": public_rsa_keys(answer.json() if answer.status == 200 else None),
-            }
+            answer = refuse_failing_origin(self._web.get(url, MAX_KEY_SET))
+            keys = public_rsa_keys(answer.json() if answer.status == 200 else None)
+            kept = {"uri": url, "at": now, "ok": True, "good": now, "keys": keys}
         except (FetchFailed, ValueError) as error:
             self._log.event(
                 "warning", "client keys cannot be read", client=client.client_id, reason=str(error)
             )
-            kept = {
-                "uri": url,
-                "at": now,
-                "ok": False,
-                "keys": kept["keys"] if kept.get("uri") == url else [],
-            }
+            away = isinstance(error, FetchFailed) and error.away and kept.get("uri") == url
+            good = kept.get("good", kept["at"] if kept["ok"] else 0) if away else 0
+            keys = kept["keys"] if now - good < self.KEYS_UNCONFIRMED else []
+            kept = {"uri": url, "at": now, "ok": False, "good": good, "keys": keys}
         self._store.keep_keys(client.client_id, kept)
         return kept
 
@@ -4802,12 +5034,20 @@ class Clients:
         )
         return client if usable else None
 
-    def for_login(self, client_id):
+    @property
+    def documents(self) -> Documents:
+        """The clients that describe themselves at a URL of their own."""
+        return self._documents
+
+    def for_login(self, client_id: str, request: Request) -> Any:
         """The client of an id, its document fetched if it has one that is due; None when it is unknown or cannot be used."""
         client = self.find(client_id)
         if client and client.kind != "document":
             return client
-        return self._documents.client(client_id) if self._documents.may_be_one(client_id) else None
+        if not self._documents.may_be_one(client_id):
+            return None
+        owner = network_of(request.address) if has_rate(request) else None
+        return self._documents.client(client_id, owner)
 
     def register(self, request):
         """POST /oauth/register: dynamic registration (RFC 7591 3). Open to all, so nothing in it is believed."""
@@ -5066,7 +5306,7 @@ class Authorization:
                     for name, values in methods.items()
                 },
                 "authorization_response_iss_parameter_supported": True,
-                "client_id_metadata_document_supported": self._settings.client_documents,
+                "client_id_metadata_document_supported": self._clients.documents.advertised,
             },
             (("Cache-Control", "public, max-age=300"),),
         )
@@ -5091,7 +5331,7 @@ class Authorization:
         """GET /oauth/authorize: validate, then show our own consent page. Nothing is stored and nothing goes to Forgejo yet."""
         spend(self._limiter, self._settings, "authorize", request)
         form = parse_form(request.query, PageRefusal("malformed"))
-        client, redirect_uri = self._authorized_target(form)
+        client, redirect_uri = self._authorized_target(form, request)
         try:
             login = self._authorization_request(form, client, redirect_uri)
         except ClientRedirect as error:
@@ -5106,6 +5346,7 @@ class Authorization:
             client_name=client.name,
             client_id=client.client_id,
             client_host=urlsplit(client.client_id).hostname if client.kind == "document" else None,
+            unconfirmed_since=client.confirmed_at if client.fetched_at != client.confirmed_at else None,
             redirect_uri=redirect_uri,
             may_write=WRITE in login["scope"],
             forgejo_scopes=self._settings.forgejo_oauth_scopes,
@@ -5115,12 +5356,12 @@ class Authorization:
             headers=headers,
         )
 
-    def _authorized_target(self, form):
+    def _authorized_target(self, form: dict[str, list[str]], request: Request) -> tuple[Any, str]:
         """The client and its validated redirect URI; before these are known, errors are shown and never redirected."""
         if len(form.get("client_id", ())) > 1 or len(form.get("redirect_uri", ())) > 1:
             raise PageRefusal("repeated")
         client_id = form.get("client_id", [""])[0]
-        client = self._clients.for_login(client_id)
+        client = self._clients.for_login(client_id, request)
         if client is None:
             raise PageRefusal("unreadable client" if client_id.startswith("https://") else "unknown client")
         redirect_uri = form.get("redirect_uri", [""])[0]
@@ -9812,6 +10053,7 @@ class Connection:
 # ======================================================================================================================
 
 LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
+LOOK_OUT = 600  # seconds between two looks whether client documents can be read, while none can
 EXPOSED = ("Access-Control-Expose-Headers", "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version")
 
 
@@ -9853,6 +10095,8 @@ class Broker:
         )
         self.reaper = Reaper(settings, self.store, self.registry, self.upstream, self.log, self.clock)
         clients = Clients(settings, self.store, self.log, self.clock, limiter, web or PublicWeb())
+        self.documents = clients.documents
+        self._stopping = threading.Event()
         authorization = Authorization(
             settings,
             self.store,
@@ -10039,8 +10283,21 @@ class Broker:
         for server in self.servers:
             server.start()
 
+    def look_out(self) -> None:
+        """Learn in the background whether client documents can be read from here: at the start, then every 10 min while not."""
+
+        def watch() -> None:
+            while not self._stopping.wait(0):
+                with contextlib.suppress(StoreUnavailable):
+                    if self.settings.client_documents and self.documents.look_out():
+                        return
+                self._stopping.wait(LOOK_OUT)
+
+        threading.Thread(target=watch, daemon=True, name="look out").start()
+
     def stop(self, seconds=10.0):
         """Answer what was read, with an error what takes longer; stop the children, close the store."""
+        self._stopping.set()
         self.registry.end_streams()
         for server in self.servers:
             server.hurry()
@@ -10307,6 +10564,7 @@ def check(arguments):
             check_forgejo,
             check_child,
             check_containment,
+            check_documents,
             check_public_url,
         ):
             yield from guarded(part(settings))
@@ -10579,6 +10837,22 @@ def check_containment(settings):
             "containment: the broker cannot make itself unreadable (PR_SET_DUMPABLE)",
             "serve on Linux with /proc, outside of emulators",
         )
+
+
+def check_documents(settings: Settings) -> Iterator[tuple[str, ...]]:
+    """Whether the descriptions that applications publish of themselves (CIMD) can be read from here."""
+    if not settings.client_documents:
+        return
+    reasons = unreadable_documents(PublicWeb(), settings.allowed_redirect_schemes)
+    if reasons:
+        yield (
+            "warn",
+            "client_documents: none of three well-known ones can be read from here, so applications are told to"
+            f" register instead. {'; '.join(reasons)}",
+            "let this server reach port 443 of the internet without a proxy, and look up names; or set client_documents = false",
+        )
+    else:
+        yield "ok", "client_documents: the descriptions that applications publish can be read from here"
 
 
 def check_public_url(settings):
@@ -11174,6 +11448,7 @@ def serve(arguments):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: None)
     broker.start()
+    broker.look_out()
     broker.log.event("info", "serving", url=settings.public_url, port=broker.server.port, version=__version__)
     if settings.debug:
         broker.log.event(

@@ -1,6 +1,7 @@
 """The public internet for tests: https origins of any name on one loopback port, a resolver, and a throw-away certificate authority."""
 
 import base64
+import errno
 import hashlib
 import json
 import socket
@@ -76,6 +77,8 @@ class DocumentWeb:
         self._threads, self._open = [], set()
         self.answers, self.names = {}, {}
         self.asked, self.resolved, self.connected = [], [], []
+        # Addresses that refuse, that let every attempt time out, and that accept and say nothing; how long each attempt waited.
+        self.refused, self.silent, self.deaf, self.patience = set(), set(), set(), []
         self.ended = threading.Event()
         self._thread = threading.Thread(target=self._accept)
         self._thread.start()
@@ -91,7 +94,21 @@ class DocumentWeb:
 
     def _connect(self, address, timeout):
         self.connected.append(address)
+        if address[0] in self.refused:
+            raise OSError(errno.ENETUNREACH, "Network is unreachable")
+        self.patience.append(timeout)
+        if address[0] in self.silent:
+            self.ended.wait(timeout)
+            raise TimeoutError("timed out")
+        if address[0] in self.deaf:
+            return self._deaf(timeout)
         return socket.create_connection(self._listener.getsockname(), timeout)
+
+    def _deaf(self, timeout):
+        ours, theirs = socket.socketpair()
+        self._open.add(theirs)
+        ours.settimeout(timeout)
+        return ours
 
     def publish(self, document, url=None, headers=(), status=200, kind="application/json"):
         """Serve a document at its client_id (or another URL); gives the URL."""
@@ -151,6 +168,7 @@ class DocumentWeb:
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
+            connection.close()
         for thread in (self._thread, *self._threads):
             thread.join(10)
 

@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import socket
+import struct
 import threading
+import time
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 
@@ -540,7 +543,7 @@ def test_S15_a_document_is_kept_as_its_origin_says_within_bounds(control, second
     assert fjmcp_broker.freshness(fjmcp_broker.Fetched(200, {"cache-control": control}, b"")) == seconds
 
 
-def test_S15_what_a_document_dropped_is_refused_once_it_is_read_anew_and_a_failure_is_no_document(cimd, web):
+def test_S15_what_a_document_dropped_is_refused_once_it_is_read_anew_and_a_page_is_no_document(cimd, web):
     web.publish(
         {**MINE, "redirect_uris": ["https://app.example/cb", "https://app.example/old"]},
         headers=(("Cache-Control", "max-age=120"),),
@@ -551,13 +554,250 @@ def test_S15_what_a_document_dropped_is_refused_once_it_is_read_anew_and_a_failu
     cimd.clock.advance(121)
     assert ask(cimd, ME, "https://app.example/old").status == 400
     assert ask(cimd, ME).status == 200
-    web.publish(MINE, status=500)
+    web.publish(MINE, kind="text/html")
     cimd.clock.advance(3601)
     assert refused(cimd, ME)
     web.publish(MINE)
     assert refused(cimd, ME)
     cimd.clock.advance(61)
     assert ask(cimd, ME).status == 200
+
+
+def reset(connection):
+    """End a connection so that the other side sees it reset."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def away(web, how):
+    """The origin of MINE fails in one of the ways that say nothing about the document."""
+    if isinstance(how, int):
+        web.publish(b"<h1>Just a moment</h1>", ME, status=how, kind="text/html")
+    elif how in ("gone", "unresolved"):
+        web.names["app.example"] = [] if how == "gone" else Trouble(socket.gaierror(-3, "try again"))
+    elif how == "unreachable":
+        web.refused.add(PUBLIC)
+    else:
+        web.answers[ME] = reset if how == "reset" else lambda connection: web.ended.wait(20)
+
+
+class Trouble:
+    """What a name's look-up raises."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self):
+        raise self.error
+
+
+AWAY = [403, 429, 500, 502, 503, 504, 520, 599, "gone", "unresolved", "unreachable", "reset", "silent"]
+
+
+@pytest.mark.parametrize("how", AWAY)
+def test_S15_while_its_origin_only_fails_the_last_good_document_serves_for_a_week_and_consent_says_so(
+    cimd, web, how, monkeypatch
+):
+    monkeypatch.setattr(fjmcp_broker.PublicWeb, "SECONDS", 0.5 if how == "silent" else 5.0)
+    web.publish(MINE)
+    assert "unconfirmed" not in ask(cimd, ME).words
+    since = fjmcp_broker.moment(cimd.clock.now())[:10]
+    cimd.clock.advance(4000)
+    away(web, how)
+    page = ask(cimd, ME)
+    assert page.status == 200 and f"unconfirmed since {since}" in page.words
+    asked = len(web.resolved)
+    assert ask(cimd, ME).status == 200 and len(web.resolved) == asked  # a failure is kept for a minute
+    cimd.clock.advance(7 * 86400 - 4010)
+    cimd.restart()
+    assert ask(cimd, ME).status == 200
+    cimd.clock.advance(20)
+    assert refused(cimd, ME)
+    web.names.clear()
+    web.refused.clear()
+    web.publish(MINE)
+    cimd.clock.advance(61)
+    assert ask(cimd, ME).status == 200 and "unconfirmed" not in ask(cimd, ME).words
+
+
+@pytest.mark.parametrize("how", AWAY)
+def test_S15_an_origin_that_fails_is_no_document_where_there_never_was_one(cimd, web, how, monkeypatch):
+    monkeypatch.setattr(fjmcp_broker.PublicWeb, "SECONDS", 0.5 if how == "silent" else 5.0)
+    away(web, how)
+    assert refused(cimd, ME)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"status": 404},
+        {"status": 410},
+        {"status": 401},
+        {"status": 400},
+        {"status": 204},
+        {"status": 302, "headers": (("Location", ME),)},
+        {"kind": "text/html"},
+        {"document": {**MINE, "client_id": ME + "x"}},
+        {"document": {**MINE, "client_secret": "s"}},
+        {"document": b"<h1>Welcome</h1>"},
+        {"document": b"{" + b" " * 6000 + b"}"},
+        {"names": ["10.0.0.1"]},
+        {"names": [PUBLIC, "127.0.0.1"]},
+    ],
+)
+def test_S15_what_an_origin_says_counts_at_once_and_no_later_failure_takes_it_back(cimd, web, change):
+    web.publish(MINE)
+    assert ask(cimd, ME).status == 200
+    cimd.clock.advance(4000)
+    web.names |= {"app.example": change.pop("names")} if "names" in change else {}
+    web.publish(change.pop("document", MINE), ME, **change)
+    assert refused(cimd, ME)
+    web.names.clear()
+    web.publish(MINE, status=503)
+    cimd.clock.advance(61)
+    assert refused(cimd, ME)
+
+
+def test_S08_every_checked_address_is_tried_in_turn_within_one_deadline(authority, web, monkeypatch):
+    web.publish(MINE)
+    dead = ["2606:4700::6812:1", "93.184.216.35", "93.184.216.36", "93.184.216.37"]
+    web.refused.update(dead)
+    web.names["app.example"] = [*dead, PUBLIC]
+    assert web.guarded().get(ME, 5120).status == 200
+    assert [address for address, port in web.connected] == [*dead, PUBLIC]
+    web.connected.clear()
+    web.patience.clear()
+    web.silent.update(dead)
+    web.refused.clear()
+    monkeypatch.setattr(fjmcp_broker.PublicWeb, "SECONDS", 4.0)
+    assert web.guarded().get(ME, 5120).status == 200
+    assert [address for address, port in web.connected] == [*dead, PUBLIC]
+    assert sum(web.patience[:-1]) < 3.0
+    web.silent.add(PUBLIC)
+    web.patience.clear()
+    with pytest.raises(fjmcp_broker.FetchFailed) as failed:
+        web.guarded().get(ME, 5120)
+    assert failed.value.away and sum(web.patience) <= 4.0 and len(web.patience) == 5
+
+
+def test_S08_an_address_where_no_tls_is_spoken_is_left_for_the_next(web, monkeypatch):
+    web.publish(MINE)
+    web.names["app.example"] = ["93.184.216.35", PUBLIC]
+    web.deaf.add("93.184.216.35")
+    monkeypatch.setattr(fjmcp_broker.PublicWeb, "SECONDS", 4.0)
+    assert web.guarded().get(ME, 5120).status == 200 and len(web.connected) == 2
+
+
+def test_S08_an_address_with_another_names_certificate_ends_the_search(web):
+    url = web.publish({**MINE, "client_id": "https://other.example/c"})
+    web.names["other.example"] = [PUBLIC, "93.184.216.35"]
+    with pytest.raises(fjmcp_broker.FetchFailed) as failed:
+        web.guarded().get(url, 5120)
+    assert not failed.value.away and web.connected == [(PUBLIC, 443)]
+
+
+def test_S08_a_name_server_that_says_nothing_is_waited_for_within_the_same_deadline(cimd, web, monkeypatch):
+    monkeypatch.setattr(fjmcp_broker.PublicWeb, "SECONDS", 0.3)
+    silent = [f"h{number}.app.example" for number in range(6)]
+    web.names.update((host, lambda: web.ended.wait(30) and []) for host in silent)
+    with ThreadPoolExecutor(6) as pool:
+        pages = list(pool.map(lambda host: ask(cimd, f"https://{host}/c"), silent))
+    assert {page.status for page in pages} == {400}
+    assert ask(cimd, web.publish(MINE)).status == 200  # the six are still being looked up
+    web.ended.set()
+
+
+def test_S08_the_look_ups_that_hang_are_bounded_and_forgejos_are_not_among_them(web, monkeypatch):
+    monkeypatch.setattr(fjmcp_broker.PublicWeb, "SECONDS", 0.1)
+    monkeypatch.setattr(fjmcp_broker, "STRANGERS_LOOKUPS", threading.BoundedSemaphore(2))
+    web.names["app.example"] = lambda: web.ended.wait(30) and []
+    for _ in range(5):
+        with pytest.raises(fjmcp_broker.FetchFailed) as failed:
+            web.guarded().get(ME, 5120)
+        assert failed.value.away
+    assert len(web.resolved) == 2
+    assert fjmcp_broker.resolve_until(
+        time.monotonic() + 10, "localhost", lambda _: ["::1"], fjmcp_broker.LOOKUPS
+    )
+    web.ended.set()
+
+
+def test_S14_one_strangers_slow_documents_leave_room_for_anothers(cimd, web):
+    arrived = threading.Semaphore(0)
+
+    def hold(connection):
+        arrived.release()
+        web.ended.wait(20)
+
+    urls = [f"https://h{number}.app.example/c" for number in range(8)]
+    web.answers.update((url, hold) for url in urls)
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, cimd, url, address="203.0.113.9") for url in urls]
+        for _ in range(2):
+            assert arrived.acquire(timeout=10)
+        assert ask(cimd, web.publish(MINE), address="198.51.100.7").status == 200
+        assert not arrived.acquire(blocking=False) and not any(each.done() for each in asked)
+        web.ended.set()
+
+
+# -- whether documents can be read from here at all
+
+
+def advertised(rig):
+    return OAuthClient(rig.url).discover()["client_id_metadata_document_supported"]
+
+
+def test_documents_are_advertised_until_none_could_be_read_for_half_an_hour_and_again_after_one(cimd, web):
+    look = cimd.broker.documents.look_out
+    assert advertised(cimd) and not look() and advertised(cimd)
+    assert {url for url in web.asked} == set(fjmcp_broker.WELL_KNOWN_DOCUMENTS)
+    warned = cimd.log.named("client_documents_unreadable")
+    assert len(warned) == 1 and all("status 404" in reason for reason in warned[0]["reasons"])
+    cimd.clock.advance(1790)
+    assert not look() and advertised(cimd)
+    cimd.clock.advance(11)
+    assert not advertised(cimd)
+    cimd.restart()  # does not begin anew
+    assert not advertised(cimd) and not cimd.broker.documents.look_out()
+    assert ask(cimd, web.publish(MINE)).status == 200 and advertised(cimd)
+    assert cimd.broker.documents.look_out() and advertised(cimd)
+    cimd.restart()
+    assert advertised(cimd)
+
+
+@pytest.mark.parametrize("good", range(3))
+def test_one_document_that_can_be_read_is_enough(cimd, web, good):
+    cimd.broker.documents.look_out()
+    cimd.clock.advance(1801)
+    url = fjmcp_broker.WELL_KNOWN_DOCUMENTS[good]
+    web.publish(next(document for document in DOCUMENTS.values() if document["client_id"] == url))
+    assert not advertised(cimd) and cimd.broker.documents.look_out() and advertised(cimd)
+
+
+def test_after_a_login_failed_for_a_document_documents_are_not_advertised_until_one_was_read(cimd, web):
+    web.publish(b"no", ME, status=403)
+    assert advertised(cimd) and refused(cimd, ME) and not advertised(cimd)
+    web.publish(DOCUMENTS["vscode"])
+    assert cimd.broker.documents.look_out() and advertised(cimd)
+    cimd.clock.advance(61)
+    assert refused(cimd, ME) and advertised(cimd)  # that one's trouble: others can be read
+
+
+def test_what_a_stranger_publishes_wrongly_says_nothing_of_this_server(cimd, web):
+    for number, status in enumerate((200, 404, 301)):
+        web.publish(b"x", f"https://app.example/{number}", status=status)
+        assert refused(cimd, f"https://app.example/{number}")
+    assert advertised(cimd)
+
+
+def test_a_known_client_is_served_where_documents_are_not_advertised(cimd, web):
+    web.publish(MINE)
+    client = client_of(cimd, MINE)
+    client.redeem(code_for(client))
+    cimd.restart()
+    cimd.broker.documents.look_out()
+    web.publish(MINE, status=403)
+    cimd.clock.advance(4000)
+    assert not advertised(cimd) and ask(cimd, ME).status == 200 and client.refresh().status == 200
 
 
 def test_S16_token_and_refresh_fetch_nothing_and_go_on_while_the_document_is_away(cimd, web):
@@ -567,7 +807,7 @@ def test_S16_token_and_refresh_fetch_nothing_and_go_on_while_the_document_is_awa
     web.publish(MINE, status=500)
     assert client.redeem(code).status == 200
     cimd.clock.advance(3000)
-    assert refused(cimd, ME)
+    assert ask(cimd, ME).status == 200
     asked = len(web.asked)
     assert client.refresh().status == 200 and len(web.asked) == asked
 
@@ -757,6 +997,33 @@ def test_keys_that_cannot_be_read_are_our_trouble_and_known_ones_go_on(cimd, web
     cimd.clock.advance(61)
     answer = client.refresh(**assertion(header={"kid": "new"}))
     assert answer.status == 503 and answer.headers["Retry-After"]
+    assert client.refresh(**assertion()).status == 200
+
+
+@pytest.mark.parametrize("status", [403, 429, 500, 503])
+def test_keys_whose_origin_fails_serve_for_a_day_and_then_nobody_is_let_in_by_them(cimd, web, proven, status):
+    client, assertion = proven
+    client.refresh(**assertion())
+    cimd.clock.advance(3500)
+    web.publish(b"", DOCUMENTS["chatgpt"]["jwks_uri"], status=status)
+    for _ in range(23):
+        cimd.clock.advance(3600)
+        assert client.refresh(**assertion()).status == 200
+    cimd.clock.advance(200)
+    answer = client.refresh(**assertion())
+    assert answer.status == 503 and answer.headers["Retry-After"]
+    cimd.restart()
+    assert client.refresh(**assertion()).status == 503
+
+
+@pytest.mark.parametrize("change", [{"status": 404}, {"status": 302}, {"kind": "text/html"}])
+def test_keys_that_their_origin_no_longer_names_let_nobody_in(cimd, web, proven, key, change):
+    client, assertion = proven
+    web.publish({"keys": [key.jwk]}, DOCUMENTS["chatgpt"]["jwks_uri"], **change)
+    cimd.clock.advance(3601)
+    assert client.refresh(**assertion()).status == 503
+    web.publish({"keys": [key.jwk]}, DOCUMENTS["chatgpt"]["jwks_uri"])
+    cimd.clock.advance(61)
     assert client.refresh(**assertion()).status == 200
 
 

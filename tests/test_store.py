@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -442,6 +443,73 @@ def test_G09_a_migration_killed_between_any_two_statements_is_whole_or_did_not_b
         if done.returncode == 0:
             break
     assert done.returncode == 0 and {1, versions + 1} <= seen
+
+
+# -- work that grows with what others have stored
+
+
+def explained(store, act):
+    """(plan of each statement that runs, steps of SQLite's machine that all took together) of something done to a store."""
+    statements, steps = [], []
+    store._writer.set_trace_callback(statements.append)
+    store._writer.set_progress_handler(lambda: steps.append(1), 10)
+    act()
+    store._writer.set_trace_callback(None)
+    store._writer.set_progress_handler(None, 0)
+    words = ("INSERT", "UPDATE", "DELETE", "SELECT")
+    return {
+        statement: [
+            row.detail for row in store._reader.execute("EXPLAIN QUERY PLAN " + statement, ()).fetchall()
+        ]
+        for statement in statements
+        if statement.startswith(words)
+    }, len(steps)
+
+
+def many_grants(store, count):
+    with store._batch() as db:
+        db.executemany(
+            "INSERT INTO grants (sub, client_id, scope, asked, resource, created_at, used_at, expires_at)"
+            " VALUES ('1', ?, 'x', 'x', 'r', 0, 0, ?)",
+            [(f"fjd_{number}", NOW + DAY) for number in range(count)],
+        )
+
+
+def keep_document(store, number):
+    uris = ["https://h.example/"]
+    store.keep_document(f"https://h{number}.example/c", "n", uris, "none", {}, NOW, NOW + 60, keep=100)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [lambda s: keep_document(s, 1000), lambda s: s.sweep(NOW, DAY), lambda s: s.end_orphaned_sessions(NOW)],
+    ids=["keep_document", "sweep", "end_orphaned_sessions"],
+)
+def test_nothing_that_is_done_while_others_wait_reads_all_grants(store, act):
+    add_user(store)
+    many_grants(store, 10)
+    for number in range(120):
+        keep_document(store, number)
+        add_client(store, f"fjd_{number}")
+    plans, _ = explained(store, lambda: act(store))
+    assert any("grants" in statement for statement in plans)
+    for statement, plan in plans.items():
+        assert not any(re.match(r"SCAN (grants|g|codes)\b(?! USING)", line) for line in plan), (
+            statement,
+            plan,
+        )
+
+
+def test_making_room_for_a_document_costs_the_same_whatever_grants_there_are(store):
+    add_user(store)
+    for number in range(150):
+        keep_document(store, number)
+    steps = []
+    for count in (100, 10_000):
+        many_grants(store, count)
+        steps.append(explained(store, lambda: keep_document(store, len(steps) + 1000))[1])
+    assert steps[0] > 10 and steps[1] < 1.2 * steps[0] + 10
+    assert store._one("SELECT count(*) AS n FROM clients").n == 100
 
 
 # -- crashes
