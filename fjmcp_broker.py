@@ -5777,6 +5777,7 @@ class Authorization:
         )
         if grant is None:
             # A code that comes twice was stolen from one of the two: what the first made ends (RFC 6749 4.1.2).
+            row = self._store.code(digest(code))  # read anew: the first may have come since
             if row and row.used_at is not None and row.client_id == client.client_id:
                 self._end(row, "code replayed", "reuse detected")
             raise OAuthError(
