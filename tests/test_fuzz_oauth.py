@@ -36,6 +36,9 @@ TEXTS = st.text(max_size=40) | st.sampled_from(
         "\0",
         "\r\nLocation: https://evil.example/",
         "%FF",
+        "\ud800",
+        "http://localho\u017ft/cb",
+        "https://[::1",
     ]
 )
 NAMES = st.sampled_from(
