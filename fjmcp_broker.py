@@ -3332,6 +3332,11 @@ class Message:
     body: dict
 
 
+def is_absent(value: object) -> bool:
+    """Whether a value where an object is due stands for none: null of serializers that write what is not there, PHP's empty map."""
+    return value is None or value == []
+
+
 def is_request_id(value):
     """A string of up to 256 characters or an integer of up to 64 digits."""
     if isinstance(value, bool):
@@ -3348,13 +3353,14 @@ def classify(value):
     if "method" in value:
         if not isinstance(value["method"], str) or "result" in value or "error" in value:
             raise ValueError("a request has a method of text, and neither result nor error")
-        if not isinstance(value.get("params", {}), dict):
+        params = None if is_absent(value.get("params")) else value["params"]
+        if not isinstance(params, dict | None):
             raise ValueError("params must be an object")
         if "id" not in value:
-            return Message("notification", None, value["method"], value.get("params"), value)
+            return Message("notification", None, value["method"], params, value)
         if not is_request_id(value["id"]):
             raise ValueError("an id must be a string or an integer")
-        return Message("request", value["id"], value["method"], value.get("params"), value)
+        return Message("request", value["id"], value["method"], params, value)
     if ("result" in value) == ("error" in value) or not is_request_id(value.get("id")):
         raise ValueError("a response has an id, and either result or error")
     if "error" in value and not (
@@ -3406,7 +3412,7 @@ def escape_line_separators(line: bytes) -> bytes:
 
 def with_id(line, message, request_id, extra=None):
     """A child's answer with its id replaced and `extra` members in its result; large ones keep their bytes, where the envelope leaves no doubt."""
-    line = escape_line_separators(line)
+    line = without_lone_surrogates(escape_line_separators(line))
     match = ENVELOPE.match(line)
     if (
         match
@@ -3922,6 +3928,14 @@ class Stream:
                 self._reader.ended = True
             self._reader = Reader(self, self._taken if after is None else after)
             self._changed.notify_all()
+            return self._reader
+
+    def open_if_free(self) -> "Reader | None":
+        """A Reader as open() gives it, None when there is one already."""
+        with self._changed:
+            if self._reader:
+                return None
+            self._reader = Reader(self, self._taken)
             return self._reader
 
     @property
@@ -6287,11 +6301,30 @@ class Child:
 # ======================================================================================================================
 
 
+MAX_TOOLS = 10_000  # of a child's list that are kept, of
+MAX_TOOL_PAGES = 100  # pages at most
+MAX_NAME = 256  # characters of a tool's name, or a task's id, that is remembered
+MAX_TASKS = 256  # of a session
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool of a child's list: whether its readOnlyHint is true, and the (path, name) of arguments with an x-mcp-header."""
+
+    reads: bool
+    mirrored: tuple[tuple[tuple[str, ...], str], ...]
+
+
+class ListChanged(Exception):
+    """The child's list of tools is not the one any more by which a call was judged."""
+
+
 class Call:
     """One request on its way through a child, in the form both eras share: `params` without what only one era says.
 
     `reply` takes what comes back: notify(body), answer(line, message), fail(code, sentence, data). `capabilities`, `client`, `level`
     are what this request says of its client; None: what the session says. `over` is called once when nothing more can come.
+    `listing` is the child's list of tools by which the call was judged; None: it was not.
     """
 
     __slots__ = (
@@ -6309,6 +6342,7 @@ class Call:
         "undeclared",
         "answers",
         "state",
+        "listing",
     )
 
     def __init__(
@@ -6339,6 +6373,7 @@ class Call:
         self.undeclared = {}  # what the child asked of a client that cannot do it
         self.answers = {}
         self.state = None  # of a child of the modern era: what goes into the retry
+        self.listing: dict[str, Tool] | None = None
 
     def fail(self, reason, sentence, *, retryable, outcome_unknown=True, code=SERVER_ERROR):
         """Answer with an error of the broker's own (design 5: the table of cases)."""
@@ -6410,6 +6445,8 @@ class Link:
         self.used_at = time.monotonic()
         self.over = False  # whether link_ended has been here; under the session's lock
         self.probed = False  # whether the handshake began by asking for its era
+        self.tools: dict[str, Tool] | None = None  # what it lists, once asked; until it says that has changed
+        self.list_changes = 0
 
     @property
     def alive(self):
@@ -6433,6 +6470,33 @@ class Link:
         """A call of the broker's own; the answer's body, or None when there was none in time."""
         reply = Waiting()
         return reply.wait(seconds) if self.start(method, params, reply, seconds) else None
+
+    def read_tools(self) -> dict[str, Tool] | None:
+        """What the child lists, over all pages; None when it does not say in time. ListChanged when it changed meanwhile.
+
+        An error for an answer is a child without tools; it is not kept, since it may have had a passing reason.
+        """
+        changes = self.list_changes
+        end = time.monotonic() + QUESTION_GRACE
+        tools: dict[str, Tool] = {}
+        cursor: object = None
+        for _ in range(MAX_TOOL_PAGES):
+            body = self.call("tools/list", {"cursor": cursor} if cursor else {}, end - time.monotonic())
+            if body is None:
+                return None
+            result = body.get("result")
+            page = result.get("tools") if isinstance(result, dict) else None
+            if not isinstance(page, list):
+                return {}
+            add_tools(tools, page)
+            cursor = result.get("nextCursor")
+            if not isinstance(cursor, str) or len(tools) >= MAX_TOOLS:
+                break
+        with self.session.lock:
+            if changes != self.list_changes:
+                raise ListChanged
+            self.tools = tools
+        return tools
 
     def send(self, body):
         """Send a message to the child."""
@@ -6494,6 +6558,10 @@ class Link:
     def _said(self, message):
         """A notification or question of the child: progress goes to its call, the rest by the edge to the session."""
         params = message.params or {}
+        if message.method == "notifications/tools/list_changed":
+            with self.session.lock:
+                self.list_changes += 1
+                self.tools = None
         if message.method == "notifications/progress":
             with self.session.lock:
                 call = (
@@ -6560,7 +6628,7 @@ class Session:
         self.subscribing: collections.Counter[str] = collections.Counter()  # asked for, not yet answered
         self.tools_hash = tools_hash
         self.ttl = 0  # ms for which what a modern child says of itself may be kept
-        self.tools = self.binary = None  # what the child of that program last said of its tools
+        self.tasks: collections.OrderedDict[str, str] = collections.OrderedDict()  # a task's id -> its tool
         self.lock = threading.Lock()
         self.link = None
         self.draining = set()
@@ -6594,13 +6662,18 @@ class Session:
     # -- calls, notifications and answers of the client
 
     def submit(self, calls):
-        """Send requests to the child, waking it if need be; RpcError when it cannot be had or too much is in flight."""
+        """Send requests to the child, waking it if need be; RpcError when it cannot be had or too much is in flight.
+
+        ListChanged, and nothing is sent, when one of them was judged by another list of tools than this child's.
+        """
         self.used_at = self.registry.clock.now()
         for _ in range(3):
             link = self.awake()
             with self.lock:
                 if self.ended or link is not self.link or not link.alive:
                     continue
+                if any(call.listing is not None and call.listing is not link.tools for call in calls):
+                    raise ListChanged
                 if len(self.calls()) + len(calls) > self.settings.max_inflight:
                     raise unavailable(
                         "busy", "Too many requests of this session are in flight; wait for answers.", 429, 1
@@ -7023,32 +7096,53 @@ class Session:
 
     # -- tools
 
-    def tool(self, name):
-        """What the child says of a tool, None when it has none of that name: the list is fetched once, until it changes."""
-        if self.tools is None:
-            self.tools = self._read_tools()
-        return (self.tools or {}).get(name)
+    def listing(self) -> dict[str, Tool] | None:
+        """The tools that the child lists: asked once of each child, and again when it says that they changed; None when it is silent."""
+        for _ in range(3):
+            link = self.awake()
+            tools: dict[str, Tool] | None = link.tools
+            if tools is None and not link.edge.hears_changes:
+                self.watch()
+            with contextlib.suppress(ListChanged):
+                tools = link.read_tools() if tools is None else tools
+                if tools is not None or link.alive:
+                    return tools
+        return None
 
-    def _read_tools(self):
-        """{name: tool} over all pages; None when the child does not give them."""
-        link = self.awake()
-        cursor = None
-        tools = {}
-        for _ in range(100):
-            result = (
-                link.call("tools/list", {"cursor": cursor} if cursor else {}, QUESTION_GRACE) or {}
-            ).get("result")
-            if not isinstance(result, dict) or not isinstance(result.get("tools"), list):
-                return None
-            tools.update(
-                (tool["name"], tool)
-                for tool in result["tools"]
-                if isinstance(tool, dict) and isinstance(tool.get("name"), str)
-            )
-            cursor = result.get("nextCursor")
-            if not isinstance(cursor, str):
-                break
-        return tools
+    def note_task(self, tool: str, result: object) -> None:
+        """Keep which tool a task belongs to (MCP 2025-11-25 tasks; the tasks extension of 2026-07-28), for who may touch only some."""
+        task = result.get("task", result) if isinstance(result, dict) else None
+        task_id = task.get("taskId") if isinstance(task, dict) else None
+        if isinstance(task_id, str) and len(task_id) <= MAX_NAME and len(tool) <= MAX_NAME:
+            with self.lock:
+                self.tasks[task_id] = tool
+                if len(self.tasks) > MAX_TASKS:
+                    self.tasks.popitem(last=False)
+
+
+def add_tools(tools: dict[str, Tool], page: list[object]) -> None:
+    """Add a page of tools/list. Of a name that is listed twice nobody knows which one runs: it reads only if both do."""
+    for tool in page:
+        name = tool.get("name") if isinstance(tool, dict) else None
+        if isinstance(tool, dict) and isinstance(name, str) and len(name) <= MAX_NAME:
+            reads = hint_reads(tool) and (name not in tools or tools[name].reads)
+            tools[name] = Tool(reads, tuple(marked_properties(tool.get("inputSchema"))))
+
+
+def hint_reads(tool: dict[str, object]) -> bool:
+    """Whether a tool says of itself that it only reads; a hint of false decides nothing (mcp-go stamps it on all)."""
+    annotations = tool.get("annotations")
+    return isinstance(annotations, dict) and annotations.get("readOnlyHint") is True
+
+
+def marked_properties(schema: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(path, name) of each property with an x-mcp-header, along `properties` alone."""
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    for key, part in properties.items() if isinstance(properties, dict) and len(path) < MAX_DEPTH else ():
+        name = part.get("x-mcp-header") if isinstance(part, dict) else None
+        if isinstance(name, str) and re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,100}", name):
+            yield (*path, key), name
+        yield from marked_properties(part, (*path, key))
 
 
 MAX_URI = 2048  # bytes of a resource's URI that is kept because somebody subscribed to it
@@ -7219,6 +7313,11 @@ class Edge:
         self._link = link
         self._session = link.session
 
+    @property
+    def hears_changes(self) -> bool:
+        """Whether it is told when the child's list of tools changes."""
+        return True
+
     def serves(self, call):
         """Whether the edge answers a call itself, by serve(call)."""
         return False
@@ -7342,6 +7441,11 @@ class ModernEdge(Edge):
         self._listens = {}
         self._kinds = {}
         self._honoured = set()
+
+    @property
+    def hears_changes(self) -> bool:
+        """Whether it is told when the child's list of tools changes: in this era only who listens is, if the child ever tells."""
+        return self._listen is not None or "toolsListChanged" not in self._kinds
 
     def server(self, result):
         """A DiscoverResult in the form of an initialize result, with the version that this session's client negotiates."""
@@ -7596,6 +7700,7 @@ class LegacyFront:
         self.streams = collections.OrderedDict()
         self.get_stream = session.new_stream(0)
         self.get_stream.named = True
+        self._quiet: list[Stream] = []  # for who resumes what is not known any more; nothing is put on them
 
     @property
     def listening(self):
@@ -7613,21 +7718,47 @@ class LegacyFront:
     @property
     def keeps_nothing(self):
         """Whether no client reads, and what none has taken has gone by its time."""
-        return all(stream.holds_nothing for stream in (self.get_stream, *list(self.streams.values())))
+        return all(
+            stream.holds_nothing for stream in (self.get_stream, *list(self.streams.values()), *self._quiet)
+        )
 
     def name_stream(self, stream: Stream) -> None:
         """A client has been told an id of this stream, and may come back for what is on it."""
         with self._session.lock:
             self.streams[stream.key] = stream
 
-    def stream_after(self, event_id):
-        """The stream and number that a Last-Event-ID names; the session's own stream when it names none of ours."""
+    def open_stream(self, event_id: str | None, seat: Callable[[str], None]) -> Reader:
+        """The reader of a GET: of the session's stream, or of the one that a Last-Event-ID names, from there on.
+
+        A client resumes each stream it had by itself (MCP 2025-11-25 transports, *Resumability*), also one of before a restart.
+        Such an id opens the session's stream if nobody reads that; else a quiet one, or the two would end each other for ever.
+        `seat` is called with a stream's key before it is opened, and may refuse: then no other reader has been ended.
+        """
         key, _, number = (event_id or "").rpartition("-")
         with self._session.lock:
             stream = self.get_stream if key == self.get_stream.key else self.streams.get(key)
-        if stream is None or not re.fullmatch(r"[0-9]{1,15}", number):
-            return self.get_stream, None
-        return stream, int(number)
+        if not event_id or stream is None or not re.fullmatch(r"[0-9]{1,15}", number):
+            return self._open_own(seat, take_over=not event_id)
+        seat(stream.key)
+        return stream.open(int(number))
+
+    def _open_own(self, seat: Callable[[str], None], take_over: bool) -> Reader:
+        own = self.get_stream
+        if take_over or not own.is_open:
+            seat(own.key)
+            reader = own.open() if take_over else own.open_if_free()
+            if reader:
+                return reader
+        stream = self._session.new_stream(0)
+        seat(stream.key)
+        reader = stream.open()
+        with self._session.lock:
+            self._quiet = [each for each in self._quiet if each.is_open]
+            self._quiet.append(stream)
+            ended = self._session.ended
+        if ended:  # end() has been here already
+            stream.end()
+        return reader
 
     def cancelled(self, params):
         """notifications/cancelled: the newest request of that id ends with an error, its child is told."""
@@ -7663,8 +7794,6 @@ class LegacyFront:
 
     def heard(self, link, method, params, listened=False):
         """A notification of the child; `listened`: it surely belongs to no request."""
-        if method == "notifications/tools/list_changed":
-            self._session.tools = None
         stream = self.get_stream if listened else self._target(link)[0]
         stream.put(dump(asking(method, params or None, jsonrpc="2.0")))
 
@@ -7710,7 +7839,7 @@ class LegacyFront:
     def end(self):
         """The session is over."""
         with self._session.lock:
-            streams = [self.get_stream, *self.streams.values()]
+            streams = [self.get_stream, *self.streams.values(), *self._quiet]
         for stream in streams:
             stream.end()
             stream.forget()
@@ -8036,8 +8165,6 @@ class PoolFront:
 
     def heard(self, link, method, params, listened=False):
         """A notification of the child: news to who listens, other things to the only request in flight."""
-        if method == "notifications/tools/list_changed":
-            self._session.tools = None
         self._tell(method, params)
         with self._session.lock:
             calls = self._session.calls(link)
@@ -8162,12 +8289,15 @@ class Registry:
         self.forget(too_many, "too many sessions of this user")
         return session_id, session.server
 
-    def find(self, session_id, sub, client_id):
-        """The session of an id if it is this user's and client's; RpcError 404 for every other case, always the same."""
+    def find(self, session_id: str, sub: str, client_id: str, use: bool = True) -> Session:
+        """The session of an id if it is this user's and client's; RpcError 404 for every other case, always the same.
+
+        Without `use` only its existence counts: it is not kept from being unloaded, nor from expiring.
+        """
         name = digest(session_id)
         with self.lock:
             session = self.sessions.get(name)
-            if session and (session.sub, session.client_id) == (sub, client_id):
+            if use and session and (session.sub, session.client_id) == (sub, client_id):
                 session.used_at = (
                     self.clock.now()
                 )  # in the lock: from here on unload() keeps it; what a stranger sends keeps nothing
@@ -8459,9 +8589,6 @@ class Registry:
         known = row.era if row else ""
         self._binary = binary
         self.asking = bool(row and row.asks)
-        if link.session.binary != binary:
-            link.session.binary = binary
-            link.session.tools = None
         try:
             era, server = connect(link, known or (None if probe else "legacy"), self.settings.start_timeout)
         except RpcError:
@@ -8704,6 +8831,110 @@ class Reaper:
 # ======================================================================================================================
 
 
+class Names:
+    """Names that the broker knows of the members of an object. Everybody else may read others for them; it finds those."""
+
+    def __init__(self, *names: str) -> None:
+        self._exact = frozenset(names)
+        self._folded = frozenset(map(self._fold, names))
+
+    @staticmethod
+    def _fold(name: str) -> str:
+        """A name as lenient parsers compare it.
+
+        Go's encoding/json ignores case, by Unicode's simple folding: U+017F is an s, U+212A a k; no other character becomes
+        an ASCII letter, and nothing is normalized. casefold() folds these and more. encoding/json/v2 can be told to ignore `_` and `-` too.
+        """
+        return name.casefold().replace("_", "").replace("-", "")
+
+    def disguised(self, members: Mapping[str, object]) -> str | None:
+        """A member that is not known, but that a lenient parser reads as one that is; None when there is none."""
+        for name in members:
+            if name not in self._exact and self._fold(name) in self._folded:
+                return name
+        return None
+
+
+ANY_PARAMS = Names("_meta")
+LISTED = Names("_meta", "cursor")
+OF_URI = Names("_meta", "uri")
+OF_TASK = Names("_meta", "taskId")
+KNOWN_PARAMS = {
+    "initialize": Names("_meta", "protocolVersion", "capabilities", "clientInfo"),
+    "tools/list": LISTED,
+    "tools/call": Names("_meta", "name", "arguments", "task", "inputResponses", "requestState"),
+    "resources/list": LISTED,
+    "resources/templates/list": LISTED,
+    "resources/read": Names("_meta", "uri", "inputResponses", "requestState"),
+    "resources/subscribe": OF_URI,
+    "resources/unsubscribe": OF_URI,
+    "prompts/list": LISTED,
+    "prompts/get": Names("_meta", "name", "arguments", "inputResponses", "requestState"),
+    "logging/setLevel": Names("_meta", "level"),
+    "subscriptions/listen": Names("_meta", "notifications"),
+    "tasks/list": LISTED,
+    "tasks/get": OF_TASK,
+    "tasks/result": OF_TASK,
+    "tasks/cancel": OF_TASK,
+    "tasks/update": Names("_meta", "taskId", "inputResponses", "requestState"),
+    "notifications/cancelled": Names("_meta", "requestId", "reason"),
+    "notifications/progress": Names("_meta", "progressToken", "progress", "total", "message"),
+}
+KNOWN_META = Names(
+    "progressToken",
+    META_VERSION,
+    META_CLIENT,
+    META_CAPABILITIES,
+    META_LEVEL,
+    META_SERVER,
+    META_SUBSCRIPTION,
+    META + "related-task",
+)
+# What a login that may not write is served besides tools/call: the specification's methods that change nothing at Forgejo.
+READING_METHODS = frozenset(
+    (
+        "server/discover",
+        "tools/list",
+        "resources/list",
+        "resources/templates/list",
+        "resources/read",
+        "resources/subscribe",
+        "resources/unsubscribe",
+        "prompts/list",
+        "prompts/get",
+        "completion/complete",
+        "logging/setLevel",
+        "subscriptions/listen",
+        "tasks/list",
+        "tasks/get",
+        "tasks/result",
+    )
+)
+TASK_CHANGES = ("tasks/update", "tasks/cancel")
+# The members that may be null or an empty list, and are absent then; of every other method only `_meta`.
+MAY_BE_ABSENT = {
+    "initialize": ("_meta", "capabilities", "clientInfo"),
+    "tools/call": ("_meta", "arguments", "inputResponses", "requestState"),
+    "prompts/get": ("_meta", "arguments", "inputResponses", "requestState"),
+    "resources/read": ("_meta", "inputResponses", "requestState"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the gate says of a request: `refuse` answers it by its reply (None: it may go to the child); `listing` is what it went by."""
+
+    refuse: Callable[[Any], None] | None = None
+    listing: dict[str, Tool] | None = None
+
+
+ADMITTED = Verdict()
+NOT_SERVED = Verdict(
+    lambda reply: reply.fail(METHOD_NOT_FOUND, "This method is not served to a read-only connection", None)
+)
+NO_SUCH_TOOL = Verdict(lambda reply: reply.fail(METHOD_NOT_FOUND, "There is no tool of this name", None))
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Whose token came: the user, client and grant, and what it may do. `asked` is what the login had asked for."""
@@ -8782,10 +9013,9 @@ class Endpoint:
             )
             if isinstance(value, list):
                 return self._batch(request, caller, value)
-            try:
-                message = classify(value)
-            except ValueError as error:
-                raise RpcError(INVALID_REQUEST, f"Not a JSON-RPC message: {error}.", None, 400) from None
+            message = message_from(value)
+            if message is None:
+                return Response(202)
             modern = is_modern(request, message)
             return (self._modern if modern else self._legacy)(request, caller, message)
         except RpcError as error:
@@ -8820,6 +9050,9 @@ class Endpoint:
                 {"supported": list(LEGACY_VERSIONS)},
                 400,
             )
+        if message.method == "ping" and message.kind == "request":  # clients ping for hours: that is no use
+            self._session(request, caller, use=False)
+            return Response(200, result_message(message.id, {}), "application/json")
         session = self._session(request, caller)
         if message.kind != "request":
             if session:
@@ -8848,12 +9081,8 @@ class Endpoint:
 
     def _initialize(self, caller, message):
         params = message.params
-        if (
-            message.kind != "request"
-            or not isinstance(params, dict)
-            or not isinstance(params.get("protocolVersion"), str)
-        ):
-            raise RpcError(INVALID_PARAMS, "initialize needs an id, and params.protocolVersion.", None, 400)
+        if not isinstance(params, dict) or not isinstance(params.get("protocolVersion"), str):
+            raise RpcError(INVALID_PARAMS, "initialize needs params.protocolVersion.", None, 400)
         if not isinstance(params.get("capabilities", {}), dict) or not isinstance(
             params.get("clientInfo", {}), dict
         ):
@@ -8865,28 +9094,27 @@ class Endpoint:
             200, result_message(message.id, server), "application/json", (("Mcp-Session-Id", session_id),)
         )
 
-    def _session(self, request, caller):
-        """The session that a legacy request names, None when it names none."""
+    def _session(self, request: Request, caller: Caller, use: bool = True) -> Session | None:
+        """The session that a legacy request names, None when it names none; RpcError when there is none of that id."""
         session_id = request.header("mcp-session-id")
         if session_id is None:
             return None
         if not re.fullmatch(r"[\x21-\x7e]{1,256}", session_id):
             raise RpcError(INVALID_REQUEST, "Mcp-Session-Id is malformed.", None, 400)
-        return self._registry.find(session_id, caller.sub, caller.client_id)
+        return self._registry.find(session_id, caller.sub, caller.client_id, use)
 
     def _batch(self, request, caller, values):
         """Only a session negotiated at 2025-03-26 may send one, never with initialize in it."""
-        session = self._session(request, caller)
+        session = self._session(request, caller, use=False)
         if not values or session is None or session.version != BATCH_VERSION:
             raise RpcError(
                 INVALID_REQUEST, "Batches are not served here; send each message by itself.", None, 400
             )
-        try:
-            messages = [classify(value) for value in values]
-        except ValueError as error:
-            raise RpcError(INVALID_REQUEST, f"Not a JSON-RPC message: {error}.", None, 400) from None
+        messages = [message for value in values if (message := message_from(value))]
         if any(message.method == "initialize" for message in messages):
             raise RpcError(INVALID_REQUEST, "initialize must not be in a batch.", None, 400)
+        if any(message.method != "ping" for message in messages):
+            session = self._session(request, caller)
         requests = [message for message in messages if message.kind == "request"]
         for message in messages:
             if message.kind != "request":
@@ -8900,20 +9128,21 @@ class Endpoint:
         streamable = takes_streams(request)
         stream = place.new_stream(len(messages))
         reader = stream.open()
-        calls = []
+        asked = []
+        pings = []
+        submitted = False
         try:
             for message in messages:
                 reply = LegacyReply(stream, message.id, streamable, self._change(caller, message))
-                refusal = self._refusal(caller, place, message)
-                if refusal:
-                    reply.give(refusal)
+                if message.method == "ping":
+                    pings.append(reply)
                     continue
                 call = Call(
                     message.method,
                     message.params,
                     reply,
                     self._deadline(),
-                    after=session and remembers(session, message),
+                    after=remembers(place, message),
                     capabilities=None if session else {},
                     over=over,
                 )
@@ -8925,18 +9154,19 @@ class Endpoint:
                         continue
                     if isinstance(uri, str):
                         call.over = once(functools.partial(session.end_subscription, uri))
-                calls.append(call)
+                asked.append((message, call))
             if session:
                 stream.on_named = session.front.name_stream
-            if calls:
-                place.submit(calls)
+            submitted = self._submit(caller, place, asked)
+            for reply in pings:
+                reply.give({})
         except BaseException:
             reader.close()
             over()
-            for call in calls:
+            for _, call in asked:
                 call.over()
             raise
-        if not calls:
+        if not submitted:
             over()
         self._reaper.watch(reader, caller, True)
         prime = bool(session) and session.version == LEGACY_VERSIONS[0]
@@ -8988,21 +9218,15 @@ class Endpoint:
             capabilities=meta[META_CAPABILITIES],
             client=meta.get(META_CLIENT),
             level=meta.get(META_LEVEL),
+            after=remembers(place, message),
             over=over,
         )
         reader = reply.stream.open()
-        own = (
-            place.front.discover()
-            if message.method == "server/discover"
-            else self._refusal(caller, place, message)
-        )
-        if own:
-            if place.server is None:
-                place.awake()
-            reply.give(own)
+        if message.method == "server/discover":
+            reply.give(place.front.discover())
             over()
-        else:
-            place.submit([call])
+        elif not self._submit(caller, place, [(message, call)]):
+            over()
         return self._pumped(request, caller, reader, place, call)
 
     def _pumped(self, request, caller, reader, place, call):
@@ -9038,14 +9262,15 @@ class Endpoint:
         self._reaper.watch(reader, caller, False)
         return Response(200, later=Later(reader, 0, gone=gone))
 
-    def _owner(self, caller, message):
-        """What a requestState is bound to: who asked, through which client, for exactly what."""
-        what = {
+    def _owner(self, caller: Caller, message: Message) -> str:
+        """What a requestState is bound to: who asked, through which client, for what, however that is written."""
+        what = {"arguments": {}} | {
             name: value
             for name, value in message.params.items()
             if name not in ("_meta", "requestState", "inputResponses")
         }
-        return f"{caller.sub} {caller.client_id} {hashlib.sha256(dump([message.method, what])).hexdigest()}"
+        meaning = hashlib.sha256(canonical([message.method, what])).hexdigest()
+        return f"{caller.sub} {caller.client_id} {meaning}"
 
     def _hold(self, caller, message, reply):
         """The requestState of a reply that asks for input: sealed, and good for one retry of the same request (patterns/mrtr)."""
@@ -9083,13 +9308,53 @@ class Endpoint:
 
     # -- what a token may do
 
-    def _refusal(self, caller, place, message):
-        """The result of a call that the token's scope does not allow, None for every other request; Refusal 403 leads to a step-up."""
-        if caller.may_write or message.method != "tools/call":
-            return None
-        name = (message.params or {}).get("name")
-        if isinstance(name, str) and (name_reads(name, self._settings) or hint_reads(place.tool(name))):
-            return None
+    def _submit(self, caller: Caller, place: Session, asked: list[tuple[Message, Call]]) -> bool:
+        """Send those requests that this caller may make, and answer the others; whether any went out. Refusal as of _judge."""
+        for _ in range(3):
+            verdicts = [self._judge(caller, place, message) for message, _ in asked]
+            admitted = []
+            for (_, call), verdict in zip(asked, verdicts, strict=True):
+                call.listing = verdict.listing
+                if verdict.refuse is None:
+                    admitted.append(call)
+            try:
+                if admitted:
+                    place.submit(admitted)
+            except ListChanged:
+                continue
+            for (_, call), verdict in zip(asked, verdicts, strict=True):
+                if verdict.refuse:
+                    verdict.refuse(call.reply)
+                    call.over()
+            return bool(admitted)
+        raise unavailable("busy", "The tool process changes its list of tools all the time.")
+
+    def _judge(self, caller: Caller, place: Session, message: Message) -> Verdict:
+        """Whether this caller may make this request; Refusal 403 leads to a step-up, RpcError when the child does not say what it lists.
+
+        Everything that a token's scope forbids is forbidden here. Only what is known to read passes: a method of the specification,
+        a tool that the child lists under exactly this name, a task of such a tool.
+        """
+        if caller.may_write:
+            return ADMITTED
+        params = message.params or {}
+        if message.method == "tools/call":
+            return self._judge_tool(caller, place, params.get("name"))
+        if message.method in TASK_CHANGES:
+            task_id = params.get("taskId")
+            tool = place.tasks.get(task_id) if isinstance(task_id, str) else None
+            return NOT_SERVED if tool is None else self._judge_tool(caller, place, tool)
+        return ADMITTED if message.method in READING_METHODS else NOT_SERVED
+
+    def _judge_tool(self, caller: Caller, place: Session, name: object) -> Verdict:
+        if not isinstance(name, str):
+            return Verdict(lambda reply: reply.fail(INVALID_PARAMS, "params.name must be a text", None))
+        listing = place.listing()
+        if listing is None:
+            raise unavailable("busy", "The tool process does not say which tools it has.")
+        tool = listing.get(name)
+        if name_reads(name, self._settings) or (tool and tool.reads):
+            return Verdict(None, listing) if tool else NO_SUCH_TOOL
         if WRITE not in caller.asked.split():
             raise Refusal(
                 403,
@@ -9099,7 +9364,9 @@ class Endpoint:
             )
         # The person was asked and chose read only: asking again would be a loop, so the model is told instead.
         text = "This connection is read only: that was chosen at its login. To use this tool, connect again and choose full access."
-        return {"content": [{"type": "text", "text": text}], "isError": True}
+        return Verdict(
+            lambda reply: reply.give({"content": [{"type": "text", "text": text}], "isError": True})
+        )
 
     def _change(self, caller, message):
         """What is done to a result before this caller sees it, or None: without forgejo:write, tools that write are left out."""
@@ -9127,9 +9394,9 @@ class Endpoint:
             session = self._named(request, caller, "Without an Mcp-Session-Id only POST is served.")
         except RpcError as error:
             return rpc_error_response(None, error)
-        stream, after = session.front.stream_after(request.header("last-event-id"))
-        self._seat_of_stream(request, caller, stream.key)  # the one it takes over from counts no more
-        reader = stream.open(after)
+        reader = session.front.open_stream(
+            request.header("last-event-id"), functools.partial(self._seat_of_stream, request, caller)
+        )
         self._reaper.watch(reader, caller, False)
         return Response(200, later=Later(reader, 0))
 
@@ -9188,24 +9455,90 @@ def name_reads(name, settings):
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.read_only_tools)
 
 
-def hint_reads(tool):
-    """Whether a tool says of itself that it only reads; a hint of false decides nothing (mcp-go stamps it on all)."""
-    annotations = tool.get("annotations") if tool else None
-    return isinstance(annotations, dict) and annotations.get("readOnlyHint") is True
+def remembers(place: Session, message: Message) -> Callable[[object], None] | None:
+    """What a successful answer leaves behind, as a function of the result, or None.
 
-
-def remembers(session, message):
-    """What a successful answer changes that has to be replayed to a new child: a function of the result, or None."""
+    That is which tool a task belongs to; and of a session, what has to be replayed to a new child.
+    """
     params = message.params or {}
+    if message.method == "tools/call" and isinstance(params.get("name"), str):
+        return functools.partial(place.note_task, params["name"])
+    if not place.durable:
+        return None
     if message.method == "logging/setLevel":
-        return lambda result: session.remember(level=params.get("level"))
+        return lambda result: place.remember(level=params.get("level"))
     if message.method in ("resources/subscribe", "resources/unsubscribe") and isinstance(
         params.get("uri"), str
     ):
-        return lambda result: session.remember(**{message.method.removeprefix("resources/"): params["uri"]})
+        return lambda result: place.remember(**{message.method.removeprefix("resources/"): params["uri"]})
     if message.method == "tools/list" and not params.get("cursor"):
-        return lambda result: session.remember(tools_hash=tools_digest(result))
+        return lambda result: place.remember(tools_hash=tools_digest(result))
     return None
+
+
+# -- what the child reads is what the gate has read
+
+
+def message_from(value: object) -> Message | None:
+    """What a client sent as a message, with its params as they are meant; None for what is dropped. RpcError 400.
+
+    All that goes to a child is written anew from this: its method, and its params without a member that a child could read as another
+    than the gate does. A request without an id would pass the gate as a notification, and is none.
+    """
+    try:
+        message = classify(value)
+    except ValueError as error:
+        raise RpcError(INVALID_REQUEST, f"Not a JSON-RPC message: {error}.", None, 400) from None
+    if message.kind == "response":
+        return message
+    if message.kind == "notification" and not message.method.startswith("notifications/"):
+        return None
+    params = message.params or {}
+    meta = params.get("_meta")
+    name = KNOWN_PARAMS.get(message.method, ANY_PARAMS).disguised(params)
+    if name is None and isinstance(meta, dict):
+        name = KNOWN_META.disguised(meta)
+    if name is None:
+        meant = as_meant(message.method, params)
+        return message if meant is params else replace(message, params=meant)
+    if message.kind == "notification":
+        return None
+    raise RpcError(
+        INVALID_PARAMS, f"The member {ascii(name[:60])} could be read as one of another name.", None, 400
+    )
+
+
+def as_meant(method: str, params: dict[str, object]) -> dict[str, object]:
+    """Params without what is null or, for an object, an empty list: it stands for what is absent. Capabilities are empty then."""
+    absent = {
+        name for name in MAY_BE_ABSENT.get(method, ("_meta",)) if name in params and is_absent(params[name])
+    }
+    if absent:
+        params = {name: value for name, value in params.items() if name not in absent}
+    if method == "initialize" and "capabilities" in absent:
+        params["capabilities"] = {}
+    meta = params.get("_meta")
+    if not isinstance(meta, dict) or None not in (meta.get(META_CLIENT, ""), meta.get(META_LEVEL, "")):
+        return params
+    left = {
+        name: value
+        for name, value in meta.items()
+        if value is not None or name not in (META_CLIENT, META_LEVEL)
+    }
+    return {**params, "_meta": left}
+
+
+def canonical(value: object) -> bytes:
+    """A JSON value in one form for all that mean the same: members in order, a whole number without a fraction."""
+
+    def whole(part: object) -> object:
+        if isinstance(part, dict):
+            return {name: whole(each) for name, each in part.items()}
+        if isinstance(part, list):
+            return [whole(each) for each in part]
+        return int(part) if isinstance(part, float) and part.is_integer() else part
+
+    return json.dumps(whole(value), sort_keys=True, separators=(",", ":")).encode()
 
 
 # -- the era of a request, and what MCP 2026-07-28 wants in it
@@ -9286,9 +9619,10 @@ def decoded_header(request, name):
 
 def check_parameter_headers(request, params, place):
     """Mcp-Param headers mirror the arguments that a tool's schema marks with x-mcp-header; RpcError 400 where they do not."""
-    tool = place.tool(params["name"]) if isinstance(params.get("name"), str) else None
+    name = params.get("name")
+    tool = (place.listing() or {}).get(name) if isinstance(name, str) else None
     arguments = params.get("arguments")
-    for path, name in marked_properties(tool.get("inputSchema") if tool else None):
+    for path, name in tool.mirrored if tool else ():
         value = arguments
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
@@ -9317,16 +9651,6 @@ def is_number(text, number):
         )
     except (ValueError, OverflowError):
         return False
-
-
-def marked_properties(schema, path=()):
-    """(path, name) of each property with an x-mcp-header, along `properties` alone."""
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    for key, part in properties.items() if isinstance(properties, dict) and len(path) < MAX_DEPTH else ():
-        name = part.get("x-mcp-header") if isinstance(part, dict) else None
-        if isinstance(name, str) and re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,100}", name):
-            yield (*path, key), name
-        yield from marked_properties(part, (*path, key))
 
 
 # ======================================================================================================================

@@ -1,7 +1,7 @@
 """pytest plugin for tests marked `@pytest.mark.real(name)`: they run last, and wait for their part's install.
 
 Names: "mcp1", "mcp2" and "fastmcp" (an interpreter with that package), "npm" (a Node with the JavaScript clients),
-"forgejo-mcp", "caddy", "nginx", "chromium" and "systemd-analyze" (programs).
+"forgejo-mcp", "mcp-go-child" (a small server on its SDK), "caddy", "nginx", "chromium" and "systemd-analyze" (programs).
 """
 
 import os

@@ -27,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "tests" / "locks"
+MCP_GO_CHILD = ROOT / "tests" / "children" / "mcp_go"
 OLDEST = (3, 11)
 WANTED_PYTHONS = ((3, 13), (3, 11))
 # The module proxy does not serve every module to everyone: without a binary its tests are a skip that names it, in CI too.
@@ -262,6 +263,22 @@ def install_forgejo_mcp(folder, commands, environ=os.environ):
     return target / "forgejo-mcp"
 
 
+def mcp_go_child_folder(cache):
+    """The folder for the child on mcp-go, another for each state of its sources."""
+    sources = [path.read_text() for path in sorted(MCP_GO_CHILD.iterdir())]
+    return Path(cache) / ("mcp-go-child-" + key_of(*sources))
+
+
+def install_mcp_go_child(folder, commands):
+    """Build the small server on mcp-go; the path of the binary."""
+    go = shutil.which("go")
+    if go is None:
+        raise InstallFailed("go is not installed")
+    target = folder / "mcp-go-child"
+    commands.run([go, "build", "-mod=readonly", "-buildvcs=false", "-o", target, "."], cwd=MCP_GO_CHILD)
+    return target
+
+
 def install_npm(folder, commands):
     """The packages of tests/locks/npm, with a Node of their own; the path of that Node, node_modules is beside it."""
     npm = shutil.which("npm")
@@ -365,6 +382,7 @@ def real_parts(cache, python, environ=os.environ):
         },
         "npm": (cache / ("npm-" + npm_key), install_npm),
         "forgejo-mcp": (forgejo_mcp_folder(cache, environ), install_forgejo_mcp),
+        "mcp-go-child": (mcp_go_child_folder(cache), install_mcp_go_child),
         **{
             name: (
                 cache / ("debian-" + name),

@@ -65,9 +65,9 @@ class Heard:
 def test_J01_a_pretty_printed_body_is_one_line_for_the_child(controlled, control, separator):
     mcp = controlled.session()
     sent = Heard(mcp, control)
-    body = json.dumps(PING, indent=1).replace("\n", separator).encode()
-    assert mcp.post(body).json()["result"] == {}
-    assert sent.methods() == ["ping"]
+    body = json.dumps({**PING, "method": "prompts/list"}, indent=1).replace("\n", separator).encode()
+    assert mcp.post(body).json()["result"]["prompts"]
+    assert sent.methods() == ["prompts/list"]
 
 
 def test_J02_line_ends_within_strings_reach_the_child_as_one_message(controlled, control):
@@ -305,8 +305,9 @@ def test_J12_a_lone_surrogate_is_passed_on_escaped_or_refused_and_breaks_nothing
 def test_J13_a_key_that_differs_only_in_case_does_not_change_what_the_child_does(controlled, control):
     mcp = controlled.session()
     sent = Heard(mcp, control)
-    mcp.post({**PING, "Method": "tools/call", "ID": 99, "Params": {"name": "crash"}})
-    assert sent.methods() == ["ping"]
+    twins = {"Method": "tools/call", "ID": 99, "Params": {"name": "crash"}}
+    mcp.post({**PING, "method": "prompts/list", **twins})
+    assert sent.methods() == ["prompts/list"]
     sent = [event for event in control.events if event["event"] == "call"]
     assert not [event for event in sent if event["tool"] == "crash"]
 
@@ -592,13 +593,14 @@ def test_X06_a_session_id_that_a_client_chooses_is_never_taken(rig):
 def test_X07_a_session_unused_for_its_lifetime_is_gone_and_a_used_one_stays(make_rig):
     rig = make_rig(session_lifetime="10d", access_token_lifetime="60d")
     unused, used = rig.session(), rig.session()
-    for _ in range(3):
+    for _ in range(2):
         rig.clock.advance(4 * 86400)
         rig.tick()
-        assert used.post(PING).status == 200
-    rig.clock.advance(60)
+        assert used.request("prompts/list") and unused.request("ping") == {}  # a ping is no use
+    rig.clock.advance(4 * 86400)
     rig.tick()
     assert unused.post(PING).status == 404 and used.post(PING).status == 200
+    assert used.request("prompts/list")
 
 
 def test_X09_marks_of_two_users_never_cross_in_200_calls_each(rig):

@@ -15,7 +15,7 @@ from mcp_client import McpClient, RpcError, StreamEnded
 from rig import TESTS, json_of, text_of, who
 from test_process import await_end, hanging_call, in_thread, session
 
-PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+LIST = {"jsonrpc": "2.0", "id": 1, "method": "prompts/list"}
 
 
 def kill_child(rig, mcp, number=signal.SIGKILL):
@@ -297,7 +297,7 @@ def test_a_new_child_with_other_tools_is_said_so_and_one_with_the_same_is_not(ma
     assert {tool["name"] for tool in mcp.list_tools()} - before == {"get_later"}
     kill_child(rig, mcp)
     who(mcp)
-    mcp.request("ping")
+    mcp.request("prompts/list")
     with pytest.raises(TimeoutError):
         stream.next(0.3)  # once said, it is not said again
     stream.close()
@@ -311,7 +311,7 @@ def test_a_new_child_that_speaks_another_version_is_not_passed_on(make_rig, tmp_
     kill_child(rig, mcp)
     assert who(mcp) == "alice"
     assert rig.log.named("child speaks another version")
-    assert mcp.post([PING]).status == 400  # batches are for sessions that were negotiated at 2025-03-26
+    assert mcp.post([LIST]).status == 400  # batches are for sessions that were negotiated at 2025-03-26
     rig.restart()
     assert who(same(mcp)) == "alice"
 
@@ -350,7 +350,7 @@ def test_X12_one_users_busy_children_leave_room_for_another(make_rig, control, m
     busy = [hanging_call(rig.session("alice"), control, key) for key in ("a", "b")]
     control.wait_event(lambda event: event["event"] == "call" and event["args"].get("key") == "b")
     third = rig.login("alice").tokens["access_token"]
-    answer = McpClient(rig.url + "/mcp", third).post(PING)
+    answer = McpClient(rig.url + "/mcp", third).post(LIST)
     assert answer.status == 503 and answer.json()["error"]["data"]["reason"] == "busy"
     assert who(rig.session("bob")) == "bob"
     for key, join in zip("ab", busy):
@@ -384,7 +384,7 @@ def test_above_the_rows_of_a_user_the_session_unused_for_longest_ends_and_others
     for _ in range(3):
         sessions.append(rig.session("alice"))
         rig.clock.advance(1)
-    assert same(sessions[0]).post(PING).status == 404
+    assert same(sessions[0]).post(LIST).status == 404
     assert [who(mcp) for mcp in (*sessions[1:], bob)] == ["alice", "alice", "bob"]
 
 
@@ -396,7 +396,7 @@ def test_J15_above_max_inflight_a_request_is_refused_and_may_be_sent_again(make_
         control.wait_event(
             lambda event, key=key: event["event"] == "call" and event["args"].get("key") == key
         )
-    refused = mcp.post(PING)
+    refused = mcp.post(LIST)
     assert refused.status == 429 and refused.json()["error"]["data"] == {
         "reason": "busy",
         "outcome_unknown": False,
@@ -405,7 +405,7 @@ def test_J15_above_max_inflight_a_request_is_refused_and_may_be_sent_again(make_
     for key in "ab":
         control.release(key)
     assert sorted(text_of(join()) for join in joins) == ["slow a", "slow b"]
-    assert mcp.post(PING).status == 200
+    assert mcp.post(LIST).status == 200
 
 
 def test_J15_a_flood_of_notifications_hurts_nobody(make_rig):
@@ -440,10 +440,10 @@ def test_three_failed_starts_are_answered_at_once_with_the_true_reason_and_it_re
     switch.write_text("")
     kill_child(rig, mcp)
     for _ in range(3):
-        answer = mcp.post(PING)
+        answer = mcp.post(LIST)
         assert answer.status == 503 and answer.json()["error"]["data"]["reason"] == "starting_failed"
     started = len(rig.log.named("child started"))
-    answer = mcp.post(PING)
+    answer = mcp.post(LIST)
     assert (
         answer.status == 503
         and answer.json()["error"]["data"]["reason"] == "starting_failed"
@@ -451,7 +451,7 @@ def test_three_failed_starts_are_answered_at_once_with_the_true_reason_and_it_re
     )
     assert len(rig.log.named("child started")) == started
     switch.unlink()
-    while mcp.post(PING).status == 503:
+    while mcp.post(LIST).status == 503:
         rig.tick()
     assert who(mcp) == "alice"
 
@@ -488,7 +488,7 @@ def test_why_no_child_can_be_had_is_told_apart_also_in_the_back_off(
     else:
         switch.write_text("")
     for _ in range(4):
-        answer = mcp.post(PING)
+        answer = mcp.post(LIST)
         assert answer.status == status
         if reason:
             assert answer.json()["error"]["data"]["reason"] == reason
@@ -506,9 +506,9 @@ def test_P18_a_missing_program_is_logged_loudly_and_costs_no_session(make_rig, t
     mcp = rig.session()
     program.chmod(0o644)
     kill_child(rig, mcp)
-    assert mcp.post(PING).status == 500
+    assert mcp.post(LIST).status == 500
     assert [record for record in rig.log.named("forgejo-mcp is missing") if record["level"] == "error"]
     program.chmod(0o755)
-    while mcp.post(PING).status != 200:
+    while mcp.post(LIST).status != 200:
         rig.tick()
     assert who(mcp) == "alice"

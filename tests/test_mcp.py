@@ -176,7 +176,7 @@ def test_J05_ids_keep_their_type_and_two_of_the_same_get_each_their_own(rig):
         (b"[" * 100000, 400, -32700),
         (b"\xff\xfe", 400, -32700),
         (b'{"jsonrpc":"2.0","id":1,"method":"ping","params":NaN}', 400, -32700),
-        (b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}', 400, -32600),
+        (b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[1]}', 400, -32600),
         (b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b"}", 400, -32700),
         (b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]', 400, -32600),
     ],
@@ -346,14 +346,14 @@ def test_why_a_child_cannot_start_is_told_apart(make_rig):
     os.kill(int(text_of(mcp.call_tool("get_pid"))), signal.SIGKILL)
     rig.log.wait("child stopped")
     rig.forgejo.down()
-    answer = raw(mcp, {"jsonrpc": "2.0", "id": 1, "method": "ping"})
+    answer = raw(mcp, {"jsonrpc": "2.0", "id": 1, "method": "prompts/list"})
     assert (
         answer.status == 503
         and answer.json()["error"]["data"]["reason"] == "upstream_down"
         and "retry-after" in answer.headers
     )
     rig.forgejo.up()
-    assert mcp.request("ping") == {}
+    assert mcp.request("prompts/list")["prompts"]
 
 
 def test_a_missing_binary_is_said_so(make_rig):

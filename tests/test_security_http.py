@@ -489,7 +489,9 @@ def test_N01_a_session_has_at_most_max_inflight_requests_at_once(make_rig, tmp_p
                     event.get("event") == "call" and f'"{key}"' in json.dumps(event)
                 )
             )
-        answer = ask(rig, mcp_post(rig, mcp.token, {**PING, "id": 3}, session=mcp.session_id))
+        answer = ask(
+            rig, mcp_post(rig, mcp.token, {**PING, "id": 3, "method": "prompts/list"}, session=mcp.session_id)
+        )
         assert (
             answer.status == 429
             and answer.header("retry-after")

@@ -176,6 +176,60 @@ def test_event_ids_of_before_a_restart_never_match_again(controlled, control):
     stream.close()
 
 
+def test_a_stale_event_id_opens_the_sessions_stream_if_nobody_reads_it_and_else_a_quiet_one(
+    controlled, control
+):
+    mcp = controlled.session()
+    first = mcp.open_stream(last_event_id="0aBcDeFgHiJk-3")
+    others = [mcp.open_stream(last_event_id=each) for each in ("0aBcDeFgHiJk-3", "x", "another-1")]
+    for number in range(2):
+        control.emit(note(number))
+        assert numbers(first, 1) == [number]
+    assert all(quiet(other) and not other.ended.is_set() for other in others) and not first.ended.is_set()
+    first.close()
+    for other in others:
+        other.close()
+
+
+def test_a_quiet_stream_ends_no_stream_of_a_post_and_resumes_nothing(controlled, control):
+    mcp = controlled.session()
+    stream = mcp.open_stream()
+    request_id, post = same(mcp).start_request("tools/call", SLOW)
+    other = mcp.open_stream(last_event_id="0aBcDeFgHiJk-3")
+    control.release("k")
+    answer_of(post, request_id)
+    control.emit(note(1))
+    assert numbers(stream, 1) == [1] and quiet(other)
+    for each in (stream, post, other):
+        each.close()
+
+
+@pytest.mark.parametrize("end", ["deleted", "revoked"])
+def test_a_quiet_stream_ends_with_its_session(controlled, end):
+    mcp = controlled.session()
+    stream = mcp.open_stream()
+    quiet_one = mcp.open_stream(last_event_id="0aBcDeFgHiJk-3")
+    if end == "deleted":
+        same(mcp).delete()
+    else:
+        mcp.oauth.revoke(mcp.oauth.tokens["refresh_token"])
+        controlled.tick()
+    assert quiet_one.ended.wait(15) and stream.ended.wait(15)
+
+
+def test_a_session_with_a_quiet_stream_stays_in_memory(controlled):
+    mcp = controlled.session()
+    stream = mcp.open_stream()
+    other = mcp.open_stream(last_event_id="0aBcDeFgHiJk-3")
+    stream.close()
+    front = controlled.broker.registry.all()[0].front
+    reader = front.get_stream
+    with reader._changed:
+        assert reader._changed.wait_for(lambda: not reader.is_open, 15)
+    assert not front.keeps_nothing
+    other.close()
+
+
 def test_what_nobody_takes_is_bounded_and_the_newest_stays(make_rig, control):
     rig = make_rig(child=("--control", control.path), stream_events=10)
     mcp = rig.session()

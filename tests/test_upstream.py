@@ -25,7 +25,7 @@ from rig import json_of, text_of, who
 from test_process import in_thread
 
 TOKEN, USERINFO = "/login/oauth/access_token", "/login/oauth/userinfo"
-PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+LIST = {"jsonrpc": "2.0", "id": 1, "method": "prompts/list"}
 CALL = {
     "jsonrpc": "2.0",
     "id": 1,
@@ -151,7 +151,7 @@ def test_a_refresh_refused_because_a_login_came_first_logs_nobody_out(lasting):
         gate.open()
     second = login()
     for mcp in (first, second):
-        while same(mcp).post(PING).status == 503:
+        while same(mcp).post(LIST).status == 503:
             rig.clock.advance(1)
         assert who(same(mcp)) == "alice"
     assert state(rig) == "active" and not rig.log.named("logged out upstream")
@@ -326,7 +326,7 @@ def test_X10_a_suspended_user_is_shut_out_and_let_in_again(lasting):
     mcp, bob = rig.session(), rig.session("bob")
     rig.forgejo.suspend("alice")
     rig.clock.advance(3590)
-    while same(mcp).post(PING).status != 401:
+    while same(mcp).post(LIST).status != 401:
         rig.tick()
     assert state(rig) in ("suspended", "logged_out") and who(bob) == "bob"
     assert mcp.oauth.refresh().json()["error"] == "invalid_grant"
@@ -352,7 +352,7 @@ def test_a_revoked_grant_is_a_logout_of_that_user_only(lasting):
     mcp, bob = rig.session(), rig.session("bob")
     rig.forgejo.revoke_grant("alice", rig.app.client_id)
     rig.clock.advance(3590)
-    while same(mcp).post(PING).status != 401:
+    while same(mcp).post(LIST).status != 401:
         rig.tick()
     assert rig.log.wait("logged out upstream")[0]["user"] == rig.forgejo._need_user("alice").sub
     assert who(bob) == "bob"
@@ -431,7 +431,7 @@ def test_a_user_no_longer_allowed_is_shut_out_at_the_next_refresh(make_rig):
     mcp = rig.session()
     rig.forgejo._need_user("alice").groups.remove("staff")
     rig.clock.advance(3590)
-    while same(mcp).post(PING).status != 401:
+    while same(mcp).post(LIST).status != 401:
         rig.tick()
     assert state(rig) == "refused"
     assert [record["reason"] for record in rig.log.named("access refused")] == [
