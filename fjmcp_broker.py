@@ -3515,6 +3515,7 @@ class Later:
     `json_wait`: seconds in which a last item that comes first is sent as plain JSON, None for however long it takes (no stream).
     `prime`: open an event stream with an empty event that carries an id (MCP 2025-11-25). `batch`: the answers form one JSON array.
     `gone`: events carry no ids, and this is called when the client hangs up before the last one (MCP 2026-07-28 cancellation).
+    `quiet`: the event stream ends once nothing has come for so many seconds; without it a comment is sent every 15 s.
     """
 
     reader: object
@@ -3522,6 +3523,7 @@ class Later:
     prime: bool = False
     batch: bool = False
     gone: object = None
+    quiet: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -10350,7 +10352,7 @@ class Connection:
         )
         self._write(write_head(response.status, headers) + self._framed(opening))
         while True:
-            item = self._take(reader, 15.0)
+            item = self._take(reader, later.quiet or 15.0)
             if item is not None:
                 name = b"" if later.gone else f"id: {key}-{item.number}\n".encode()
                 frame = name + b"data: " + item.data.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n\n"
@@ -10359,7 +10361,7 @@ class Connection:
                 reader.taken(item)
                 if item.last:
                     break
-            elif reader.ended:
+            elif reader.ended or later.quiet:
                 if self.http11:
                     self._write(b"0\r\n\r\n")
                 break
@@ -10568,9 +10570,8 @@ class Broker:
         if request.method == "GET" and any(
             "text/event-stream" in value for value in request.headers.get("accept", ())
         ):
-            stream = Stream()
-            threading.Timer(0.5, stream.end).start()
-            return Response(200, later=Later(stream.open(), 0))
+            # No timer ends it: strangers would double the threads that they are allowed.
+            return Response(200, later=Later(Stream().open(), 0, quiet=0.5))
         ok = self.store.healthy()
         sessions, children = self.registry.counts() if ok else (None, None)
         return json_response(

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import fjmcp_broker
+from browser import Browser
 from fjmcp_broker import Bodies, Body, Places, Refusal, Seat, network_of, read_address
 from mcp_client import McpClient, OAuthClient
 from modern import connect, listening
@@ -63,36 +64,79 @@ def until_held(server, count):
 # -- at a limit
 
 
-def test_an_address_at_its_limit_is_refused_and_everybody_else_is_served_and_logs_in(make_installation):
-    place = make_installation(max_requests_per_address=8)
+def process(make_installation, **settings):
+    """(installation, something that Wire connects to): the broker as a process of its own."""
+    place = make_installation(**settings)
     place.start()
-    rig = types.SimpleNamespace(
-        broker=types.SimpleNamespace(server=types.SimpleNamespace(port=urlsplit(place.url).port))
-    )
+    server = types.SimpleNamespace(port=urlsplit(place.url).port)
+    return place, types.SimpleNamespace(broker=types.SimpleNamespace(server=server))
+
+
+def answers(wires, count):
+    """The first `count` answers of connections that are otherwise left waiting."""
+    waiting = {wire.sock: wire for wire in wires}
+    found = []
+    while len(found) < count:
+        answered, _, _ = select.select(waiting, [], [], 20)
+        assert answered
+        found += [waiting.pop(sock).answer() for sock in answered]
+    return found
+
+
+def go_on(place, rig, oauth):
+    """Everybody else is served: the health check, another address, another user's calls, a login in a browser."""
+    assert ask(rig, get(rig)).status == 200
+    assert ask(rig, get(rig, "/", ANOTHER)).status == 200
+    with McpClient(place.url + "/mcp", oauth.tokens["access_token"]) as mcp:
+        mcp.initialize()
+        assert "bob" in text_of(mcp.call_tool("get_my_user_info"))
+    assert OAuthClient(place.url).login(Browser(), "bob", "secret")["access_token"]
+
+
+def test_an_address_at_its_limit_is_refused_and_everybody_else_is_served_and_logs_in(make_installation):
+    place, rig = process(make_installation, max_requests_per_address=8)
     bob = OAuthClient(place.url)
     bob.login(None, "bob", "secret")
-    slow = unfinished(rig, "/oauth/token", FORM, ATTACKER)
     for _ in range(2):  # what a limit has refused takes nothing from the next round
-        wires = at_once(rig, slow, 40)
-        waiting = {wire.sock: wire for wire in wires}
-        refused = []
-        while len(refused) < 32:
-            answered, _, _ = select.select(waiting, [], [], 20)
-            assert answered
-            refused += [waiting.pop(sock).answer() for sock in answered]
+        wires = at_once(rig, unfinished(rig, "/oauth/token", FORM, ATTACKER), 40)
+        refused = answers(wires, 32)
         assert [answer.status for answer in refused] == [429] * 32
         assert (
             int(refused[0].header("retry-after")) >= 1 and refused[0].json()["error"] == "too_many_requests"
         )
         assert ask(rig, get(rig, "/", ATTACKER)).status == 429
-        assert ask(rig, get(rig, "/healthz", ANOTHER)).status == 200
-        assert ask(rig, get(rig)).status == 200
-        mcp = McpClient(place.url + "/mcp", bob.tokens["access_token"])
-        mcp.initialize()
-        assert "bob" in text_of(mcp.call_tool("get_my_user_info"))
-        mcp.close()
-        OAuthClient(place.url).login(None, "alice", "secret")
+        go_on(place, rig, bob)
         close(wires)
+
+
+def test_a_login_at_its_limits_is_refused_and_everybody_else_is_served_and_logs_in(make_installation):
+    place, rig = process(
+        make_installation, max_requests_per_user=8, max_streams_per_user=4, max_connections=40
+    )
+    alice, bob = OAuthClient(place.url), OAuthClient(place.url)
+    token = alice.login(None, "alice", "secret")["access_token"]
+    bob.login(None, "bob", "secret")
+    listen = {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "subscriptions/listen",
+        "params": {
+            "notifications": {},
+            "_meta": {
+                "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+                "io.modelcontextprotocol/clientCapabilities": {},
+            },
+        },
+    }
+    modern = ("MCP-Protocol-Version: 2026-07-28", "Mcp-Method: subscriptions/listen", ATTACKER)
+    listeners = []
+    for expected in [200] * 4 + [429] * 4:
+        listeners += at_once(rig, mcp_post(rig, token, listen, *modern), 1)
+        assert Answer(listeners[-1].until(b"\r\n\r\n"), b"").status == expected
+    wires = at_once(rig, unfinished(rig, "/mcp", f"Authorization: Bearer {token}", ATTACKER), 28)
+    assert [answer.status for answer in answers(wires, 20)] == [429] * 20
+    go_on(place, rig, bob)
+    close((*wires, *listeners))
 
 
 def test_a_user_at_the_limit_of_requests_is_refused_unread_and_another_user_of_the_address_is_served(
@@ -227,6 +271,19 @@ def test_no_place_is_kept_however_a_request_ends(make_rig, monkeypatch):
     nothing_held(rig)
 
 
+def test_a_strangers_request_takes_no_second_thread(make_rig):
+    rig = make_rig(max_requests_per_address=16)
+    before = threading.active_count()
+    wires = at_once(rig, get(rig, "/healthz", "Accept: text/event-stream", ATTACKER), 16)
+    for wire in wires:
+        wire.until(b": open\n\n")
+    assert threading.active_count() <= before + 16
+    for wire in wires:
+        wire.until(b"0\r\n\r\n")  # after a moment it ends by itself
+    close(wires)
+    nothing_held(rig)
+
+
 # -- connections
 
 
@@ -266,6 +323,8 @@ def test_a_users_requests_are_never_cut_to_make_room(make_rig):
     wires = at_once(rig, unfinished(rig, "/mcp", f"Authorization: Bearer {token}"), 30)
     until_held(rig.broker.server, 30)
     with Wire(rig) as refused:
+        with contextlib.suppress(OSError):
+            refused.send(get(rig))
         assert refused.is_closed()
     close(wires)
     nothing_held(rig)
