@@ -545,6 +545,21 @@ def test_X02_another_client_of_the_same_user_has_no_part_in_a_session_but_anothe
     assert who(same(mcp, tokens["access_token"])) == "alice"
 
 
+def test_X01_X02_a_session_that_is_only_a_row_is_its_owners_too(rig):
+    mcp = rig.session("alice")
+    strangers = [rig.login("bob"), rig.login("alice", name="another client")]
+    rig.restart()  # nothing of the session is in memory
+    for stranger in strangers:
+        token = stranger.tokens["access_token"]
+        told = [
+            McpClient(mcp.url, token, session_id=session_id).post(PING)
+            for session_id in (mcp.session_id, "x" * 43)
+        ]
+        assert [answer.status for answer in told] == [404] * 2 and told[0].body == told[1].body
+        assert McpClient(mcp.url, token, session_id=mcp.session_id).delete().status == 404
+    assert who(same(mcp)) == "alice"
+
+
 def test_X03_session_ids_are_long_random_and_visible(rig):
     token = rig.login().tokens["access_token"]
     found = {McpClient(rig.url + "/mcp", token).post(INITIALIZE).headers["Mcp-Session-Id"] for _ in range(5)}

@@ -246,8 +246,14 @@ def test_C02_what_was_approved_in_one_browser_cannot_be_finished_in_another(rig,
 def test_C03_C05_a_form_fetched_elsewhere_or_changed_is_refused(rig, client):
     attacker, victim = Browser(), Browser()
     fields = attacker.get(client.authorize_url()).form_with("login").fields
-    victim.get(client.authorize_url())
+    own = victim.get(client.authorize_url()).form_with("login").fields
+    other = victim.get(client.authorize_url()).form_with("login").fields
     for form in (
+        {**own, "csrf": "x"},
+        {**own, "csrf": ""},
+        {**own, "csrf": other["csrf"]},
+        {**own, "csrf": fields["csrf"]},
+        {**own, "login": other["login"]},
         fields,
         {**fields, "csrf": "x"},
         {k: v for k, v in fields.items() if k != "csrf"},
