@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from child_control import ChildControl
-from mcp_client import META, McpClient, RpcError
-from modern import call, connect, retry_of
+from mcp_client import META, McpClient, OAuthClient, RpcError
+from modern import ALL_INPUT, call, connect, refused, retry_of
 from rig import Rig, text_of
 
 CHILD_ERAS, CLIENT_ERAS = ("legacy", "modern"), ("legacy", "modern")
@@ -401,6 +401,52 @@ def test_two_people_both_eras_and_four_clients_at_once_never_meet(make_cell):
             assert json.loads(text_of(asked))["content"] == {"answer": f"{mark} to {mark} {number}"}
 
     assert all_at_once([functools.partial(use, *client) for client in clients]) == []
+
+
+def two_users_of_one_application(rig):
+    """OAuth clients of alice and bob with the same client_id, as all who use the same desktop program have."""
+    alice = rig.login("alice")
+    bob = OAuthClient(rig.url)
+    bob.discover()
+    bob.client_id = alice.client_id
+    bob.login(None, "bob", "secret")
+    assert bob.client_id == alice.client_id
+    return alice, bob
+
+
+def test_X13_two_users_of_one_application_share_no_child(make_cell):
+    rig = make_cell()
+    users = dict(zip(("alice", "bob"), two_users_of_one_application(rig)))
+    for user, oauth in users.items():
+        legacy = McpClient(rig.url + "/mcp", oauth.tokens["access_token"])
+        for mcp in (connect(rig, oauth=oauth), legacy):
+            assert f'"login": "{user}"' in text_of(mcp.call_tool("get_my_user_info"))
+    assert sum(rig.broker.registry.places.values()) == 2
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_X01_another_user_of_the_same_application_has_no_part_in_a_session(make_cell, loaded):
+    rig = make_cell()
+    alice, bob = two_users_of_one_application(rig)
+    mcp = McpClient(rig.url + "/mcp", alice.tokens["access_token"])
+    mcp.initialize()
+    if not loaded:
+        rig.restart()
+    stranger = McpClient(mcp.url, bob.tokens["access_token"], session_id=mcp.session_id)
+    assert stranger.post({"jsonrpc": "2.0", "id": 1, "method": "ping"}).status == 404
+    assert stranger.delete().status == 404
+    assert "alice" in text_of(mcp.call_tool("get_my_user_info"))
+
+
+def test_X13_a_state_is_not_good_for_another_user_of_the_same_application(make_cell):
+    rig = make_cell()
+    alice, bob = two_users_of_one_application(rig)
+    asked = call(connect(rig, oauth=alice, capabilities=ALL_INPUT), "ask_elicit")
+    again = retry_of(asked)
+    stranger = connect(rig, oauth=bob, capabilities=ALL_INPUT)
+    assert refused(stranger, "tools/call", {"name": "ask_elicit", "arguments": {}, **again})[1] == -32602
+    ended = call(connect(rig, oauth=alice, capabilities=ALL_INPUT), "ask_elicit", **again)
+    assert ended["resultType"] == "complete"
 
 
 def test_one_token_speaks_both_eras_at_once(make_cell):

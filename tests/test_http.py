@@ -87,6 +87,15 @@ def test_H01_H02_H03_H04_what_could_be_read_in_two_ways_is_refused_and_the_conne
         assert wire.is_closed()
 
 
+@pytest.mark.parametrize("length", [b"5", b"0", b"3"])
+def test_H01_a_length_beside_chunked_is_refused_though_the_chunks_are_good(shared, length):
+    lines = b"Content-Length: " + length, "Transfer-Encoding: chunked"
+    with Wire(shared) as wire:
+        answer = wire.send(get(shared, "/oauth/token", *lines, method=b"POST") + b"0\r\n\r\n").answer()
+        assert answer.status == 400 and "Transfer-Encoding" in answer.json()["error_description"]
+        assert wire.is_closed()
+
+
 @pytest.mark.parametrize(
     "first, status",
     [
