@@ -3703,7 +3703,7 @@ class KeptBytes:
         item.kept = True
         with self.lock:
             self._forget(owner, item)
-            self.ages[item] = (self._clock.now(), owner, stream)
+            self.ages[item] = (self._clock.monotonic(), owner, stream)
             self.users[owner.user].items[item] = stream
             self.sessions[owner.session].items[item] = stream
 
@@ -3726,7 +3726,7 @@ class KeptBytes:
 
     def expire(self) -> None:
         """Drop what has waited longer than `kept_time`; what is being read begins anew."""
-        before = self._clock.now() - self._settings.kept_time
+        before = self._clock.monotonic() - self._settings.kept_time
         with self.lock:
             tries = len(self.ages)
         for _ in range(tries):
@@ -4863,8 +4863,12 @@ class Documents:
             row = self._store.client(url)
         return row if row and row.fresh_until > self._clock.now() else None
 
+    def _is_old(self, fetched_at: float) -> bool:
+        # A moment to come was written before the clock was set back.
+        return abs(self._clock.now() - fetched_at) >= self.RETRY
+
     def _is_due(self, row):
-        return row is None or row.fresh_until <= self._clock.now() >= row.fetched_at + self.RETRY
+        return row is None or row.fresh_until <= self._clock.now() and self._is_old(row.fetched_at)
 
     @contextlib.contextmanager
     def _turn(self, url: str, in_use: bool, owner: str | None = None) -> Iterator[None]:
@@ -4978,7 +4982,8 @@ class Documents:
         """Whether a client's keys are to be asked for: at most once a minute."""
         if kept.get("uri") != url:
             return True
-        age = self._clock.now() - kept["at"]
+        # A moment to come was written before the clock was set back.
+        age = abs(self._clock.now() - kept["at"])
         known = kid in (None, *(key[0] for key in kept["keys"]))
         return age >= self.RETRY and (age >= self.KEYS_FRESH or not kept["ok"] or not known)
 
@@ -5209,6 +5214,7 @@ class Clients:
 
 SPENT_PATIENCE = 2  # seconds that an address which has spent its rate has for the body of a token request
 GRANT_RATE = 120  # requests a minute to /token that one login may make
+CLOCK_WAS_SET = "This server's clock was set; its operator has to see whether that is right. Try again later."
 LOGGED_OUT = "Forgejo ended this login. Log in again."
 FINISH_WAIT = (
     60  # seconds that a callback waits for an earlier one of the same login; Forgejo is asked several things
@@ -5796,10 +5802,10 @@ class Authorization:
             row = self._store.code(digest(code))  # read anew: the first may have come since
             if row and row.used_at is not None and row.client_id == client.client_id:
                 self._end(row, "code replayed", "reuse detected")
-            raise OAuthError(
-                "invalid_grant",
-                "The code is unknown, expired or used, or belongs to another request. Start again.",
-            )
+            sentence = "The code is unknown, expired or used, or belongs to another request. Start again."
+            if row and row.used_at is None and row.expires_at <= now:
+                raise self._expired(row.expires_at, now, sentence)
+            raise OAuthError("invalid_grant", sentence)
         self._log.audit(
             "token issued", user=grant.sub, client=client.client_id, grant=grant.grant_id, scope=grant.scope
         )
@@ -5820,8 +5826,10 @@ class Authorization:
             ):  # another client's mistake must not end our client's grant
                 raise OAuthError("invalid_grant", "The refresh token is unknown. Log in again.")
             scope = self._narrowed(form.get("scope", ""), row.scope)
-            if row.ended_at is not None or row.expires_at <= now:
+            if row.ended_at is not None:
                 raise OAuthError("invalid_grant", "The login has ended. Log in again.")
+            if row.expires_at <= now:
+                raise self._expired(row.expires_at, now, "The login has ended. Log in again.")
             self._check_user(row)
             if row.rotated_at is None:
                 pair = self._new_pair()
@@ -5843,6 +5851,12 @@ class Authorization:
             ]  # the newest pair has another scope than this request asks for: it is rotated
         raise OAuthError("invalid_grant", "The refresh token is too old. Log in again.")
 
+    def _expired(self, expires_at: float, now: float, sentence: str) -> Refusal:
+        """Returns the refusal of a code or token that has expired; what only a step of the wall clock expires may be good again soon."""
+        if now - self._clock.leap() < expires_at:
+            return temporarily(CLOCK_WAS_SET, 60)
+        return OAuthError("invalid_grant", sentence)
+
     def _check_user(self, row: Any) -> None:
         """Raises OAuthError while Forgejo does not let a token's user in; a suspended one may be let in again by now."""
         if row.state == "suspended" and self._upstream.readmitted(row.sub):
@@ -5851,7 +5865,10 @@ class Authorization:
             raise OAuthError("invalid_grant", LOGGED_OUT)
 
     def _successor(self, token, row, now):
-        if now - row.rotated_at > REFRESH_GRACE:
+        grace_ends = row.rotated_at + REFRESH_GRACE
+        if grace_ends < now <= grace_ends + self._clock.leap():
+            raise temporarily(CLOCK_WAS_SET, 60)
+        if now > grace_ends:
             self._end(row, "refresh token re-used", "reuse detected")
         else:
             with contextlib.suppress(ValueError):
@@ -6645,7 +6662,7 @@ class Session:
         self._watch_lock = (
             threading.Lock()
         )  # one change of subscriptions at a time, child's answers awaited; taken before `lock`
-        self.used_at = self.saved_at = registry.clock.now()
+        self.used_at = self.saved_at = registry.clock.monotonic()
         self.owner = Owner(sub, next(registry.owners))
         self.front = front(self)
 
@@ -6668,7 +6685,7 @@ class Session:
 
         ListChanged, and nothing is sent, when one of them was judged by another list of tools than this child's.
         """
-        self.used_at = self.registry.clock.now()
+        self.used_at = self.registry.clock.monotonic()
         for _ in range(3):
             link = self.awake()
             with self.lock:
@@ -6706,7 +6723,7 @@ class Session:
         """A notification of the client for a child that is awake."""
         with self.lock:
             link = self.link
-        self.used_at = self.registry.clock.now()
+        self.used_at = self.registry.clock.monotonic()
         if link and link.edge:
             link.edge.tell(method, params)
 
@@ -8301,7 +8318,7 @@ class Registry:
             session = self.sessions.get(name)
             if use and session and (session.sub, session.client_id) == (sub, client_id):
                 session.used_at = (
-                    self.clock.now()
+                    self.clock.monotonic()
                 )  # in the lock: from here on unload() keeps it; what a stranger sends keeps nothing
         if session is None:
             row = self.store.session(name, sub, client_id)
@@ -8355,7 +8372,7 @@ class Registry:
                 pool.append(session)
             session.users = session.users + 1
             session.leased = alone
-            session.used_at = self.clock.now()
+            session.used_at = self.clock.monotonic()
         for each in unused:
             each.end("another was used later")
         return session
@@ -8432,7 +8449,8 @@ class Registry:
             if session.durable and session.used_at > session.saved_at
         }
         if used:
-            self.store.touch_sessions(used)
+            started = self.clock.now() - self.clock.monotonic()  # when the monotonic clock said 0
+            self.store.touch_sessions({name: started + at for name, at in used.items()})
             for session in self.all():
                 session.saved_at = used.get(session.name, session.saved_at)
 
@@ -8466,7 +8484,7 @@ class Registry:
     def _let_listener_give_way(self, others: list["Session"]) -> None:
         """Put a child to sleep that does nothing but wait for news of a resource, and has for `session_idle_timeout`."""
         rest = self.settings.session_idle_timeout
-        now = self.clock.now()
+        now = self.clock.monotonic()
         tired = [
             (since, index, each)
             for index, each in enumerate(others)
@@ -8698,6 +8716,8 @@ def challenge_header(settings, error=None, scope=" ".join(SCOPES)):
 class Reaper:
     """What happens by the clock. tick() is a plain function; run() calls it at least once a second from a daemon thread."""
 
+    FIRST_SWEEP = 3600.0  # seconds: a machine that starts with a wrong clock has been set right by then, before anything is deleted
+
     def __init__(self, settings, store, registry, upstream, log, clock):
         self._settings = settings
         self._store = store
@@ -8707,8 +8727,10 @@ class Reaper:
         self._clock = clock
         self._stop = threading.Event()
         self._marker = None
-        self._next_sweep = 0.0
+        self._next_sweep = clock.monotonic() + self.FIRST_SWEEP
+        self._next_save = 0.0
         self._next_refresh = 0.0
+        self._clock_reported = Seldom(clock, 60.0)
         self._refreshing = set()
         self._streams = {}
         self._lock = threading.Lock()  # the lock guards _streams and _refreshing; a leaf
@@ -8735,6 +8757,7 @@ class Reaper:
 
     def tick(self):
         """One round: late calls, idle children, ended grants and sessions, tokens to refresh, rows to sweep."""
+        self._compare_clocks()
         now = self._clock.now()
         self._registry.tick_children()
         for session in self._registry.all():
@@ -8743,19 +8766,36 @@ class Reaper:
             if (
                 idle_since is not None
                 and not self._settings.child_keeps_state
-                and now - session.used_at >= self._settings.session_idle_timeout
+                and self._clock.monotonic() - session.used_at >= self._settings.session_idle_timeout
                 and time.monotonic() - idle_since >= min(1.0, self._settings.session_idle_timeout)
             ):
                 session.sleep("idle")
         self._registry.kept.expire()
         self._end_what_was_revoked(now)
         self._refresh(now)
-        if now >= self._next_sweep:
-            self._next_sweep = now + 60
+        monotonic = self._clock.monotonic()
+        if monotonic >= self._next_save:
+            self._next_save = monotonic + 60
             self._registry.save_uses()
+            self._registry.unload(monotonic - max(60, self._settings.session_idle_timeout))
+        if monotonic >= self._next_sweep:
+            self._next_sweep = monotonic + 60
+            now -= self._clock.leap()  # what only a step of the clock expires stays
             self._registry.forget(self._store.end_orphaned_sessions(now), "grant ended")
             self._registry.forget(self._store.sweep(now, self._settings.session_lifetime), "expired")
-            self._registry.unload(now - max(60, self._settings.session_idle_timeout))
+
+    def _compare_clocks(self) -> None:
+        """Follows the wall clock once it has differed for long; until then, and then, the operator is told."""
+        found = self._clock.compare()
+        if found and (found[0] != "differs" or self._clock_reported.due("differs")):
+            what, difference = found
+            level = "info" if what == "agrees" else "warning"
+            event = {
+                "differs": "the wall clock was set; it is followed if it stays so",
+                "agrees": "the wall clock is right again",
+                "followed": "the wall clock is followed",
+            }[what]
+            self._log.event(level, event, seconds=round(difference, 3))
 
     def _end_what_was_revoked(self, now):
         marker = self._store.change_marker()
