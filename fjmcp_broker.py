@@ -55,6 +55,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import subprocess
 import sys
 import termios
@@ -303,14 +304,24 @@ SETTINGS = (
         "forgejo_url",
         "base_url",
         REQUIRED,
-        "Forgejo as users and forgejo-mcp see it; https, or http on loopback",
+        "Forgejo as users see it; https, or http on loopback",
     ),
-    Setting("forgejo_internal_url", "any_url", "", "Forgejo as this server reaches it, where that differs"),
+    Setting(
+        "forgejo_internal_url",
+        "any_url",
+        "",
+        "Forgejo as this server and its children reach it, where that differs",
+    ),
     Setting("forgejo_authorize_url", "any_url", "", "override of <forgejo_url>/login/oauth/authorize"),
     Setting("forgejo_token_url", "any_url", "", "override of <forgejo_url>/login/oauth/access_token"),
     Setting("forgejo_userinfo_url", "any_url", "", "override of <forgejo_url>/login/oauth/userinfo"),
     Setting("forgejo_introspection_url", "any_url", "", "override of <forgejo_url>/login/oauth/introspect"),
-    Setting("forgejo_ca_file", "path", "", "certificate authority to trust for Forgejo, PEM"),
+    Setting(
+        "forgejo_ca_file",
+        "path",
+        "",
+        "certificate authority to trust for Forgejo, PEM; children are given it and the system's",
+    ),
     Setting("forgejo_oauth_client_id", "text", REQUIRED, "client id of the OAuth2 application in Forgejo"),
     Setting(
         "forgejo_oauth_client_secret",
@@ -329,7 +340,7 @@ SETTINGS = (
         "forgejo_mcp_binary",
         "command",
         "forgejo-mcp",
-        "path, run with `--transport stdio --url <forgejo_url>`; or a list, run as it is",
+        "path, run with `--transport stdio --url <forgejo_internal_url, else forgejo_url>`; or a list, run as it is",
     ),
     Setting("store_path", "path", "broker.db", "SQLite database"),
     Setting(
@@ -860,6 +871,7 @@ class Log:
         self._clock = clock or Clock()
         self._lock = threading.Lock()  # guards the stream; a leaf: nothing is taken while it is held
         self._request = threading.local()
+        self._bursts: dict[tuple[str, str], tuple[float, int, int]] = {}
         self.counters = collections.Counter()
 
     @contextlib.contextmanager
@@ -890,6 +902,21 @@ class Log:
         with self._lock, contextlib.suppress(OSError, ValueError):
             self._stream.write(line)
             self._stream.flush()
+
+    def bounded(self, level: str, event: str, owner: str, **fields: object) -> None:
+        """Log an event that a child or a stranger causes: ten a minute for each owner; the next one says how many were `suppressed`."""
+        now = time.monotonic()
+        with self._lock:
+            since, written, suppressed = self._bursts.pop((event, owner), (now, 0, 0))
+            if now - since >= 60:
+                since = now
+                written = 0
+            due = written < 10
+            self._bursts[event, owner] = (since, written + due, 0 if due else suppressed + 1)
+            if len(self._bursts) > 1000:
+                del self._bursts[next(iter(self._bursts))]  # the one unused for longest
+        if due:
+            self.event(level, event, suppressed=suppressed or None, **fields)
 
     def audit(self, event, **fields):
         """Log a fact that someone may later have to prove: who did what through which client."""
@@ -1810,6 +1837,15 @@ class Store:
         rows = self._all(f"SELECT grant_id, sub, client_id FROM grants WHERE {LIVE_GRANT}", {"now": now})
         return {row.grant_id for row in rows}, {(row.sub, row.client_id) for row in rows}
 
+    def living(self, grant_ids: Iterable[int], now: float) -> set[int]:
+        """Returns those of these grants that live, and whose users are not shut out."""
+        rows = self._all(
+            f"SELECT grant_id FROM grants WHERE grant_id IN (SELECT value FROM json_each(:ids)) AND {LIVE_GRANT}"
+            " AND sub IN (SELECT sub FROM users WHERE state = 'active')",
+            {"ids": json.dumps(list(grant_ids)), "now": now},
+        )
+        return {row.grant_id for row in rows}
+
     def change_marker(self):
         """A value that changes when anyone has committed: the reader's data_version sees our writer as it sees other processes."""
         return self._one("PRAGMA data_version")[0]
@@ -2295,6 +2331,15 @@ def resolve_until(
     return answer
 
 
+def tls_context(ca_file: str) -> ssl.SSLContext:
+    """Returns a context that verifies a server by the system's authorities, or by those in `ca_file`."""
+    context = ssl.create_default_context(cafile=ca_file or None)
+    if ca_file:
+        # Python 3.13 asks for extensions that home-made certificates lack; curl, Go and older Pythons do not.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
 def open_socket(
     parts: SplitResult, addresses: list[str], end: float, ca_file: str, connect: Callable[..., socket.socket]
 ) -> socket.socket:
@@ -2303,7 +2348,7 @@ def open_socket(
     No address but the last may use up the time until `end` (monotonic): each gets its share. Wherever it leads, the
     certificate must be of the URL's name.
     """
-    context = ssl.create_default_context(cafile=ca_file or None) if parts.scheme == "https" else None
+    context = tls_context(ca_file) if parts.scheme == "https" else None
     trouble: Exception = OSError("no address")
     port = parts.port or {"https": 443, "http": 80}[parts.scheme]
     tried = addresses[:MAX_ADDRESSES]
@@ -3200,6 +3245,7 @@ LONE_SURROGATE = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
     rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 )
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ENVELOPE = re.compile(rb'\{"jsonrpc":"2\.0","id":([0-9]{1,15}),"(result":\{|error":)')
 # U+0085, U+2028 and U+2029, which some readers of event streams take for the end of a line.
 LINE_SEPARATORS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
@@ -3233,6 +3279,7 @@ def _finite_or_null(text: str) -> float | None:
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
 _CHILD = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite_or_null)
+_LENIENT = json.JSONDecoder(strict=False)
 _ENCODER = json.JSONEncoder(
     separators=(",", ":"), check_circular=False
 )  # made once: json.dumps would make one a call
@@ -3297,6 +3344,31 @@ def read_child_json(line: bytes) -> object:
     """The value of a line of a child: JSON of at most MAX_CHILD_VALUES values; ValueError otherwise."""
     _check_values(line, MAX_CHILD_VALUES)
     return _decode(_CHILD, line)
+
+
+def id_of_bad_line(line: bytes) -> object:
+    """Returns the `id` of an answer that is almost JSON: NaN, a byte that is no UTF-8 or a bare control character in it. Else None.
+
+    Of one with too many values to be parsed, it is read from the beginning.
+    """
+    try:
+        _check_values(line, MAX_CHILD_VALUES)
+        value = _LENIENT.decode(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return answer_of(line[:LINE_HEAD])
+    return whole(member(value, "id", object, None)) if member(value, "method", object, None) is None else None
+
+
+ANSWER_HEAD = re.compile(
+    rb'\s*\{\s*"jsonrpc"\s*:\s*"2\.0"\s*,\s*"id"\s*:\s*([0-9]{1,15})\s*,\s*"(?:result|error)"'
+)
+LINE_HEAD = 200  # bytes at the beginning of a line that may say whose answer it is
+
+
+def answer_of(head: bytes) -> int | None:
+    """Returns the id in the beginning of an answer, if it stands there."""
+    match = ANSWER_HEAD.match(head)
+    return int(match[1]) if match else None
 
 
 def parse_json_object(body: bytes, error: str) -> dict[str, object]:
@@ -3368,6 +3440,43 @@ def classify(value):
     ):
         raise ValueError("an error must be an object with a code")
     return Message("response", value["id"], "", None, value)
+
+
+def classify_sloppy(value: object) -> Message:
+    """Returns what a child's JSON value is as a message, where what is meant leaves no doubt; ValueError says why it is none."""
+    try:
+        message = classify(value)
+    except ValueError:
+        message = classify(mended(value))
+    if "error" in message.body and member(message.body["error"], "message", str, None) is None:
+        raise ValueError("an error has a message of text")
+    return message
+
+
+def mended(value: object) -> object:
+    """Returns a message without the habits of serializers that leave no doubt about what is meant.
+
+    Some write every member: a null where nothing is, beside a `method`, a `result` or an `error`. Some write `[]` for an empty
+    object. Some know only numbers with a fraction: 3.0 is 3.
+    """
+    if not isinstance(value, dict):
+        return value
+    message = {name: each for name, each in value.items() if each is not None or name in ("id", "result")}
+    if "method" in message or "error" in message:
+        message = {name: each for name, each in message.items() if each is not None}
+    if message.get("params") == []:
+        del message["params"]
+    if "id" in message:
+        message["id"] = whole(message["id"])
+    code = member(message.get("error"), "code", float, None)
+    if code is not None:
+        message["error"] = {**message["error"], "code": whole(code)}
+    return message
+
+
+def whole(number: object) -> object:
+    """Returns the integer that a number with an empty fraction is, anything else unchanged."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def dump(value):
@@ -6010,16 +6119,28 @@ class ChildFailed(Exception):
     """The program could not be started just now."""
 
 
+def adopts_orphans() -> bool:
+    """Whether processes whose parents end are handed to this one: as process 1, or as a subreaper (prctl(2), PR_GET_CHILD_SUBREAPER)."""
+    is_subreaper = ctypes.c_int(0)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(37, ctypes.byref(is_subreaper), 0, 0, 0)
+    return os.getpid() == 1 or bool(is_subreaper.value)
+
+
 class Guardian:
     """A small shell that outlives the broker by a moment and kills what children it left, also after `kill -9`.
 
     It knows a child by its process group, and one that is about to start by the pipe of its standard input (`stdin:INODE`).
+    So it also knows which processes the broker did not start: those can be reaped for others.
     """
 
-    def __init__(self):
-        self._lock = threading.Lock()  # guards the pipe and the set; a leaf
-        self._known = set()
-        self._process = None
+    def __init__(self) -> None:
+        self._lock = (
+            threading.Lock()
+        )  # guards the pipe and the sets, and that no process of ours starts meanwhile; a leaf
+        self._known: set[int | str] = set()
+        self._ending: set[int] = set()  # forgotten, but not yet reaped by the thread that has to
+        self._process: subprocess.Popen[bytes] | None = None
 
     def _tell(self, line):
         """Send a line; a guardian that has died is started anew and told everything. Under the lock."""
@@ -6048,8 +6169,32 @@ class Guardian:
     def forget(self, child):
         """It is gone; told before a group's leader is reaped, so that a re-used number is never killed."""
         with self._lock, contextlib.suppress(OSError):
+            if child in self._known and isinstance(child, int):
+                self._ending.add(child)
             self._known.discard(child)
             self._tell(f"- {child}\n")
+
+    def reaped(self, child: int) -> None:
+        """Its number may be another's from now on."""
+        with self._lock:
+            self._ending.discard(child)
+
+    def reap_adopted(self) -> None:
+        """Reap processes that have ended and were handed to the broker, but none that it started: its own threads wait for those.
+
+        A process whose parent ends becomes a child of process 1, or of the nearest subreaper (prctl(2)), and stays a zombie until
+        that one waits for it. A process of ours that is about to start is announced, and its number not known yet: the next call
+        looks again.
+        """
+        with self._lock, contextlib.suppress(ChildProcessError):
+            while not any(isinstance(each, str) for each in self._known):
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if found is None or found.si_pid in self._known | self._ending:
+                    return
+                if self._process and found.si_pid == self._process.pid:
+                    self._process.wait()
+                    continue
+                os.waitpid(found.si_pid, 0)
 
     def close(self):
         """The broker ends in order and has stopped its children; what is left is killed."""
@@ -6080,14 +6225,79 @@ ENVIRONMENT_PASSED = (
 )
 
 
-def child_environment(settings, access_token):
-    """A child's whole environment: an allow-list and the user's own token. Nothing else of ours is inherited (P01, P02)."""
-    return {
-        **{name: os.environ[name] for name in ENVIRONMENT_PASSED if name in os.environ},
+# Where systems keep their certificate authorities in one file; the places where Go looks (crypto/x509, root_linux.go).
+AUTHORITIES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/pki/tls/cacert.pem",
+    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+)
+
+
+def authorities_file(settings: Settings) -> str:
+    """Returns the path of a PEM file with the system's certificate authorities and `forgejo_ca_file`; it is written when it is not there.
+
+    SSL_CERT_FILE replaces a program's own list of authorities, so the operator's one alone would take the public ones away. Where
+    no such file can be written, `forgejo_ca_file` itself is returned: Go still reads the system's directory of certificates.
+    """
+    system = os.environ.get("SSL_CERT_FILE") or next(filter(os.path.isfile, AUTHORITIES), "")
+    with contextlib.suppress(OSError):
+        wanted = b"\n".join(read_file(path) for path in (system, settings.forgejo_ca_file) if path)
+        folder = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"fjmcp-broker-{os.geteuid()}")
+        if not is_own_folder(folder):
+            folder = os.path.dirname(os.path.abspath(settings.store_path))
+        path = os.path.join(folder, f"authorities-{hashlib.sha256(wanted).hexdigest()[:16]}.pem")
+        if not os.path.isfile(path) or read_file(path) != wanted:
+            put_authorities(path, wanted)
+        return path
+    return os.path.abspath(settings.forgejo_ca_file)
+
+
+def is_own_folder(path: str) -> bool:
+    """Makes the folder if it is not there; whether nobody else can put anything into it: others can make names in /tmp, too."""
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        found = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def put_authorities(path: str, content: bytes) -> None:
+    """Writes the file whole or not at all. Where it stands beside the store, `check` may have written it as root for another user."""
+    fresh = f"{path}.{os.getpid()}.{threading.get_ident()}"
+    try:
+        with open(fresh, "xb") as file:
+            file.write(content)
+        os.chmod(fresh, 0o644)
+        os.replace(fresh, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(fresh)
+        raise
+
+
+def child_environment(settings: Settings, access_token: str) -> dict[str, str]:
+    """Returns a child's whole environment: an allow-list and the user's own token. Nothing else of ours is inherited (P01, P02)."""
+    environment = {name: os.environ[name] for name in ENVIRONMENT_PASSED if name in os.environ}
+    if settings.forgejo_ca_file:
+        environment["SSL_CERT_FILE"] = authorities_file(settings)
+    return environment | {
         "FORGEJO_ACCESS_TOKEN": access_token,
-        "FORGEJO_URL": settings.forgejo_url,
+        "FORGEJO_URL": settings.forgejo_internal_url or settings.forgejo_url,
         "FORGEJO_USER_AGENT": f"fjmcp-broker/{__version__}",
     }
+
+
+def signal_name(number: int) -> str:
+    """Returns a signal's name; real-time signals have none in Python (signal(7))."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def child_command(settings):
@@ -6098,16 +6308,24 @@ def child_command(settings):
     if path is None:
         raise ChildMissing(f"{name} is not an executable program")
     return (
-        [path, "--transport", "stdio", "--url", settings.forgejo_url]
+        [path, "--transport", "stdio", "--url", settings.forgejo_internal_url or settings.forgejo_url]
         if isinstance(command, str)
         else [path, *command[1:]]
     )
 
 
+SHOWN_LINES = 50  # lines of stderr that are logged at once, at debug
+STDERR_LINE = 2000  # bytes of a line of stderr that are looked at
+LAST_WORDS = 10  # lines of stderr that are kept for the operator, should the child end unexpectedly
+LAST_WORD = 400  # characters of each
+
+
 class Child:
     """A running child: lines in, lines out, and a certain end.
 
-    `on_line(bytes)` is called for each line of output and `on_end(child)` once, both in the stdout reader's thread.
+    `on_line(bytes)` is called for each line of output and `on_end(child)` once, both in the stdout reader's thread. The child's own
+    token stands in no line: a tool that quotes its request in an error text must not show it to a client or a model.
+    `too_long` is the beginning of the line above `max_line` that ended it.
     """
 
     def __init__(self, command, environment, label, guardian, settings, log, on_line, on_end):
@@ -6127,14 +6345,19 @@ class Child:
         self.pid = self._process = self._stdin = self._exit = None
         self._token = (
             environment.get("FORGEJO_ACCESS_TOKEN", "").encode() or b"\n"
-        )  # what a child must not bring into the log
+        )  # no line has a line feed in it
+        self._last_words: collections.deque[str] = collections.deque(maxlen=LAST_WORDS)
+        self.too_long = b""
+        self.asked = False  # whether it was stopped because nobody needs it any more
         try:
             self._start(command, environment)
-        except (OSError, RuntimeError) as error:  # what was started must not stay behind
+        except BaseException as error:  # what was started must not stay behind
             is_missing = self._process is None and isinstance(error, (FileNotFoundError, PermissionError))
             if self._process:
                 self.kill("not started")
             self._release()
+            if not isinstance(error, Exception):
+                raise
             raise (ChildMissing if is_missing else ChildFailed)(
                 f"{command[0]}: {getattr(error, 'strerror', None) or error}"
             ) from None
@@ -6187,15 +6410,25 @@ class Child:
                     return False
             return not data
 
-    def stop(self, reason):
-        """Begin the end: close stdin, SIGTERM; tick() goes on to SIGKILL. The first reason stays."""
+    def stop(self, reason: str, asked: bool = True) -> None:
+        """Begin the end: close stdin, SIGTERM; tick() goes on to SIGKILL. The first reason stays, and whether we wanted it."""
         with self._lock:
             if self.reason is not None:
                 return
-            self.reason = reason
+            has_exited = self._has_exited()  # and nobody has noticed yet: that it did is the reason
+            self.reason = "exited" if has_exited else reason
+            self.asked = asked and not has_exited
             self._kill_at = time.monotonic() + self._settings.stop_timeout
         self._close_stdin()
         self._signal(signal.SIGTERM)
+
+    def _has_exited(self) -> bool:
+        """Whether the process has ended by itself; under the lock, in which its descriptor stays open."""
+        if self._exit is None or self.ended.is_set():
+            return self.ended.is_set()
+        poll = select.poll()
+        poll.register(self._exit, select.POLLIN)
+        return bool(poll.poll(0))
 
     def kill(self, reason):
         """End it now."""
@@ -6239,8 +6472,8 @@ class Child:
                 self._signal(signal.SIGKILL)  # stragglers of its group
                 until = time.monotonic() + 1
 
-    def _read_stdout(self):
-        parts = []
+    def _read_stdout(self) -> None:
+        parts: list[bytes] = []
         size = 0
         for chunk in self._chunks(self._process.stdout):
             pieces = chunk.split(b"\n")
@@ -6248,10 +6481,11 @@ class Child:
                 parts.append(piece)
                 size += len(piece)
                 if size > self._settings.max_line:
+                    self.too_long = b"".join(parts)[:LINE_HEAD]
                     self.kill("line_too_long")
                     return
                 if number < len(pieces):
-                    line = b"".join(parts)
+                    line = b"".join(parts).replace(self._token, b"[token]")
                     parts = []
                     size = 0
                     if line.strip():
@@ -6264,18 +6498,43 @@ class Child:
             poll.register(self._exit, select.POLLIN)
             poll.poll(math.ceil(seconds * 1000))
 
-    def _read_stderr(self):
-        shown = Allowance(50, 5)  # lines, each of at most 2,000 characters
-        flood = Allowance(FLOOD_BURST, FLOOD_RATE)
-        for chunk in self._chunks(self._process.stderr):
-            for line in chunk.splitlines() if shown.grants(0) else ():
-                if not shown.grants():
-                    break  # what else is in this chunk is read and dropped
-                text = line.replace(self._token, b"[token]")[:2000].decode("utf-8", "replace")
-                self._log.event("debug", "child stderr", user=self._label, line=text)
-            self.hold_back(flood.spend(len(chunk) / FLOOD_UNIT))
+    def _stderr_lines(self) -> Iterator[bytes]:
+        """Lines without the token, of each the first STDERR_LINE bytes; a token may come in two pieces, or stand across that limit.
 
-    def _run(self):
+        Of a flood the middle of each chunk is read and dropped.
+        """
+        limit = STDERR_LINE + len(self._token)
+        flood = Allowance(FLOOD_BURST, FLOOD_RATE)
+        kept = b""
+        for chunk in self._chunks(self._process.stderr):
+            *ended, rest = chunk.split(b"\n")
+            if len(ended) > 2 * SHOWN_LINES:
+                ended = [*ended[:SHOWN_LINES], *ended[-SHOWN_LINES:]]
+            for piece in ended:
+                yield self._shown(kept + piece[: limit - len(kept)])
+                kept = b""
+            kept += rest[: limit - len(kept)]
+            self.hold_back(flood.spend(len(chunk) / FLOOD_UNIT))
+        yield self._shown(kept)
+
+    def _shown(self, line: bytes) -> bytes:
+        across = line.find(self._token, max(0, STDERR_LINE - len(self._token) + 1))
+        return line[: across if 0 <= across < STDERR_LINE else STDERR_LINE].replace(self._token, b"[token]")
+
+    def _read_stderr(self) -> None:
+        logged = Allowance(SHOWN_LINES, 5)
+        for line in filter(bytes.strip, self._stderr_lines()):
+            shown = line.decode("utf-8", "replace").rstrip()
+            self._last_words.append(shown[:LAST_WORD])
+            if logged.grants():
+                self._log.event("debug", "child stderr", user=self._label, line=shown)
+
+    @property
+    def last_words(self) -> list[str]:
+        """The last lines it wrote to stderr, once it has ended."""
+        return list(self._last_words)
+
+    def _run(self) -> None:
         """From the first line to the end of the output, which is that of the process: it is reaped and reported, once."""
         stderr = threading.Thread(target=self._read_stderr, daemon=True, name=f"stderr-{self.pid}")
         try:
@@ -6285,32 +6544,42 @@ class Child:
             self._log.event(
                 "error", "reader failed", user=self._label, error=f"{type(error).__name__}: {error}"
             )
-        self.stop("exited")
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        self._signal(signal.SIGKILL)
-        if stderr.ident:
-            stderr.join()
-        status = self._release()
+        try:
+            self.stop("exited", asked=False)
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            self._signal(signal.SIGKILL)
+            if stderr.ident:
+                stderr.join()
+        finally:  # whatever went wrong: the process is reaped, and who has calls and a place there hears of the end
+            try:
+                self._end(self._release())
+            finally:
+                self._on_end(self)
+
+    def _end(self, status: int) -> None:
         if self.reason == "exited":
             self.reason = (
-                f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+                f"killed by {signal_name(-status)}" if status < 0 else f"exited with status {status}"
             )
-        self._on_end(self)
 
-    def _release(self):
-        """Reap the process and give back what it had of ours; its exit status."""
-        self._guardian.forget(self.pid)
+    def _release(self) -> int:
+        """Reap the process and give back what it had of ours; its exit status (0 when it was never started)."""
+        if self.pid is not None:
+            self._guardian.forget(self.pid)
         with self._lock:
             self.ended.set()
         self._close_stdin()
         if self._exit is not None:
             os.close(self._exit)
         if self._process is None:
-            return None
+            return 0
         for pipe in (self._process.stdout, self._process.stderr):
             pipe.close()
-        return self._process.wait()
+        try:
+            return self._process.wait()
+        finally:
+            self._guardian.reaped(self.pid)
 
 
 # ======================================================================================================================
@@ -6394,11 +6663,49 @@ class Call:
         self.state = None  # of a child of the modern era: what goes into the retry
         self.listing: dict[str, Tool] | None = None
 
-    def fail(self, reason, sentence, *, retryable, outcome_unknown=True, code=SERVER_ERROR):
+    def fail(
+        self,
+        reason: str,
+        sentence: str,
+        *,
+        retryable: bool,
+        outcome_unknown: bool = True,
+        code: int = SERVER_ERROR,
+    ) -> None:
         """Answer with an error of the broker's own (design 5: the table of cases)."""
         self.reply.fail(
             code, sentence, {"reason": reason, "outcome_unknown": outcome_unknown, "retryable": retryable}
         )
+
+    def finish(self, log: Log, deliver: Callable[[], object]) -> None:
+        """Deliver the end of a call that nobody finds in `pending` any more, and tell who waits for it. Raises nothing.
+
+        A delivery that raises would leave its client waiting for ever, since no deadline covers the call now: an error goes instead.
+        """
+        try:
+            deliver()
+        except Exception as error:
+            log.event("error", "delivery failed", method=self.method, error=type(error).__name__)
+            try:
+                self.fail(
+                    "bad_answer",
+                    "The tool's answer could not be passed on; whether it did anything is not known.",
+                    retryable=False,
+                    code=INTERNAL_ERROR,
+                )
+            except Exception as again:
+                log.event("error", "delivery failed", method=self.method, error=type(again).__name__)
+                self.reply.close()
+        finally:
+            self.release(log)
+
+    def release(self, log: Log) -> None:
+        """Call `over`. Raises nothing."""
+        try:
+            if self.over:
+                self.over()
+        except Exception as error:
+            log.event("error", "release failed", method=self.method, error=type(error).__name__)
 
 
 class Waiting:
@@ -6418,6 +6725,10 @@ class Waiting:
 
     def fail(self, code, sentence, data):
         """There will be no answer."""
+        self._done.set()
+
+    def close(self) -> None:
+        """Nothing can be said of it."""
         self._done.set()
 
     def wait(self, seconds):
@@ -6446,6 +6757,10 @@ class Question:
         self.deadline = 0.0
 
 
+EXIT_WAIT = 0.2  # seconds in which a child that gave no answer may turn out to have ended
+BAD_LINES = 100  # lines in a row that are no messages, after which a child is stopped
+
+
 class Link:
     """A child together with what is under way on it. Its maps are guarded by the session's lock."""
 
@@ -6466,18 +6781,31 @@ class Link:
         self.probed = False  # whether the handshake began by asking for its era
         self.tools: dict[str, Tool] | None = None  # what it lists, once asked; until it says that has changed
         self.list_changes = 0
+        self.serves = False  # whether the handshake succeeded
+        self.failed = False  # whether the handshake failed
+        self.binary = ""  # the fingerprint of its program
+        self.asked = False  # whether its program is known to ask its client for things
 
     @property
     def alive(self):
         """Whether the child can still be spoken to."""
         return self.child is not None and self.child.alive
 
-    def register(self, call):
-        """Give a call its number; under the session's lock. The line to send is the answer."""
+    def register(self, call: Call) -> bytes:
+        """Returns the line to send for a call, which is in `pending` from now on; under the session's lock."""
         number = next(self.numbers)
         self.pending[number] = call
         self.used_at = time.monotonic()
-        return self.edge.encode(number, call)
+        try:
+            return self.edge.encode(number, call)
+        except BaseException:
+            del self.pending[number]
+            raise
+
+    def forget(self, calls: Iterable[Call]) -> None:
+        """Take calls out of `pending` that were not sent; under the session's lock."""
+        unsent = set(map(id, calls))
+        self.pending = {number: call for number, call in self.pending.items() if id(call) not in unsent}
 
     def start(self, method, params, reply, seconds, after=None):
         """Send a call of the broker's own; whether it went out."""
@@ -6521,42 +6849,85 @@ class Link:
         """Send a message to the child."""
         return self.child.send(dump({"jsonrpc": "2.0", **body}))
 
-    def on_line(self, line):
-        """A line of the child's output; in the child's reader thread."""
+    def on_line(self, line: bytes) -> None:
+        """Take a line of the child's output, which may be a batch (MCP 2025-03-26); in the child's reader thread. Raises nothing."""
         if (
-            self.bad_lines >= 100 or self.edge is None
+            self.bad_lines >= BAD_LINES or self.edge is None
         ):  # it was told to end, or speaks before it was spoken to
             return
         line = without_lone_surrogates(line)  # here already: an answer may go on as these bytes
+        line = line.removeprefix(BYTE_ORDER_MARK)
         try:
-            message = classify(read_child_json(line))
+            value = read_child_json(line)
         except ValueError:
-            self.bad_lines += 1
-            self._dropped("warning", "bad line from child", line, count=self.bad_lines)
-            if self.bad_lines >= 100:
-                self.child.kill("bad_lines")
+            self._bad(line, id_of_bad_line(line))
+            return
+        if not isinstance(value, list) or not value:
+            self._take(line, value)
+            return
+        for each in value:
+            if self.bad_lines < BAD_LINES:  # else it was told to end
+                self._take(dump(each), each)
+
+    def _take(self, line: bytes, value: object) -> None:
+        try:
+            message = classify_sloppy(value)
+        except ValueError:
+            about = (
+                None
+                if member(value, "method", object, None) is not None
+                else member(value, "id", object, None)
+            )
+            self._bad(line, whole(about))
             return
         self.bad_lines = 0
-        if message.kind != "response":
-            self._said(message)
-            self._hold_back(line)
-            return
+        try:
+            if message.kind == "response":
+                self._answered(line if message.body is value else dump(message.body), message)
+            else:
+                self._said(message)
+                self._hold_back(line)
+        except (
+            Exception
+        ) as error:  # one message must not end the reader, and with it the child and all its calls
+            self._dropped("error", "child message failed", line, error=type(error).__name__)
+            if message.kind == "request":
+                self.send({"id": message.id, "error": {"code": INTERNAL_ERROR, "message": "Internal error"}})
+
+    def _bad(self, line: bytes, about: object) -> None:
+        """A line that is no message; with the id of a call it is an improper answer to that one, which ends at once."""
+        with self.session.lock:
+            known = isinstance(about, int) and not isinstance(about, bool)
+            call = self.pending.pop(about, None) if known else None
+        if call:
+            self._finish(
+                call,
+                lambda: call.fail(
+                    "bad_answer",
+                    "The tool's answer is no JSON-RPC message; whether it did anything is not known.",
+                    retryable=False,
+                    code=INTERNAL_ERROR,
+                ),
+            )
+        self.bad_lines += 1
+        self._dropped("warning", "bad line from child", line, count=self.bad_lines)
+        if self.bad_lines >= BAD_LINES:
+            self.child.kill("bad_lines")
+
+    def _answered(self, line: bytes, message: Message) -> None:
         with self.session.lock:
             call = self.pending.get(message.id) if isinstance(message.id, int) else None
             asks = call is not None and self.edge.asks(call, message)
             if call and not asks:
                 del self.pending[message.id]
         if asks:
-            self.edge.ask(call, message)
+            self._ask(call, message)
         elif call:
             self.used_at = time.monotonic()
-            if call.after and "result" in message.body:
-                call.after(message.body["result"])
-            call.reply.answer(line, message)
-            self.session.call_ended(self, call, message)
+            self._finish(call, lambda: self._deliver(call, line, message), message)
         else:
             self.stray += 1
-            self._dropped("debug", "stray answer from child", line)
+            self._dropped("debug", "stray answer from child", line, count=self.stray)
 
     def _hold_back(self, line: bytes) -> None:
         """Let a child that sends much unasked wait: what it costs is its own time, not that of everybody's threads."""
@@ -6574,22 +6945,46 @@ class Link:
             )
         self._hold_back(line)
 
-    def _said(self, message):
+    def _deliver(self, call: Call, line: bytes, message: Message) -> None:
+        try:
+            if call.after and "result" in message.body:
+                call.after(message.body["result"])
+        finally:  # what is to be remembered of an answer is not the answer
+            call.reply.answer(line, message)
+
+    def _ask(self, call: Call, message: Message) -> None:
+        """The answer is a question (MCP 2026-07-28 patterns/mrtr); if it cannot be asked, its call ends with an error."""
+        try:
+            self.edge.ask(call, message)
+        except Exception:
+            self.session.cancel(
+                call,
+                None,
+                lambda: call.fail(
+                    "bad_answer",
+                    "What the tool asks could not be passed on; whether it did anything is not known.",
+                    retryable=False,
+                    code=INTERNAL_ERROR,
+                ),
+            )
+            raise
+
+    def _finish(self, call: Call, deliver: Callable[[], object], message: Message | None = None) -> None:
+        call.finish(self.session.log, deliver)
+        self.session.call_ended(self, call, message)
+
+    def _said(self, message: Message) -> None:
         """A notification or question of the child: progress goes to its call, the rest by the edge to the session."""
-        params = message.params or {}
         if message.method == "notifications/tools/list_changed":
             with self.session.lock:
                 self.list_changes += 1
                 self.tools = None
         if message.method == "notifications/progress":
+            number = member(message.params, "progressToken", int, None)
             with self.session.lock:
-                call = (
-                    self.pending.get(params.get("progressToken"))
-                    if isinstance(params.get("progressToken"), int)
-                    else None
-                )
+                call = self.pending.get(number) if number is not None else None
             if call and call.token is not None:
-                call.reply.notify({**message.body, "params": {**params, "progressToken": call.token}})
+                call.reply.notify({**message.body, "params": {**message.params, "progressToken": call.token}})
         elif message.method == "ping" and message.kind == "request":
             self.send({"id": message.id, "result": {}})
         else:
@@ -6697,14 +7092,26 @@ class Session:
                     raise unavailable(
                         "busy", "Too many requests of this session are in flight; wait for answers.", 429, 1
                     )
-                lines = [link.register(call) for call in calls if not link.edge.serves(call)]
-            for line in lines:
-                link.child.send(line)  # a child that died meanwhile answers through link_ended
-            for call in filter(link.edge.serves, calls):
-                link.edge.serve(call)
-                self.call_ended(link, call, None)
+                try:
+                    lines = [link.register(call) for call in calls if not link.edge.serves(call)]
+                except BaseException:
+                    link.forget(calls)
+                    raise
+            self._send(link, calls, lines)
             return
-        raise unavailable("child_died", "The tool process ended again and again.")
+        raise unavailable("starting_failed", "The tool process ended again and again.")
+
+    def _send(self, link: Link, calls: Iterable[Call], lines: Iterable[bytes]) -> None:
+        """Every call has an owner from here on, so none may be left behind: what cannot be sent is answered."""
+        for line in lines:
+            try:
+                link.child.send(line)  # a child that died meanwhile answers through link_ended
+            except Exception as error:  # half a batch may be gone: nobody can say which calls the child has
+                self.log.event("error", "send failed", user=self.sub, error=type(error).__name__)
+                link.child.kill("stuck")
+        for call in filter(link.edge.serves, calls):
+            call.finish(self.log, functools.partial(link.edge.serve, call))
+            self.call_ended(link, call, None)
 
     def links(self):
         """The child that serves now and those that end their calls; under the lock."""
@@ -6727,8 +7134,10 @@ class Session:
         if link and link.edge:
             link.edge.tell(method, params)
 
-    def cancel(self, call, params=None):
-        """Cancel a call at its child; whether it was in flight. No answer is given here."""
+    def cancel(
+        self, call: Call, params: dict[str, object] | None = None, deliver: Callable[[], object] | None = None
+    ) -> bool:
+        """End a call in flight: `deliver` answers it (None: nobody waits), its child is told. Returns whether it was in flight."""
         with self.lock:
             found = next(
                 ((link, n) for link in self.links() for n, each in link.pending.items() if each is call), None
@@ -6738,8 +7147,11 @@ class Session:
             link, number = found
             del link.pending[number]
             self.questions = {question for question in self.questions if question.call is not call}
-        link.edge.cancel(number, params)
-        self.call_ended(link, call, None)
+        call.finish(self.log, deliver or (lambda: None))
+        try:
+            link.edge.cancel(number, params)
+        finally:
+            self.call_ended(link, call, None)
         return True
 
     def remember(self, **changes):
@@ -6881,29 +7293,35 @@ class Session:
             if not isinstance(problem, Exception):
                 raise
         finally:
-            with self.lock:
-                if link and self.ended:
-                    link.child.stop("session ended")
-                    error = session_not_found()
-                    link = None
-                old = self.link if self.link is not link else None
-                self.waking = None
-                if link:
-                    self.link = None if link.over else link
-                    self.failures = 0
-                    self.draining |= {each for each in (old,) if each and not each.over}
-                else:
-                    if isinstance(error, RpcError) and not wake.modest:
-                        self.failures = self.failures + 1
-                        self.failure = error
-                    # Forgejo answers again without telling us: nobody may find out more than 10 s later.
-                    away = isinstance(error, RpcError) and (error.data or {}).get("reason") == "upstream_down"
-                    self.retry_at = time.monotonic() + min(5 if away else 60, 2 ** max(0, self.failures - 3))
-                wake.link = link
-                wake.error = error
-            wake.done.set()
-            if link and old:
-                self._stop_if_drained(old)
+            self._woken(wake, link, error)
+
+    def _woken(self, wake: Wake, link: Link | None, error: Exception | None) -> None:
+        """A start is over: put the child in place, or note the failure; tell who waits."""
+        with self.lock:
+            too_late = link if self.ended else None
+            if too_late:
+                error = session_not_found()
+                link = None
+            old = self.link if self.link is not link else None
+            self.waking = None
+            if link:
+                self.link = None if link.over else link
+                self.failures = 0
+                self.draining |= {each for each in (old,) if each and not each.over}
+            else:
+                if isinstance(error, RpcError) and not wake.modest:
+                    self.failures = self.failures + 1
+                    self.failure = error
+                # Forgejo answers again without telling us: nobody may find out more than 10 s later.
+                away = isinstance(error, RpcError) and (error.data or {}).get("reason") == "upstream_down"
+                self.retry_at = time.monotonic() + min(5 if away else 60, 2 ** max(0, self.failures - 3))
+            wake.link = link
+            wake.error = error
+        wake.done.set()
+        if too_late:  # not under the lock: to stop it takes as long as a line that is being written to it
+            too_late.child.stop("session ended")
+        if link and old:
+            self._stop_if_drained(old)
 
     def _start(self, probe=True, modest=False):
         access, seq, fresh_until = self.registry.credential(self.sub)
@@ -6913,22 +7331,26 @@ class Session:
         replay = self.version is not None
         self.registry.take_place(self, modest)
         link = Link(self, seq, fresh_until)
-        try:
+        try:  # a child that was started gives its place back when it ends, whatever becomes of this start
             link.child = self.registry.spawn(access, self.sub, link)
         except BaseException:
             self.registry.release_place(self)
             raise
-        self.log.audit(
-            "child started", user=self.sub, client=self.client_id, pid=link.child.pid, replay=replay
-        )
         try:
+            self.log.audit(
+                "child started", user=self.sub, client=self.client_id, pid=link.child.pid, replay=replay
+            )
             server = self.registry.connect(link, probe)
             if server:
                 self._settle(link, server, replay)
+                link.serves = True
                 return link
         except BaseException:
+            link.failed = True
             link.child.stop("the handshake failed")
             raise
+        link.failed = not link.probed
+        link.child.ended.wait(EXIT_WAIT)
         link.child.stop("no answer to the handshake")
         if link.probed:  # some older programs end at a request that they do not know
             return self._start(probe=False, modest=modest)
@@ -6980,7 +7402,12 @@ class Session:
             if self.ended or self.waking or not only_if() or time.monotonic() < self.retry_at:
                 return
             self.waking = wake = Wake(modest)
-        threading.Thread(target=self._wake, args=(wake,), daemon=True).start()
+        try:
+            threading.Thread(target=self._wake, args=(wake,), daemon=True, name="wake").start()
+        except (
+            RuntimeError
+        ):  # no thread to be had just now: who joined this start is told, the next one may try again
+            self._woken(wake, None, unavailable("busy", "The server is too busy; try again in a moment."))
 
     def sleep(self, reason, though_listening=False):
         """Stop an idle child, keep the session; False when it is busy or there is none."""
@@ -7008,18 +7435,13 @@ class Session:
                 return None
             return self.link.used_at
 
-    def call_ended(self, link, call, message):
+    def call_ended(self, link: Link, call: Call, message: Message | None) -> None:
         """A call is over: drained children go, waiting requests may get the place, a refusal by Forgejo is looked into."""
-        if call.over:
-            call.over()
         if link is not self.link:
             self._stop_if_drained(link)
         self.registry.place_may_be_free()
-        if (
-            message
-            and call.method == "tools/call"
-            and message.body.get("error", {}).get("code") == INTERNAL_ERROR
-        ):
+        error = member(message.body, "error", dict, None) if message else None
+        if call.method == "tools/call" and member(error, "code", int, None) == INTERNAL_ERROR:
             self.registry.tool_refused(self.sub)
 
     def _stop_if_drained(self, link):
@@ -7028,31 +7450,63 @@ class Session:
         if stop:
             link.child.stop("replaced")
 
-    def link_ended(self, link):
+    def link_ended(self, link: Link) -> None:
         """A child has ended: what was in flight on it is answered, its questions are moot, its place is free."""
-        reason = link.child.reason
-        with self.lock:
-            link.over = True
-            if self.link is link:
-                self.link = None
-            self.draining.discard(link)
-            calls = list(link.pending.values())
-            link.pending = {}
-            self.questions = {question for question in self.questions if question.link is not link}
-        for call in calls:
+        try:
+            with self.lock:
+                link.over = True
+                if self.link is link:
+                    self.link = None
+                self.draining.discard(link)
+                calls = link.pending
+                link.pending = {}
+                self.questions = {question for question in self.questions if question.link is not link}
+            whose = answer_of(link.child.too_long)
+            for number, call in calls.items():
+                too_large = link.child.reason == "line_too_long" and whose in (None, number)
+                call.finish(self.log, functools.partial(self._fail_lost, call, link.child.reason, too_large))
+        finally:
+            self.registry.release_place(self)
+            self._report_end(link)
+
+    @staticmethod
+    def _fail_lost(call: Call, reason: str, too_large: bool) -> None:
+        """Answer a call whose child is gone (design 5: the table of cases)."""
+        if too_large:
+            call.fail(
+                "answer_too_large",
+                "The tool's answer was larger than the server passes on; whether it did anything is not known.",
+                retryable=False,
+            )
+        else:
             call.fail(
                 "child_died",
                 f"The tool process ended ({reason}) before it answered; whether it did anything is not known.",
                 retryable=True,
             )
-            if call.over:
-                call.over()
-        self.registry.release_place(self)
-        self.log.audit(
-            "child stopped", user=self.sub, client=self.client_id, pid=link.child.pid, reason=reason
-        )
 
-    def tick(self, now):
+    def _report_end(self, link: Link) -> None:
+        """The end is on record; one that nobody asked for is a warning with the child's last words, for only they say why."""
+        child = link.child
+        self.log.audit(
+            "child stopped", user=self.sub, client=self.client_id, pid=child.pid, reason=child.reason
+        )
+        is_probe = (
+            link.probed and not link.serves and not link.failed
+        )  # it is started again, to be asked less
+        if (link.failed or not child.asked) and not is_probe:
+            self.log.bounded(
+                "warning",
+                "child died",
+                self.sub,
+                user=self.sub,
+                pid=child.pid,
+                at="work" if link.serves else "start",
+                reason=child.reason,
+                stderr=child.last_words or None,
+            )
+
+    def tick(self, now: float) -> None:
         """Answer what has waited too long (monotonic time `now`); called by the reaper."""
         with self.lock:
             links = self.links()
@@ -7064,34 +7518,46 @@ class Session:
             ]
             stale = [question for question in self.questions if question.deadline <= now]
             self.front.tick()
-        if (
-            stale or late
-        ):  # in a thread of its own: a child that does not read must not hold up the clock of all
-            threading.Thread(target=self._give_up, args=(stale, late), daemon=True).start()
         for link in links:
             if link is not self.link:
                 self._stop_if_drained(link)
         if not links and self.front.listening:  # its child died: what it listens to must go on
             self.wake_in_background(modest=True)
+        if stale or late:
+            # In a thread of its own: a child that does not read must not hold up the clock of all. Without one the next tick tries.
+            threading.Thread(target=self._give_up, args=(stale, late), daemon=True, name="give-up").start()
 
-    def _give_up(self, questions, calls):
+    def _give_up(self, questions: Iterable[Question], calls: Iterable[Call]) -> None:
         for question in questions:
             call = question.call
-            if call and call.reply.held and self.cancel(call, {"reason": "no retry came"}):
-                call.fail("timed_out", "Nobody came back with the answers in time.", retryable=False)
+            if call and call.reply.held:
+                self.cancel(
+                    call,
+                    {"reason": "no retry came"},
+                    functools.partial(
+                        call.fail,
+                        "timed_out",
+                        "Nobody came back with the answers in time.",
+                        retryable=False,
+                    ),
+                )
             self.answer(
                 question, error={"code": SERVER_ERROR, "message": "The client did not answer in time"}
             )
         for call in calls:
-            if self.cancel(call, {"reason": "timed out"}):
-                call.fail(
+            self.cancel(
+                call,
+                {"reason": "timed out"},
+                functools.partial(
+                    call.fail,
                     "timed_out",
                     "The tool did not answer in time; whether it did anything is not known.",
                     retryable=False,
-                )
+                ),
+            )
 
-    def end(self, reason):
-        """The session is over: its child stops, its streams end, what is in flight is answered."""
+    def end(self, reason: str) -> None:
+        """The session is over: its child stops, its streams end, what is in flight is answered and told that it is over."""
         with self.lock:
             if self.ended:
                 return
@@ -7101,17 +7567,24 @@ class Session:
             calls = [call for link in links for call in link.pending.values()]
             for link in links:
                 link.pending = {}
-        for call in calls:
-            call.fail(
-                "session_ended",
-                f"The session ended ({reason}); whether the call did anything is not known.",
-                retryable=False,
-            )
-        for link in links:
-            link.child.stop(reason)
-        self.front.end()
-        if self.durable:
-            self.log.audit("session ended", user=self.sub, client=self.client_id, reason=reason)
+            self.questions = set()
+        try:
+            for call in calls:
+                call.finish(
+                    self.log,
+                    functools.partial(
+                        call.fail,
+                        "session_ended",
+                        f"The session ended ({reason}); whether the call did anything is not known.",
+                        retryable=False,
+                    ),
+                )
+        finally:
+            for link in links:
+                link.child.stop(reason)
+            self.front.end()
+            if self.durable:
+                self.log.audit("session ended", user=self.sub, client=self.client_id, reason=reason)
 
     # -- tools
 
@@ -7279,11 +7752,14 @@ def known_capabilities(capabilities):
     }
 
 
-def run_later(seconds, function, *arguments):
-    """Call a function after a while, in a thread of its own."""
+def run_later(seconds: float, function: Callable[..., object], *arguments: object) -> None:
+    """Call a function after a while, in a thread of its own; at once and in this one when no thread can be had."""
     timer = threading.Timer(seconds, function, arguments)
     timer.daemon = True
-    timer.start()
+    try:
+        timer.start()
+    except RuntimeError:
+        function(*arguments)
 
 
 # -- edges: one to a child
@@ -7300,20 +7776,15 @@ def connect(link, known, seconds):
     if known != "legacy" and not (known == "both" and session.durable):
         link.edge = ModernEdge(link)
         body = link.call("server/discover", None, seconds if known else min(seconds, PROBE_WAIT)) or {}
-        result = body.get("result")
-        error = body.get("error") or {}
-        versions = result.get("supportedVersions") if isinstance(result, dict) else None
-        if (
-            versions is None
-            and error.get("code") == UNSUPPORTED_VERSION
-            and isinstance(error.get("data"), dict)
-        ):
-            versions = error["data"].get("supported")
-        versions = versions if isinstance(versions, list) else []
+        result = member(body, "result", dict, None)
+        error = member(body, "error", dict, {})
+        versions = member(result, "supportedVersions", list, [])
+        if result is None and error.get("code") == UNSUPPORTED_VERSION:
+            versions = member(member(error, "data", dict, {}), "supported", list, [])
         modern = FIRST_MODERN_VERSION in versions
         legacy = any(version in versions for version in LEGACY_VERSIONS)
         era = ("both" if legacy else "modern") if modern else "legacy"
-        if modern and isinstance(result, dict) and not (legacy and session.durable):
+        if modern and result is not None and not (legacy and session.durable):
             return era, link.edge.server(result)
         if link.child.ended.is_set():
             return era, None
@@ -7372,12 +7843,9 @@ class LegacyEdge(Edge):
         if answer is None or "error" in answer and self._link.child.ended.is_set():
             return None
         if "error" in answer:
-            raise RpcError(
-                answer["error"]["code"], str(answer["error"].get("message", "")), answer["error"].get("data")
-            )
-        if not isinstance(answer["result"], dict) or not isinstance(
-            answer["result"].get("protocolVersion"), str
-        ):
+            error = answer["error"]
+            raise RpcError(error["code"], error["message"], error.get("data"))
+        if member(answer["result"], "protocolVersion", str, None) is None:
             raise unavailable("starting_failed", "The tool process does not speak MCP.")
         return answer["result"]
 
@@ -7406,7 +7874,7 @@ class LegacyEdge(Edge):
         """A notification or a question."""
         params = message.params or {}
         if message.kind == "request":
-            self._session.registry.note_asking()
+            self._session.registry.note_asking(self._link)
             self._session.front.asked(
                 self._link, [Question(self._link, message.id, message.method, message.params)]
             )
@@ -7469,20 +7937,19 @@ class ModernEdge(Edge):
     def server(self, result):
         """A DiscoverResult in the form of an initialize result, with the version that this session's client negotiates."""
         session = self._session
-        meta = result.get("_meta")
-        info = meta.get(META_SERVER) if isinstance(meta, dict) else None
-        capabilities = result.get("capabilities") if isinstance(result.get("capabilities"), dict) else {}
+        info = member(member(result, "_meta", dict, {}), META_SERVER, dict, None)
+        capabilities = member(result, "capabilities", dict, {})
         asked = session.version or session.initialize.get("protocolVersion")
-        session.ttl = ttl if isinstance(ttl := result.get("ttlMs"), int) and ttl > 0 else 0
+        session.ttl = max(0, member(result, "ttlMs", int, 0))
         self._kinds = {
             f"{kind}ListChanged": True
             for kind in ("tools", "prompts", "resources")
-            if isinstance(capabilities.get(kind), dict) and capabilities[kind].get("listChanged") is True
+            if member(member(capabilities, kind, dict, {}), "listChanged", bool, False)
         }
         return {
             "protocolVersion": asked if asked in LEGACY_VERSIONS else LEGACY_VERSIONS[0],
             "capabilities": capabilities,
-            "serverInfo": info if isinstance(info, dict) else {"name": "forgejo-mcp", "version": "unknown"},
+            "serverInfo": info or {"name": "forgejo-mcp", "version": "unknown"},
         } | ({"instructions": result["instructions"]} if isinstance(result.get("instructions"), str) else {})
 
     def encode(self, number, call):
@@ -7569,61 +8036,51 @@ class ModernEdge(Edge):
         if call.paused_at is not None:
             return
         result = message.body["result"]
-        requests = result.get("inputRequests") if isinstance(result.get("inputRequests"), dict) else {}
         call.state = result.get("requestState")
         call.answers = {}
         questions = [
-            Question(self._link, key, request["method"], request.get("params"), call)
-            for key, request in requests.items()
-            if isinstance(request, dict) and request.get("method") in ASKS
+            Question(self._link, key, method, request.get("params"), call)
+            for key, request in member(result, "inputRequests", dict, {}).items()
+            if (method := member(request, "method", str, "")) in ASKS
         ]
         if questions:
             self._session.front.asked(self._link, questions, call)
         else:  # it wants nothing but to be asked again, which must not become a loop at full speed
             run_later(1.0, self._retry, call)
 
-    def _retry(self, call):
+    def _retry(self, call: Call) -> None:
         with self._session.lock:
             number = next((n for n, each in self._link.pending.items() if each is call), None)
             if number is None:
                 return
-            del self._link.pending[number]
             line = self._link.register(call)
+            del self._link.pending[number]
         self._link.child.send(line)
 
     def answered(self, question, result, error, last):
         """A client's answer; with the last one the call is tried again. A refusal ends the call: this era cannot say it."""
         call = question.call
         if error:
-            if self._session.cancel(call):
-                call.reply.refuse(error, call.undeclared)
-            return
-        if last:
+            self._session.cancel(call, None, functools.partial(call.reply.refuse, error, call.undeclared))
+        elif last:
             self._retry(call)
 
-    def said(self, message):
+    def said(self, message: Message) -> None:
         """A notification: of the stream of subscriptions, or of a request; a question is against the rules of this era."""
         params = message.params or {}
-        meta = params.get("_meta") if isinstance(params.get("_meta"), dict) else {}
         if message.kind == "request":
-            self._link.send(
-                {
-                    "id": message.id,
-                    "error": {
-                        "code": METHOD_NOT_FOUND,
-                        "message": "A server of this revision does not send requests",
-                    },
-                }
-            )
-        elif META_SUBSCRIPTION in meta:
-            listening = (
-                self._listens.get(meta[META_SUBSCRIPTION])
-                if isinstance(meta[META_SUBSCRIPTION], int)
-                else None
-            )
+            error = {
+                "code": METHOD_NOT_FOUND,
+                "message": "A server of this revision does not send requests",
+            }
+            self._link.send({"id": message.id, "error": error})
+        elif META_SUBSCRIPTION in member(params, "_meta", dict, {}):
+            number = member(member(params, "_meta", dict, {}), META_SUBSCRIPTION, int, None)
+            listening = self._listens.get(number) if number is not None else None
             if listening and message.method == "notifications/subscriptions/acknowledged":
-                honoured = (params.get("notifications") or {}).get("resourceSubscriptions")
-                self._honoured = set(honoured) if isinstance(honoured, list) else set()
+                honoured = member(params, "notifications", dict, {})
+                uris = member(honoured, "resourceSubscriptions", list, [])
+                self._honoured = {uri for uri in uris if isinstance(uri, str)}
                 listening.set()
             elif listening:
                 self._session.front.heard(
@@ -7683,8 +8140,8 @@ class LegacyReply:
 
     def answer(self, line, message):
         """The child's answer, under the client's own id and without what only the modern era says."""
-        result = message.body.get("result")
-        if isinstance(result, dict) and (self._change or not STAMPS.isdisjoint(result)):
+        result = member(message.body, "result", dict, None)
+        if result is not None and (self._change or not STAMPS.isdisjoint(result)):
             self.give(result)
         else:
             self.stream.put(with_id(line, message, self.id), answer=True, request_id=self.id)
@@ -7703,6 +8160,10 @@ class LegacyReply:
     def fail(self, code, sentence, data):
         """An error as an answer."""
         self.stream.put(error_message(self.id, code, sentence, data), answer=True, request_id=self.id)
+
+    def close(self) -> None:
+        """End the stream: nothing can be put on it."""
+        self.stream.end()
 
     def refuse(self, error, undeclared):
         """An error as an answer, of a child or of a client; `undeclared`: what was missed in the client, for which this era has no code."""
@@ -7788,8 +8249,13 @@ class LegacyFront:
                 for call in self._session.calls()
                 if call.reply.id == request_id and type(call.reply.id) is type(request_id)
             ]
-        if found and self._session.cancel(found[-1], params):
-            found[-1].fail("cancelled", "The request was cancelled.", retryable=False)
+        if found:
+            call = found[-1]
+            self._session.cancel(
+                call,
+                params,
+                functools.partial(call.fail, "cancelled", "The request was cancelled.", retryable=False),
+            )
 
     def replied(self, message):
         """The client's answer to a question; one that nobody asked is dropped (J07)."""
@@ -7893,7 +8359,7 @@ class ModernReply:
 
     def notify(self, body):
         """Progress, and messages of the level that this request asked for; nothing else belongs to it."""
-        level = (body.get("params") or {}).get("level")
+        level = member(body.get("params"), "level", str, "")
         wanted = self._level and level in LEVELS and LEVELS.index(level) >= LEVELS.index(self._level)
         if body["method"] == "notifications/progress" or body["method"] == "notifications/message" and wanted:
             self.stream.put(dump(body))
@@ -7924,7 +8390,7 @@ class ModernReply:
         result = self._change(result) if self._change else result
         if self._method in CACHEABLE:  # nothing is for everybody here: each user has another token
             result = {**result, "cacheScope": "private"}
-        meta = result.get("_meta") if isinstance(result.get("_meta"), dict) else {}
+        meta = member(result, "_meta", dict, {})
         result = self._stamps(result) | result | {"_meta": {**self.place.front.server_meta, **meta}}
         self.stream.put(result_message(self.id, result), answer=True, request_id=self.id)
 
@@ -7941,6 +8407,10 @@ class ModernReply:
             request_id=self.id,
         )
 
+    def close(self) -> None:
+        """End the stream: nothing can be put on it."""
+        self.stream.end()
+
     def refuse(self, error, undeclared):
         """An error as an answer, of a child or of a client; `undeclared`: what was missed in the client."""
         if undeclared:
@@ -7953,9 +8423,10 @@ class ModernReply:
 
     def _missing(self, error):
         """What a legacy child missed in its client, which it has no code for and says in words."""
-        if not LEGACY_MISSING.search(str(error.get("message", ""))):
+        words = member(error, "message", str, "")
+        if not LEGACY_MISSING.search(words):
             return {}
-        named = re.findall(r"\b(sampling|elicitation|roots)\b", error["message"])
+        named = re.findall(r"\b(sampling|elicitation|roots)\b", words)
         return {name: {} for name in named if name not in self.call.capabilities}
 
     def asked(self, questions, whole):
@@ -8008,13 +8479,9 @@ def named_questions(questions):
     for question in sorted(questions, key=lambda question: str(question.key)):
         key = question.key
         if not isinstance(question.link.edge, ModernEdge):
-            schema = (question.params or {}).get("requestedSchema")
-            properties = schema.get("properties") if isinstance(schema, dict) else None
-            key = (
-                next(iter(properties))
-                if isinstance(properties, dict) and len(properties) == 1
-                else ASKS[question.method]
-            )
+            schema = member(question.params, "requestedSchema", dict, {})
+            properties = member(schema, "properties", dict, {})
+            key = next(iter(properties)) if len(properties) == 1 else ASKS[question.method]
         named[key if key not in named else f"{key}_{len(named) + 1}"] = question
     return named
 
@@ -8033,7 +8500,7 @@ class Listener:
         return (
             LIST_CHANGES.get(method) in self.kinds
             or method == "notifications/resources/updated"
-            and params.get("uri") in self.uris
+            and member(params, "uri", str, None) in self.uris
         )
 
 
@@ -8048,8 +8515,8 @@ class PoolFront:
     @property
     def server_meta(self):
         """What every result says of the child."""
-        info = self._session.server.get("serverInfo")
-        return {META_SERVER: info} if isinstance(info, dict) else {}
+        info = member(self._session.server, "serverInfo", dict, None)
+        return {} if info is None else {META_SERVER: info}
 
     @property
     def listening(self):
@@ -8112,7 +8579,7 @@ class PoolFront:
         if self._session.server is None:
             self._session.awake()
         server = self._session.server
-        capabilities = server.get("capabilities") if isinstance(server.get("capabilities"), dict) else {}
+        capabilities = member(server, "capabilities", dict, {})
         return {
             "supportedVersions": [FIRST_MODERN_VERSION, *LEGACY_VERSIONS],
             "ttlMs": self._session.ttl,
@@ -8127,23 +8594,19 @@ class PoolFront:
     def listen(self, request_id, wanted):
         """Serve a `subscriptions/listen`: its stream, which says first what is honoured (MCP 2026-07-28 patterns/subscriptions)."""
         session = self._session
-        uris = wanted.get("resourceSubscriptions")
-        uris = {uri for uri in uris if isinstance(uri, str)} if isinstance(uris, list) else set()
-        capabilities = self._program(uris).get("capabilities") or {}
+        uris = {uri for uri in member(wanted, "resourceSubscriptions", list, []) if isinstance(uri, str)}
+        capabilities = member(self._program(uris), "capabilities", dict, {})
         kinds = {
             name
             for name in LIST_CHANGES.values()
             if wanted.get(name) is True
-            and (capabilities.get(name.removesuffix("ListChanged")) or {}).get("listChanged") is True
+            and member(
+                member(capabilities, name.removesuffix("ListChanged"), dict, {}), "listChanged", bool, False
+            )
         }
-        if not (capabilities.get("resources") or {}).get("subscribe"):
+        if not member(member(capabilities, "resources", dict, {}), "subscribe", bool, False):
             uris = set()
-        for uri in uris:
-            session.remember(subscribe=uri)
-        refused = session.watch() if uris or kinds else set()
-        for uri in uris & refused:
-            session.remember(unsubscribe=uri)
-        uris -= refused
+        uris -= self._subscribe(uris, bool(kinds))
         stream = session.new_stream(1)
         honoured = {name: True for name in sorted(kinds)} | (
             {"resourceSubscriptions": sorted(uris)} if uris else {}
@@ -8161,6 +8624,21 @@ class PoolFront:
                 self._lists.setdefault(kind, session.registry.lists[kind])
         return stream
 
+    def _subscribe(self, uris: set[str], listens: bool) -> set[str]:
+        """Count a listener's resources, and have the child watch them; returns those that it refused, which are not counted."""
+        session = self._session
+        counted = []
+        refused = uris
+        try:
+            for uri in uris:
+                session.remember(subscribe=uri)
+                counted.append(uri)
+            refused = uris & session.watch() if uris or listens else set()
+        finally:
+            for uri in refused.intersection(counted):
+                session.remember(unsubscribe=uri)
+        return refused
+
     def unlisten(self, stream):
         """The client listens no more."""
         with self._session.lock:
@@ -8173,7 +8651,7 @@ class PoolFront:
 
     @staticmethod
     def _tagged(method, params, request_id):
-        meta = params.get("_meta") if isinstance(params.get("_meta"), dict) else {}
+        meta = member(params, "_meta", dict, {})
         return dump(
             {
                 "jsonrpc": "2.0",
@@ -8209,11 +8687,9 @@ class PoolFront:
                     "or did not say that it answers such questions",
                 },
             )
-        if call and call.undeclared and self._session.cancel(call):
-            call.reply.refuse(
-                {"code": METHOD_NOT_FOUND, "message": "The client did not declare what this needs"},
-                call.undeclared,
-            )
+        if call and call.undeclared:
+            error = {"code": METHOD_NOT_FOUND, "message": "The client did not declare what this needs"}
+            self._session.cancel(call, None, functools.partial(call.reply.refuse, error, call.undeclared))
         if able:
             call.reply.asked(able, whole)
 
@@ -8279,6 +8755,7 @@ class Registry:
         self.kept = KeptBytes(settings, clock)
         self.owners = itertools.count(1)
         self.children = []  # every child not yet seen to have ended, whoever started it
+        self.reaps = False  # whether processes that others started are handed to this one
 
     # -- sessions
 
@@ -8424,22 +8901,35 @@ class Registry:
         self.store.end_session(session.name)
         self.forget([session.name], "deleted by client")
 
-    def forget(self, names, reason):
-        """End sessions that the store has dropped."""
+    def forget(self, names: Iterable[bytes], reason: str) -> None:
+        """End sessions that the store has dropped: all of them, for no later look at the store names them again."""
         for name in names:
             with self.lock:
                 session = self.sessions.pop(name, None)
             if session:
-                session.end(reason)
+                self._end(session, reason)
 
-    def forget_but(self, pairs, sessions, reason):
+    def forget_but(self, pairs: set[tuple[str, str]], sessions: Iterable[Session], reason: str) -> None:
         """End those of these sessions (and places in pools) whose (user, client) is not among the pairs."""
         for session in sessions:
             if (session.sub, session.client_id) not in pairs:
-                with self.lock:
-                    self.sessions.pop(session.name, None)
-                    self.pools = {key: pool for key, pool in self.pools.items() if session not in pool}
-                session.end(reason)
+                self._drop(session)
+                self._end(session, reason)
+
+    def _drop(self, session: Session) -> None:
+        """Drop one session from memory; the others of its pool stay, with their children."""
+        with self.lock:
+            if self.sessions.get(session.name) is session:
+                del self.sessions[session.name]
+            pools = {key: [each for each in pool if each is not session] for key, pool in self.pools.items()}
+            self.pools = {key: pool for key, pool in pools.items() if pool}
+
+    def _end(self, session: Session, reason: str) -> None:
+        """End a session. Raises nothing: it is dropped already, and who ends many must come to the last."""
+        try:
+            session.end(reason)
+        except Exception as error:
+            self.log.event("error", "session end failed", user=session.sub, error=type(error).__name__)
 
     def save_uses(self):
         """Write down when sessions were last used, those that were since the last time."""
@@ -8601,12 +9091,15 @@ class Registry:
             self.children = children = [child for child in self.children if not child.ended.is_set()]
         for child in children:
             child.tick()
+        if self.reaps:
+            self.guardian.reap_adopted()
 
     def connect(self, link, probe=True):
         """Shake hands with a child, by the era its binary is known to be of (legacy, unless `probe`): what connect() gives of the child."""
-        binary = binary_fingerprint(child_command(self.settings))
+        binary = link.binary = binary_fingerprint(child_command(self.settings))
         row = self.store.binary(binary)
         known = row.era if row else ""
+        link.probed = probe and not known
         self._binary = binary
         self.asking = bool(row and row.asks)
         try:
@@ -8619,7 +9112,6 @@ class Registry:
             self._note_era(binary, era)
         if server:
             self._programs = {**dict(list(self._programs.items())[-3:]), binary: server}
-        link.probed = probe and not known
         return server
 
     def known_program(self) -> dict[str, object] | None:
@@ -8632,12 +9124,18 @@ class Registry:
         with contextlib.suppress(StoreUnavailable):  # it is asked again next time
             self.store.save_binary(binary, era, self.clock.now())
 
-    def note_asking(self):
-        """This binary asks things of its client: from now on requests that can be asked get a child alone."""
-        if not self.asking:
+    def note_asking(self, link: Link) -> None:
+        """The program of this child asks its client for things: from now on requests that can be asked get a child of it alone.
+
+        Another program may have been put in its place since, by an upgrade: that one has asked nothing yet.
+        """
+        if link.asked:
+            return
+        link.asked = True
+        if link.binary == self._binary:
             self.asking = True
-            with contextlib.suppress(StoreUnavailable):
-                self.store.save_asking(self._binary)
+        with contextlib.suppress(StoreUnavailable):
+            self.store.save_asking(link.binary)
 
     @staticmethod
     def _starting_failed():
@@ -8663,7 +9161,8 @@ class Registry:
                 self.upstream.examine(sub)
 
         if self.upstream.may_ask(sub):
-            threading.Thread(target=examine, daemon=True, name="examine").start()
+            with contextlib.suppress(RuntimeError):  # no thread to be had: another refusal will come
+                threading.Thread(target=examine, daemon=True, name="examine").start()
 
     def forget_person(self, sub: str) -> None:
         """Ends every session, and every place in a pool, of a number that has come to mean another person; their rows are gone."""
@@ -8673,13 +9172,13 @@ class Registry:
             self.sessions = {name: each for name, each in self.sessions.items() if each.sub != sub}
             self.pools = {key: pool for key, pool in self.pools.items() if key[0] != sub}
         for session in (*theirs, *pooled):
-            session.end("identity changed")
+            self._end(session, "identity changed")
 
     def close(self, reason):
         """End every child; sessions stay on file."""
         self.closing = True
         for session in self.all():
-            session.end(reason)
+            self._end(session, reason)
 
     def end_streams(self):
         """Let those who listen know that it was no accident."""
@@ -8731,58 +9230,49 @@ class Reaper:
         self._next_save = 0.0
         self._next_refresh = 0.0
         self._clock_reported = Seldom(clock, 60.0)
-        self._refreshing = set()
-        self._streams = {}
-        self._lock = threading.Lock()  # the lock guards _streams and _refreshing; a leaf
+        self._refreshing: set[str] = set()
+        self._streams: dict[Reader, tuple[Caller, bool]] = {}
+        self._unseen: list[Reader] = []
+        self._lock = threading.Lock()  # the lock guards _streams, _unseen and _refreshing; a leaf
 
-    def watch(self, reader, caller, is_call):
+    def watch(self, reader: Reader, caller: "Caller", is_call: bool) -> None:
         """End an open stream within 1 s of its grant's end and 60 s of its token's expiry (a running call only at revocation)."""
         with self._lock:
             self._streams[reader] = (caller, is_call)
-            self._marker = None  # its grant may have ended since it was let in
+            self._unseen.append(reader)  # its grant may have ended since it was let in
 
-    def run(self):
+    def run(self) -> None:
         """Tick until stopped."""
         while not self._stop.wait(0.5):
-            try:
-                self.tick()
-            except StoreUnavailable as error:
-                self._log.event("error", "store unavailable", reason=error.reason)
-            except Exception as error:  # the reaper must outlive every surprise
-                self._log.event("error", "reaper failed", error=f"{type(error).__name__}: {error}")
+            self.tick()
 
     def stop(self):
         """End run()."""
         self._stop.set()
 
-    def tick(self):
-        """One round: late calls, idle children, ended grants and sessions, tokens to refresh, rows to sweep."""
-        self._compare_clocks()
+    def tick(self) -> None:
+        """One round: late calls, idle children, ended grants and sessions, tokens to refresh, rows to sweep. Raises nothing.
+
+        A step that fails, for one session or for all, is logged and done again by the next round; the other steps go on.
+        """
+        self._step(self._compare_clocks)
         now = self._clock.now()
-        self._registry.tick_children()
+        self._step(self._registry.tick_children)
         for session in self._registry.all():
-            session.tick(time.monotonic())
-            idle_since = session.idle_since()
-            if (
-                idle_since is not None
-                and not self._settings.child_keeps_state
-                and self._clock.monotonic() - session.used_at >= self._settings.session_idle_timeout
-                and time.monotonic() - idle_since >= min(1.0, self._settings.session_idle_timeout)
-            ):
-                session.sleep("idle")
-        self._registry.kept.expire()
-        self._end_what_was_revoked(now)
-        self._refresh(now)
+            self._step(self._tick_session, session)
+        self._step(self._registry.kept.expire)
+        self._step(self._end_what_was_revoked, now)
+        self._step(self._refresh, now)
         monotonic = self._clock.monotonic()
         if monotonic >= self._next_save:
             self._next_save = monotonic + 60
-            self._registry.save_uses()
-            self._registry.unload(monotonic - max(60, self._settings.session_idle_timeout))
+            self._step(self._registry.save_uses)
+            self._step(self._registry.unload, monotonic - max(60, self._settings.session_idle_timeout))
         if monotonic >= self._next_sweep:
             self._next_sweep = monotonic + 60
             now -= self._clock.leap()  # what only a step of the clock expires stays
-            self._registry.forget(self._store.end_orphaned_sessions(now), "grant ended")
-            self._registry.forget(self._store.sweep(now, self._settings.session_lifetime), "expired")
+            self._step(self._forget, "grant ended", self._store.end_orphaned_sessions, now)
+            self._step(self._forget, "expired", self._store.sweep, now, self._settings.session_lifetime)
 
     def _compare_clocks(self) -> None:
         """Follows the wall clock once it has differed for long; until then, and then, the operator is told."""
@@ -8797,30 +9287,66 @@ class Reaper:
             }[what]
             self._log.event(level, event, seconds=round(difference, 3))
 
-    def _end_what_was_revoked(self, now):
+    def _step(self, function: Callable[..., object], *arguments: object) -> None:
+        try:
+            function(*arguments)
+        except StoreUnavailable as error:
+            self._log.event("error", "store unavailable", reason=error.reason)
+        except Exception as error:  # the reaper must outlive every surprise
+            self._log.event("error", "reaper failed", error=f"{type(error).__name__}: {error}")
+
+    def _forget(self, reason: str, dropped: Callable[..., Iterable[bytes]], *arguments: object) -> None:
+        self._registry.forget(dropped(*arguments), reason)
+
+    def _tick_session(self, session: Session) -> None:
+        session.tick(time.monotonic())
+        idle_since = session.idle_since()
+        if (
+            idle_since is not None
+            and not self._settings.child_keeps_state
+            and self._clock.monotonic() - session.used_at >= self._settings.session_idle_timeout
+            and time.monotonic() - idle_since >= min(1.0, self._settings.session_idle_timeout)
+        ):
+            session.sleep("idle")
+
+    def _end_what_was_revoked(self, now: float) -> None:
         marker = self._store.change_marker()
         with self._lock:
             for reader in [reader for reader in self._streams if reader.ended]:
                 del self._streams[reader]
-            streams = list(self._streams.items())
-        for reader, (caller, is_call) in streams:
+            streams = dict(self._streams)
+            unseen = [reader for reader in self._unseen if reader in streams]
+            self._unseen = []
+        for reader, (caller, is_call) in streams.items():
             if not is_call and caller.expires_at <= now:
                 reader.close()
-        if marker == self._marker:
-            return
+        try:
+            if marker != self._marker:
+                self._end_streams_of(streams, now)
+                self._marker = marker  # set last: if a step above raised, the next tick repeats it
+            elif (
+                unseen
+            ):  # nobody has committed anything, so that only the grants of new streams are to be looked at
+                live = self._store.living({streams[reader][0].grant_id for reader in unseen}, now)
+                for reader in unseen:
+                    if streams[reader][0].grant_id not in live:
+                        reader.close()
+        except BaseException:
+            with self._lock:
+                self._unseen += unseen
+            raise
+
+    def _end_streams_of(self, streams: dict[Reader, tuple["Caller", bool]], now: float) -> None:
+        """End streams, sessions and places whose grants have ended."""
         sessions = (
             self._registry.all()
-        )  # before the grants are read: one that is opened meanwhile may have a newer grant
+        )  # before the grants are read: one opened meanwhile may have a newer grant
         live, pairs = self._store.live_grants(now)
         shut_out = self._store.shut_out()  # their grants live on, for the day they are let in again
-        for reader, (caller, _) in streams:
+        for reader, (caller, _) in streams.items():
             if caller.grant_id not in live or caller.sub in shut_out:
                 reader.close()
         self._registry.forget_but(pairs, sessions, "grant ended")
-        with (
-            self._lock
-        ):  # only now: what failed above is done again; and who came meanwhile is looked at by the next tick
-            self._marker = marker if self._streams.keys() <= {reader for reader, _ in streams} else None
 
     def _refresh(self, now):
         """Credentials of users with a child awake before they run out; every live one at least every ten days.
@@ -8848,22 +9374,26 @@ class Reaper:
             for sub in self._store.users_to_refresh(now - 10 * 86400, now):
                 self._refresh_in_background(sub)
 
-    def _refresh_in_background(self, sub):
+    def _refresh_in_background(self, sub: str) -> None:
         with self._lock:
             if sub in self._refreshing:
                 return
             self._refreshing.add(sub)
+        try:
+            threading.Thread(target=self._refresh_one, args=(sub,), daemon=True, name="refresh").start()
+        except BaseException:  # no thread to be had: the next tick tries again
+            with self._lock:
+                self._refreshing.discard(sub)
+            raise
 
-        def refresh():
-            try:
-                self._upstream.refresh(sub)
-            except Exception as error:  # logged where it is known what it means; the next tick tries again
-                self._log.event("debug", "refresh failed", user=sub, error=type(error).__name__)
-            finally:
-                with self._lock:
-                    self._refreshing.discard(sub)
-
-        threading.Thread(target=refresh, daemon=True, name="refresh").start()
+    def _refresh_one(self, sub: str) -> None:
+        try:
+            self._upstream.refresh(sub)
+        except Exception as error:  # logged where it is known what it means; the next tick tries again
+            self._log.event("debug", "refresh failed", user=sub, error=type(error).__name__)
+        finally:
+            with self._lock:
+                self._refreshing.discard(sub)
 
 
 # ======================================================================================================================
@@ -9297,9 +9827,11 @@ class Endpoint:
         stream = place.front.listen(message.id, message.params["notifications"])
         reader = stream.open()
 
-        def gone():
-            place.front.unlisten(stream)
-            over()
+        def gone() -> None:
+            try:
+                place.front.unlisten(stream)
+            finally:
+                over()
 
         self._reaper.watch(reader, caller, False)
         return Response(200, later=Later(reader, 0, gone=gone))
@@ -9327,7 +9859,6 @@ class Endpoint:
     def _retried(self, request, caller, message):
         """A retry with the answers that were asked for goes on with the call that asked; nothing is run again."""
         state = message.params["requestState"]
-        responses = message.params.get("inputResponses")
         try:
             sealed = self._keyring.unseal("mrtr", self._owner(caller, message), unb64url(state))
             held = sealed["held"]
@@ -9345,7 +9876,11 @@ class Endpoint:
             raise RpcError(
                 INVALID_PARAMS, "requestState was used before, or its call has ended; send the request anew."
             )
-        reader = reply.retried(message.id, responses if isinstance(responses, dict) else {})
+        try:
+            reader = reply.retried(message.id, member(message.params, "inputResponses", dict, {}))
+        except BaseException:  # no other retry can find it now
+            reply.place.cancel(reply.call, {"reason": "the retry failed"})
+            raise
         return self._pumped(request, caller, reader, reply.place, reply.call)
 
     # -- what a token may do
@@ -9764,12 +10299,14 @@ class Watcher(threading.Thread):
         happened.register(self._epoll, select.POLLIN)
         while not self._ended:
             happened.poll()
-            with (
-                self._lock
-            ):  # what happened is asked only now: a socket may have been closed, and its number be another's
-                readers = [self._readers.get(descriptor) for descriptor, _ in self._epoll.poll(0)]
-            for reader in filter(None, readers):
-                reader.close()
+            try:
+                # What happened is asked only now: a socket may have been closed, and its number be another's.
+                with self._lock:
+                    readers = [self._readers.get(descriptor) for descriptor, _ in self._epoll.poll(0)]
+                for reader in filter(None, readers):
+                    reader.close()
+            except Exception as error:  # it must outlive every surprise: nobody else hears of hang-ups
+                self._log.event("error", "watcher failed", error=type(error).__name__)
         self._epoll.close()
         os.close(self._wake)
 
@@ -11111,7 +11648,7 @@ def check_forgejo(settings):
         )
 
 
-def check_child(settings):
+def check_child(settings: Settings) -> Iterator[tuple[str, ...]]:
     """forgejo-mcp: is it there, new enough, and does it start and answer (without a token: as an anonymous user)."""
     try:
         command = child_command(settings)
@@ -11128,49 +11665,74 @@ def check_child(settings):
             number = re.search(r"(?<![0-9])([0-9]{1,9})\.[0-9]", shown)
             if number and int(number[1]) < 2:
                 yield "fail", f"forgejo_mcp_binary: {shown} is too old", "install forgejo-mcp 2.0 or newer"
-        child = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            process_group=0,
-        )
-    except (ChildMissing, OSError, subprocess.TimeoutExpired) as error:
+        with tried_child(settings, command, environment) as (child, lines):
+            server = introduced(child, lines, settings.start_timeout)
+    except (ChildMissing, ChildFailed, OSError, subprocess.TimeoutExpired) as error:
         yield "fail", f"forgejo_mcp_binary: {error}", "install forgejo-mcp, and give its path"
         return
-    end = threading.Timer(settings.start_timeout, os.killpg, (child.pid, signal.SIGKILL))
-    end.start()
-    server = None
-    us = {"name": "fjmcp-broker", "version": __version__}
-    with contextlib.suppress(OSError), child:  # closing the pipe to one that has ended
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            for method, params in (
-                ("initialize", {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": us}),
-                (
-                    "server/discover",
-                    {"_meta": {META_VERSION: FIRST_MODERN_VERSION, META_CLIENT: us, META_CAPABILITIES: {}}},
-                ),
-            ):
-                if server is None:  # what refuses the handshake may speak the era that has none
-                    child.stdin.write(dump(asking(method, params, jsonrpc="2.0", id=method)) + b"\n")
-                    child.stdin.flush()
-                    result = read_child_json(child.stdout.readline(settings.max_line)).get("result", {})
-                    server = result.get("serverInfo") or result.get("_meta", {}).get(META_SERVER)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-    end.cancel()
     if server:
         yield (
             "ok",
             f"forgejo_mcp_binary: {command[0]} starts and answers as {server.get('name')} {server.get('version')}",
         )
     else:
+        said = "".join(f"\n      | {line}" for line in child.last_words)
         yield (
             "fail",
-            f"forgejo_mcp_binary: {command[0]} does not answer (status {child.returncode})",
+            f"forgejo_mcp_binary: {command[0]} does not answer ({child.reason}){said}",
             "run it by hand with FORGEJO_URL set; where Forgejo wants a login for everything it cannot start without a token",
         )
+
+
+@contextlib.contextmanager
+def tried_child(
+    settings: Settings, command: list[str], environment: dict[str, str]
+) -> Iterator[tuple[Child, "queue.SimpleQueue[bytes]"]]:
+    """A child as a session has it, and its lines (an empty one at its end); it has ended when the block is left."""
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    guardian = Guardian()
+    log = Log(settings, io.StringIO())
+    try:
+        child = Child(
+            command, environment, "check", guardian, settings, log, lines.put, lambda _: lines.put(b"")
+        )
+        try:
+            yield child, lines
+        finally:
+            child.stop("checked")
+            child.ended.wait(1)
+            child.kill("checked")
+            child.ended.wait(settings.stop_timeout)
+    finally:
+        guardian.close()
+
+
+def introduced(child: Child, lines: "queue.SimpleQueue[bytes]", seconds: float) -> dict[str, object]:
+    """Returns what a child says of itself, in either era; nothing if it does not answer in time."""
+    end = time.monotonic() + seconds
+    us = {"name": "fjmcp-broker", "version": __version__}
+    meta = {META_VERSION: FIRST_MODERN_VERSION, META_CLIENT: us, META_CAPABILITIES: {}}
+    for method, params in (
+        ("initialize", {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": us}),
+        ("server/discover", {"_meta": meta}),  # what refuses the handshake may speak the era that has none
+    ):
+        child.send(dump(asking(method, params, jsonrpc="2.0", id=method)))
+        answer: object = {"method": ""}
+        while member(answer, "method", str, None) is not None:  # it may say something before it answers
+            try:
+                line = lines.get(timeout=max(0.0, end - time.monotonic()))
+                answer = read_child_json(line.removeprefix(BYTE_ORDER_MARK)) if line else None
+            except queue.Empty:
+                return {}
+            except ValueError:
+                answer = None
+            answer = answer[0] if isinstance(answer, list) and answer else answer
+        result = member(answer, "result", dict, {})
+        server = member(result, "serverInfo", dict, None)
+        server = server or member(member(result, "_meta", dict, {}), META_SERVER, dict, None)
+        if server or child.ended.is_set():
+            return server or {}
+    return {}
 
 
 def check_containment(settings):
@@ -11807,6 +12369,7 @@ def serve(arguments):
     settings = arguments.settings()
     hide_from_children()
     broker = Broker(settings, listener=inherited_listener())
+    broker.registry.reaps = adopts_orphans()
     # The kernel may give a signal to any thread, and a main thread that waits for a lock would not hear of it: it waits here instead.
     signals, wakes = socket.socketpair()
     wakes.setblocking(False)

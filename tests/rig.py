@@ -158,3 +158,8 @@ def json_of(result):
 def who(mcp):
     """The login of whose token a session's child has."""
     return json_of(mcp.call_tool("get_my_user_info"))["Result"]["login"]
+
+
+def token_of(mcp):
+    """The token of Forgejo that a session's child holds."""
+    return json_of(mcp.call_tool("get_env"))["TOKEN_BACKWARDS"][::-1]

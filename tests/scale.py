@@ -32,6 +32,7 @@ from broker_process import Installation  # noqa: E402
 from fake_forgejo import FakeForgejo  # noqa: E402
 from load import health  # noqa: E402
 from mcp_client import LEGACY, McpClient, OAuthClient  # noqa: E402
+from rig import token_of
 
 CHILD = (sys.executable, "-I", str(Path(__file__).resolve().parent / "stdio_child.py"))
 USERS, WORKERS, NOFILE, MIB = 20, 8, 16384, 1 << 20
@@ -213,7 +214,7 @@ class Scale:
     def _upstream_token(self, user):
         """The token that this user's children hold, without minting one: that would end it."""
         with contextlib.closing(McpClient(self.url, self.tokens[user])) as mcp:
-            return json.loads(mcp.call_tool("get_env")["content"][0]["text"])["FORGEJO_ACCESS_TOKEN"]
+            return token_of(mcp)
 
     def streams(self, count):
         """Open so many GET streams, one a session; gives the broker's figures with all of them open."""

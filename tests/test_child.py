@@ -1,7 +1,10 @@
 """Children: how they end, what they may do to us, and that none is left. Lower half through the whole broker."""
 
+import contextlib
+import functools
 import gc
 import io
+import json
 import os
 import queue
 import select
@@ -15,10 +18,15 @@ from pathlib import Path
 import pytest
 
 import fjmcp_broker
-from fjmcp_broker import Child, ChildMissing, Guardian, Log
+import mcp_client
+import modern
+from fjmcp_broker import Child, ChildFailed, ChildMissing, Guardian, Log
 from mcp_client import McpClient, RpcError
 from rig import text_of
 from test_process import await_end, in_thread
+
+
+TOKEN = "eyJhbGciOiJSUzI1NiJ9.eyJnbnQiOjF9.c2lnbmF0dXJl"
 
 
 class Values:
@@ -42,7 +50,7 @@ class Running:
         self.lines, self.ended, self.log = queue.Queue(), threading.Event(), io.StringIO()
         self.child = Child(
             [sys.executable, "-I", "-u", "-c", program],
-            {"PATH": os.environ["PATH"]},
+            {"PATH": os.environ["PATH"], "FORGEJO_ACCESS_TOKEN": TOKEN},
             "user",
             guardian,
             settings,
@@ -106,6 +114,7 @@ def test_P10_a_child_that_ignores_SIGTERM_is_killed_after_its_time(start):
     [
         ("raise SystemExit(3)", "exited with status 3"),
         ("import os; os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
+        ("import os; os.kill(os.getpid(), 40)", "killed by signal 40"),
         ("print('half a line', end='', flush=True)", "exited with status 0"),
     ],
 )
@@ -113,6 +122,79 @@ def test_P09_why_a_child_ended_is_told(start, program, reason):
     running = start(program)
     assert running.end() == reason
     assert running.lines.empty()
+
+
+WRITE = "import os, sys, time\ntoken = os.environ['FORGEJO_ACCESS_TOKEN'].encode()\n"
+
+
+def test_the_childs_token_stands_in_no_line_of_its_output(start):
+    running = start(WRITE + "os.write(1, b'{' + token + b' and ' + token + b'}' + bytes([10]))\n")
+    assert running.line() == b"{[token] and [token]}"
+
+
+@pytest.mark.parametrize("before", [0, 10, 1960, 1975, 1999, 2000])
+def test_the_childs_token_stands_in_no_line_of_stderr_however_it_is_cut(start, before):
+    running = start(
+        WRITE
+        + f"os.write(2, b'x' * {before} + token[:9])\ntime.sleep(0.1)\nos.write(2, token[9:] + b' end' + bytes([10]))\n"
+    )
+    running.end()
+    said = running.log.getvalue() + "".join(running.child.last_words)
+    assert "xxx" in said or "[token] end" in said
+    assert not [TOKEN[at : at + 6] for at in range(len(TOKEN) - 6) if TOKEN[at : at + 6] in said]
+
+
+def test_the_last_words_of_a_child_are_kept_and_bounded(start):
+    running = start(
+        "import sys\nfor n in range(500): print('noise', n, 'x' * 5000, file=sys.stderr)\nprint('why', file=sys.stderr)"
+    )
+    running.end()
+    assert len(running.child.last_words) == fjmcp_broker.LAST_WORDS and running.child.last_words[-1] == "why"
+    assert max(map(len, running.child.last_words)) <= fjmcp_broker.LAST_WORD
+
+
+def test_a_child_that_has_ended_by_itself_is_not_said_to_have_been_stopped(start):
+    running = start("raise SystemExit(7)")
+    descriptor = os.pidfd_open(running.child.pid) if not running.ended.is_set() else None
+    if descriptor is not None:
+        select.select([descriptor], [], [], 20)
+        os.close(descriptor)
+    running.child.stop("idle")
+    assert running.end() == "exited with status 7" and not running.child.asked
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(24, "Too many open files"),
+        RuntimeError("can't start new thread"),
+        ValueError("embedded null byte"),
+    ],
+)
+def test_a_child_that_cannot_be_started_leaves_nothing(guardian, monkeypatch, error):
+    before = counts()
+    target, name = (threading.Thread, "start") if isinstance(error, RuntimeError) else (subprocess, "Popen")
+
+    def fail(*_arguments, **_named):
+        raise error
+
+    guardian.watch("stdin:0")  # the guardian itself has started
+    guardian.forget("stdin:0")
+    before = counts()
+    monkeypatch.setattr(target, name, fail)
+    with pytest.raises(ChildFailed):
+        Child(
+            [sys.executable, "-c", ECHO],
+            {},
+            "user",
+            guardian,
+            Values(),
+            Log(Values(), io.StringIO()),
+            print,
+            print,
+        )
+    monkeypatch.undo()
+    assert counts() == before
 
 
 def test_P09_no_zombie_is_left(start):
@@ -272,7 +354,7 @@ def fails_alone(rig, call):
         ("crash", {"signal": "SIGKILL"}, {}, "child_died"),
         ("silent", {}, {"request_timeout": "1s"}, "timed_out"),
         ("bad_lines", {"n": 150}, {}, "child_died"),
-        ("big_line", {"bytes": 3_000_000}, {"max_line": "1MiB"}, "child_died"),
+        ("big_line", {"bytes": 3_000_000}, {"max_line": "1MiB"}, "answer_too_large"),
         ("partial_line", {"exit": True, "ms": 0}, {}, "child_died"),
     ],
 )
@@ -296,7 +378,6 @@ def test_J20_a_child_that_goes_wrong_costs_its_own_call_and_says_why(
         [],
         "text",
         7,
-        {"jsonrpc": "2.0", "id": 3, "result": {}, "error": {"code": 1, "message": "both"}},
         {
             "jsonrpc": "2.0",
             "method": "notifications/progress",
@@ -318,6 +399,123 @@ def test_J08_what_a_child_says_out_of_turn_is_dropped_and_the_call_goes_on(make_
     control.release("k")
     assert text_of(join()) == "slow k"
     assert mcp.request("ping") == {}
+
+
+ANSWER = {"content": [{"type": "text", "text": "meant"}]}
+
+
+@pytest.fixture
+def unjudged(monkeypatch):
+    """What such a child says is passed on as it is, and keeps to no schema."""
+    monkeypatch.setattr(mcp_client, "judge", None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda number: {"id": number, "result": ANSWER, "error": None},
+        lambda number: {"id": float(number), "result": ANSWER},
+        lambda number: {"id": number, "method": None, "params": None, "result": ANSWER, "error": None},
+        lambda number: [{"id": number, "result": ANSWER}],
+        lambda number: [
+            {"id": None, "method": "notifications/message", "params": None},
+            {"id": number, "result": ANSWER},
+        ],
+    ],
+    ids=["error null", "a fraction", "every member", "a batch of one", "a batch"],
+)
+@pytest.mark.usefixtures("unjudged")
+def test_a_childs_sloppy_answer_is_taken_as_it_is_meant(make_rig, control, change):
+    seen = answered_by(make_rig, control, change)
+    assert seen == ANSWER
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda number: {"id": number, "result": None, "error": {"code": -32603, "message": "no"}},
+        lambda number: {"id": number, "error": {"code": -32603.0, "message": "no"}},
+    ],
+    ids=["result null", "a fraction"],
+)
+def test_a_childs_sloppy_error_is_taken_as_it_is_meant(make_rig, control, change):
+    seen = answered_by(make_rig, control, change)
+    assert isinstance(seen, RpcError) and (seen.code, seen.data) == (-32603, None) and "no" in str(seen)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"jsonrpc":"2.0","id":%d,"result":{},"error":{"code":1,"message":"both"}}',
+        b'{"jsonrpc":"2.0","id":%d}',
+        b'{"id":%d,"result":{}}',
+        b'{"jsonrpc":"2.0","id":%d,"error":"no"}',
+        b'{"jsonrpc":"2.0","id":%d,"error":{"code":"ECONNREFUSED","message":"no"}}',
+        b'{"jsonrpc":"2.0","id":%d,"error":{"code":-32603,"message":["no"]}}',
+        b'{"jsonrpc":"2.0","id":%d,"error":{"code":-32603}}',
+        b'{"jsonrpc":"2.0","id":%d,"result":{"structuredContent":{"v":NaN}}}',
+        b'{"jsonrpc":"2.0","id":%d,"result":{"content":[{"type":"text","text":"gr\xfc\xdfe"}]}}',
+        b'{"jsonrpc":"2.0","id":%d,"result":{"content":[{"type":"text","text":"a\tb"}]}}',
+        b'[{"jsonrpc":"2.0","id":%d}]',
+    ],
+    ids=str,
+)
+def test_an_improper_answer_fails_its_call_at_once_and_nothing_else(make_rig, control, line):
+    seen = answered_by(make_rig, control, lambda number: line.replace(b"%d", b"%d" % number))
+    assert isinstance(seen, RpcError) and seen.code == -32603
+    assert seen.data == {"reason": "bad_answer", "outcome_unknown": True, "retryable": False}
+
+
+def answered_by(make_rig, control, change):
+    """What a call comes to whose child sends `change(id)`; the session goes on with the same child."""
+    rig = make_rig(child=("--control", control.path), request_timeout="30s")
+    mcp = rig.session()
+    pid = text_of(mcp.call_tool("get_pid"))
+    caller = McpClient(mcp.url, mcp.token, session_id=mcp.session_id)
+    join = in_thread(caller.call_tool, "silent")
+    number = control.wait_event(event="call", tool="silent")["id"]
+    sent = change(number)
+    if isinstance(sent, dict):
+        sent = {"jsonrpc": "2.0", **sent}
+    elif isinstance(sent, list):
+        sent = [{"jsonrpc": "2.0", **each} for each in sent]
+    control.raw((sent if isinstance(sent, bytes) else json.dumps(sent).encode()) + b"\n")
+    seen = join()
+    assert text_of(mcp.call_tool("get_pid")) == pid and not rig.log.named("reader failed")
+    return seen
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"method": "notifications/resources/updated", "params": {"uri": []}},
+        {"method": "notifications/resources/updated", "params": {"uri": {"a": 1}, "_meta": []}},
+        {"method": "notifications/message", "params": {"level": {}, "data": 1}},
+        {"method": "notifications/progress", "params": {"progressToken": [], "progress": "x"}},
+        {"method": "notifications/cancelled", "params": {"requestId": {}}},
+        {"method": "notifications/cancelled"},
+        {"method": "notifications/tools/list_changed", "params": []},
+        {"id": 9001, "method": "elicitation/create", "params": {"requestedSchema": [], "message": {}}},
+        {"id": 9002, "method": "sampling/createMessage"},
+        {"id": "x", "method": "roots/list", "params": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.usefixtures("unjudged")
+def test_a_member_of_another_type_ends_neither_the_reader_nor_the_call(make_rig, control, message, pooled):
+    rig = make_rig(child=("--control", control.path))
+    mcp = modern.connect(rig, capabilities=modern.ALL_INPUT) if pooled else rig.session()
+    call = functools.partial(modern.call, mcp) if pooled else mcp.call_tool
+    pid = text_of(call("get_pid"))
+    news = (
+        modern.listening(mcp, resourceSubscriptions=["test://note"]) if pooled else contextlib.nullcontext()
+    )
+    with news:
+        control.emit({"jsonrpc": "2.0", **message}, int(pid))
+        text_of(call("get_pid"))
+        assert int(pid) in control.children
+    assert not rig.log.named("reader failed") + rig.log.named("child message failed")
 
 
 def test_J20_99_bad_lines_and_a_good_one_are_forgiven(make_rig):

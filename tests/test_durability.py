@@ -12,7 +12,7 @@ import pytest
 import fjmcp_broker
 from load import CUT, Load, children, health, same
 from mcp_client import McpClient, RpcError, StreamEnded
-from rig import TESTS, json_of, text_of, who
+from rig import TESTS, json_of, text_of, token_of, who
 from test_process import await_end, hanging_call, in_thread, session
 
 LIST = {"jsonrpc": "2.0", "id": 1, "method": "prompts/list"}
@@ -182,9 +182,7 @@ def test_the_broker_never_repeats_a_call_by_itself_whatever_ended_it(make_rig, c
 def test_tokens_rotate_under_constant_load_and_no_call_notices(make_rig):
     rig = make_rig(access_token_lifetime="30d", session_idle_timeout="30d")
     sessions = [rig.session(name) for name in ("alice", "bob", "alice")]
-    with Load(
-        sessions, lambda mcp, _: (who(mcp), json_of(mcp.call_tool("get_env"))["FORGEJO_ACCESS_TOKEN"])
-    ) as load:
+    with Load(sessions, lambda mcp, _: (who(mcp), token_of(mcp))) as load:
         for _ in range(4):
             load.wait(12)
             old = {outcome[1] for _, _, outcome in load.outcomes if not isinstance(outcome, Exception)}

@@ -4,9 +4,11 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
+import fjmcp_broker
 from mcp_client import McpClient, RpcError
 from rig import json_of, text_of
 
@@ -45,8 +47,48 @@ def test_P01_a_child_gets_an_allow_listed_environment_with_its_users_token_only(
         "https_proxy",
         "no_proxy",
     }
-    assert ours <= set(environment) <= ours | passed | {"LC_CTYPE", "PWD", "SHLVL", "_"}
-    assert environment["FORGEJO_ACCESS_TOKEN"] not in json_of(rig.session().call_tool("get_argv"))
+    assert ours <= set(environment) <= ours | passed | {"LC_CTYPE", "PWD", "SHLVL", "_", "TOKEN_BACKWARDS"}
+    assert environment["TOKEN_BACKWARDS"][::-1] not in json_of(rig.session().call_tool("get_argv"))
+
+
+def test_a_child_is_told_the_address_of_Forgejo_that_works_from_here(rig):
+    rig.broker.settings.forgejo_internal_url = rig.forgejo.url.replace("127.0.0.1", "localhost")
+    environment = json_of(rig.session().call_tool("get_env"))
+    assert environment["FORGEJO_URL"] == rig.forgejo.url.replace("127.0.0.1", "localhost")
+    assert environment["FORGEJO_USER_AGENT"] == f"fjmcp-broker/{fjmcp_broker.__version__}"
+
+
+@pytest.mark.parametrize("given", ["SSL_CERT_FILE", None])
+def test_a_child_trusts_the_systems_authorities_and_the_operators(make_rig, tmp_path, monkeypatch, given):
+    own = tmp_path / "ca.pem"
+    own.write_text("the operator's\n")
+    system = tmp_path / "system.pem"
+    system.write_text("the system's\n")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    if given:
+        monkeypatch.setenv(given, str(system))
+    else:
+        monkeypatch.setattr(fjmcp_broker, "AUTHORITIES", ("/nowhere", str(system)))
+    rig = make_rig(forgejo_ca_file=str(own))
+    for _ in range(2):
+        path = Path(json_of(rig.session().call_tool("get_env"))["SSL_CERT_FILE"])
+        assert path.read_text() == "the system's\n\nthe operator's\n"
+        path.write_text("somebody wrote over it")
+    own.write_text("the operator's next\n")
+    path = Path(json_of(rig.session().call_tool("get_env"))["SSL_CERT_FILE"])
+    assert "next" in path.read_text() and os.listdir(path.parent) and not path.parent.stat().st_mode & 0o022
+
+
+def test_authorities_are_never_read_from_a_folder_that_others_can_write(make_rig, tmp_path, monkeypatch):
+    own = tmp_path / "ca.pem"
+    own.write_text("the operator's\n")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / f"fjmcp-broker-{os.geteuid()}").mkdir()
+    (tmp_path / f"fjmcp-broker-{os.geteuid()}").chmod(0o777)
+    rig = make_rig(forgejo_ca_file=str(own))
+    path = Path(json_of(rig.session().call_tool("get_env"))["SSL_CERT_FILE"])
+    assert path.parent == rig.directory and "the operator's" in path.read_text()
 
 
 def test_P04_a_child_has_no_file_descriptor_but_its_three_pipes(rig):

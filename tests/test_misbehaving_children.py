@@ -44,8 +44,8 @@ def beside(rig, misbehave, *, again=True):
 @pytest.mark.parametrize(
     "tool, arguments, settings, reason",
     [
-        ("endless_line", {}, {}, "child_died"),
-        ("big_line", {"bytes": 20_000_000}, {}, "child_died"),
+        ("endless_line", {}, {}, "answer_too_large"),
+        ("big_line", {"bytes": 20_000_000}, {}, "answer_too_large"),
         ("partial_line", {"exit": True, "ms": 0}, {}, "child_died"),
         ("bad_lines", {"n": 100}, {}, "child_died"),
         ("crash", {"signal": "SIGSEGV"}, {}, "child_died"),
@@ -62,7 +62,7 @@ def test_J08_J20_J22_P09_what_goes_wrong_is_told_to_its_own_call_only(
     error = beside(rig, lambda mcp: mcp.call_tool(tool, **arguments))
     assert isinstance(error, RpcError) and (error.http_status, error.code) == (200, -32000)
     assert error.data == {"reason": reason, "outcome_unknown": True, "retryable": reason == "child_died"}
-    assert len(rig.log.named("child stopped")) == (reason == "child_died")
+    assert len(rig.log.named("child stopped")) == (reason != "timed_out")
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,17 @@ def test_J08_J20_P15_what_is_only_odd_costs_nothing(make_rig, tool, arguments, a
     text = text_of(beside(rig, lambda mcp: mcp.call_tool(tool, **arguments)))
     assert text == answer or answer is None and len(text) > 14_000_000
     assert not rig.log.named("child stopped")
+
+
+def test_only_the_call_whose_answer_is_too_large_is_told_so(make_rig, control):
+    rig = make_rig(child=("--control", control.path), max_line="1MiB")
+    mcp = rig.session()
+    other = in_thread(same(mcp).call_tool, "get_slow", key="k")
+    control.wait_event(event="call", tool="get_slow")
+    with pytest.raises(RpcError) as refusal:
+        mcp.call_tool("big_line", bytes=2_000_000)
+    assert refusal.value.data == {"reason": "answer_too_large", "outcome_unknown": True, "retryable": False}
+    assert other().data == {"reason": "child_died", "outcome_unknown": True, "retryable": True}
 
 
 def test_J08_stray_and_second_answers_are_counted_and_dropped(rig):

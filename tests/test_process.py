@@ -15,7 +15,7 @@ import run
 from browser import Browser, approve_login
 from broker_process import BROKER, command_of, run_program
 from mcp_client import McpClient, OAuthClient, RpcError
-from rig import json_of, text_of
+from rig import text_of, token_of
 
 GONE_LIMIT = 5  # seconds after which no child may be left (design 2)
 
@@ -373,7 +373,7 @@ def test_no_secret_reaches_the_log(make_installation):
     installation.start()
     mcp = session(installation)
     mcp.call_tool("get_echo", text="canary-argument")
-    upstream = json_of(mcp.call_tool("get_env"))["FORGEJO_ACCESS_TOKEN"]
+    upstream = token_of(mcp)
     old = dict(mcp.oauth.tokens)
     mcp.oauth.refresh()
     with pytest.raises(RpcError):

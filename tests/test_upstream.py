@@ -21,7 +21,7 @@ from fake_forgejo import (
 )
 from load import Load, same
 from mcp_client import ClientError, McpClient, OAuthClient, RpcError
-from rig import json_of, text_of, who
+from rig import text_of, token_of, who
 from test_process import in_thread
 
 TOKEN, USERINFO = "/login/oauth/access_token", "/login/oauth/userinfo"
@@ -102,10 +102,10 @@ def test_a_refresh_is_on_disk_before_any_child_has_it(lasting):
     rig = lasting
     mcp = rig.session()
     rig.clock.advance(3590)
-    token = json_of(mcp.call_tool("get_env"))["FORGEJO_ACCESS_TOKEN"]
+    token = token_of(mcp)
     assert refreshes(rig) == 1
     rig.restart()
-    assert json_of(same(mcp).call_tool("get_env"))["FORGEJO_ACCESS_TOKEN"] == token and refreshes(rig) == 1
+    assert token_of(same(mcp)) == token and refreshes(rig) == 1
 
 
 def test_a_credential_of_a_live_login_that_nobody_uses_is_kept_fresh_every_ten_days(lasting):
