@@ -6677,6 +6677,15 @@ class Call:
             code, sentence, {"reason": reason, "outcome_unknown": outcome_unknown, "retryable": retryable}
         )
 
+    def fail_undelivered(self) -> None:
+        """Answer a call whose answer, or question, cannot be passed on."""
+        self.fail(
+            "bad_answer",
+            "The tool's answer could not be passed on; whether it did anything is not known.",
+            retryable=False,
+            code=INTERNAL_ERROR,
+        )
+
     def finish(self, log: Log, deliver: Callable[[], object]) -> None:
         """Deliver the end of a call that nobody finds in `pending` any more, and tell who waits for it. Raises nothing.
 
@@ -6687,12 +6696,7 @@ class Call:
         except Exception as error:
             log.event("error", "delivery failed", method=self.method, error=type(error).__name__)
             try:
-                self.fail(
-                    "bad_answer",
-                    "The tool's answer could not be passed on; whether it did anything is not known.",
-                    retryable=False,
-                    code=INTERNAL_ERROR,
-                )
+                self.fail_undelivered()
             except Exception as again:
                 log.event("error", "delivery failed", method=self.method, error=type(again).__name__)
                 self.reply.close()
@@ -6957,16 +6961,7 @@ class Link:
         try:
             self.edge.ask(call, message)
         except Exception:
-            self.session.cancel(
-                call,
-                None,
-                lambda: call.fail(
-                    "bad_answer",
-                    "What the tool asks could not be passed on; whether it did anything is not known.",
-                    retryable=False,
-                    code=INTERNAL_ERROR,
-                ),
-            )
+            self.session.cancel(call, None, call.fail_undelivered)
             raise
 
     def _finish(self, call: Call, deliver: Callable[[], object], message: Message | None = None) -> None:
@@ -8353,7 +8348,8 @@ class ModernReply:
         self._change = change
         self.stream = place.new_stream(1)
         self.call = None
-        self._keys = {}
+        self._keys: dict[str, Question] = {}
+        self._answering: set[Question] = set()
         self.held_name = ""
         self.held = self.gone = False
 
@@ -8438,16 +8434,30 @@ class ModernReply:
         else:
             run_later(COLLECT_WAIT, self._ask)
 
-    def _ask(self):
-        """Answer with `input_required`; what comes from here on waits for the retry (MCP 2026-07-28 patterns/mrtr)."""
+    def _ask(self) -> None:
+        """Answer with `input_required`; what comes from here on waits for the retry (MCP 2026-07-28 patterns/mrtr). Raises nothing."""
         with self.place.lock:
-            questions = [question for question in self.place.questions if question.call is self.call]
+            questions = [
+                question
+                for question in self.place.questions
+                if question.call is self.call and question not in self._answering
+            ]
             if self.held or not questions:
                 return
             self.held = True
             self._keys = named_questions(questions)
             stream = self.stream
             self.stream = self.place.new_stream(1)
+        try:
+            stream.put(self._input_required(), answer=True, request_id=self.id)
+        except Exception as error:  # the client waits at the old stream
+            self.place.log.event("error", "delivery failed", error=type(error).__name__)
+            with self.place.lock:
+                self.held = False
+                self.stream = stream
+            self.place.cancel(self.call, None, self.call.fail_undelivered)
+
+    def _input_required(self) -> bytes:
         requests = {key: asking(question.method, question.params) for key, question in self._keys.items()}
         result = {
             "resultType": "input_required",
@@ -8455,20 +8465,22 @@ class ModernReply:
             "requestState": self._hold(self),
             "_meta": self.place.front.server_meta,
         }
-        stream.put(result_message(self.id, result), answer=True, request_id=self.id)
+        return result_message(self.id, result)
 
-    def retried(self, request_id, responses):
+    def retried(self, request_id: object, responses: dict[str, object]) -> Reader:
         """The client came back, with answers or without: a Reader of what follows. What is missing is asked again."""
         with self.place.lock:
             self.held = False
             self.id = request_id
             asked = self._keys
             self._keys = {}
+            answers = {key: responses[key] for key in asked if isinstance(responses.get(key), dict)}
+            # A question that came with others has a timer of its own, which must not ask it again while it is being answered.
+            self._answering = {asked[key] for key in answers}
             reader = self.stream.open()
-        for key, question in asked.items():
-            if isinstance(responses.get(key), dict):
-                self.place.answer(question, responses[key])
-        if any(not isinstance(responses.get(key), dict) for key in asked):
+        for key, answer in answers.items():
+            self.place.answer(asked[key], answer)
+        if len(answers) < len(asked):
             self._ask()
         return reader
 
