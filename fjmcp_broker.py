@@ -32,6 +32,7 @@ import errno
 import fcntl
 import fnmatch
 import functools
+import gc
 import getpass
 import hashlib
 import hmac
@@ -7223,8 +7224,11 @@ class Session:
         with self.lock:
             if question not in self.questions:
                 return
-            if question.call:
-                question.call.answers[question.key] = result
+            call = question.call
+            if call and question.link.edge.collects_answers:
+                call.answers[question.key] = result
+                if len(dump(call.answers)) > self.settings.max_body:  # they go to the child in one request
+                    error = {"code": SERVER_ERROR, "message": "The answers are too large together"}
             last = self._close(question)
         question.link.edge.answered(question, result, error, last)
 
@@ -7352,6 +7356,9 @@ class Session:
         raise self.registry.why_not_started(self.sub)
 
     def _settle(self, link, server, replay):
+        if len(dump(server)) > MAX_SERVER:  # it is kept, in memory and on file
+            self.log.event("error", "child says too much of itself", user=self.sub, bytes=len(dump(server)))
+            raise unavailable("starting_failed", "The tool process says too much of itself.")
         if self.version and server["protocolVersion"] != self.version:
             self.log.event(
                 "warning",
@@ -7632,6 +7639,7 @@ def marked_properties(schema: object, path: tuple[str, ...] = ()) -> Iterator[tu
         yield from marked_properties(part, (*path, key))
 
 
+MAX_SERVER = 1 << 18  # bytes of what a child says of itself when it starts
 MAX_URI = 2048  # bytes of a resource's URI that is kept because somebody subscribed to it
 
 
@@ -7794,6 +7802,8 @@ def connect(link, known, seconds):
 class Edge:
     """What is the same with a child of either era."""
 
+    collects_answers = False  # whether the answers to the questions of a call are kept until all are there
+
     def __init__(self, link):
         self._link = link
         self._session = link.session
@@ -7916,6 +7926,8 @@ class LegacyEdge(Edge):
 
 class ModernEdge(Edge):
     """Speaks with a child that takes its client's metadata with each request, and asks by answering `input_required`."""
+
+    collects_answers = True
 
     def __init__(self, link):
         super().__init__(link)
@@ -8108,6 +8120,8 @@ class ModernEdge(Edge):
             acknowledged.wait(QUESTION_GRACE)
         old = self._listen
         self._listen = number if acknowledged.is_set() else None
+        if self._listen is None:
+            self._listens.pop(number, None)
         if old is not None:
             self._listens.pop(old, None)
             self.cancel(old, None)
@@ -8977,6 +8991,10 @@ class Registry:
         with self.lock:
             return [*self.sessions.values(), *(session for pool in self.pools.values() for session in pool)]
 
+    def is_quiet(self) -> bool:
+        """Whether no child has a request in flight just now."""
+        return not any((link := session.link) and link.pending for session in self.all())
+
     def counts(self):
         """(sessions on file, children)."""
         return self.store.count_sessions(), sum(self.places.values())
@@ -9224,6 +9242,47 @@ def challenge_header(settings, error=None, scope=" ".join(SCOPES)):
     return f'Bearer resource_metadata="{url}", scope="{scope}"{shown}'
 
 
+def resident_bytes() -> int:
+    """The resident memory of this process."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Trimmer:
+    """Gives memory back to the system after a busy time: what the allocator keeps of it for later, and cyclic garbage.
+
+    glibc returns only what is free at the top of a heap; between long-lived objects tens of MiB stay (measured: docs/limits.md).
+    """
+
+    EVERY = 10.0  # seconds while nobody calls
+    BUSY = 60.0  # seconds while somebody does, for a collection holds up everybody's thread for some 20 ms
+    LONGEST = 300.0  # seconds where it was of no use
+    GROWN = 4 << 20  # bytes that make it worth the while
+
+    def __init__(self) -> None:
+        self._floor = self._level = resident_bytes()
+        self._last = 0.0
+        self._pause = self.EVERY
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+
+    def tick(self, now: float, is_quiet: Callable[[], bool]) -> None:
+        """Trim if there is more than at the best of times, the more seldom the less it helps; `now` is monotonic."""
+        if now < self._last + self._pause:
+            return
+        before = resident_bytes()
+        if before < self._floor + self.GROWN or now < self._last + self.BUSY and not is_quiet():
+            return
+        gc.collect()
+        if self._trim:
+            self._trim(0)
+        after = resident_bytes()
+        has_use = before - after > self.GROWN // 4 or abs(before - self._level) > self.GROWN
+        self._pause = self.EVERY if has_use else min(self.LONGEST, 2 * self._pause)
+        self._floor = min(self._floor, after)
+        self._level = after
+        self._last = now
+
+
 class Reaper:
     """What happens by the clock. tick() is a plain function; run() calls it at least once a second from a daemon thread."""
 
@@ -9245,6 +9304,7 @@ class Reaper:
         self._refreshing: set[str] = set()
         self._streams: dict[Reader, tuple[Caller, bool]] = {}
         self._unseen: list[Reader] = []
+        self._trimmer = Trimmer()
         self._lock = threading.Lock()  # the lock guards _streams, _unseen and _refreshing; a leaf
 
     def watch(self, reader: Reader, caller: "Caller", is_call: bool) -> None:
@@ -9273,6 +9333,7 @@ class Reaper:
         for session in self._registry.all():
             self._step(self._tick_session, session)
         self._step(self._registry.kept.expire)
+        self._step(self._trimmer.tick, time.monotonic(), self._registry.is_quiet)
         self._step(self._end_what_was_revoked, now)
         self._step(self._refresh, now)
         monotonic = self._clock.monotonic()

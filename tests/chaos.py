@@ -2,6 +2,7 @@
 
     python3 tests/chaos.py --minutes 10          as long as one likes
     python3 tests/chaos.py --seed 7 --steps 20   the same again
+    python3 tests/chaos.py --hostile             people attack it instead, for ten minutes: see hostile.py
 
 Each step disturbs something (a child, the broker, Forgejo, the disk) while every session is being used, then puts things right
 and checks what must hold:
@@ -34,6 +35,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import hostile  # noqa: E402
 from broker_process import BROKER, Installation, NotReady, command_of  # noqa: E402
 from browser import BrowserError  # noqa: E402
 from fake_forgejo import FakeForgejo, html, lose_response, status  # noqa: E402
@@ -533,6 +535,15 @@ def run(seed, *, steps=None, minutes=None, say=print, tmpfs=True):
         return world.counts
 
 
+def besiege(seed, seconds):
+    """Attack for so long, and say what came of it."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hostile.NOFILE, hostile.NOFILE))
+    print(f"seed {seed}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="fjmcp-siege-") as folder:
+        hostile.run(folder, seconds, seed=seed)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description="Break everything around the broker, and see that nothing is lost."
@@ -545,7 +556,10 @@ def main():
         action="store_true",
         help="fill the disk by RLIMIT_FSIZE also where a tmpfs could be mounted",
     )
+    parser.add_argument("--hostile", action="store_true", help="five logins and fifty addresses attack it")
     options = parser.parse_args()
+    if options.hostile:
+        return besiege(options.seed, 60 * (options.minutes or 10))
     if options.steps is None and options.minutes is None:
         options.minutes = 1
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1155,6 +1155,27 @@ def stderr_flood(call):
     return "flooded"
 
 
+@tool(kind="string!", bytes="integer!", ms="integer!")
+def flood(call):
+    """Sends questions, notifications, junk or answers of so many bytes, or writes to stderr, for a while; then answers"""
+    kind, padding = call.arguments["kind"], "x" * call.arguments["bytes"]
+    until = time.monotonic() + call.arguments["ms"] / 1000
+    for number in itertools.count():
+        if time.monotonic() > until:
+            return "flooded"
+        if kind == "questions":
+            params = {"message": padding, "requestedSchema": {"type": "object", "properties": {}}}
+            call.server.send(id=f"flood {number}", method="elicitation/create", params=params)
+        elif kind == "notifications":
+            call.server.send(method="notifications/message", params={"level": "info", "data": padding})
+        elif kind == "answers":
+            call.server.send(id=f"never asked {number}", result={"padding": padding})
+        elif kind == "junk":
+            call.server.write(padding.encode() + b"\n" + b'{"jsonrpc":"2.0","method":"notifications/x"}\n')
+        else:
+            os.write(2, padding.encode() + b"\n")
+
+
 @tool(own_session="boolean")
 def grandchild(call):
     """Starts a process that holds stdout and stderr for ten minutes; its pid"""

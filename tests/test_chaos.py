@@ -3,6 +3,7 @@
 import pytest
 
 import chaos
+import hostile
 
 
 @pytest.mark.timeout(300)  # a few seconds where nothing else runs; what hangs is found by the run itself
@@ -33,3 +34,19 @@ def test_each_disturbance_does_what_it_says(tmp_path, name):
         ]
     finally:
         world.close()
+
+
+@pytest.mark.timeout(300)
+def test_attackers_hurt_nobody_else_and_their_memory_comes_back(tmp_path):
+    """How long /healthz takes is judged by `chaos.py --hostile`, where nothing else runs."""
+    short = ("session_idle_timeout", "kept_time", "idle_timeout", "body_timeout", "input_timeout")
+    settings = dict.fromkeys(short, "3s")  # a child waits that long for an answer to its questions
+    seen = hostile.run(
+        tmp_path, 10, say=lambda text: None, seconds_allowed=60, patience=100, seed=1, **settings
+    )
+    assert seen["calls"] > 3
+
+
+def test_each_attack_is_one():
+    names = [attack.__name__ for attack, _ in hostile.ATTACKS]
+    assert len(set(names)) == len(names) > 10 and all(attack.__doc__ for attack, _ in hostile.ATTACKS)

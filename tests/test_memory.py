@@ -3,6 +3,7 @@
 import ast
 import gc
 import json
+import types
 import weakref
 from pathlib import Path
 
@@ -212,3 +213,43 @@ def test_a_listener_has_as_many_resources_as_allowed(rig):
     uris = [f"test://echo/{number}" for number in range(128)]
     with listening(connect(rig), resourceSubscriptions=uris) as (honoured, _, _):
         assert sorted(honoured["resourceSubscriptions"]) == sorted(uris)
+
+
+# -- what a child says of itself, and what a client answers it
+
+
+def test_a_child_that_says_too_much_of_itself_is_not_started(make_rig, monkeypatch):
+    monkeypatch.setattr(fjmcp_broker, "MAX_SERVER", 5000)
+    rig = make_rig(child=("--mode", f"instructions={'x' * 5000}"))
+    with pytest.raises(RpcError) as refusal:
+        rig.session()
+    assert (refusal.value.http_status, refusal.value.data["reason"]) == (503, "starting_failed")
+    assert rig.log.named("child says too much of itself")
+
+
+class Edge:
+    """An edge that notes what it is told."""
+
+    def __init__(self, collects):
+        self.collects_answers, self.told = collects, []
+
+    def answered(self, question, result, error, last):
+        self.told.append((result, error, last))
+
+
+@pytest.mark.parametrize("collects", [False, True])
+def test_answers_to_questions_are_kept_only_for_a_child_that_gets_them_together_and_within_a_body(
+    make_rig, collects
+):
+    rig = make_rig(max_body="10KiB")
+    rig.session()
+    (session,) = rig.broker.registry.all()
+    link = types.SimpleNamespace(edge=Edge(collects))
+    asking = fjmcp_broker.Call("tools/call", {}, None, 0.0)
+    for number in range(3):
+        question = fjmcp_broker.Question(link, f"q{number}", "roots/list", {})
+        assert session.hold(question, asking, 60)
+        session.answer(question, {"x": "y" * 4000})
+    errors = [error for _, error, _ in link.edge.told]
+    assert [bool(error) for error in errors] == [False, False, collects]
+    assert len(json.dumps(asking.answers)) < (16_000 if collects else 10)
