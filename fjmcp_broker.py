@@ -6590,8 +6590,8 @@ class Child:
 # ======================================================================================================================
 
 
-MAX_TOOLS = 10_000  # of a child's list that are kept, of
-MAX_TOOL_PAGES = 100  # pages at most
+MAX_LISTING = 1 << 20  # bytes of what is kept of a child's list of tools
+MAX_TOOL_PAGES = 100
 MAX_NAME = 256  # characters of a tool's name, or a task's id, that is remembered
 MAX_TASKS = 256  # of a session
 
@@ -6831,6 +6831,7 @@ class Link:
         changes = self.list_changes
         end = time.monotonic() + QUESTION_GRACE
         tools: dict[str, Tool] = {}
+        room = MAX_LISTING
         cursor: object = None
         for _ in range(MAX_TOOL_PAGES):
             body = self.call("tools/list", {"cursor": cursor} if cursor else {}, end - time.monotonic())
@@ -6840,9 +6841,9 @@ class Link:
             page = result.get("tools") if isinstance(result, dict) else None
             if not isinstance(page, list):
                 return {}
-            add_tools(tools, page)
+            room = add_tools(tools, page, room)
             cursor = result.get("nextCursor")
-            if not isinstance(cursor, str) or len(tools) >= MAX_TOOLS:
+            if not isinstance(cursor, str) or room <= 0:
                 break
         with self.session.lock:
             if changes != self.list_changes:
@@ -7614,13 +7615,24 @@ class Session:
                     self.tasks.popitem(last=False)
 
 
-def add_tools(tools: dict[str, Tool], page: list[object]) -> None:
-    """Add a page of tools/list. Of a name that is listed twice nobody knows which one runs: it reads only if both do."""
+def add_tools(tools: dict[str, Tool], page: list[object], room: int) -> int:
+    """Adds a page of tools/list, in `room` bytes; returns those that are left. What is not kept counts as not listed.
+
+    Of a name that is listed twice nobody knows which tool runs: it reads only if both do.
+    """
     for tool in page:
         name = tool.get("name") if isinstance(tool, dict) else None
-        if isinstance(tool, dict) and isinstance(name, str) and len(name) <= MAX_NAME:
-            reads = hint_reads(tool) and (name not in tools or tools[name].reads)
-            tools[name] = Tool(reads, tuple(marked_properties(tool.get("inputSchema"))))
+        if not isinstance(tool, dict) or not isinstance(name, str) or len(name) > MAX_NAME:
+            continue
+        mirrored = tuple(marked_properties(tool.get("inputSchema")))
+        room -= (
+            256 + 4 * len(name) + 4 * sum(len(key) + 64 for path, mark in mirrored for key in (*path, mark))
+        )
+        if room <= 0:
+            break
+        reads = hint_reads(tool) and (name not in tools or tools[name].reads)
+        tools[name] = Tool(reads, mirrored)
+    return room
 
 
 def hint_reads(tool: dict[str, object]) -> bool:

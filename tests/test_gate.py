@@ -174,8 +174,23 @@ def test_members_in_another_order_and_whole_numbers_with_a_fraction_mean_the_sam
 )
 def test_of_two_tools_of_one_name_both_must_read(hints, reads):
     tools = {}
-    fjmcp_broker.add_tools(tools, [{"name": "x", "annotations": {"readOnlyHint": hint}} for hint in hints])
+    page = [{"name": "x", "annotations": {"readOnlyHint": hint}} for hint in hints]
+    fjmcp_broker.add_tools(tools, page, fjmcp_broker.MAX_LISTING)
     assert tools["x"].reads is reads
+
+
+def test_what_is_kept_of_a_childs_list_is_bounded():
+    tools = {}
+    page = [{"name": f"{n:0256}", "annotations": {"readOnlyHint": True}} for n in range(10_000)]
+    marked = {"properties": {"x" * 100_000: {"x-mcp-header": "H"}}}
+    assert fjmcp_broker.add_tools(tools, [*page, tool("last")], fjmcp_broker.MAX_LISTING) <= 0
+    assert 100 < len(tools) < 1000 and "last" not in tools
+    tools = {}
+    assert (
+        fjmcp_broker.add_tools(tools, [{**tool(str(n)), "inputSchema": marked} for n in range(9)], 1 << 20)
+        <= 0
+    )
+    assert len(tools) == 2
 
 
 # -- A child on mcp-go
@@ -680,3 +695,16 @@ def test_a_task_may_be_changed_by_who_may_make_its_call(listing, method):
     }
     assert done[READER]["result"] == {"did": method} and done[WRITER]["result"]["isError"]
     assert listing.heard(method) == [{"taskId": "task of " + READER}]
+
+
+@pytest.mark.parametrize("child_era", ["legacy", "modern"])
+def test_a_child_of_either_era_is_heard_when_its_list_changes_though_no_client_listens(make_rig, child_era):
+    rig = make_rig(child=("--era", child_era) if child_era == "modern" else ())
+    oauth = rig.login()
+    full = connect(rig, oauth=oauth)
+    oauth.login(None, "alice", "secret", "read")
+    reader = connect(rig, oauth=oauth)
+    assert refused(reader, "tools/call", {"name": "get_later", "arguments": {}})[:2] == (404, -32601)
+    call(full, "change_tools", {"name": "get_later"})
+    assert call(reader, "get_later")["content"]
+    assert len({event["pid"] for event in rig.log.named("child started")}) == 1
