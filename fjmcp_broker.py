@@ -3522,7 +3522,7 @@ def escape_line_separators(line: bytes) -> bytes:
 
 def with_id(line, message, request_id, extra=None):
     """A child's answer with its id replaced and `extra` members in its result; large ones keep their bytes, where the envelope leaves no doubt."""
-    line = without_lone_surrogates(escape_line_separators(line))
+    line = escape_line_separators(line)
     match = ENVELOPE.match(line)
     if (
         match

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 import fjmcp_broker
 import mcp_client
 from fjmcp_broker import KNOWN_META, KNOWN_PARAMS, RpcError, message_from
+from load import same
 from mcp_client import META, MODERN, McpClient
 from modern import ALL_INPUT, call, connect, refused, retry_of
 from rig import Rig, json_of, text_of
 from test_bridge import INITIALIZE, Heard
+from test_process import in_thread
 
 LISTING_CHILD = Path(__file__).resolve().parent / "listing_child.py"
 READER, WRITER = "get_my_user_info", "delete_repo"
@@ -403,12 +405,14 @@ def test_a_childs_lone_surrogate_reaches_no_client(controlled, control):
     stream.close()
 
 
-def test_an_answer_with_a_lone_surrogate_is_written_anew():
-    line = rb'{"jsonrpc":"2.0","id":7,"result":{"a":"\ud800","b":"\ud83d\ude00"}}'
-    message = fjmcp_broker.classify(fjmcp_broker.read_child_json(line))
-    for extra in (None, {"resultType": "complete"}):
-        sent = json.loads(fjmcp_broker.with_id(line, message, "x", extra))
-        assert sent["id"] == "x" and sent["result"]["a"] == "\ufffd" and sent["result"]["b"] == "\U0001f600"
+def test_an_answer_with_a_lone_surrogate_reaches_its_client_without_it(controlled, control):
+    mcp = controlled.session()
+    join = in_thread(same(mcp).post, request("tools/call", {"name": "silent"}))
+    number = control.wait_event(event="call", tool="silent")["id"]
+    said = rb'"result":{"content":[{"type":"text","text":"\ud800!\ud83d\ude00"}]}}'
+    control.raw(b'{"jsonrpc":"2.0","id":%d,%s\n' % (number, said))
+    answer = join()
+    assert text_of(answer.messages()[-1]["result"]) == "\ufffd!\U0001f600" and "ud800" not in answer.text
 
 
 # -- Null and [] where an object is due

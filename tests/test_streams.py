@@ -191,6 +191,21 @@ def test_a_stale_event_id_opens_the_sessions_stream_if_nobody_reads_it_and_else_
         other.close()
 
 
+def test_of_two_stale_event_ids_at_once_one_gets_the_sessions_stream_and_the_other_a_quiet_one(controlled):
+    controlled.session()
+    front = controlled.broker.registry.all()[0].front
+    first = []
+
+    def seat(_key):  # between the look whether the stream is free and its opening another request has it
+        if not first:
+            first.append(front.get_stream.open())
+
+    second = front.open_stream("0aBcDeFgHiJk-3", seat)
+    assert not first[0].ended and second.stream is not front.get_stream
+    for reader in (*first, second):
+        reader.close()
+
+
 def test_a_quiet_stream_ends_no_stream_of_a_post_and_resumes_nothing(controlled, control):
     mcp = controlled.session()
     stream = mcp.open_stream()
