@@ -334,7 +334,7 @@ SETTINGS = (
     Setting(
         "forgejo_oauth_scopes",
         "forgejo_scopes",
-        "openid profile read:user read:misc write:repository write:issue write:notification write:organization",
+        "openid profile read:user read:misc write:repository write:issue write:notification read:organization write:organization",
         "what is asked of Forgejo; frozen by Forgejo at each user's first login",
     ),
     Setting(
@@ -4565,8 +4565,24 @@ def account_login_page(forgejo_host, csrf, headers=()):
     return page(200, "Your applications", body, form=True, headers=headers)
 
 
-def account_page(login, applications, sessions, csrf):
-    """What a user has connected. `applications`: (client id, name, scopes, when used); `sessions`: (id, name, when begun, when used)."""
+def missing_rights(missing: Sequence[str], forgejo_url: str) -> str:
+    """Returns what the account page says where Forgejo granted less than this server asks for, with the remedy; "" where it did not."""
+    if not missing:
+        return ""
+    settings_url = html.escape(forgejo_url + "/user/settings/applications")
+    return f"""
+<p role="note"><strong>Some tools will not work.</strong> At Forgejo this server has not got these rights:
+<code>{html.escape(" ".join(missing))}</code>. Forgejo keeps what was agreed to at the first login. To change that, remove this
+server from <a href="{settings_url}">the authorized applications in Forgejo's settings</a>, then connect again.</p>"""
+
+
+def account_page(
+    login: str, applications: Sequence[Any], sessions: Sequence[Any], csrf: str, notes: str = ""
+) -> Response:
+    """What a user has connected. `applications`: (client id, name, scopes, when used); `sessions`: (id, name, when begun, when used).
+
+    `notes` is HTML to be read first.
+    """
 
     def items(rows, field, action):
         forms = (
@@ -4590,7 +4606,7 @@ def account_page(login, applications, sessions, csrf):
         for key, name, begun, used in sessions
     ]
     body = f"""
-<p>You are <strong>{html.escape(login)}</strong>.</p>
+<p>You are <strong>{html.escape(login)}</strong>.</p>{notes}
 <h2>Connected applications</h2>{items(shown_apps, "client", "Disconnect")}
 <h2>Open sessions</h2>{items(shown_sessions, "session", "End session")}
 <form method="post" action="/account/end"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
@@ -5780,11 +5796,14 @@ class Authorization:
             (row.hash.hex(), row.name, row.created_at, row.used_at)
             for row in self._store.sessions_of(user.sub)[:100]
         ]
+        granted = self._store.user(user.sub).upstream_scope
+        missing = missing_scopes(self._settings.forgejo_oauth_scopes, granted) if granted is not None else []
         return account_page(
             user.login,
             [(key, *shown) for key, shown in applications.items()],
             sessions,
             self._csrf(cookie, "account"),
+            missing_rights(missing, self._settings.forgejo_url),
         )
 
     def account_login(self, request: Request) -> Response:

@@ -138,10 +138,10 @@ def make_installation(tmp_path):
 
     made = []
 
-    def make(*, child=(), access_lifetime=3600, **arguments):
+    def make(*, child=(), access_lifetime=3600, forgejo_args=None, **arguments):
         folder = tmp_path / f"installation{len(made)}"
         folder.mkdir()
-        forgejo = FakeForgejo(access_lifetime=access_lifetime).start()
+        forgejo = FakeForgejo(access_lifetime=access_lifetime, **(forgejo_args or {})).start()
         made.append(Installation(folder, forgejo, (*CHILD, *child), **arguments))
         return made[-1]
 

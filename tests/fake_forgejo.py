@@ -632,7 +632,7 @@ class Gate:
 
 
 class FakeForgejo:
-    """One instance on 127.0.0.1. `profile` is a name in PROFILES or a Profile; `clock` (replaceable at any time)
+    """One instance on `host`. `profile` is a name in PROFILES or a Profile; `clock` (replaceable at any time)
     gives the seconds by which tokens and codes expire. Two users exist from the start, alice and bob, password
     "secret". The port is bound at once and kept until `stop()`; until `start()` and while `down()` it refuses.
 
@@ -644,6 +644,7 @@ class FakeForgejo:
         self,
         *,
         port=0,
+        host="127.0.0.1",
         clock=time.time,
         access_lifetime=3600,
         refresh_lifetime=730 * 3600,
@@ -670,13 +671,12 @@ class FakeForgejo:
         self._stopping = threading.Event()
         self._connections, self._threads = set(), set()
         self._listener = self._acceptor = None
+        self.host = host
         if port:
-            socket.create_server(
-                ("127.0.0.1", port)
-            ).close()  # SO_REUSEPORT below would share a taken port silently
+            socket.create_server((host, port)).close()  # SO_REUSEPORT below would share a taken port silently
         self._reservation = self._bound_socket(port)
         self.port = self._reservation.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}{path}"
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}{path}"
         for login in ("alice", "bob"):
             self.add_user(login)
 
@@ -688,13 +688,12 @@ class FakeForgejo:
 
     # -- life --
 
-    @staticmethod
-    def _bound_socket(port):
+    def _bound_socket(self, port):
         """A socket that reserves the port without listening, so that nobody else gets it while the server is down."""
-        made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        made = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET, socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        made.bind(("127.0.0.1", port))
+        made.bind((self.host, port))
         return made
 
     def start(self):

@@ -77,9 +77,11 @@ class AuditLog(fjmcp_broker.Log):
 class Rig:
     """A fake Forgejo and a broker before it, restartable on the same port and store."""
 
-    def __init__(self, directory, *, child=(), access_lifetime=3600, web=None, **settings):
+    def __init__(self, directory, *, child=(), access_lifetime=3600, web=None, forgejo_args=None, **settings):
         self.directory, self.clock, self.web = Path(directory), FakeClock(), web
-        self.forgejo = FakeForgejo(clock=self.clock, access_lifetime=access_lifetime).start()
+        self.forgejo = FakeForgejo(
+            clock=self.clock, access_lifetime=access_lifetime, **(forgejo_args or {})
+        ).start()
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.app = self.forgejo.add_app([self.url + "/oauth/callback"])

@@ -205,3 +205,39 @@ def test_the_page_survives_a_restart_and_an_unregistered_application_is_named_by
         db.execute("DELETE FROM clients")
     rig.restart()
     assert client.client_id in browser.get(rig.url + "/account").words
+
+
+def test_rights_that_Forgejo_did_not_grant_are_named_with_the_remedy_on_the_page_and_in_the_log(rig):
+    rig.forgejo.set_grant_scope("alice", rig.app.client_id, "openid profile write:repository")
+    rig.login("alice")
+    _, page = open_account(rig)
+    assert "Some tools will not work" in page.words and "read:user" in page.words
+    assert f'href="{rig.forgejo.url}/user/settings/applications"' in page.text
+    assert "write:repository" not in page.words  # that one was granted
+    record = rig.log.wait("a login lacks scopes")[0]
+    assert record["level"] == "warning" and record["login"] == "alice" and "connect again" in record["remedy"]
+    assert "write:issue" in record["missing"].split() and "write:repository" not in record["missing"].split()
+
+
+@pytest.mark.parametrize(
+    "granted",
+    [
+        None,
+        "openid profile all",
+        "openid profile write:user write:misc write:repository write:issue write:notification write:organization",
+    ],
+)
+def test_a_login_with_all_rights_hears_nothing_of_them(rig, granted):
+    if granted:
+        rig.forgejo.set_grant_scope("alice", rig.app.client_id, granted)
+    rig.login("alice")
+    _, page = open_account(rig)
+    assert "will not work" not in page.words and not rig.log.named("a login lacks scopes")
+
+
+def test_where_Forgejo_does_not_say_what_it_granted_nothing_is_claimed(rig):
+    rig.forgejo.set_grant_scope("alice", rig.app.client_id, "openid read:user")
+    rig.forgejo.inject("/login/oauth/introspect", fake_forgejo.status(401, "no"), times=None)
+    rig.login("alice")
+    _, page = open_account(rig)
+    assert "will not work" not in page.words and not rig.log.named("a login lacks scopes")
