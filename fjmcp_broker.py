@@ -22,6 +22,7 @@ from __future__ import annotations
 import array
 import base64
 import binascii
+import codecs
 import collections
 import contextlib
 import ctypes
@@ -759,15 +760,31 @@ def _standard_input():
     return data
 
 
-def _read_toml(path, problems):
+def decode_text(data: bytes) -> str:
+    """The text of a file: UTF-8, or what its byte order mark says, which Windows editors and PowerShell's `>` put there.
+
+    Raises ValueError.
+    """
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        if path == "/dev/stdin":
-            return tomllib.loads(_standard_input().decode())
-        with open(path, "rb") as file:
-            return tomllib.load(file)
+        return data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is no text in UTF-8; save it as UTF-8") from None
+
+
+def read_file(path: str) -> bytes:
+    """A file's bytes. Raises OSError."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _read_toml(path: str, problems: list[str]) -> dict[str, Any]:
+    """The keys of a TOML file; {}, and a sentence in `problems`, when it cannot be read."""
+    try:
+        return tomllib.loads(decode_text(_standard_input() if path == "/dev/stdin" else read_file(path)))
     except OSError as error:
         problems.append(f"cannot read {path}: {error.strerror}")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         problems.append(f"{path} is not TOML: {error}")
     return {}
 
@@ -784,8 +801,7 @@ def _offered(name, value, source, secrets_only):
     if not in_file:
         return setting, value, source
     try:
-        with open(_text(value), encoding="utf-8") as file:
-            return setting, file.read().strip(), f"{source}, {value}"
+        return setting, decode_text(read_file(_text(value))).strip(), f"{source}, {value}"
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name}: cannot read {value!r}: {getattr(error, 'strerror', None) or error}"
@@ -1048,12 +1064,6 @@ def put_file(path, fill, over=None):
         os.close(folder)
 
 
-def read_file(path):
-    """A file's bytes."""
-    with open(path, "rb") as file:
-        return file.read()
-
-
 def new_key():
     """A sealing key, as a line of a key file."""
     return base64.b64encode(os.urandom(32)).decode() + "\n"
@@ -1076,7 +1086,7 @@ class Keyring:
             ):  # a file that is gone or wrong is told at the next start
                 status = os.stat(self._path)
                 if self._seen != (status.st_ino, status.st_mtime_ns):
-                    self._keys = Keyring.parse(read_file(self._path).decode("ascii"))._keys
+                    self._keys = Keyring.parse(decode_text(read_file(self._path)))._keys
                     self._seen = (status.st_ino, status.st_mtime_ns)
         return self._keys
 
@@ -1116,6 +1126,36 @@ class Keyring:
         return Keyring(hkdf(token.encode(), key, b"fjmcp/v1/grace", 32) for key in self.keys)
 
 
+def file_trouble(path: str, error: Exception) -> str:
+    """What keeps a file or a database from being used, for the operator, with the remedy; only damage calls for a backup."""
+    number = getattr(error, "errno", None)
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    said = getattr(error, "strerror", None) or str(error)
+    free = 1 << 20
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(os.path.dirname(os.path.abspath(path)))
+        free = disk.f_bavail * disk.f_frsize
+    is_unclear = code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)  # a full disk is one of their causes
+    if number in (errno.ENOSPC, errno.EDQUOT) or code == sqlite3.SQLITE_FULL or is_unclear and free < 65536:
+        return f"the disk is full ({said}). Free some space there; nothing is lost, and no backup is needed"
+    if number == errno.EROFS or code == sqlite3.SQLITE_READONLY:
+        return (
+            f"it cannot be written ({said}): its disk is mounted read-only, or it belongs to another user."
+            " Mount the disk for writing, or chown the file to the user that serves"
+        )
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return f"it is damaged ({said}). Restore a backup (docs/operate.md); it is never made anew"
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return f"another process keeps it locked ({said}). End that one, or try again"
+    if number in (errno.EACCES, errno.EPERM) or code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        return f"{said}: user {os.geteuid()} may not use it. It and its folder must belong to the user that serves"
+    if code == sqlite3.SQLITE_IOERR:
+        return (
+            f"its disk fails ({said}). Look into the kernel's log (dmesg), and copy the file to another disk"
+        )
+    return said
+
+
 def key_path(settings):
     """Where the sealing keys are, if they are not given as `key`."""
     return settings.key_file or settings.store_path + ".key"
@@ -1139,9 +1179,9 @@ def load_keyring(settings):
                 )
             with contextlib.suppress(FileExistsError):  # somebody else is starting, too
                 put_file(path, new_key())
-        return Keyring.parse(read_file(path).decode("ascii"), path)
+        return Keyring.parse(decode_text(read_file(path)), path)
     except OSError as error:
-        raise ConfigurationError([f"key_file: cannot use {path}: {error.strerror}"]) from None
+        raise ConfigurationError([f"key_file: cannot use {path}: {file_trouble(path, error)}"]) from None
     except ValueError as error:
         raise ConfigurationError([f"{'key' if settings.key else 'key_file: ' + path}: {error}"]) from None
 
@@ -1316,16 +1356,19 @@ class Store:
             self._writer = self._connect(path)
             self._reader = self._connect(path)
             if (problem := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                raise sqlite3.DatabaseError(problem)
+                broken = sqlite3.DatabaseError(problem)
+                broken.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+                raise broken
             self._migrate()
             self._check_key(keyring)
         except BaseException as error:
             self.close()
             if not isinstance(error, (sqlite3.Error, StoreUnavailable)):
                 raise
-            reason = getattr(error, "reason", error)
+            if isinstance(error, StoreUnavailable):
+                raise ConfigurationError([f"store_path: {error.reason}"]) from None
             raise ConfigurationError(
-                [f"store_path: {path} cannot be used: {reason}. Restore a backup; it is never made anew"]
+                [f"store_path: {path} cannot be used: {file_trouble(path, error)}"]
             ) from None
 
     def _claim(self, path):
@@ -1341,7 +1384,9 @@ class Store:
         except BlockingIOError:
             raise ConfigurationError([f"store_path: another broker is using {path}"]) from None
         except OSError as error:
-            raise ConfigurationError([f"store_path: cannot use {path}: {error.strerror}"]) from None
+            raise ConfigurationError(
+                [f"store_path: cannot use {path}: {file_trouble(path, error)}"]
+            ) from None
 
     @staticmethod
     def _connect(path):
@@ -1404,7 +1449,7 @@ class Store:
                     self._writer.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
-            raise StoreUnavailable(str(error)) from error
+            raise StoreUnavailable(f"{self.path} cannot be used: {file_trouble(self.path, error)}") from error
         finally:
             self._write_lock.release()
 
@@ -1419,7 +1464,9 @@ class Store:
             try:
                 return self._reader.execute(sql, parameters).fetchall()
             except sqlite3.Error as error:
-                raise StoreUnavailable(str(error)) from error
+                raise StoreUnavailable(
+                    f"{self.path} cannot be used: {file_trouble(self.path, error)}"
+                ) from error
 
     def _one(self, sql, parameters=()):
         return next(iter(self._all(sql, parameters)), None)
@@ -2129,8 +2176,13 @@ class Store:
     def listing(self, kind, now):
         """(column names, rows) of users, clients, grants (live ones) or sessions."""
         with self._read_lock:
-            cursor = self._reader.execute(LISTINGS[kind], {"now": now})
-            return [column[0] for column in cursor.description], cursor.fetchall()
+            try:
+                cursor = self._reader.execute(LISTINGS[kind], {"now": now})
+                return [column[0] for column in cursor.description], cursor.fetchall()
+            except sqlite3.Error as error:
+                raise StoreUnavailable(
+                    f"{self.path} cannot be used: {file_trouble(self.path, error)}"
+                ) from error
 
     def find_grants(self, kind: str, value: str, now: float) -> list[Any]:
         """Returns the live grants of a user, a client, of an id, or (kind `all`) of everybody.
@@ -2151,8 +2203,13 @@ class Store:
 
     def backup(self, path):
         """Write a consistent copy to a file."""
-        with self._read_lock, contextlib.closing(sqlite3.connect(path)) as copy:
-            self._reader.backup(copy)
+        try:
+            with self._read_lock, contextlib.closing(sqlite3.connect(path)) as copy:
+                self._reader.backup(copy)
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            which = self.path if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) else path
+            raise StoreUnavailable(f"{which} cannot be used: {file_trouble(which, error)}") from error
 
     def boxes(self):
         """(purpose, owner, box) of all that stays sealed here: the key's probe and the credentials."""
@@ -10415,12 +10472,54 @@ class Watcher(threading.Thread):
         os.close(self._wake)
 
 
+LAST_REQUEST = (
+    0.3  # seconds in which a connection that was just used may bring one more request while the server drains
+)
+METRICS = "metrics"  # the name (FileDescriptorName=) of a socket that the service manager holds for /metrics
+
+
+class Listeners:
+    """Several listening sockets as one, for what accepts: whatever address a connection came to, it is counted together."""
+
+    def __init__(self, sockets: Sequence[socket.socket]) -> None:
+        self._sockets = {each.fileno(): each for each in sockets}
+        self._epoll = select.epoll()
+        for number, each in self._sockets.items():
+            each.setblocking(False)  # a process that shares it may be the faster one
+            self._epoll.register(number, select.EPOLLIN)
+
+    def fileno(self) -> int:
+        """A descriptor that can be read when a connection waits."""
+        return self._epoll.fileno()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """A connection and its peer. Raises BlockingIOError when none waits (any more)."""
+        for number, _ in self._epoll.poll(0, 1):
+            return self._sockets[number].accept()
+        raise BlockingIOError
+
+    def close(self) -> None:
+        """Close them all."""
+        self._epoll.close()
+        for each in self._sockets.values():
+            each.close()
+
+
+def address_of(listener: socket.socket) -> str:
+    """Where a socket listens, for people."""
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return "unix:" + (os.fsdecode(name) or "(unnamed)").replace("\0", "@")
+    return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+
+
 class Server(http.server.ThreadingHTTPServer):
     """Accepts connections within the limits and gives each a thread. `handle` makes a Response of a Request."""
 
-    def __init__(self, settings, handle, log, address, listener=None):
+    def __init__(self, settings, handle, log, address, listeners=(), purpose="http"):
         super().__init__(address, None, bind_and_activate=False)
         self.socket.close()
+        self.purpose = purpose
         self.settings = settings
         self.handle = handle
         self.log = log
@@ -10434,18 +10533,22 @@ class Server(http.server.ThreadingHTTPServer):
         self.draining = False
         is_v6 = ":" in address[0]
         try:
-            self.socket = listener or socket.create_server(
-                address,
-                family=socket.AF_INET6 if is_v6 else socket.AF_INET,
-                backlog=1024,
-                dualstack_ipv6=is_v6,
-            )
+            family = socket.AF_INET6 if is_v6 else socket.AF_INET
+            listeners = listeners or [
+                socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=is_v6)
+            ]
         except OSError as error:
-            raise ConfigurationError(
-                [f"cannot listen on {address[0]}:{address[1]}: {os.strerror(error.errno)}"]
-            ) from None
-        self.socket.setblocking(False)  # a process that shares it may be the faster one
-        self.port = 0 if self.socket.family == socket.AF_UNIX else self.socket.getsockname()[1]
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            if error.errno == errno.EPERM:  # SocketBindDeny=any of the shipped unit
+                reason += (
+                    ". Under the shipped unit the service manager holds the sockets: enable a socket unit, such as"
+                    f" fjmcp-broker-metrics.socket with FileDescriptorName={METRICS}"
+                )
+            raise ConfigurationError([f"cannot listen on {address[0]}:{address[1]}: {reason}"]) from None
+        self.addresses = [address_of(each) for each in listeners]
+        self.ports = [0 if each.family == socket.AF_UNIX else each.getsockname()[1] for each in listeners]
+        self.port = self.ports[0]
+        self.socket = Listeners(listeners)
 
     def start(self):
         """Accept until `hurry`."""
@@ -10552,12 +10655,23 @@ class Server(http.server.ThreadingHTTPServer):
             )
 
     def hurry(self):
-        """Accept no more; idle connections and idle streams end now, the others with their answer."""
+        """Accept no more; idle connections and idle streams end now, the others with their answer.
+
+        One that was used a moment ago may have its next request on the way, which a close would meet with a reset: it has a
+        moment for it, and then `Connection: close`.
+        """
         self.shutdown()
         with self._changed:
             self.draining = True
             connections = list(self._connections)
+        recently = time.monotonic() - 2
+        waited_for = {each for each in connections if not each.busy and each.since > recently}
         for connection in connections:
+            if connection not in waited_for:
+                connection.hurry()
+        with self._changed:
+            self._changed.wait_for(lambda: not waited_for & self._connections, LAST_REQUEST)
+        for connection in waited_for:
             connection.hurry()
 
     def wait_for_connections(self, seconds):
@@ -10635,10 +10749,9 @@ class Connection:
                 self.seat.leave()
             self.busy = False
             self.since = time.monotonic()
-            patience = self.settings.idle_timeout
-            self.close_after |= (
-                self.server.draining
-            )  # looked at after `busy` is cleared: hurry() does it the other way round
+            # Looked at after `busy` is cleared: hurry() does it the other way round. An answer that began before the server
+            # drained did not say `Connection: close`, so the client may have sent its next request; that one's answer will.
+            patience = LAST_REQUEST if self.server.draining else self.settings.idle_timeout
 
     def hurry(self):
         """The server drains: an idle connection ends now, an idle stream too, anything else after its answer."""
@@ -11076,7 +11189,7 @@ def other_forgejo(known: str, configured: str) -> str:
 class Broker:
     """The whole program but its command line: everything built from settings, ready to serve."""
 
-    def __init__(self, settings, *, clock=None, log=None, listener=None, web=None):
+    def __init__(self, settings, *, clock=None, log=None, listener=None, web=None, sockets=()):
         self.settings = settings
         machine = clock or Clock()
         self.clock = SteadyClock(machine)
@@ -11119,16 +11232,40 @@ class Broker:
         )
         endpoint = Endpoint(settings, self.store, keyring, self.registry, self.reaper, self.clock)
         self.routes = self._routes(clients, authorization, endpoint)
-        self.server = Server(settings, self.handle, self.log, settings.listen, listener)
-        self.servers = [self.server]
-        if settings.metrics_listen:
-            self.servers.append(Server(settings, self.metrics, self.log, settings.metrics_listen))
-        self._hosts = own_hosts(settings.public_url, self.server.port)
+        self.is_activated = bool(sockets)
+        self.servers = self._listen([*sockets, *([("", listener)] if listener else [])])
+        self.server = self.servers[0]
+        self._hosts = own_hosts(settings.public_url, self.server.ports)
         self._wrong_host = (
             f"This server answers for {urlsplit(settings.public_url).netloc}, not for that host name. "
             "A proxy has to pass the client's Host header on, with its port (nginx: proxy_set_header Host $http_host)."
         )
         self._blob = git_blob_id(__file__)
+
+    def _listen(self, sockets: Sequence[tuple[str, socket.socket]]) -> list[Server]:
+        """The server of HTTP, and the one of /metrics if there is one: on the sockets handed over, else on those of the settings.
+
+        A socket is for /metrics by its name, or by the address that `metrics_listen` says; any other is for HTTP.
+        """
+        settings = self.settings
+        metrics_address = "%s:%d" % (settings.metrics_listen or ("", 0))
+        for_metrics = [
+            each for name, each in sockets if name == METRICS or address_of(each) == metrics_address
+        ]
+        for_http = [each for _, each in sockets if each not in for_metrics]
+        open_ones = [each for each in for_http if each.family != socket.AF_UNIX]
+        exposed = [address_of(each) for each in open_ones if not is_loopback_name(each.getsockname()[0])]
+        if exposed and settings.public_url.startswith("http:"):
+            raise ConfigurationError(
+                [
+                    f"with an http public_url the socket {exposed[0]} must be on loopback: tokens would travel in the clear"
+                ]
+            )
+        servers = [Server(settings, self.handle, self.log, settings.listen, for_http)]
+        if for_metrics or settings.metrics_listen:
+            address = settings.metrics_listen or ("", 0)
+            servers.append(Server(settings, self.metrics, self.log, address, for_metrics, METRICS))
+        return servers
 
     def _routes(self, clients, authorization, endpoint):
         server_metadata = "/.well-known/oauth-authorization-server"
@@ -11323,12 +11460,18 @@ class Broker:
         self.store.close()
 
 
-def own_hosts(public_url, port):
-    """What a Host header may say: the public name, its default port written or not, and loopback names with our port."""
+def own_hosts(public_url: str, ports: Sequence[int]) -> set[str]:
+    """What a Host header may say: the public name, its default port written or not, and loopback names with our ports.
+
+    A Unix socket has no port (0), and so none in a Host header.
+    """
     parts = urlsplit(public_url)
     name = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     public = f"{name}:{parts.port or {'https': 443, 'http': 80}[parts.scheme]}"
-    return {parts.netloc, public, *(f"{local}:{port}" for local in ("localhost", "127.0.0.1", "[::1]"))}
+    local = {
+        f"{name}:{port}" if port else name for port in ports for name in ("localhost", "127.0.0.1", "[::1]")
+    }
+    return {parts.netloc, public, *local}
 
 
 def git_blob_id(path):
@@ -11515,8 +11658,10 @@ def init(arguments):
     together = os.path.abspath(values["secrets_file"]) if "secrets_file" in values else None
     try:
         if together and secret_file in values:
-            values[secret_file.removesuffix("_file")] = read_file(values.pop(secret_file)).decode().strip()
-    except (OSError, UnicodeDecodeError) as error:
+            values[secret_file.removesuffix("_file")] = decode_text(
+                read_file(values.pop(secret_file))
+            ).strip()
+    except (OSError, ValueError) as error:
         problems.append(f"flag: {secret_file}: cannot read it: {getattr(error, 'strerror', None) or error}")
     if "key_file" not in values:
         values.setdefault("key", new_key().strip())
@@ -11585,6 +11730,10 @@ def guarded(findings):
         yield from findings
     except ConfigurationError as error:
         yield from (("fail", problem) for problem in error.problems)
+    except StoreUnavailable as error:
+        yield "fail", f"store_path: {error.reason}"
+    except OSError as error:
+        yield "fail", f"{error.filename}: {file_trouble(str(error.filename), error)}"
     except FetchFailed as error:
         yield (
             "fail",
@@ -12361,7 +12510,7 @@ def rotate_key(arguments):
                 with contextlib.suppress(
                     FileExistsError
                 ):  # another rotate-key was faster: this one goes on with its key
-                    put_file(key_path(settings), new_key() + before.decode(), over=before)
+                    put_file(key_path(settings), new_key() + decode_text(before), over=before)
                 keyring = load_keyring(settings)
         for purpose, owner, box in store.boxes():
             if not keyring.is_newest(box):
@@ -12442,14 +12591,43 @@ def differing_people(settings: Settings, people: Sequence[Any]) -> str:
 # -- serve
 
 
-def inherited_listener():
-    """The listening socket that systemd (or who started us) handed over, or None (sd_listen_fds(3))."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not os.environ.get("LISTEN_FDS", "").isdigit():
-        return None
+RESTART_PAUSE = 5  # seconds
+
+
+def is_activated() -> bool:
+    """Whether a service manager started us with sockets (sd_listen_fds(3))."""
+    return os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "").isdigit()
+
+
+def inherited_sockets() -> list[tuple[str, socket.socket]]:
+    """(name, socket) of each listening socket that the service manager handed over; none of it is left for children to find.
+
+    Raises ConfigurationError for what is no listening stream socket.
+    """
+    if not is_activated():
+        return []
+    count = int(os.environ["LISTEN_FDS"])
+    names = [*os.environ.get("LISTEN_FDNAMES", "").split(":"), *[""] * count]
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
-    os.set_inheritable(3, False)
-    return socket.socket(fileno=3)
+    found = []
+    problems = []
+    for number, name in zip(range(count), names):
+        try:
+            os.set_inheritable(3 + number, False)
+            listener = socket.socket(fileno=3 + number)
+            listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if not listens or listener.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+                raise OSError(errno.EINVAL, "it does not listen")
+            found.append((name, listener))
+        except OSError as error:
+            problems.append(
+                f"the service manager's socket {number} {name!r} is no listening stream socket ({error.strerror}):"
+                " use ListenStream= with Accept=no"
+            )
+    if problems:
+        raise ConfigurationError(problems)
+    return found
 
 
 def notify_service_manager(state):
@@ -12472,7 +12650,7 @@ def serve(arguments):
     """Serve until SIGTERM or SIGINT; SIGHUP re-reads the settings. The exit status."""
     settings = arguments.settings()
     hide_from_children()
-    broker = Broker(settings, listener=inherited_listener())
+    broker = Broker(settings, sockets=inherited_sockets())
     broker.registry.reaps = adopts_orphans()
     # The kernel may give a signal to any thread, and a main thread that waits for a lock would not hear of it: it waits here instead.
     signals, wakes = socket.socketpair()
@@ -12482,7 +12660,21 @@ def serve(arguments):
         signal.signal(number, lambda number, frame: None)
     broker.start()
     broker.look_out()
-    broker.log.event("info", "serving", url=settings.public_url, port=broker.server.port, version=__version__)
+    broker.log.event(
+        "info",
+        "serving",
+        url=settings.public_url,
+        port=broker.server.port,
+        sockets=[f"{server.purpose}: {address}" for server in broker.servers for address in server.addresses],
+        version=__version__,
+    )
+    if broker.is_activated and settings.sources["listen"] != "default":
+        broker.log.event(
+            "warning",
+            "listen_not_used",
+            listen="%s:%d" % settings.listen,
+            means="the service manager holds the sockets; change ListenStream= in its socket unit",
+        )
     if settings.debug:
         broker.log.event(
             "warning",
@@ -12549,9 +12741,33 @@ COMMANDS = {
 }
 
 
-def main(arguments=None):
+def failed(problems: list[str], status: int, activated: bool) -> int:
+    """The exit status, after the problems were told; under a service manager that holds our sockets, after a pause.
+
+    It starts us again as soon as we are gone, for the connections that wait: without the pause it would give up for good.
+    """
+    for problem in problems:
+        print(f"fjmcp-broker: {problem}", file=sys.stderr, flush=True)
+    if activated:
+        text = " ".join("; ".join(problems).split())
+        notify_service_manager(f"STATUS=does not start: {text[:1500]}")
+        time.sleep(RESTART_PAUSE)
+    return status
+
+
+def byte_order_mark(arguments: list[str]) -> list[str]:
+    """A note for the operator that the configuration file begins with a byte order mark: where it is wrong, that is worth knowing."""
+    with contextlib.suppress(ConfigurationError, OSError, TypeError):
+        path = parse_arguments(arguments).config
+        if read_file(path).startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return [f"note: {path} begins with a byte order mark (BOM), which is skipped"]
+    return []
+
+
+def main(arguments: list[str] | None = None) -> int:
     """The command line; the exit status: 0, 1 for a failure while running, 2 for wrong usage or configuration."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    activated = is_activated()
     if {"--help", "-h", "--version"} & set(arguments):
         print(f"fjmcp-broker {__version__}" if "--version" in arguments else usage())
         return 0
@@ -12559,12 +12775,13 @@ def main(arguments=None):
         parsed = parse_arguments(arguments)
         return COMMANDS[parsed.command].run(parsed)
     except ConfigurationError as error:
-        for problem in error.problems:
-            print(f"fjmcp-broker: {problem}", file=sys.stderr)
-        return 2
-    except (OSError, StoreUnavailable) as error:
-        print(f"fjmcp-broker: {getattr(error, 'reason', error)}", file=sys.stderr)
-        return 1
+        return failed([*error.problems, *byte_order_mark(arguments)], 2, activated)
+    except StoreUnavailable as error:
+        return failed([error.reason], 1, activated)
+    except OSError as error:
+        path = error.filename
+        sentence = f"cannot use {path}: {file_trouble(path, error)}" if isinstance(path, str) else str(error)
+        return failed([sentence], 1, activated)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,18 @@ STOP_LIMIT = 25
 
 # Socket activation names its receiver by pid, which is known only inside the new process: this becomes the broker.
 LAUNCHER = """
-import os, sys
-passed = int(sys.argv[1])
-if passed == 3:
-    os.set_inheritable(3, True)
-else:
-    os.dup2(passed, 3)
-    os.close(passed)
-os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
-os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+import fcntl, os, sys
+passed = [int(number) for number in sys.argv[1].split(",")]
+for number, high in enumerate([fcntl.fcntl(each, fcntl.F_DUPFD, 100) for each in passed], 3):
+    os.dup2(high, number)
+    os.close(high)
+for each in passed:
+    if each >= 3 + len(passed):
+        os.close(each)
+os.environ.update(LISTEN_FDS=str(len(passed)), LISTEN_PID=str(os.getpid()))
+if sys.argv[2]:
+    os.environ["LISTEN_FDNAMES"] = sys.argv[2]
+os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
 """
 
 
@@ -75,19 +78,23 @@ class BrokerProcess:
         program=None,
         stdin=subprocess.DEVNULL,
         arguments=(),
+        more=(),
+        names="",
     ):
+        # `more`: sockets handed over besides `listener`; `names`: of all, as LISTEN_FDNAMES has them.
         self.log_path = Path(log_path)
         self._readiness = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = str(Path(folder) / f"ready-{os.urandom(3).hex()}")
         self._readiness.bind(address)
-        descriptor = listener.fileno()
+        descriptors = [each.fileno() for each in (listener, *more)]
         with open(log_path, "ab") as log:
             self.process = subprocess.Popen(
                 [
                     python,
                     "-c",
                     LAUNCHER,
-                    str(descriptor),
+                    ",".join(map(str, descriptors)),
+                    names,
                     "-I",
                     str(program or BROKER),
                     "--config",
@@ -97,7 +104,7 @@ class BrokerProcess:
                 stdin=stdin,
                 stdout=log,
                 stderr=log,
-                pass_fds=[descriptor],
+                pass_fds=descriptors,
                 cwd=folder,
                 env=broker_environment(address),
                 process_group=0,
@@ -118,6 +125,11 @@ class BrokerProcess:
                     raise NotReady(f"the broker was not ready within {READY_LIMIT} s")
         finally:
             os.close(ended)
+
+    def await_status(self):
+        """What the broker tells its service manager next, in words (STATUS=)."""
+        assert select.select([self._readiness], [], [], READY_LIMIT)[0], "the broker says nothing"
+        return self._readiness.recv(8192).decode().partition("STATUS=")[2]
 
     @property
     def pid(self):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import fjmcp_broker
 import settings_table
 from broker_process import BROKER, BrokerProcess, run_program
 from fake_forgejo import FakeForgejo
@@ -242,13 +243,13 @@ def test_commands_that_root_runs_leave_the_stores_files_to_its_owner(installed):
 @pytest.mark.real("systemd-analyze")
 def test_the_unit_is_well_formed_and_hardened(real_part, tmp_path):
     analyze = real_part("systemd-analyze")
-    for name in ("fjmcp-broker.service", "fjmcp-broker.socket"):
+    for name in ("fjmcp-broker.service", "fjmcp-broker.socket", "fjmcp-broker-metrics.socket"):
         text = (ROOT / name).read_text()
         (tmp_path / name).write_text(
             re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.MULTILINE)
         )
     done = subprocess.run(
-        [analyze, "verify", "--man=no", *tmp_path.glob("fjmcp-broker.*")], capture_output=True, text=True
+        [analyze, "verify", "--man=no", *tmp_path.glob("fjmcp-broker*")], capture_output=True, text=True
     )
     assert "fjmcp-broker" not in done.stderr, done.stderr
     done = subprocess.run(
@@ -275,9 +276,28 @@ def test_the_unit_hands_the_secrets_over_where_no_child_can_open_them():
 def test_the_unit_lets_the_program_stop_in_its_own_time():
     service = unit("fjmcp-broker.service")
     assert int(service["TimeoutStopSec"][0]) > 10 + 5  # requests, then children (design 2)
-    assert service["KillMode"] == ["control-group"] and unit("fjmcp-broker.socket")["ListenStream"] == [
-        "127.0.0.1:8080"
-    ]
+    assert service["KillMode"] == ["mixed"]  # SIGTERM is the broker's alone: calls under way keep their child
+    assert unit("fjmcp-broker.socket")["ListenStream"] == ["127.0.0.1:8080"]
+
+
+def test_neither_service_nor_socket_is_ever_given_up():
+    service = unit("fjmcp-broker.service")
+    assert service["Restart"] == ["always"] and service["RestartSec"] == ["5"]
+    assert service["StartLimitIntervalSec"] == ["0"] and "StartLimitBurst" not in service
+    assert int(service["TasksMax"][0]) == 6144
+    assert service["LogRateLimitIntervalSec"] == ["0"] and service["SyslogIdentifier"] == ["fjmcp-broker"]
+    for name in ("fjmcp-broker.socket", "fjmcp-broker-metrics.socket"):
+        assert unit(name)["TriggerLimitIntervalSec"] == ["0"]
+
+
+def test_a_unit_holds_the_socket_of_metrics_because_the_service_may_open_none():
+    assert unit("fjmcp-broker.service")["SocketBindDeny"] == ["any"]
+    metrics = unit("fjmcp-broker-metrics.socket")
+    assert metrics["ListenStream"] == ["127.0.0.1:9464"]
+    assert metrics["FileDescriptorName"] == [fjmcp_broker.METRICS]
+    assert metrics["Service"] == ["fjmcp-broker.service"]
+    for document in ("install.md", "operate.md"):
+        assert "fjmcp-broker-metrics.socket" in (ROOT / "docs" / document).read_text()
 
 
 # -- the package and the documents
