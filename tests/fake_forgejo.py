@@ -838,7 +838,8 @@ class FakeForgejo:
     def backup(self):
         """A copy of all that a backup of Forgejo holds: accounts, applications, grants and their counters, the signing key."""
         with self._lock:
-            numbers = [copy.copy(counter) for counter in (self._user_ids, self._ids)]
+            numbers = next(self._user_ids), next(self._ids)
+            self._user_ids, self._ids = map(itertools.count, numbers)
             kept = (self._users, self._apps, self._grants, self._codes, self._repos)
             return copy.deepcopy(kept), numbers, self._key
 
@@ -847,7 +848,7 @@ class FakeForgejo:
         with self._lock:
             tables, numbers, self._key = kept
             self._users, self._apps, self._grants, self._codes, self._repos = copy.deepcopy(tables)
-            self._user_ids, self._ids = (copy.copy(counter) for counter in numbers)
+            self._user_ids, self._ids = map(itertools.count, numbers)
             self._sessions = {}
 
     def delete_app(self, client_id):
