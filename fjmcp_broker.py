@@ -4887,12 +4887,14 @@ def unreadable_documents(web: PublicWeb, schemes: tuple[str, ...]) -> list[str]:
             reasons[number] = f"{url}: {error}"
 
     reasons = [f"{url}: not asked" for url in WELL_KNOWN_DOCUMENTS]
-    readers = [
-        threading.Thread(target=read, args=each, daemon=True, name="document")
-        for each in enumerate(WELL_KNOWN_DOCUMENTS)
-    ]
-    for reader in readers:
-        reader.start()
+    readers = []
+    for each in enumerate(WELL_KNOWN_DOCUMENTS):
+        reader = threading.Thread(target=read, args=each, daemon=True, name="document")
+        try:
+            reader.start()
+            readers.append(reader)
+        except RuntimeError:  # no thread to be had
+            read(*each)
     for reader in readers:
         reader.join()
     return reasons if all(reasons) else []
@@ -9529,7 +9531,8 @@ class Reaper:
                 elif link and link.seq != seq:
                     session.replace()
         if self._upstream.probe_due():
-            threading.Thread(target=self._upstream.probe, daemon=True, name="probe").start()
+            with contextlib.suppress(RuntimeError):  # no thread to be had: it is due again
+                threading.Thread(target=self._upstream.probe, daemon=True, name="probe").start()
         if self._clock.monotonic() >= self._next_refresh:
             self._next_refresh = self._clock.monotonic() + 600
             for sub in self._store.users_to_refresh(now - 10 * 86400, now):
@@ -9542,10 +9545,12 @@ class Reaper:
             self._refreshing.add(sub)
         try:
             threading.Thread(target=self._refresh_one, args=(sub,), daemon=True, name="refresh").start()
-        except BaseException:  # no thread to be had: the next tick tries again
+        except (
+            RuntimeError
+        ) as error:  # no thread to be had: the next tick tries again, and others have their turn
+            self._log.event("debug", "refresh failed", user=sub, error=str(error))
             with self._lock:
                 self._refreshing.discard(sub)
-            raise
 
     def _refresh_one(self, sub: str) -> None:
         try:
@@ -11427,14 +11432,27 @@ class Broker:
         for server in self.servers:
             server.start()
 
+    def thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """A thread ended by an exception that nobody foresaw: a record for the operator instead of a traceback on stderr."""
+        place = traceback.extract_tb(failure.exc_traceback)[-1:]
+        self.log.event(
+            "error",
+            "thread failed",
+            thread=failure.thread and failure.thread.name,
+            error=failure.exc_type.__name__,
+            line=place[0].lineno if place else None,
+        )
+
     def look_out(self) -> None:
         """Learn in the background whether client documents can be read from here: at the start, then every 10 min while not."""
 
         def watch() -> None:
             while not self._stopping.wait(0):
-                with contextlib.suppress(StoreUnavailable):
+                try:
                     if self.settings.client_documents and self.documents.look_out():
                         return
+                except Exception as error:  # it must go on: without it documents are never advertised
+                    self.log.event("warning", "look out failed", error=type(error).__name__)
                 self._stopping.wait(LOOK_OUT)
 
         threading.Thread(target=watch, daemon=True, name="look out").start()
@@ -12652,6 +12670,7 @@ def serve(arguments):
     hide_from_children()
     broker = Broker(settings, sockets=inherited_sockets())
     broker.registry.reaps = adopts_orphans()
+    threading.excepthook = broker.thread_failed
     # The kernel may give a signal to any thread, and a main thread that waits for a lock would not hear of it: it waits here instead.
     signals, wakes = socket.socketpair()
     wakes.setblocking(False)

@@ -96,6 +96,42 @@ def test_only_the_call_whose_answer_is_too_large_is_told_so(make_rig, control):
     assert other().data == {"reason": "child_died", "outcome_unknown": True, "retryable": True}
 
 
+WORDS = "cannot load config: permission denied"
+
+
+def test_why_a_child_dies_at_its_start_is_a_warning_without_its_token(make_rig, tmp_path):
+    program = tmp_path / "program"
+    program.write_text(f'#!/bin/sh\necho "{WORDS} $FORGEJO_ACCESS_TOKEN" >&2\nexit 3\n')
+    program.chmod(0o755)
+    rig = make_rig(forgejo_mcp_binary=f"{program},x", debug="false")
+    mcp = mcp_client.McpClient(rig.url + "/mcp", rig.login().tokens["access_token"])
+    with pytest.raises(RpcError) as refusal:
+        mcp.initialize()
+    assert refusal.value.data["reason"] == "starting_failed" and WORDS not in str(refusal.value)
+    (record,) = rig.log.wait("child died")
+    assert (record["level"], record["at"], record["reason"]) == ("warning", "start", "exited with status 3")
+    assert record["stderr"] == [f"{WORDS} [token]"]
+
+
+def test_an_unexpected_end_is_a_warning_and_an_idle_stop_is_none(rig):
+    mcp = rig.session()
+    rig.clock.advance(901)
+    rig.log.wait("child stopped")
+    assert not rig.log.named("child died")
+    with pytest.raises(RpcError):
+        mcp.call_tool("crash", signal="SIGSEGV")
+    (record,) = rig.log.wait("child died")
+    assert (record["level"], record["at"], record["reason"]) == ("warning", "work", "killed by SIGSEGV")
+
+
+def test_warnings_of_children_that_die_come_at_a_fixed_rate(rig):
+    log = rig.broker.log
+    for number in range(500):
+        log.bounded("warning", "child died", "alice", number=number)
+    log.bounded("warning", "child died", "bob", number=0)
+    assert len(rig.log.named("child died")) == 11
+
+
 def test_J08_stray_and_second_answers_are_counted_and_dropped(rig):
     mcp = rig.session()
     for tool in ("double_answer", "wrong_id", "null_id"):

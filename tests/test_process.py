@@ -6,16 +6,19 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
+import broker_process
 import run
 from browser import Browser, approve_login
 from broker_process import BROKER, command_of, run_program
 from mcp_client import McpClient, OAuthClient, RpcError
-from rig import text_of, token_of
+from rig import CHILD, text_of, token_of
 
 GONE_LIMIT = 5  # seconds after which no child may be left (design 2)
 
@@ -441,3 +444,35 @@ def test_the_guardian_is_a_shell_and_ends_with_the_broker(make_installation):
     everyone = direct + broker.children()
     assert broker.stop() == 0
     assert await_end(everyone) == [] and json.dumps([command_of(pid).decode() for pid in everyone])
+
+
+SUBREAPER = "import ctypes; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)\n"
+
+
+def test_as_a_subreaper_it_reaps_what_is_handed_to_it(make_installation, monkeypatch):
+    monkeypatch.setattr(broker_process, "LAUNCHER", SUBREAPER + broker_process.LAUNCHER)
+    installation = make_installation(session_idle_timeout="1s")
+    # A wrapper whose own process outlives it: in a session of its own, so that it does not end with its group.
+    wrapper = ["/bin/sh", "-c", 'setsid sleep 1 >/dev/null 2>&1 </dev/null & "$@"', "wrapper", *CHILD]
+    installation.write(**{**installation.settings, "forgejo_mcp_binary": wrapper})
+    broker = installation.start()
+    mcp = session(installation)
+    for _ in range(3):
+        assert mcp.list_tools()
+        await_end([pid for pid in broker.children() if b"stdio_child" in command_of(pid)])
+    assert mcp.list_tools()  # its own are not taken from the threads that wait for them
+    assert gone_zombies(broker.pid)
+    assert all(record["reason"] == "idle" for record in installation.records("child stopped"))
+
+
+def gone_zombies(parent, limit=10):
+    """Whether the process has no zombie among its children, soon."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        shown = subprocess.run(
+            ["ps", "-o", "stat=", "--ppid", str(parent)], capture_output=True, text=True
+        ).stdout
+        if not any(state.startswith("Z") for state in shown.split()):
+            return True
+        time.sleep(0.1)
+    return False

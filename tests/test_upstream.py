@@ -1,6 +1,9 @@
 """The one credential of each user at Forgejo, under load: refreshed once, never lost by a race, and each refusal known for what it is."""
 
 import contextlib
+import socket
+import ssl
+import subprocess
 import threading
 import time
 
@@ -637,3 +640,33 @@ def test_why_Forgejo_could_not_be_asked_is_a_warning_at_most_once_a_minute_of_a_
         with contextlib.suppress(fjmcp_broker.UpstreamDown):
             rig.broker.upstream.refresh(rig.forgejo._need_user("alice").sub)
     assert len(told()) == 2 and mcp.token
+
+
+def test_a_home_made_authority_is_trusted_though_its_certificates_lack_extensions(tmp_path):
+    def openssl(*words):
+        subprocess.run(["openssl", *words], check=True, capture_output=True, cwd=tmp_path)
+
+    (tmp_path / "ext").write_text(
+        "subjectAltName=DNS:localhost\nauthorityKeyIdentifier=none\nsubjectKeyIdentifier=none\n"
+    )
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    openssl(
+        "req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=Home CA"
+    )
+    openssl("req", *curve, "-keyout", "s.key", "-out", "s.csr", "-subj", "/CN=localhost")
+    signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "ext")
+    openssl("x509", "-req", "-in", "s.csr", *signing, "-out", "s.pem", "-days", "2")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "s.pem", tmp_path / "s.key")
+
+    def serve():
+        with context.wrap_socket(listener.accept()[0], server_side=True) as connection:
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        join = in_thread(serve)
+        url = f"https://localhost:{listener.getsockname()[1]}/"
+        assert fjmcp_broker.fetch("GET", url, ca_file=str(tmp_path / "ca.pem")).status == 200
+        join()
+    assert not fjmcp_broker.tls_context(str(tmp_path / "ca.pem")).verify_flags & ssl.VERIFY_X509_STRICT
