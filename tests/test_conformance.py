@@ -17,8 +17,10 @@ import pytest
 
 from broker_process import Installation
 from browser import Browser, approve_login
+from client_rig import Program
 from fake_forgejo import FakeForgejo
 from mcp_client import OAuthClient
+from run import end_group, start_group
 
 HERE = Path(__file__).resolve().parent / "conformance"
 SCENARIOS = tomllib.loads((HERE / "scenarios.toml").read_text())
@@ -89,19 +91,9 @@ class Suite:
     @contextlib.contextmanager
     def proxy(self, upstream, token):
         """The proxy that adds the token; gives its address."""
-        process = subprocess.Popen(
-            [self.node, self.folder / "inject-bearer.mjs", upstream],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "BEARER": token},
-        )
-        try:
-            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-        finally:
-            process.kill()
-            with process:
-                pass
+        words = [self.node, self.folder / "inject-bearer.mjs", upstream]
+        with Program(words, environment={**os.environ, "BEARER": token}, patience=0) as process:
+            yield f"http://127.0.0.1:{int(process.line())}"
 
     def run(self, url, revision, results):
         """Run the scenarios that the revision requires; {scenario: its checks}."""
@@ -241,9 +233,8 @@ def test_the_authorization_server_passes_with_a_preregistered_client_and_a_scrip
             "-o",
             tmp_path / "results",
         ]
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
+        process = start_group(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
             output = Output(process.stdout)
             callback = approve_login(
                 Browser(),
@@ -255,6 +246,8 @@ def test_the_authorization_server_passes_with_a_preregistered_client_and_a_scrip
             Browser().get(callback)
             process.wait(START_LIMIT)
             output.join(START_LIMIT)
+        finally:
+            end_group(process)
     checks = [
         check
         for path in (tmp_path / "results").glob("*/checks.json")

@@ -1,7 +1,6 @@
 """What the child reads is what the gate has read: spellings of members, requests in disguise, tools and methods of a login that may not write."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 import fjmcp_broker
 import mcp_client
+from client_rig import Program
 from fjmcp_broker import KNOWN_META, KNOWN_PARAMS, RpcError, message_from
 from load import same
 from mcp_client import META, MODERN, McpClient
@@ -201,17 +201,13 @@ def test_what_is_kept_of_a_childs_list_is_bounded():
 @pytest.fixture(scope="module")
 def go_reader(real_part):
     """A function from a message to what Go's encoding/json makes of it."""
-    process = subprocess.Popen(
-        [real_part("mcp-go-child"), "read"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-    )
-    with process:
+    with Program([real_part("mcp-go-child"), "read"]) as process:
 
         def read(message):
-            process.stdin.write(fjmcp_broker.dump(message) + b"\n")
-            return json.loads(process.stdout.readline())
+            process.tell(fjmcp_broker.dump(message).decode())
+            return process.value()
 
         yield read
-        process.stdin.close()
 
 
 DECISIVE = ("name", "uri", "level", "cursor", "taskId", "requestId", "progressToken", "protocolVersion")

@@ -1,7 +1,7 @@
 // The MCP TypeScript SDK as a client of the broker: `ts_client.mjs 1|2 URL [MODE [--interactive-lines]]`, 1 for @modelcontextprotocol/sdk and 2 for
 // @modelcontextprotocol/client. The person is at the other end of stdin and stdout: {"authorize": URL} asks for a login,
 // the line that comes back is the callback's URL. The last line printed is the result; by the line, one for each command.
-import { createInterface } from 'node:readline/promises'
+import { callback, input, Provider, say, textOf } from './provider.mjs'
 import { answerLines, hearUpdates } from './ts_lines.mjs'
 
 const [line, url, mode, lines] = process.argv.slice(2)
@@ -12,28 +12,7 @@ const sdk = line === '1'
         ...(await import('@modelcontextprotocol/sdk/types.js')) }
     : await import('@modelcontextprotocol/client')
 
-const say = value => console.log(JSON.stringify(value))
-const input = createInterface({ input: process.stdin })[Symbol.asyncIterator]()
-const redirectUri = 'http://localhost:33418/callback'
-
-class Provider {
-    stored = {}
-    rounds = 0
-    get redirectUrl() { return redirectUri }
-    get clientMetadata() {
-        return { client_name: 'ts' + line, redirect_uris: [redirectUri], grant_types: ['authorization_code', 'refresh_token'],
-                 response_types: ['code'], token_endpoint_auth_method: 'none' }
-    }
-    clientInformation() { return this.stored.client }
-    saveClientInformation(client) { this.stored.client = client }
-    tokens() { return this.stored.tokens }
-    saveTokens(tokens) { this.stored.tokens = tokens }
-    codeVerifier() { return this.stored.verifier }
-    saveCodeVerifier(verifier) { this.stored.verifier = verifier }
-    redirectToAuthorization(where) { this.rounds += 1; say({ authorize: String(where) }) }
-}
-
-const provider = new Provider()
+const provider = new Provider('ts' + line)
 const questions = []
 
 function newClient() {
@@ -53,13 +32,27 @@ async function connect() {
         return [client, transport]
     } catch (error) {
         if (!(error instanceof sdk.UnauthorizedError)) throw error
-        const query = new URL((await input.next()).value).searchParams
-        await transport.finishAuth(...(line === '1' ? [query.get('code')] : [query]))
+        await logIn(transport)
         return connect()
     }
 }
 
-const textOf = result => result.content.map(part => part.text ?? '').join('')
+async function logIn(transport) {
+    const query = await callback()
+    await transport.finishAuth(...(line === '1' ? [query.get('code')] : [query]))
+}
+
+// Carries something out, after a login where the SDK says that it needs one.
+async function withLogin(act) {
+    try {
+        return await act()
+    } catch (error) {
+        if (!(error instanceof sdk.UnauthorizedError)) throw error
+        await logIn(transport)
+        return act()
+    }
+}
+
 const [client, transport] = await connect()
 const call = (name, options) =>
     line === '1' ? client.callTool({ name, arguments: {} }, undefined, options) : client.callTool({ name, arguments: {} }, options)
@@ -70,7 +63,7 @@ if (lines) {
     await answerLines(client, version >= '2026', input, async (name, args, options) => {
         progress = 0
         const request = [{ name, arguments: args }, ...(line === '1' ? [undefined] : [])]
-        const answered = await client.callTool(...request, { ...options, onprogress: () => { progress += 1 } })
+        const answered = await withLogin(() => client.callTool(...request, { ...options, onprogress: () => { progress += 1 } }))
         return { text: textOf(answered), is_error: answered.isError ?? false, progress_count: progress }
     }, say)
     await client.close()

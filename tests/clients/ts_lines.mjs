@@ -1,4 +1,4 @@
-// What a connected TypeScript client does by the line: {"call", "touch", "start", "cancel"} as the Python clients of this folder do.
+// What a connected TypeScript client does by the line: {"call", "touch", "start", "cancel", "expire"} as the Python clients of this folder do.
 const updates = []
 let heard = () => {}
 
@@ -28,6 +28,7 @@ export async function answerLines(client, modern, input, call, say) {
         const [verb, name, ...rest] = value.split(' ')
         const args = rest.length ? JSON.parse(rest.join(' ')) : {}
         try {
+            if (verb === 'expire') say({ expired: true }) // it learns so from the 401
             if (verb === 'call') say({ call: await call(name, args) })
             if (verb === 'touch') say({ touched: await updated(client, modern, name, () => call('get_touched', { uri: name })) })
             if (verb === 'start') {
