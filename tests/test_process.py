@@ -280,13 +280,13 @@ def test_SIGHUP_takes_over_what_may_change_and_names_what_may_not(make_installat
         **{**installation.settings, "allowed_origins": ["https://two.example"], "listen": "127.0.0.1:1"}
     )
     broker.process.send_signal(signal.SIGHUP)
-    while not (seen := installation.records("settings re-read")):
+    while not (seen := installation.records("settings_reloaded")):
         select.select([], [], [], 0.01)
     assert seen[0]["needs_restart"] == ["listen"]
     assert mcp.post(ping, headers=origin).status == 200
     installation.config.write_text("this is not TOML")
     broker.process.send_signal(signal.SIGHUP)
-    while not (seen := installation.records("settings not re-read")):
+    while not (seen := installation.records("settings_not_reloaded")):
         select.select([], [], [], 0.01)
     assert "is not TOML" in seen[0]["problems"][0]
     assert mcp.post(ping, headers=origin).status == 200
@@ -305,7 +305,7 @@ def test_secrets_on_standard_input_are_read_once_and_are_nowhere_for_a_child_to_
     mcp = session(installation)
     assert os.readlink(f"/proc/{broker.pid}/fd/0") == "/dev/null"
     broker.process.send_signal(signal.SIGHUP)
-    while not (seen := installation.records("settings re-read")):
+    while not (seen := installation.records("settings_reloaded")):
         select.select([], [], [], 0.01)
     assert "needs_restart" not in seen[0]
     mcp.oauth.refresh()
@@ -337,13 +337,13 @@ def test_log_lines_are_objects_or_text_for_people(make_installation):
     installation.broker.stop()
     assert {
         "serving",
-        "client registered",
-        "consent given",
+        "client_registered",
+        "consent_given",
         "login",
-        "token issued",
-        "session opened",
-        "child started",
-        "child stopped",
+        "token_issued",
+        "session_opened",
+        "child_started",
+        "child_stopped",
     } <= {record["event"] for record in installation.records()}
     plain = make_installation(log_format="text")
     plain.start()

@@ -78,7 +78,7 @@ def test_a_child_that_ignores_its_end_is_killed_whoever_stopped_it(make_rig, tmp
         else:
             mcp.delete()
     assert places_are_free(rig)
-    started = rig.log.named("child started")
+    started = rig.log.named("child_started")
     assert len(started) == 1 and has_ended(started[0]["pid"])
 
 
@@ -103,7 +103,7 @@ def test_a_revocation_is_in_force_although_the_grants_could_not_be_read_once(rig
 
     monkeypatch.setattr(rig.broker.store, "live_grants", live_grants)
     mcp.oauth.revoke(mcp.oauth.tokens["refresh_token"])
-    rig.log.wait("child stopped")
+    rig.log.wait("child_stopped")
     assert failed and places_are_free(rig)
 
 
