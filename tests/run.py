@@ -27,9 +27,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "tests" / "locks"
-MCP_GO_CHILD = ROOT / "tests" / "children" / "mcp_go"
-GO_CLIENTS = ROOT / "tests" / "clients" / "go"
-JAVA_CLIENT = ROOT / "tests" / "clients" / "java"
+MCP_GO_CHILD = ROOT / "tests" / "real" / "children" / "mcp_go"
+GO_CLIENTS = ROOT / "tests" / "real" / "clients" / "go"
+JAVA_CLIENT = ROOT / "tests" / "real" / "clients" / "java"
 OLDEST = (3, 11)
 WANTED_PYTHONS = ((3, 13), (3, 11))
 # The module proxy does not serve every module to everyone: without a binary its tests are a skip that names it, in CI too.
@@ -53,8 +53,8 @@ Runs the tests. What they need is installed into .cache/ (or $FJMCP_CACHE); Pyth
 on a Debian without chromium, caddy and nginx, apt-get's lists are expected. A part that cannot be had is a skip with its name, with CI set a failure.
 
   python3 tests/run.py                                  everything, on two Pythons where two are found
-  python3 tests/run.py tests/test_oauth.py              one file
-  python3 tests/run.py tests/test_oauth.py -k refresh   one test, in seconds; anything that pytest takes may follow
+  python3 tests/run.py tests/oauth/test_oauth.py              one file
+  python3 tests/run.py tests/oauth/test_oauth.py -k refresh   one test, in seconds; anything that pytest takes may follow
 
   --all          also the real clients that are second of their kind
   --assistants   also the assistants (their packages are large), before a stand-in of their model on this machine
