@@ -69,7 +69,7 @@ import unicodedata
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 from urllib.parse import SplitResult, parse_qsl, quote, unquote_plus, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -879,20 +879,40 @@ def load_settings(flags, environ, config_path=None):
 # ======================================================================================================================
 
 
+# What the journal calls a level (sd-daemon(3)).
+PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
+
+
+def is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    """Whether a stream goes to systemd's journal: JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # no file at all
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def rfc3339(seconds: float) -> str:
+    """A time as RFC 3339 has it, in UTC, with milliseconds."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 class Log:
     """Writes events as JSON objects (or text for people), one a line. Safe from any thread."""
 
-    def __init__(self, settings, stream=None, clock=None):
+    def __init__(self, settings: Settings, stream: TextIO | None = None, clock: Clock | None = None) -> None:
         self._settings = settings
         self._stream = stream or sys.stderr
         self._clock = clock or Clock()
+        self._to_journal = is_journal(self._stream, os.environ)
         self._lock = threading.Lock()  # guards the stream; a leaf: nothing is taken while it is held
         self._request = threading.local()
         self._bursts: dict[tuple[str, str], tuple[float, int, int]] = {}
-        self.counters = collections.Counter()
+        self.counters: collections.Counter[str] = collections.Counter()
 
     @contextlib.contextmanager
-    def request(self, request_id):
+    def request(self, request_id: str) -> Iterator[None]:
         """Everything this thread logs within carries the request's id."""
         self._request.id = request_id
         try:
@@ -900,22 +920,22 @@ class Log:
         finally:
             self._request.id = None
 
-    def event(self, level, event, **fields):
-        """Log one event: `level` is debug, info, warning or error; fields are plain values."""
+    def event(self, level: str, event: str, **fields: object) -> None:
+        """Log one event: `level` is debug, info, warning or error, `event` one snake_case word; fields are plain values."""
         if level == "debug" and not self._settings.debug:
             return
-        record = {"time": round(self._clock.now(), 3), "level": level, "event": event}
+        moment = self._clock.now()
+        known: dict[str, object] = {}
         if getattr(self._request, "id", None):
-            record["request"] = self._request.id
-        record.update((key, value) for key, value in fields.items() if value is not None)
+            known["request"] = self._request.id
+        known.update((key, value) for key, value in fields.items() if value is not None)
         if self._settings.log_format == "text":
-            moment = time.strftime("%H:%M:%S", time.localtime(record.pop("time")))
-            rest = " ".join(
-                f"{key}={json.dumps(value)}" for key, value in record.items() if key not in ("level", "event")
-            )
-            line = f"{moment} {level:7} {event} {rest}\n"
+            rest = " ".join(f"{key}={json.dumps(value)}" for key, value in known.items())
+            line = f"{time.strftime('%H:%M:%S', time.localtime(moment))} {level:7} {event} {rest}\n"
         else:
-            line = json.dumps(record) + "\n"
+            line = json.dumps({"time": rfc3339(moment), "level": level, "event": event} | known) + "\n"
+        if self._to_journal:
+            line = f"<{PRIORITIES[level]}>{line}"
         with self._lock, contextlib.suppress(OSError, ValueError):
             self._stream.write(line)
             self._stream.flush()
@@ -935,7 +955,7 @@ class Log:
         if due:
             self.event(level, event, suppressed=suppressed or None, **fields)
 
-    def audit(self, event, **fields):
+    def audit(self, event: str, **fields: object) -> None:
         """Log a fact that someone may later have to prove: who did what through which client."""
         self.counters[event] += 1
         self.event("info", event, audit=True, **fields)
@@ -2925,11 +2945,11 @@ class Upstream:
     def _trouble(self, where: str, error: Exception) -> None:
         """Logs Forgejo's failure: who reads the log learns why people cannot log in."""
         if isinstance(error, UpstreamMisconfigured):
-            self._warn("forgejo refuses this broker's client id or secret", where, error, "error")
+            self._warn("forgejo_refuses_client", where, error, "error")
         elif isinstance(error, UpstreamRefused):
-            self._warn("forgejo refused", where, error)
+            self._warn("forgejo_refused", where, error)
         else:
-            self._warn("forgejo cannot be asked", where, error)
+            self._warn("forgejo_cannot_be_asked", where, error)
 
     # -- logins
 
@@ -3033,7 +3053,7 @@ class Upstream:
     def _end_person(self, user: Any, login: str) -> None:
         ended = self._store.end_person(user.sub, "identity changed", self._clock.now())
         self._person_ended(user.sub)
-        self._log.audit("identity changed", user=user.sub, was=user.login, login=login, grants=len(ended))
+        self._log.audit("identity_changed", user=user.sub, was=user.login, login=login, grants=len(ended))
 
     def _granted(self, access: str) -> str | None:
         """Returns the scopes that Forgejo granted, None when it does not say: the login goes on."""
@@ -3047,7 +3067,7 @@ class Upstream:
         missing = missing_scopes(asked, granted) if granted is not None else []
         if missing:
             self._warn(
-                "a login lacks scopes",
+                "login_lacks_scopes",
                 "login",
                 "Forgejo keeps the scopes of the first login",
                 user=info.sub,
@@ -3126,7 +3146,7 @@ class Upstream:
                 self._back_off(sub, wait)
                 raise
             self._save(sub, credential, began)
-            self._log.event("info", "upstream refreshed", user=sub)
+            self._log.event("info", "upstream_refreshed", user=sub)
         self._check_again(user, credential.access)
         return True
 
@@ -3169,7 +3189,7 @@ class Upstream:
         with self._lock:
             self._retry.pop(user.sub, None)
         interrupted = user.refreshing_since is not None  # a crash of ours may have lost the answer
-        self._log.audit("logged out upstream", user=user.sub, reason=reason, interrupted=interrupted)
+        self._log.audit("logged_out_upstream", user=user.sub, reason=reason, interrupted=interrupted)
         return True
 
     # -- after an outage
@@ -3195,7 +3215,7 @@ class Upstream:
             if back:
                 self._retry.clear()
         if back:
-            self._log.event("info", "forgejo answers again")
+            self._log.event("info", "forgejo_answers_again")
 
     # -- may this user be here
 
@@ -3241,7 +3261,7 @@ class Upstream:
             return "suspended"
         if word == "good" and user and user.state == "suspended":
             if self._store.set_user_state(sub, "active", user.credential_seq):
-                self._log.event("info", "suspension ended", user=sub, login=user.login)
+                self._log.event("info", "suspension_ended", user=sub, login=user.login)
         return word
 
     def _suspend(self, user: Any, sentence: str) -> None:
@@ -3251,7 +3271,7 @@ class Upstream:
 
     def _shut_out(self, sub: str, state: str, reason: str) -> None:
         if self._store.set_user_state(sub, state):
-            self._log.audit("access refused", user=sub, reason=reason)
+            self._log.audit("access_refused", user=sub, reason=reason)
         now = self._clock.now()
         for grant in self._store.grants_of(sub, now):
             self._store.end_grant(grant.grant_id, reason, now)
@@ -4887,14 +4907,12 @@ def unreadable_documents(web: PublicWeb, schemes: tuple[str, ...]) -> list[str]:
             reasons[number] = f"{url}: {error}"
 
     reasons = [f"{url}: not asked" for url in WELL_KNOWN_DOCUMENTS]
-    readers = []
-    for each in enumerate(WELL_KNOWN_DOCUMENTS):
-        reader = threading.Thread(target=read, args=each, daemon=True, name="document")
-        try:
-            reader.start()
-            readers.append(reader)
-        except RuntimeError:  # no thread to be had
-            read(*each)
+    readers = [
+        threading.Thread(target=read, args=each, daemon=True, name="document")
+        for each in enumerate(WELL_KNOWN_DOCUMENTS)
+    ]
+    for reader in readers:
+        reader.start()
     for reader in readers:
         reader.join()
     return reasons if all(reasons) else []
@@ -5090,7 +5108,7 @@ class Documents:
             if away and self._unread is not None:
                 self._unread = str(error)
             self._log.event(
-                "info", "client document refused", client=url, reason=str(error), last_good_serves=until > now
+                "info", "client_document_refused", client=url, reason=str(error), last_good_serves=until > now
             )
 
     def check_assertion(self, client, assertion):
@@ -5180,9 +5198,7 @@ class Documents:
             keys = public_rsa_keys(answer.json() if answer.status == 200 else None)
             kept = {"uri": url, "at": now, "ok": True, "good": now, "keys": keys}
         except (FetchFailed, ValueError) as error:
-            self._log.event(
-                "warning", "client keys cannot be read", client=client.client_id, reason=str(error)
-            )
+            self._log.event("warning", "client_keys_unreadable", client=client.client_id, reason=str(error))
             away = isinstance(error, FetchFailed) and error.away and kept.get("uri") == url
             good = kept.get("good", kept["at"] if kept["ok"] else 0) if away else 0
             keys = kept["keys"] if now - good < self.KEYS_UNCONFIRMED else []
@@ -5300,7 +5316,7 @@ class Clients:
             network_of(request.address, 24, 48),
             now,
         )
-        self._log.audit("client registered", client=client_id, name=name, address=request.address)
+        self._log.audit("client_registered", client=client_id, name=name, address=request.address)
         answer = {"client_id": client_id, "client_id_issued_at": int(now), **metadata}
         if secret:
             answer.update(client_secret=secret, client_secret_expires_at=0)
@@ -5636,7 +5652,7 @@ class Authorization:
         decided = "deny" if denied else " ".join(granted)
         if self._decided(cookie, box, {**login, "granted": granted}, decided):
             self._log.audit(
-                "consent refused" if denied else "consent given",
+                "consent_refused" if denied else "consent_given",
                 client=login["client"],
                 scope=" ".join(granted),
             )
@@ -5801,7 +5817,7 @@ class Authorization:
                 "server_error", "Forgejo refused the login; the operator's log says why"
             ) from None
         except NotAllowed as error:
-            self._log.audit("access refused", user=error.sub, login=error.login, reason=error.reason)
+            self._log.audit("access_refused", user=error.sub, login=error.login, reason=error.reason)
             raise ClientRedirect("access_denied", error.reason) from None
 
     def _client_answered(
@@ -5875,7 +5891,7 @@ class Authorization:
     def _account_opened(self, info, now):
         cookie = new_secret()  # a new one at each login: one that somebody planted before is worth nothing
         self._store.open_account(digest(cookie), info.sub, now + ACCOUNT_LIFETIME)
-        self._log.audit("account opened", user=info.sub, login=info.login)
+        self._log.audit("account_opened", user=info.sub, login=info.login)
         response = redirect(self._settings.public_url + "/account")
         return replace(
             response,
@@ -5989,13 +6005,13 @@ class Authorization:
             # A code that comes twice was stolen from one of the two: what the first made ends (RFC 6749 4.1.2).
             row = self._store.code(digest(code))  # read anew: the first may have come since
             if row and row.used_at is not None and row.client_id == client.client_id:
-                self._end(row, "code replayed", "reuse detected")
+                self._end(row, "code replayed", "reuse_detected")
             sentence = "The code is unknown, expired or used, or belongs to another request. Start again."
             if row and row.used_at is None and row.expires_at <= now:
                 raise self._expired(row.expires_at, now, sentence)
             raise OAuthError("invalid_grant", sentence)
         self._log.audit(
-            "token issued", user=grant.sub, client=client.client_id, grant=grant.grant_id, scope=grant.scope
+            "token_issued", user=grant.sub, client=client.client_id, grant=grant.grant_id, scope=grant.scope
         )
         return self._pair_answer(pair, grant.scope, self._settings.access_token_lifetime)
 
@@ -6024,7 +6040,7 @@ class Authorization:
                 box = self._keyring.chained(token).seal("successor", str(row.grant_id), pair)
                 if self._store.rotate(digest(token), scope, now, *self._hashed(pair, now), box):
                     self._log.audit(
-                        "token refreshed", user=row.sub, client=client.client_id, grant=row.grant_id
+                        "token_refreshed", user=row.sub, client=client.client_id, grant=row.grant_id
                     )
                     return self._pair_answer(pair, scope, self._settings.access_token_lifetime)
                 continue  # another request was faster: the next look finds what it made
@@ -6057,7 +6073,7 @@ class Authorization:
         if grace_ends < now <= grace_ends + self._clock.leap():
             raise temporarily(CLOCK_WAS_SET, 60)
         if now > grace_ends:
-            self._end(row, "refresh token re-used", "reuse detected")
+            self._end(row, "refresh token re-used", "reuse_detected")
         else:
             with contextlib.suppress(ValueError):
                 return self._keyring.chained(token).unseal(
@@ -6093,7 +6109,7 @@ class Authorization:
             "scope": scope,
         }
 
-    def _end(self, row, reason, event="token revoked"):
+    def _end(self, row, reason, event="token_revoked"):
         if self._store.end_grant(row.grant_id, reason, self._clock.now()):
             self._log.audit(event, user=row.sub, client=row.client_id, grant=row.grant_id, reason=reason)
 
@@ -6109,7 +6125,7 @@ class Authorization:
             self._end(refresh, "revoked by client")
         elif access and access.client_id == client.client_id:
             self._store.drop_access_token(digest(token))
-            self._log.audit("token revoked", client=client.client_id)
+            self._log.audit("token_revoked", client=client.client_id)
         return json_response(200, {}, NO_STORE)
 
     # -- shared
@@ -6606,7 +6622,7 @@ class Child:
             shown = line.decode("utf-8", "replace").rstrip()
             self._last_words.append(shown[:LAST_WORD])
             if logged.grants():
-                self._log.event("debug", "child stderr", user=self._label, line=shown)
+                self._log.event("debug", "child_stderr", user=self._label, line=shown)
 
     @property
     def last_words(self) -> list[str]:
@@ -6621,7 +6637,7 @@ class Child:
             self._read_stdout()
         except Exception as error:
             self._log.event(
-                "error", "reader failed", user=self._label, error=f"{type(error).__name__}: {error}"
+                "error", "reader_failed", user=self._label, error=f"{type(error).__name__}: {error}"
             )
         try:
             self.stop("exited", asked=False)
@@ -6773,11 +6789,11 @@ class Call:
         try:
             deliver()
         except Exception as error:
-            log.event("error", "delivery failed", method=self.method, error=type(error).__name__)
+            log.event("error", "delivery_failed", method=self.method, error=type(error).__name__)
             try:
                 self.fail_undelivered()
             except Exception as again:
-                log.event("error", "delivery failed", method=self.method, error=type(again).__name__)
+                log.event("error", "delivery_failed", method=self.method, error=type(again).__name__)
                 self.reply.close()
         finally:
             self.release(log)
@@ -6788,7 +6804,7 @@ class Call:
             if self.over:
                 self.over()
         except Exception as error:
-            log.event("error", "release failed", method=self.method, error=type(error).__name__)
+            log.event("error", "release_failed", method=self.method, error=type(error).__name__)
 
 
 class Waiting:
@@ -6974,7 +6990,7 @@ class Link:
         except (
             Exception
         ) as error:  # one message must not end the reader, and with it the child and all its calls
-            self._dropped("error", "child message failed", line, error=type(error).__name__)
+            self._dropped("error", "child_message_failed", line, error=type(error).__name__)
             if message.kind == "request":
                 self.send({"id": message.id, "error": {"code": INTERNAL_ERROR, "message": "Internal error"}})
 
@@ -6994,7 +7010,7 @@ class Link:
                 ),
             )
         self.bad_lines += 1
-        self._dropped("warning", "bad line from child", line, count=self.bad_lines)
+        self._dropped("warning", "bad_line_from_child", line, count=self.bad_lines)
         if self.bad_lines >= BAD_LINES:
             self.child.kill("bad_lines")
 
@@ -7011,7 +7027,7 @@ class Link:
             self._finish(call, lambda: self._deliver(call, line, message), message)
         else:
             self.stray += 1
-            self._dropped("debug", "stray answer from child", line, count=self.stray)
+            self._dropped("debug", "stray_answer_from_child", line, count=self.stray)
 
     def _hold_back(self, line: bytes) -> None:
         """Let a child that sends much unasked wait: what it costs is its own time, not that of everybody's threads."""
@@ -7182,7 +7198,7 @@ class Session:
             try:
                 link.child.send(line)  # a child that died meanwhile answers through link_ended
             except Exception as error:  # half a batch may be gone: nobody can say which calls the child has
-                self.log.event("error", "send failed", user=self.sub, error=type(error).__name__)
+                self.log.event("error", "send_failed", user=self.sub, error=type(error).__name__)
                 link.child.kill("stuck")
         for call in filter(link.edge.serves, calls):
             call.finish(self.log, functools.partial(link.edge.serve, call))
@@ -7366,7 +7382,7 @@ class Session:
         except (RpcError, Refusal) as problem:
             error = anew(problem)
         except BaseException as problem:
-            self.log.event("error", "start failed", user=self.sub, error=type(problem).__name__)
+            self.log.event("error", "start_failed", user=self.sub, error=type(problem).__name__)
             error = unavailable("starting_failed", "The tool process could not be started.")
             if not isinstance(problem, Exception):
                 raise
@@ -7416,7 +7432,7 @@ class Session:
             raise
         try:
             self.log.audit(
-                "child started", user=self.sub, client=self.client_id, pid=link.child.pid, replay=replay
+                "child_started", user=self.sub, client=self.client_id, pid=link.child.pid, replay=replay
             )
             server = self.registry.connect(link, probe)
             if server:
@@ -7436,12 +7452,12 @@ class Session:
 
     def _settle(self, link, server, replay):
         if len(dump(server)) > MAX_SERVER:  # it is kept, in memory and on file
-            self.log.event("error", "child says too much of itself", user=self.sub, bytes=len(dump(server)))
+            self.log.event("error", "child_says_too_much_of_itself", user=self.sub, bytes=len(dump(server)))
             raise unavailable("starting_failed", "The tool process says too much of itself.")
         if self.version and server["protocolVersion"] != self.version:
             self.log.event(
                 "warning",
-                "child speaks another version",
+                "child_speaks_another_version",
                 user=self.sub,
                 was=self.version,
                 now=server["protocolVersion"],
@@ -7570,7 +7586,7 @@ class Session:
         """The end is on record; one that nobody asked for is a warning with the child's last words, for only they say why."""
         child = link.child
         self.log.audit(
-            "child stopped", user=self.sub, client=self.client_id, pid=child.pid, reason=child.reason
+            "child_stopped", user=self.sub, client=self.client_id, pid=child.pid, reason=child.reason
         )
         is_probe = (
             link.probed and not link.serves and not link.failed
@@ -7578,7 +7594,7 @@ class Session:
         if (link.failed or not child.asked) and not is_probe:
             self.log.bounded(
                 "warning",
-                "child died",
+                "child_died",
                 self.sub,
                 user=self.sub,
                 pid=child.pid,
@@ -7665,7 +7681,7 @@ class Session:
                 link.child.stop(reason)
             self.front.end()
             if self.durable:
-                self.log.audit("session ended", user=self.sub, client=self.client_id, reason=reason)
+                self.log.audit("session_ended", user=self.sub, client=self.client_id, reason=reason)
 
     # -- tools
 
@@ -8555,7 +8571,7 @@ class ModernReply:
         try:
             stream.put(self._input_required(), answer=True, request_id=self.id)
         except Exception as error:  # the client waits at the old stream
-            self.place.log.event("error", "delivery failed", error=type(error).__name__)
+            self.place.log.event("error", "delivery_failed", error=type(error).__name__)
             with self.place.lock:
                 self.held = False
                 self.stream = stream
@@ -8897,7 +8913,7 @@ class Registry:
         except BaseException:
             self.forget([session.name], "could not be saved")
             raise
-        self.log.audit("session opened", user=sub, client=client_id, version=session.version)
+        self.log.audit("session_opened", user=sub, client=client_id, version=session.version)
         self.forget(too_many, "too many sessions of this user")
         return session_id, session.server
 
@@ -9045,7 +9061,7 @@ class Registry:
         try:
             session.end(reason)
         except Exception as error:
-            self.log.event("error", "session end failed", user=session.sub, error=type(error).__name__)
+            self.log.event("error", "session_end_failed", user=session.sub, error=type(error).__name__)
 
     def save_uses(self):
         """Write down when sessions were last used, those that were since the last time."""
@@ -9194,7 +9210,7 @@ class Registry:
                 self.children.append(child)
             return child
         except ChildMissing as error:
-            self.log.event("error", "forgejo-mcp is missing", reason=str(error))
+            self.log.event("error", "child_missing", reason=str(error))
             raise RpcError(
                 INTERNAL_ERROR,
                 "The tool program is missing on the server; tell its operator.",
@@ -9202,7 +9218,7 @@ class Registry:
                 500,
             ) from None
         except ChildFailed as error:
-            self.log.event("error", "forgejo-mcp cannot be started", reason=str(error))
+            self.log.event("error", "child_not_started", reason=str(error))
             raise self._starting_failed() from None
 
     def tick_children(self):
@@ -9454,9 +9470,9 @@ class Reaper:
         try:
             function(*arguments)
         except StoreUnavailable as error:
-            self._log.event("error", "store unavailable", reason=error.reason)
+            self._log.event("error", "store_unavailable", reason=error.reason)
         except Exception as error:  # the reaper must outlive every surprise
-            self._log.event("error", "reaper failed", error=f"{type(error).__name__}: {error}")
+            self._log.event("error", "reaper_failed", error=f"{type(error).__name__}: {error}")
 
     def _forget(self, reason: str, dropped: Callable[..., Iterable[bytes]], *arguments: object) -> None:
         self._registry.forget(dropped(*arguments), reason)
@@ -9531,8 +9547,7 @@ class Reaper:
                 elif link and link.seq != seq:
                     session.replace()
         if self._upstream.probe_due():
-            with contextlib.suppress(RuntimeError):  # no thread to be had: it is due again
-                threading.Thread(target=self._upstream.probe, daemon=True, name="probe").start()
+            threading.Thread(target=self._upstream.probe, daemon=True, name="probe").start()
         if self._clock.monotonic() >= self._next_refresh:
             self._next_refresh = self._clock.monotonic() + 600
             for sub in self._store.users_to_refresh(now - 10 * 86400, now):
@@ -9545,18 +9560,16 @@ class Reaper:
             self._refreshing.add(sub)
         try:
             threading.Thread(target=self._refresh_one, args=(sub,), daemon=True, name="refresh").start()
-        except (
-            RuntimeError
-        ) as error:  # no thread to be had: the next tick tries again, and others have their turn
-            self._log.event("debug", "refresh failed", user=sub, error=str(error))
+        except BaseException:  # no thread to be had: the next tick tries again
             with self._lock:
                 self._refreshing.discard(sub)
+            raise
 
     def _refresh_one(self, sub: str) -> None:
         try:
             self._upstream.refresh(sub)
         except Exception as error:  # logged where it is known what it means; the next tick tries again
-            self._log.event("debug", "refresh failed", user=sub, error=type(error).__name__)
+            self._log.event("debug", "refresh_failed", user=sub, error=type(error).__name__)
         finally:
             with self._lock:
                 self._refreshing.discard(sub)
@@ -10472,7 +10485,7 @@ class Watcher(threading.Thread):
                 for reader in filter(None, readers):
                     reader.close()
             except Exception as error:  # it must outlive every surprise: nobody else hears of hang-ups
-                self._log.event("error", "watcher failed", error=type(error).__name__)
+                self._log.event("error", "watcher_failed", error=type(error).__name__)
         self._epoll.close()
         os.close(self._wake)
 
@@ -10591,7 +10604,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """One connection is lost, and the operator learns why; never a traceback on stderr."""
-        self.log.event("error", "internal error", error=sys.exc_info()[0].__name__)
+        self.log.event("error", "internal_error", error=sys.exc_info()[0].__name__)
 
     def _has_room_for(self, newcomer: "Connection") -> bool:
         """Returns whether a connection may stay, room made for it if need be."""
@@ -10988,7 +11001,7 @@ class Connection:
                 place = traceback.extract_tb(error.__traceback__)[
                     -1
                 ].lineno  # for the operator; the client learns a number only
-                self.server.log.event("error", "internal error", error=type(error).__name__, line=place)
+                self.server.log.event("error", "internal_error", error=type(error).__name__, line=place)
                 response = json_response(
                     500, {"error": "server_error", "error_description": f"Internal error {request.id}."}
                 )
@@ -11432,27 +11445,14 @@ class Broker:
         for server in self.servers:
             server.start()
 
-    def thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """A thread ended by an exception that nobody foresaw: a record for the operator instead of a traceback on stderr."""
-        place = traceback.extract_tb(failure.exc_traceback)[-1:]
-        self.log.event(
-            "error",
-            "thread failed",
-            thread=failure.thread and failure.thread.name,
-            error=failure.exc_type.__name__,
-            line=place[0].lineno if place else None,
-        )
-
     def look_out(self) -> None:
         """Learn in the background whether client documents can be read from here: at the start, then every 10 min while not."""
 
         def watch() -> None:
             while not self._stopping.wait(0):
-                try:
+                with contextlib.suppress(StoreUnavailable):
                     if self.settings.client_documents and self.documents.look_out():
                         return
-                except Exception as error:  # it must go on: without it documents are never advertised
-                    self.log.event("warning", "look out failed", error=type(error).__name__)
                 self._stopping.wait(LOOK_OUT)
 
         threading.Thread(target=watch, daemon=True, name="look out").start()
@@ -12493,7 +12493,7 @@ def revoke(arguments):
         for grant in ended:
             if store.end_grant(grant.grant_id, "revoked by operator", Clock().now()):
                 log.audit(
-                    "token revoked",
+                    "token_revoked",
                     user=grant.sub,
                     client=grant.client_id,
                     grant=grant.grant_id,
@@ -12568,7 +12568,7 @@ def rebind(arguments: Arguments) -> int:
     log = Log(settings)
     for grant in ended:
         log.audit(
-            "token revoked",
+            "token_revoked",
             user=grant.sub,
             client=grant.client_id,
             grant=grant.grant_id,
@@ -12670,7 +12670,6 @@ def serve(arguments):
     hide_from_children()
     broker = Broker(settings, sockets=inherited_sockets())
     broker.registry.reaps = adopts_orphans()
-    threading.excepthook = broker.thread_failed
     # The kernel may give a signal to any thread, and a main thread that waits for a lock would not hear of it: it waits here instead.
     signals, wakes = socket.socketpair()
     wakes.setblocking(False)
@@ -12697,7 +12696,7 @@ def serve(arguments):
     if settings.debug:
         broker.log.event(
             "warning",
-            "debug is on",
+            "debug_on",
             means="what forgejo-mcp writes to its stderr is logged, and each request's path",
         )
     notify_service_manager("READY=1")
@@ -12716,9 +12715,9 @@ def reload(broker, arguments):
     """SIGHUP: take over what may change, name what may not, keep everything when the new settings are wrong."""
     try:
         refused = broker.settings.reload(arguments.settings())
-        broker.log.event("info", "settings re-read", needs_restart=refused or None)
+        broker.log.event("info", "settings_reloaded", needs_restart=refused or None)
     except ConfigurationError as error:
-        broker.log.event("error", "settings not re-read", problems=error.problems)
+        broker.log.event("error", "settings_not_reloaded", problems=error.problems)
 
 
 COMMANDS = {

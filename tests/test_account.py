@@ -66,7 +66,7 @@ def test_several_logins_of_one_application_are_shown_and_ended_as_one(rig):
         status(rig, client) == 401
         and client.refresh(refresh_token=first["refresh_token"]).json()["error"] == "invalid_grant"
     )
-    assert {record["reason"] for record in rig.log.named("token revoked")} == {"ended by the user"}
+    assert {record["reason"] for record in rig.log.named("token_revoked")} == {"ended by the user"}
 
 
 def test_disconnecting_an_application_leaves_the_others_and_ends_its_sessions_and_children(rig):
@@ -77,7 +77,7 @@ def test_disconnecting_an_application_leaves_the_others_and_ends_its_sessions_an
     assert mcp.post({"jsonrpc": "2.0", "id": 1, "method": "ping"}).status == 401 and "alice" in str(
         other.call_tool("get_my_user_info")
     )
-    rig.log.wait("session ended")
+    rig.log.wait("session_ended")
 
 
 def test_ending_a_session_ends_its_child_at_once_and_keeps_the_login(rig):
@@ -89,7 +89,7 @@ def test_ending_a_session_ends_its_child_at_once_and_keeps_the_login(rig):
         mcp.post({"jsonrpc": "2.0", "id": 1, "method": "ping"}).status == 404
         and mcp.oauth.refresh().status == 200
     )
-    rig.log.wait("child stopped")
+    rig.log.wait("child_stopped")
 
 
 def test_nobody_ends_what_belongs_to_another(rig):
@@ -214,7 +214,7 @@ def test_rights_that_Forgejo_did_not_grant_are_named_with_the_remedy_on_the_page
     assert "Some tools will not work" in page.words and "read:user" in page.words
     assert f'href="{rig.forgejo.url}/user/settings/applications"' in page.text
     assert "write:repository" not in page.words  # that one was granted
-    record = rig.log.wait("a login lacks scopes")[0]
+    record = rig.log.wait("login_lacks_scopes")[0]
     assert record["level"] == "warning" and record["login"] == "alice" and "connect again" in record["remedy"]
     assert "write:issue" in record["missing"].split() and "write:repository" not in record["missing"].split()
 
@@ -232,7 +232,7 @@ def test_a_login_with_all_rights_hears_nothing_of_them(rig, granted):
         rig.forgejo.set_grant_scope("alice", rig.app.client_id, granted)
     rig.login("alice")
     _, page = open_account(rig)
-    assert "will not work" not in page.words and not rig.log.named("a login lacks scopes")
+    assert "will not work" not in page.words and not rig.log.named("login_lacks_scopes")
 
 
 def test_where_Forgejo_does_not_say_what_it_granted_nothing_is_claimed(rig):
@@ -240,4 +240,4 @@ def test_where_Forgejo_does_not_say_what_it_granted_nothing_is_claimed(rig):
     rig.forgejo.inject("/login/oauth/introspect", fake_forgejo.status(401, "no"), times=None)
     rig.login("alice")
     _, page = open_account(rig)
-    assert "will not work" not in page.words and not rig.log.named("a login lacks scopes")
+    assert "will not work" not in page.words and not rig.log.named("login_lacks_scopes")

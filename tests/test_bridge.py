@@ -299,7 +299,7 @@ def test_J12_a_lone_surrogate_is_passed_on_escaped_or_refused_and_breaks_nothing
     ):
         answer = mcp.post(body)
         assert answer.status in (200, 400) and answer.json()
-    assert not rig.log.named("internal error") and who(mcp) == "alice"
+    assert not rig.log.named("internal_error") and who(mcp) == "alice"
 
 
 def test_J13_a_key_that_differs_only_in_case_does_not_change_what_the_child_does(controlled, control):
@@ -349,7 +349,7 @@ def test_J21_a_client_that_hangs_up_leaves_no_thread_and_no_traceback(controlled
     with server._changed:
         assert server._changed.wait_for(lambda: server.open_connections <= 1, 20)
     assert who(mcp) == "alice" and threading.active_count() <= threads + 2
-    assert not controlled.log.named("internal error") and not controlled.log.named("connection failed")
+    assert not controlled.log.named("internal_error") and not controlled.log.named("connection failed")
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/json; charset=utf-16", "x", ""])
@@ -526,11 +526,11 @@ def test_X01_a_strangers_request_is_answered_as_for_an_unknown_id_by_every_metho
         assert answers[0].json()["error"]["code"] == -32001
         told.append([answer.body for answer in answers])
     assert told[0] == told[1]
-    assert text_of(alice.call_tool("get_pid")) == first and rig.log.named("session ended") == []
+    assert text_of(alice.call_tool("get_pid")) == first and rig.log.named("session_ended") == []
     rig.clock.advance(890)
     McpClient(alice.url, bob.token, session_id=alice.session_id).post(PING)
     rig.clock.advance(15)
-    rig.log.wait("child stopped", 2)  # what a stranger sends keeps no child awake
+    rig.log.wait("child_stopped", 2)  # what a stranger sends keeps no child awake
 
 
 def test_X02_another_client_of_the_same_user_has_no_part_in_a_session_but_another_login_of_the_same_client_has(

@@ -299,7 +299,7 @@ def test_L01_L04_no_secret_is_in_any_log_listing_metric_or_message_not_even_with
         ]
         assert not leaked, (output, leaked)
     log = shared.outputs["log"]
-    assert "child stderr" in log and "starting with [token]" in log, (
+    assert "child_stderr" in log and "starting with [token]" in log, (
         "the careless child was heard, its token was not"
     )
 

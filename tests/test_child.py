@@ -239,7 +239,7 @@ def test_P15_a_flood_on_stderr_is_drained_and_capped(start):
     )
     assert running.line() == b"done"
     running.end()
-    assert 0 < running.log.getvalue().count("child stderr") < 2000
+    assert 0 < running.log.getvalue().count("child_stderr") < 2000
 
 
 def test_J16_a_child_that_does_not_read_is_given_up(start):
@@ -481,7 +481,7 @@ def answered_by(make_rig, control, change):
         sent = [{"jsonrpc": "2.0", **each} for each in sent]
     control.raw((sent if isinstance(sent, bytes) else json.dumps(sent).encode()) + b"\n")
     seen = join()
-    assert text_of(mcp.call_tool("get_pid")) == pid and not rig.log.named("reader failed")
+    assert text_of(mcp.call_tool("get_pid")) == pid and not rig.log.named("reader_failed")
     return seen
 
 
@@ -515,7 +515,7 @@ def test_a_member_of_another_type_ends_neither_the_reader_nor_the_call(make_rig,
         control.emit({"jsonrpc": "2.0", **message}, int(pid))
         text_of(call("get_pid"))
         assert int(pid) in control.children
-    assert not rig.log.named("reader failed") + rig.log.named("child message failed")
+    assert not rig.log.named("reader_failed") + rig.log.named("child_message_failed")
 
 
 def test_J20_99_bad_lines_and_a_good_one_are_forgiven(make_rig):
@@ -523,7 +523,7 @@ def test_J20_99_bad_lines_and_a_good_one_are_forgiven(make_rig):
     mcp = rig.session()
     for _ in range(2):
         mcp.call_tool("bad_lines", n=99)
-    assert not rig.log.named("child stopped")
+    assert not rig.log.named("child_stopped")
 
 
 def test_a_large_answer_keeps_its_bytes(make_rig):
@@ -535,11 +535,11 @@ def test_a_child_that_ends_between_requests_is_not_missed(make_rig):
     rig = make_rig()
     mcp = rig.session()
     os.kill(int(text_of(mcp.call_tool("get_pid"))), signal.SIGKILL)
-    rig.log.wait("child stopped")
+    rig.log.wait("child_stopped")
     stream = mcp.open_stream()
     stream.wait_comment(10)
     assert (
-        not rig.log.named("internal error") and len(rig.log.named("child started")) == 1
+        not rig.log.named("internal_error") and len(rig.log.named("child_started")) == 1
     )  # an open stream wakes nobody
     assert "alice" in text_of(mcp.call_tool("get_my_user_info"))
     stream.close()
@@ -567,7 +567,7 @@ def test_sessions_opened_and_closed_leave_nothing(make_rig):
 
 def wait_for_quiet(rig, stopped):
     """Until that many children have stopped and every connection of the test is gone."""
-    rig.log.wait("child stopped", stopped)
+    rig.log.wait("child_stopped", stopped)
     poll, deadline = select.poll(), time.monotonic() + 20
     while (
         any(t.name.startswith(("stdout-", "stderr-", "connection")) for t in threading.enumerate())

@@ -65,7 +65,7 @@ def test_all_is_well_at_a_real_broker_and_one_client_is_registered(broker):
     done = run_program("doctor", broker.url + "/mcp")
     assert done.returncode == 0 and "fail" not in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("ok   ") > 40
-    assert [record["name"] for record in broker.records("client registered")] == ["fjmcp-broker doctor"]
+    assert [record["name"] for record in broker.records("client_registered")] == ["fjmcp-broker doctor"]
     with sqlite3.connect(broker.folder / "broker.db") as db:
         assert db.execute("SELECT count(*) FROM clients").fetchone() == (1,)
         assert (
@@ -78,7 +78,7 @@ def test_all_is_well_at_a_real_broker_and_one_client_is_registered(broker):
 
 def test_check_tries_the_same_but_registers_nobody(broker):
     assert broker.command("check").returncode == 0
-    assert not broker.records("client registered")
+    assert not broker.records("client_registered")
 
 
 def test_it_needs_no_configuration_and_says_what_is_wrong_with_its_word(tmp_path):
@@ -323,4 +323,4 @@ def test_every_single_expectation_of_the_table_can_fail_and_names_itself(broker,
             name,
             found,
         )
-    assert len(broker.records("client registered")) == 1
+    assert len(broker.records("client_registered")) == 1

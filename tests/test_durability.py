@@ -20,9 +20,9 @@ LIST = {"jsonrpc": "2.0", "id": 1, "method": "prompts/list"}
 
 def kill_child(rig, mcp, number=signal.SIGKILL):
     """End the child that serves this session, and wait until that was noticed."""
-    ended = len(rig.log.named("child stopped"))
+    ended = len(rig.log.named("child_stopped"))
     os.kill(int(text_of(mcp.call_tool("get_pid"))), number)
-    rig.log.wait("child stopped", ended + 1)
+    rig.log.wait("child_stopped", ended + 1)
 
 
 # -- 1: after everything the session goes on
@@ -35,7 +35,7 @@ def test_after_an_idle_stop_the_session_goes_on_with_its_log_level_and_subscript
     mcp.request("resources/subscribe", {"uri": "test://dropped"})
     mcp.request("resources/unsubscribe", {"uri": "test://dropped"})
     rig.clock.advance(901)
-    assert rig.log.wait("child stopped")[0]["reason"] == "idle" and children(rig) == 0
+    assert rig.log.wait("child_stopped")[0]["reason"] == "idle" and children(rig) == 0
     seen = json_of(mcp.call_tool("get_initialize"))
     assert seen["level"] == "error" and seen["subscriptions"] == ["test://kept"] and seen["initialized"] == 1
     assert seen["params"]["clientInfo"] == mcp.info and who(mcp) == "alice"
@@ -198,7 +198,7 @@ def test_tokens_rotate_under_constant_load_and_no_call_notices(make_rig):
     assert (
         2 * (1 + 4) <= len(tokens) <= 2 * (1 + 4) + 1
     )  # one a user and turn, whatever the load; alice's first login had another
-    assert "logged out upstream" not in {record["event"] for record in rig.log.records}
+    assert "logged_out_upstream" not in {record["event"] for record in rig.log.records}
 
 
 def test_a_busy_child_is_neither_slept_nor_evicted(make_rig, control):
@@ -210,7 +210,7 @@ def test_a_busy_child_is_neither_slept_nor_evicted(make_rig, control):
     rig.log.wait("login", 2)
     for _ in range(4):
         rig.tick()
-    assert not rig.log.named("child stopped")
+    assert not rig.log.named("child_stopped")
     control.release("k")
     assert text_of(join()) == "slow k"
     assert who(waiting()) == "bob"  # the place was free the moment the call had ended
@@ -226,7 +226,7 @@ def test_a_child_whose_question_is_open_is_neither_slept_nor_evicted(make_rig, c
     rig.clock.advance(901)
     for _ in range(4):
         rig.tick()
-    assert not rig.log.named("child stopped")
+    assert not rig.log.named("child_stopped")
     mcp.reply(question.data["id"], {"action": "accept", "content": {"answer": "blue"}})
     assert "blue" in json.dumps(stream.next().data)
     stream.close()
@@ -237,10 +237,10 @@ def test_a_child_that_keeps_state_is_neither_slept_nor_replaced(make_rig):
     mcp = rig.session()
     first = text_of(mcp.call_tool("get_pid"))
     rig.clock.advance(3400)
-    rig.log.wait("upstream refreshed")
+    rig.log.wait("upstream_refreshed")
     rig.tick()
     rig.tick()
-    assert text_of(mcp.call_tool("get_pid")) == first and not rig.log.named("child stopped")
+    assert text_of(mcp.call_tool("get_pid")) == first and not rig.log.named("child_stopped")
 
 
 def test_what_a_child_asks_during_a_replay_reaches_the_client(make_rig):
@@ -308,7 +308,7 @@ def test_a_new_child_that_speaks_another_version_is_not_passed_on(make_rig, tmp_
     version.write_text("2025-03-26")
     kill_child(rig, mcp)
     assert who(mcp) == "alice"
-    assert rig.log.named("child speaks another version")
+    assert rig.log.named("child_speaks_another_version")
     assert mcp.post([LIST]).status == 400  # batches are for sessions that were negotiated at 2025-03-26
     rig.restart()
     assert who(same(mcp)) == "alice"
@@ -369,10 +369,10 @@ def test_a_session_that_is_opened_while_grants_are_looked_at_is_not_ended(rig, m
     monkeypatch.setattr(rig.broker.store, "live_grants", then_someone_logs_in)
     rig.session("alice")
     rig.tick()
-    rig.log.wait("session opened", 2)
+    rig.log.wait("session_opened", 2)
     monkeypatch.undo()
     rig.tick()
-    assert who(opened[1]) == "bob" and not rig.log.named("session ended")
+    assert who(opened[1]) == "bob" and not rig.log.named("session_ended")
 
 
 def test_above_the_rows_of_a_user_the_session_unused_for_longest_ends_and_others_stay(make_rig):
@@ -420,7 +420,7 @@ def test_an_open_GET_stream_keeps_no_child_awake_and_still_carries_what_comes_la
     stream = mcp.open_stream()
     assert stream.wait_comment(10)
     rig.clock.advance(901)
-    assert rig.log.wait("child stopped")[0]["reason"] == "idle" and children(rig) == 0
+    assert rig.log.wait("child_stopped")[0]["reason"] == "idle" and children(rig) == 0
     assert not stream.ended.is_set()
     who(mcp)
     control.emit(
@@ -440,14 +440,14 @@ def test_three_failed_starts_are_answered_at_once_with_the_true_reason_and_it_re
     for _ in range(3):
         answer = mcp.post(LIST)
         assert answer.status == 503 and answer.json()["error"]["data"]["reason"] == "starting_failed"
-    started = len(rig.log.named("child started"))
+    started = len(rig.log.named("child_started"))
     answer = mcp.post(LIST)
     assert (
         answer.status == 503
         and answer.json()["error"]["data"]["reason"] == "starting_failed"
         and "Retry-After" in answer.headers
     )
-    assert len(rig.log.named("child started")) == started
+    assert len(rig.log.named("child_started")) == started
     switch.unlink()
     while mcp.post(LIST).status == 503:
         rig.tick()
@@ -505,7 +505,7 @@ def test_P18_a_missing_program_is_logged_loudly_and_costs_no_session(make_rig, t
     program.chmod(0o644)
     kill_child(rig, mcp)
     assert mcp.post(LIST).status == 500
-    assert [record for record in rig.log.named("forgejo-mcp is missing") if record["level"] == "error"]
+    assert [record for record in rig.log.named("child_missing") if record["level"] == "error"]
     program.chmod(0o755)
     while mcp.post(LIST).status != 200:
         rig.tick()

@@ -144,7 +144,7 @@ def test_a_client_that_is_down_with_its_forgejo_is_told_so(make_cell, client_era
     rig = make_cell()
     mcp = client_of(rig, client_era)
     rig.forgejo.down()
-    pid = [record["pid"] for record in rig.log.named("child started")]
+    pid = [record["pid"] for record in rig.log.named("child_started")]
     if pid:
         with pytest.raises(RpcError):
             mcp.call_tool("crash")
@@ -168,7 +168,7 @@ def test_starts_and_ends_of_children_are_on_record_with_user_client_and_reason(m
         mcp.call_tool("crash")
     mcp.call_tool("get_pid")
     rig.stop()
-    started, stopped = rig.log.named("child started"), rig.log.wait("child stopped", 2)
+    started, stopped = rig.log.named("child_started"), rig.log.wait("child_stopped", 2)
     assert {record["client"] for record in started + stopped} == {mcp.oauth.client_id}
     assert len({record["user"] for record in started + stopped}) == 1 and all(
         record["reason"] for record in stopped

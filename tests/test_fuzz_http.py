@@ -200,7 +200,7 @@ def served(shared, *pieces):
                 elif answer.body:
                     method, target, fields, body = answer.json()
                     requests.append((method, target, fields, bytes.fromhex(body)))
-    assert not shared.log.named("internal error")
+    assert not shared.log.named("internal_error")
     return requests, refused
 
 
@@ -506,7 +506,7 @@ def test_whatever_a_client_says_the_answer_is_json_rpc_or_a_refusal(session, bod
         elif answer.status != 202:
             assert "error" in answer.json()
         assert wire.send(get(rig)).answer().status == 200  # nothing was left on the connection
-    assert not rig.log.named("internal error")
+    assert not rig.log.named("internal_error")
 
 
 def test_after_all_of_it_the_session_works(session):

@@ -137,7 +137,7 @@ def post(rig, path, body, kind="application/x-www-form-urlencoded"):
 
 
 def nothing_broke(rig):
-    assert not rig.log.named("internal error") and not rig.log.named("reaper failed")
+    assert not rig.log.named("internal_error") and not rig.log.named("reaper_failed")
 
 
 @FUZZ

@@ -483,7 +483,7 @@ def test_a_ping_wakes_no_child_and_keeps_none_awake(controlled):
     store, sub = controlled.broker.store, controlled.broker.registry.all()[0].sub
     controlled.clock.advance(1000)
     controlled.tick()
-    controlled.log.wait("child stopped")
+    controlled.log.wait("child_stopped")
     used = store.sessions_of(sub)
     for _ in range(2):
         controlled.clock.advance(100)
@@ -493,7 +493,7 @@ def test_a_ping_wakes_no_child_and_keeps_none_awake(controlled):
             {"jsonrpc": "2.0", "id": 2, "result": {}},
         ]
         controlled.tick()
-    assert len(controlled.log.named("child started")) == 1 and store.sessions_of(sub) == used
+    assert len(controlled.log.named("child_started")) == 1 and store.sessions_of(sub) == used
 
 
 def test_a_ping_to_a_session_that_ended_is_404(rig):
@@ -506,7 +506,7 @@ def test_a_ping_to_a_session_that_ended_is_404(rig):
 def test_a_ping_to_a_session_on_file_finds_it_after_a_restart(rig):
     mcp = rig.session()
     rig.restart()
-    assert mcp.request("ping") == {} and not rig.log.named("child started")
+    assert mcp.request("ping") == {} and not rig.log.named("child_started")
     rig.clock.advance(91 * 86400)
     rig.tick()
     assert mcp.post(request("ping", None)).status in (401, 404)
@@ -614,7 +614,7 @@ def test_another_child_is_asked_for_its_own_list(listing):
     listing.say([tool("hinted", False)])
     listing.rig.clock.advance(1000)
     listing.rig.tick()
-    listing.rig.log.wait("child stopped")
+    listing.rig.log.wait("child_stopped")
     assert called(mcp, "hinted") == "refused"
 
 
@@ -711,4 +711,4 @@ def test_a_child_of_either_era_is_heard_when_its_list_changes_though_no_client_l
     assert refused(reader, "tools/call", {"name": "get_later", "arguments": {}})[:2] == (404, -32601)
     call(full, "change_tools", {"name": "get_later"})
     assert call(reader, "get_later")["content"]
-    assert len({event["pid"] for event in rig.log.named("child started")}) == 1
+    assert len({event["pid"] for event in rig.log.named("child_started")}) == 1

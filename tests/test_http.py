@@ -450,7 +450,7 @@ def test_H20_a_reset_in_the_middle_leaves_no_trace(shared, token):
         wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         wire.sock.close()
     assert ask(shared, get(shared)).status == 200
-    assert "Traceback" not in shared.log.text and not shared.log.named("internal error")
+    assert "Traceback" not in shared.log.text and not shared.log.named("internal_error")
 
 
 @pytest.mark.parametrize("method", [b"GET", b"HEAD", b"DELETE"])
@@ -502,7 +502,7 @@ def test_a_bug_reaches_the_client_as_a_number_and_the_operator_as_a_place(make_r
     rig.broker.routes["/"][1]["GET"] = broken
     answer = ask(rig, get(rig, "/"))
     assert answer.status == 500 and b"canary" not in answer.body and b"Traceback" not in answer.body
-    seen = rig.log.wait("internal error")[0]
+    seen = rig.log.wait("internal_error")[0]
     assert seen["error"] == "KeyError" and seen["line"] > 0
 
 
@@ -655,7 +655,7 @@ def test_HEAD_with_a_token_says_which_methods_there_are(shared, token):
 )
 def test_B13_the_clients_address_is_read_from_the_right_past_trusted_proxies(shared, forwarded, address):
     body = json.dumps({"redirect_uris": ["http://localhost/cb"]}).encode()
-    count = len(shared.log.named("client registered"))
+    count = len(shared.log.named("client_registered"))
     assert (
         ask(
             shared,
@@ -669,14 +669,14 @@ def test_B13_the_clients_address_is_read_from_the_right_past_trusted_proxies(sha
         ).status
         == 201
     )
-    assert shared.log.wait("client registered", count + 1)[-1]["address"] == address
+    assert shared.log.wait("client_registered", count + 1)[-1]["address"] == address
 
 
 def test_B13_an_untrusted_peer_speaks_for_itself_only(make_rig):
     rig = make_rig(trusted_proxies="192.0.2.1")
     body = json.dumps({"redirect_uris": ["http://localhost/cb"]}).encode()
     ask(rig, post(rig, "/oauth/register", body, "X-Forwarded-For: 203.0.113.7"))
-    assert rig.log.wait("client registered")[-1]["address"] == "127.0.0.1"
+    assert rig.log.wait("client_registered")[-1]["address"] == "127.0.0.1"
 
 
 # -- pages
@@ -852,7 +852,7 @@ def test_whatever_is_sent_the_server_answers_the_next_one(shared, data):
         except ConnectionResetError:
             pass
         assert not wire.buffer.startswith(b"HTTP/1.1 500")
-    assert not shared.log.named("internal error")
+    assert not shared.log.named("internal_error")
 
 
 def test_after_all_of_it_an_honest_client_is_served(shared):

@@ -38,7 +38,7 @@ def assert_ended(rig, mcp, number):
     """Nothing that the first person held works or is there."""
     assert same(mcp).post(CALL).status == 401
     assert mcp.oauth.refresh().json()["error"] == "invalid_grant"
-    (record,) = rig.log.wait("identity changed")
+    (record,) = rig.log.wait("identity_changed")
     assert record["user"] == number
 
 
@@ -72,14 +72,14 @@ def test_the_same_login_without_a_readable_account_is_the_same_person_in_any_cas
     rig.forgejo.rename("alice", "Alice")
     rig.login("Alice")
     rig.forgejo.clear_faults()
-    assert who(same(mcp)) == "Alice" and not rig.log.named("identity changed")
+    assert who(same(mcp)) == "Alice" and not rig.log.named("identity_changed")
 
 
 def test_a_renamed_user_is_the_same_person(rig):
     mcp = rig.session("alice")
     rig.forgejo.rename("alice", "alicia")
     rig.login("alicia")
-    assert who(same(mcp)) == "alicia" and not rig.log.named("identity changed")
+    assert who(same(mcp)) == "alicia" and not rig.log.named("identity_changed")
     assert user(rig, 1001).former_login == "alice"
 
 
@@ -87,7 +87,7 @@ def test_the_moment_counts_and_not_the_time_zone_it_is_written_in(rig):
     mcp = rig.session("alice")
     rig.forgejo._need_user("alice").created = "2026-01-02T05:04:05+02:00"
     rig.login("alice")
-    assert mcp.oauth.refresh().status == 200 and not rig.log.named("identity changed")
+    assert mcp.oauth.refresh().status == 200 and not rig.log.named("identity_changed")
 
 
 @pytest.mark.parametrize("written", ["", "yesterday", None, 7, "0001-01-01T00:00:00Z", "2026-01-02T03:04:05"])
@@ -95,7 +95,7 @@ def test_a_moment_that_cannot_be_read_is_no_moment(rig, written):
     mcp = rig.session("alice")
     rig.forgejo._need_user("alice").created = written
     rig.login("alice")
-    assert mcp.oauth.refresh().status == 200 and not rig.log.named("identity changed")
+    assert mcp.oauth.refresh().status == 200 and not rig.log.named("identity_changed")
     assert user(rig, 1001).account_created == 1767323045.0  # what was known stays
 
 
@@ -108,8 +108,8 @@ def test_the_first_persons_pooled_child_serves_the_other_person_nothing(rig):
     assert [session for session in rig.broker.registry.all() if session.sub == number] == []
     answer = McpClient(rig.url + "/mcp", mcp.oauth.tokens["access_token"]).post(CALL)
     assert '\\"login\\": \\"victim\\"' in answer.text
-    reasons = [r["reason"] for r in rig.log.named("child stopped")]
-    assert "identity changed" in reasons
+    reasons = [r["reason"] for r in rig.log.named("child_stopped")]
+    assert "identity_changed" in reasons
 
 
 def test_the_account_page_of_the_first_person_is_closed(rig):
@@ -151,7 +151,7 @@ def test_answers_that_name_different_people_end_the_login(rig):
     rig.forgejo.inject(ME, status(200, {"id": 4242, "login": "alice", "created": LATER}))
     with pytest.raises((BrowserError, ClientError)) as error:
         rig.login("alice")
-    assert "temporarily_unavailable" in str(error.value) and not rig.log.named("identity changed")
+    assert "temporarily_unavailable" in str(error.value) and not rig.log.named("identity_changed")
 
 
 def test_a_refresh_that_brings_another_persons_token_ends_the_logins_of_the_number(rig):
@@ -166,7 +166,7 @@ def test_a_refresh_that_brings_another_persons_token_ends_the_logins_of_the_numb
     )  # dave has carol's grant number now
     rig.clock.advance(3590)
     assert same(mcp).post(CALL).status == 401
-    assert rig.log.wait("identity changed")[0]["user"] == number
+    assert rig.log.wait("identity_changed")[0]["user"] == number
 
 
 def test_a_person_renamed_meanwhile_keeps_everything_at_a_refresh(rig):
@@ -359,7 +359,7 @@ def test_rebind_forget_ends_all_logins_and_keeps_clients(moved):
     mcp = McpClient(client.mcp_url, client.tokens["access_token"])
     assert mcp.post(CALL).status == 401
     client.login(None, "alice", "secret")  # the registration is still good
-    assert not place.records("identity changed")
+    assert not place.records("identity_changed")
 
 
 def test_a_store_made_before_takes_the_present_URL(make_installation):

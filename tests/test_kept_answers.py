@@ -320,7 +320,7 @@ def test_an_answer_that_nobody_fetched_goes_with_its_time_and_the_session_leaves
     assert 20_000 < registry.kept.total < 21_000
     tight.clock.advance(301)
     tight.tick()
-    tight.log.wait("child stopped")
+    tight.log.wait("child_stopped")
     assert registry.kept.total == 0
     assert come_back(mcp, event_id, "slow")["error"]["data"] == GONE
     tight.clock.advance(400)

@@ -1,14 +1,19 @@
 """Log: one line an event, nothing in it that was not meant for it, and who did what can be told afterwards."""
 
+import ast
 import io
 import json
+import os
+import re
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
 
 from browser import Browser, approve_login
+import fjmcp_broker
 from fjmcp_broker import Log
 from mcp_client import McpClient
 
@@ -66,7 +71,7 @@ def test_L03_an_exception_in_a_handler_tells_the_operator_where_and_the_client_o
         rig.url,
         "POST /mcp HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer fja_bearer\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}".encode(),
     )
-    (record,) = rig.log.wait("internal error")
+    (record,) = rig.log.wait("internal_error")
     assert record["error"] == "RuntimeError" and record["line"]
     number = json.loads(rig.log.text.splitlines()[-1])["request"]
     assert b" 500 " in answer and f"Internal error {number}.".encode() in answer
@@ -79,7 +84,7 @@ def test_L04_debug_is_off_unless_asked_for_and_is_told_at_the_start(make_install
     for installation in (quiet, loud):
         installation.start()
         assert installation.broker.stop() == 0
-    assert not quiet.records("debug is on") and loud.records("debug is on")[0]["level"] == "warning"
+    assert not quiet.records("debug_on") and loud.records("debug_on")[0]["level"] == "warning"
 
 
 def test_L06_each_step_of_a_login_and_a_session_is_on_record_with_who_and_what(rig):
@@ -99,18 +104,18 @@ def test_L06_each_step_of_a_login_and_a_session_is_on_record_with_who_and_what(r
     grants = {record["grant"] for record in rig.log.named("login")}
     assert len(grants) == 2
     for event, fields in (
-        ("client registered", {"client", "name", "address"}),
-        ("consent given", {"client", "scope"}),
-        ("consent refused", {"client"}),
+        ("client_registered", {"client", "name", "address"}),
+        ("consent_given", {"client", "scope"}),
+        ("consent_refused", {"client"}),
         ("login", {"user", "login", "client", "grant", "scope"}),
-        ("token issued", {"user", "client", "grant", "scope"}),
-        ("token refreshed", {"user", "client", "grant"}),
-        ("reuse detected", {"user", "client", "grant"}),
-        ("token revoked", {"user", "client", "grant"}),
-        ("session opened", {"user", "client"}),
-        ("session ended", {"user", "client", "reason"}),
-        ("child started", {"user", "client", "pid"}),
-        ("child stopped", {"user", "client", "reason"}),
+        ("token_issued", {"user", "client", "grant", "scope"}),
+        ("token_refreshed", {"user", "client", "grant"}),
+        ("reuse_detected", {"user", "client", "grant"}),
+        ("token_revoked", {"user", "client", "grant"}),
+        ("session_opened", {"user", "client"}),
+        ("session_ended", {"user", "client", "reason"}),
+        ("child_started", {"user", "client", "pid"}),
+        ("child_stopped", {"user", "client", "reason"}),
     ):
         for record in rig.log.wait(event):
             assert record["audit"] is True and fields <= set(record), (event, record)
@@ -135,3 +140,48 @@ def test_L07_a_flood_of_401s_writes_nothing(make_rig):
             f"POST /mcp HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer fja_x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode(),
         )
     assert rig.log.text == before
+
+
+def test_time_is_that_of_rfc_3339_in_utc_with_milliseconds():
+    stream = io.StringIO()
+    clock = SimpleNamespace(now=lambda: 1764547200.25)
+    settings = SimpleNamespace(debug=False, log_format="json")
+    Log(settings, stream, clock).event("info", "serving")
+    assert json.loads(stream.getvalue())["time"] == "2025-12-01T00:00:00.250Z"
+
+
+def test_each_line_begins_with_its_priority_where_the_journal_reads_it(tmp_path, monkeypatch):
+    settings = SimpleNamespace(debug=True, log_format="json")
+    with open(tmp_path / "journal", "w+") as stream:
+        status = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+        log = Log(settings, stream)
+        for level in ("debug", "info", "warning", "error"):
+            log.event(level, "serving")
+        stream.seek(0)
+        assert [line[:3] for line in stream] == ["<7>", "<6>", "<4>", "<3>"]
+
+
+def test_a_journal_that_is_not_this_stream_gets_no_priorities(tmp_path, monkeypatch):
+    monkeypatch.setenv("JOURNAL_STREAM", "1:1")
+    settings = SimpleNamespace(debug=True, log_format="json")
+    with open(tmp_path / "log", "w+") as stream:
+        Log(settings, stream).event("error", "internal_error")
+        stream.seek(0)
+        assert stream.read().startswith("{")
+
+
+def test_each_event_is_one_snake_case_word():
+    tree = ast.parse(Path(fjmcp_broker.__file__).read_text())
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
+    named = [call.args[1:2] for call in calls if call.func.attr in ("event", "bounded", "_dropped")]
+    named += [call.args[:1] for call in calls if call.func.attr == "audit"]
+    words = {
+        text.value
+        for argument in sum(named, [])
+        for text in ast.walk(argument)
+        if isinstance(text, ast.Constant) and isinstance(text.value, str)
+    }
+    assert len(words) > 30 and [word for word in words if not re.fullmatch(r"[a-z][a-z_]*[a-z]", word)] == []

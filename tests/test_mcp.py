@@ -125,7 +125,7 @@ def test_a_session_outlives_its_child_and_the_broker(rig):
     mcp.request("resources/subscribe", {"uri": "test://watched"})
     first = int(text_of(mcp.call_tool("get_pid")))
     os.kill(first, signal.SIGKILL)
-    rig.log.wait("child stopped")
+    rig.log.wait("child_stopped")
     second = int(text_of(mcp.call_tool("get_pid")))
     assert second != first
     rig.restart()
@@ -143,14 +143,14 @@ def test_an_idle_child_is_stopped_and_its_session_stays(make_rig):
     session = rig.broker.registry.all()[0]
     session.link.used_at -= 2
     rig.tick()
-    assert rig.log.wait("child stopped")[0]["reason"] == "idle"
+    assert rig.log.wait("child_stopped")[0]["reason"] == "idle"
     assert "alice" in text_of(mcp.call_tool("get_my_user_info"))
 
 
 def test_concurrent_requests_to_a_sleeping_session_wake_one_child(rig):
     mcp = rig.session()
     os.kill(int(text_of(mcp.call_tool("get_pid"))), signal.SIGKILL)
-    rig.log.wait("child stopped")
+    rig.log.wait("child_stopped")
     pids, barrier = [], threading.Barrier(8)
 
     def call():
@@ -353,7 +353,7 @@ def test_a_revoked_grant_ends_its_sessions_streams_and_children(rig):
     stream = mcp.open_stream()
     stream.wait_comment(10)
     mcp.oauth.revoke(mcp.oauth.tokens["refresh_token"])
-    rig.log.wait("child stopped")
+    rig.log.wait("child_stopped")
     assert raw(mcp, {"jsonrpc": "2.0", "id": 1, "method": "ping"}).status == 401
 
 
@@ -366,12 +366,12 @@ def test_a_busy_child_is_relieved_when_the_token_rotates(controlled, control):
     control.wait_event(lambda event: event.get("event") == "call" and event.get("tool") == "get_slow")
     rig.clock.advance(3500)
     rig.tick()
-    rig.log.wait("child started", 2)
+    rig.log.wait("child_started", 2)
     assert "alice" in text_of(mcp.call_tool("get_my_user_info"))
     control.release("k")
     thread.join(20)
     assert done
-    rig.log.wait("child stopped")
+    rig.log.wait("child_stopped")
 
 
 def test_at_the_cap_the_longest_idle_child_makes_room(make_rig):
@@ -386,7 +386,7 @@ def test_why_a_child_cannot_start_is_told_apart(make_rig):
     rig = make_rig()
     mcp = rig.session()
     os.kill(int(text_of(mcp.call_tool("get_pid"))), signal.SIGKILL)
-    rig.log.wait("child stopped")
+    rig.log.wait("child_stopped")
     rig.forgejo.down()
     answer = raw(mcp, {"jsonrpc": "2.0", "id": 1, "method": "prompts/list"})
     assert (

@@ -118,7 +118,7 @@ def test_junk_between_good_lines_is_logged_at_a_fixed_rate_and_counted(controlle
         control.raw(b'junk\n{"jsonrpc":"2.0","method":"notifications/x"}\n' * 10)
     control.emit({"jsonrpc": "2.0", "method": "ping", "id": "read"})
     control.wait_event(event="message", method=None, id="read")
-    assert 10 <= len(controlled.log.named("bad line from child")) <= 12
+    assert 10 <= len(controlled.log.named("bad_line_from_child")) <= 12
     assert who(same(mcp)) == "alice"
 
 
@@ -177,7 +177,7 @@ def test_a_subscription_whose_child_dies_does_not_count(controlled, control):
     assert not session.begin_subscription("test://note") and session.subscribing
     session.end_subscription("test://note")
     control.command({"cmd": "exit", "code": 1})
-    controlled.log.wait("child stopped")
+    controlled.log.wait("child_stopped")
     assert mcp.request("resources/subscribe", {"uri": "test://note"}) == {} and not session.subscribing
 
 
@@ -206,7 +206,7 @@ def test_a_refused_listener_leaves_nothing_and_starts_nothing(rig, wanted):
     params = {} if wanted is None else {"notifications": wanted}
     assert refused(mcp, "subscriptions/listen", params)[:2] == (400, -32602)
     assert (rig.broker.registry.all(), rig.broker.registry.pools) == ([], {})
-    assert not rig.log.named("child started")
+    assert not rig.log.named("child_started")
 
 
 def test_a_listener_has_as_many_resources_as_allowed(rig):
@@ -224,7 +224,7 @@ def test_a_child_that_says_too_much_of_itself_is_not_started(make_rig, monkeypat
     with pytest.raises(RpcError) as refusal:
         rig.session()
     assert (refusal.value.http_status, refusal.value.data["reason"]) == (503, "starting_failed")
-    assert rig.log.named("child says too much of itself")
+    assert rig.log.named("child_says_too_much_of_itself")
 
 
 class Edge:

@@ -612,7 +612,7 @@ def test_a_call_that_is_gone_is_not_run_again(controlled, control, end):
     asked = call(mcp, "ask_elicit")
     if end == "kill the child":
         os.kill(control.children[0], signal.SIGKILL)
-        controlled.log.wait("child stopped")
+        controlled.log.wait("child_stopped")
     else:
         controlled.restart()
     assert refused(mcp, "tools/call", {"name": "ask_elicit", "arguments": {}, **retry_of(asked)})[1] == -32602

@@ -51,9 +51,9 @@ def first_messages(control):
 
 def replace_child(rig, control, mcp):
     """Kill the child of a session and let the session have a new one."""
-    stopped = len(rig.log.named("child stopped"))
+    stopped = len(rig.log.named("child_stopped"))
     os.kill(int(text_of(mcp.call_tool("get_pid"))), signal.SIGKILL)
-    rig.log.wait("child stopped", stopped + 1)
+    rig.log.wait("child_stopped", stopped + 1)
     return int(text_of(mcp.call_tool("get_pid")))
 
 

@@ -361,7 +361,7 @@ def test_C05_of_many_clicks_at_once_all_lead_to_one_login(rig, client):
     led = {(decision, answer.redirected_to) for decision, answer in places if answer.redirected_to}
     assert len(led) == 1 and len(places) == 8
     assert all((decision == next(iter(led))[0]) == bool(answer.redirected_to) for decision, answer in places)
-    assert len(rig.log.named("consent given")) == 1
+    assert len(rig.log.named("consent_given")) == 1
 
 
 def test_K04_a_callback_sent_again_gives_the_same_redirect_until_the_code_is_redeemed(rig, client):
@@ -650,7 +650,7 @@ def test_R02_a_token_sent_again_late_ends_its_grant(rig):
     assert client.refresh(refresh_token=r0).json()["error"] == "invalid_grant"
     assert client.refresh(refresh_token=newest["refresh_token"]).json()["error"] == "invalid_grant"
     assert bearer_status(rig, newest["access_token"]) == 401
-    assert rig.log.named("reuse detected")
+    assert rig.log.named("reuse_detected")
 
 
 def test_R04_parallel_refreshes_all_succeed_with_one_pair(rig):
@@ -769,7 +769,7 @@ def test_a_refused_upstream_refresh_logs_out_and_one_login_revives_all(rig):
     )
     if refused.status == 200:  # the child was still awake; the reaper's refresh is what finds out
         rig.tick()
-        rig.log.wait("logged out upstream")
+        rig.log.wait("logged_out_upstream")
         refused = stale.post({"jsonrpc": "2.0", "id": 2, "method": "ping"})
     assert refused.status == 401 and 'error="invalid_token"' in refused.headers["www-authenticate"]
     assert mcp.oauth.refresh(refresh_token=tokens["refresh_token"]).json()["error"] == "invalid_grant"

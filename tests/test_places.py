@@ -492,7 +492,7 @@ def test_a_header_of_nothing_but_proxies_is_read_for_32_entries(make_rig):
     body = json.dumps({"redirect_uris": ["http://localhost/cb"]}).encode()
     for proxies, address in ((31, "203.0.113.7"), (32, "127.0.0.1")):
         ask(rig, post(rig, "/register", body, "X-Forwarded-For: 203.0.113.7" + ",127.0.0.1" * proxies))
-        assert rig.log.named("client registered")[-1]["address"] == address
+        assert rig.log.named("client_registered")[-1]["address"] == address
 
 
 def test_a_proxy_that_is_not_trusted_is_named_once_with_the_setting(make_rig):
@@ -522,7 +522,7 @@ def test_the_peer_of_a_Unix_socket_is_a_trusted_proxy(make_rig, tmp_path):
                 client.connect(path)
                 client.sendall(post(rig, "/oauth/register", body, "Connection: close", *lines))
                 assert client.recv(100).startswith(b"HTTP/1.1 201")
-            assert rig.log.named("client registered")[-1]["address"] == address
+            assert rig.log.named("client_registered")[-1]["address"] == address
     finally:
         server.hurry()
         server.close(5)

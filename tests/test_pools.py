@@ -17,9 +17,9 @@ def awake(rig):
 
 def fall_asleep(rig):
     """All that is idle goes to sleep."""
-    before = len(rig.log.named("child stopped"))
+    before = len(rig.log.named("child_stopped"))
     rig.clock.advance(901)
-    rig.log.wait("child stopped", before + 1)
+    rig.log.wait("child_stopped", before + 1)
 
 
 def next_message(stream):
@@ -57,8 +57,8 @@ def test_places_of_a_user_are_bounded_and_those_used_longest_ago_go(rig, monkeyp
         assert who(connect(rig, capabilities=spelled(number), oauth=oauth)) == "alice"
     own = [place for place in rig.broker.registry.all() if place.initialize["capabilities"]]
     assert [place.initialize["capabilities"] for place in own] == [spelled(number) for number in (3, 4, 5)]
-    rig.log.wait("child stopped", 3)
-    assert who(other) == "bob" and len(rig.log.named("child stopped")) == 3
+    rig.log.wait("child_stopped", 3)
+    assert who(other) == "bob" and len(rig.log.named("child_stopped")) == 3
 
 
 def test_places_in_use_are_never_taken_away_and_too_many_are_refused(rig, monkeypatch):
@@ -84,7 +84,7 @@ def test_a_held_call_whose_child_dies_is_held_no_longer(controlled, control):
     asked = call(mcp, "ask_elicit")
     assert len(controlled.broker.registry.held) == 1
     control.command({"cmd": "exit", "code": 1})
-    controlled.log.wait("child stopped")
+    controlled.log.wait("child_stopped")
     assert controlled.broker.registry.held == {}
     params = {"name": "ask_elicit", "arguments": {}, **retry_of(asked)}
     assert refused(mcp, "tools/call", params)[1] == -32602
@@ -116,15 +116,15 @@ def test_a_listener_to_changes_of_lists_keeps_no_child_awake_and_hears_what_the_
 
 def test_a_listener_to_changes_of_lists_is_acknowledged_from_what_is_known_of_the_program(rig):
     assert who(connect(rig)) == "alice"
-    started = len(rig.log.named("child started"))
+    started = len(rig.log.named("child_started"))
     with listening(connect(rig, "bob"), toolsListChanged=True) as (honoured, _, _):
         assert honoured == {"toolsListChanged": True}
-        assert len(rig.log.named("child started")) == started
+        assert len(rig.log.named("child_started")) == started
 
 
 def test_a_listener_before_any_child_starts_one_to_know(rig):
     with listening(connect(rig), toolsListChanged=True) as (honoured, _, _):
-        assert honoured == {"toolsListChanged": True} and len(rig.log.named("child started")) == 1
+        assert honoured == {"toolsListChanged": True} and len(rig.log.named("child_started")) == 1
         fall_asleep(rig)
         assert awake(rig) == 0
 
@@ -141,12 +141,12 @@ def test_logins_that_listen_to_everything_leave_a_place_for_the_next_person(make
         assert awake(rig) == 2  # nobody needs their places
         carol = connect(rig, "carol")
         assert who(carol) == "carol"
-        (stopped,) = rig.log.named("child stopped")
+        (stopped,) = rig.log.named("child_stopped")
         assert stopped["reason"] == "place needed"
         for _ in range(3):  # who gave way does not take a place back from who uses it
             rig.tick()
             assert who(carol) == "carol"
-        assert len(rig.log.named("child stopped")) == 1
+        assert len(rig.log.named("child_stopped")) == 1
 
 
 def test_a_listener_to_a_resource_that_gave_way_hears_again_when_a_place_is_free(make_rig, control):

@@ -181,7 +181,7 @@ def test_the_whole_flow_goes_through_the_proxy(behind):
             assert len(mcp.list_tools()) > 3
             assert f'"login": "{user}"' in text_of(mcp.call_tool("get_my_user_info"))
             assert mcp.delete().status == 204
-    assert {record["address"] for record in behind[0].records("client registered")} == {"127.0.0.1"}
+    assert {record["address"] for record in behind[0].records("client_registered")} == {"127.0.0.1"}
 
 
 def test_events_arrive_as_they_are_sent_and_a_long_call_is_waited_for(behind):
@@ -252,7 +252,7 @@ def test_B13_a_forged_address_is_not_believed(behind):
             "Forwarded": "for=203.0.113.9",
         },
     )
-    assert installation.records("client registered")[-1]["address"] == "127.0.0.1"
+    assert installation.records("client_registered")[-1]["address"] == "127.0.0.1"
 
 
 def test_slow_bodies_of_one_client_behind_the_proxy_meet_its_limit_and_another_client_none(behind):
@@ -261,7 +261,7 @@ def test_slow_bodies_of_one_client_behind_the_proxy_meet_its_limit_and_another_c
     proxy, netloc = urlsplit(routes[installation.url]), urlsplit(installation.url).netloc
     installation.write(**installation.settings, trusted_proxies="127.0.0.1", max_requests_per_address=8)
     installation.broker.process.send_signal(signal.SIGHUP)
-    while not installation.records("settings re-read"):
+    while not installation.records("settings_reloaded"):
         select.select([], [], [], 0.02)
 
     def connection(address):

@@ -3,8 +3,7 @@
 import os
 import select
 import sys
-import threading
-import time
+import types
 import unittest.mock
 
 import pytest
@@ -13,8 +12,6 @@ import fjmcp_broker
 import mcp_client
 from mcp_client import McpClient, RpcError
 from modern import ALL_INPUT, call, connect, retry_of
-from rig import TESTS
-from test_process import in_thread
 
 STUBBORN = """
 import json, signal, sys, threading
@@ -78,7 +75,7 @@ def test_a_child_that_ignores_its_end_is_killed_whoever_stopped_it(make_rig, tmp
         else:
             mcp.delete()
     assert places_are_free(rig)
-    started = rig.log.named("child started")
+    started = rig.log.named("child_started")
     assert len(started) == 1 and has_ended(started[0]["pid"])
 
 
@@ -103,107 +100,8 @@ def test_a_revocation_is_in_force_although_the_grants_could_not_be_read_once(rig
 
     monkeypatch.setattr(rig.broker.store, "live_grants", live_grants)
     mcp.oauth.revoke(mcp.oauth.tokens["refresh_token"])
-    rig.log.wait("child stopped")
+    rig.log.wait("child_stopped")
     assert failed and places_are_free(rig)
-
-
-def test_a_place_whose_client_has_no_login_any_more_goes_alone_from_its_pool(rig):
-    registry = rig.broker.registry
-    places = [registry.lease("1", "x", {}, alone=True) for _ in range(2)]
-    registry.forget_but(set(), places[:1], "grant ended")
-    assert registry.all() == places[1:] and places[0].ended and not places[1].ended
-
-
-def test_only_the_program_that_asked_is_known_to_ask(make_rig, tmp_path):
-    script = tmp_path / "program"
-    text = f'#!/bin/sh\nexec {sys.executable} -I {TESTS}/stdio_child.py "$@"\n'
-    script.write_text(text)
-    script.chmod(0o755)
-    rig = make_rig(forgejo_mcp_binary=f"{script},x")
-    first = connect(rig, capabilities=ALL_INPUT)
-    first.request("tools/list")
-    old = rig.broker.registry.all()[0].link
-    script.write_text(text + "# an upgrade\n")
-    connect(rig, "bob", capabilities=ALL_INPUT).request("tools/list")
-    assert old.binary != rig.broker.registry.all()[-1].link.binary
-    first.auto = None
-    assert call(first, "ask_elicit")["resultType"] == "input_required"
-    assert rig.broker.store.binary(old.binary).asks
-    assert not rig.broker.store.binary(rig.broker.registry.all()[-1].link.binary).asks
-    assert not rig.broker.registry.asking
-
-
-def test_a_call_ends_with_its_session_and_gives_its_lease_back(rig):
-    mcp = connect(rig)
-    call(mcp, "get_pid")
-    (place,) = rig.broker.registry.all()
-    asked = in_thread(call, mcp, "silent")
-    while not any(each.method == "tools/call" for each in place.calls()):
-        time.sleep(0.01)
-    place.end("grant ended")
-    assert asked().data["reason"] == "session_ended"
-    while place.users:  # the answer goes first
-        time.sleep(0.01)
-
-
-def test_requests_do_not_make_the_reaper_read_all_grants(rig, monkeypatch):
-    mcp = rig.session()
-    mcp.list_tools()  # what is remembered of the first list is written down
-    rig.tick()
-    rig.tick()
-    read = []
-    real = rig.broker.store.live_grants
-    monkeypatch.setattr(rig.broker.store, "live_grants", lambda now: read.append(now) or real(now))
-    for _ in range(5):
-        assert mcp.request("tools/list")["tools"]
-        rig.tick()
-    assert read == []
-
-
-def test_a_stream_whose_grant_ended_while_it_was_let_in_ends(rig):
-    mcp = rig.session()
-    reaper, store = rig.broker.reaper, rig.broker.store
-    row = store.bearer(fjmcp_broker.digest(mcp.token), rig.clock.now())
-    caller = fjmcp_broker.Caller(
-        row.sub, row.login, row.client_id, row.grant_id, row.scope, row.asked, row.expires_at
-    )
-    store.end_grant(row.grant_id, "test", rig.clock.now())
-    rig.tick()
-    reader = fjmcp_broker.Stream().open()
-    reaper.watch(reader, caller, True)
-    rig.tick()
-    assert reader.ended
-
-
-def test_a_failing_session_keeps_the_reaper_from_nothing_else(rig, monkeypatch):
-    mcp, bob = rig.session(), rig.session("bob")
-    first = rig.broker.registry.all()[0]
-    monkeypatch.setattr(first, "tick", lambda now: 1 / 0)
-    mcp.oauth.revoke(mcp.oauth.tokens["refresh_token"])
-    rig.tick()
-    assert first.ended and rig.log.named("reaper failed") and bob.request("ping") == {}
-
-
-@pytest.mark.parametrize("what", ["start", "refresh", "look"])
-def test_without_a_thread_nothing_stays_marked(rig, monkeypatch, what):
-    mcp = rig.session()
-    session = rig.broker.registry.all()[0]
-    session.sleep("idle")
-    places_are_free(rig)
-
-    def none(_thread):
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", none)
-        if what == "start":
-            session.wake_in_background()
-        elif what == "refresh":
-            rig.broker.reaper._refresh_in_background(session.sub)
-        else:
-            rig.broker.registry.tool_refused(session.sub)
-    assert not session.waking and not rig.broker.reaper._refreshing
-    assert mcp.call_tool("get_pid")
 
 
 def test_what_a_token_with_write_began_a_read_only_token_cannot_finish(rig):
@@ -261,9 +159,9 @@ def test_a_batch_with_large_answers_loses_none_when_the_last_comes_after_the_wai
 
     monkeypatch.setattr(reader, "take", take_and_go_on)
     put_next()
-    server = unittest.mock.Mock(settings=None)
-    server.trusts.return_value = True
-    connection = fjmcp_broker.Connection(server, None, "x")
+    connection = fjmcp_broker.Connection(
+        types.SimpleNamespace(settings=None, watcher=unittest.mock.Mock()), None, "x"
+    )
     monkeypatch.setattr(connection, "_write", written.append)
     connection._pump(fjmcp_broker.Response(200, later=fjmcp_broker.Later(reader, 0.0, batch=True)), False)
     assert all(b'{"id":%d}' % number in b"".join(written) for number in (1, 2, 3))

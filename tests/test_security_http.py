@@ -338,7 +338,7 @@ def test_H12_a_header_that_would_split_the_answer_becomes_a_500(make_rig):
         200, b"x", "text/plain", (("X-Reflected", "a\r\nEvil: 1"),)
     )
     answer = ask(rig, get(rig, "/"))
-    assert answer.status == 500 and "evil" not in answer.headers and rig.log.named("internal error")
+    assert answer.status == 500 and "evil" not in answer.headers and rig.log.named("internal_error")
 
 
 def test_H15_connections_of_one_address_have_a_limit_unless_it_is_a_trusted_proxy(make_rig):
@@ -378,7 +378,7 @@ def test_H20_a_failure_while_accepting_costs_one_connection_only(make_rig, monke
     with monkeypatch.context() as patch:
         patch.setattr(rig.broker.server, "_has_room_for", lambda newcomer: 1 / 0)
         with Wire(rig) as wire:
-            rig.log.wait("internal error")
+            rig.log.wait("internal_error")
             assert wire.is_closed()
     assert ask(rig, get(rig)).status == 200
 
@@ -586,4 +586,4 @@ def test_N05_health_does_not_wait_for_a_writer(make_rig):
 
 def test_after_all_of_it_an_honest_client_is_served(shared):
     assert "alice" in text_of(shared.session().call_tool("get_my_user_info"))
-    assert not shared.log.named("internal error")
+    assert not shared.log.named("internal_error")

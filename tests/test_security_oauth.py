@@ -531,7 +531,7 @@ def test_C20_fields_added_to_the_form_change_nothing(rig, client):
         {**page.form_with("login").fields, **added, "decision": "approve"},
         stop=lambda url: True,
     )
-    given = rig.log.named("consent given")[-1]
+    given = rig.log.named("consent_given")[-1]
     assert (given["scope"], given["client"]) == ("forgejo:read", client.client_id)
 
 
@@ -698,9 +698,9 @@ def test_K12_a_user_who_is_no_longer_allowed_loses_grants_and_children_at_the_ne
     rig.broker.settings.allowed_groups = ("other",)
     rig.broker.upstream.refresh(sub)
     rig.tick()
-    assert rig.log.wait("access refused")[0]["user"] == sub and rig.broker.store.user(sub).state == "refused"
+    assert rig.log.wait("access_refused")[0]["user"] == sub and rig.broker.store.user(sub).state == "refused"
     assert not rig.broker.store.grants_of(sub, rig.clock.now()) and bearer_status(rig, mcp.token) == 401
-    assert rig.log.wait("child stopped")
+    assert rig.log.wait("child_stopped")
     rig.broker.settings.allowed_groups = ("staff",)
     assert mcp.oauth.refresh().json()["error"] == "invalid_grant"
     assert bearer_status(rig, rig.login("carol").tokens["access_token"]) == 200
@@ -786,7 +786,7 @@ def test_K18_a_refresh_lost_in_a_crash_ends_in_one_login_and_no_loop(rig):
     assert refused.status == 401 and 'error="invalid_token"' in refused.headers["www-authenticate"]
     before = rig.forgejo.count("/login/oauth/access_token")
     assert stale.post(call).status == 401 and rig.forgejo.count("/login/oauth/access_token") == before
-    assert rig.log.named("logged out upstream")[0]["interrupted"] is True
+    assert rig.log.named("logged_out_upstream")[0]["interrupted"] is True
     rig.login("alice")
     assert stale.post(call).status == 200
 
@@ -997,7 +997,7 @@ def test_an_assertion_whatever_is_in_it_is_refused_in_the_words_of_the_rfc(rig, 
     assertion = f"a.{fjmcp_broker.b64url(nested.encode())}.c"
     fields = {"grant_type": "refresh_token", "refresh_token": "x", "client_assertion": assertion}
     assert token_request(rig, fields).json()["error"] == "invalid_request"
-    assert not rig.log.named("internal error")
+    assert not rig.log.named("internal_error")
 
 
 def test_T14_parameters_in_the_url_are_refused(rig, client):

@@ -28,9 +28,9 @@ def numbers(stream, count):
 
 def await_read(rig, control):
     """Wait until the broker has read all that the child was told to print: lines are read in order."""
-    before = len(rig.log.named("stray answer from child"))
+    before = len(rig.log.named("stray_answer_from_child"))
     control.emit({"jsonrpc": "2.0", "id": 424242, "result": {}})
-    rig.log.wait("stray answer from child", before + 1)
+    rig.log.wait("stray_answer_from_child", before + 1)
 
 
 def quiet(stream):
@@ -470,7 +470,7 @@ def test_a_stream_ends_within_its_second_when_its_login_is_revoked_and_the_runni
     control.wait_event(event="call", tool="get_slow")
     mcp.oauth.revoke(mcp.oauth.tokens["refresh_token"])
     assert get.ended.wait(10) and post.ended.wait(10)
-    controlled.log.wait("child stopped")
+    controlled.log.wait("child_stopped")
 
 
 def test_X10_of_a_logged_out_user_the_stream_ends_and_the_child_sleeps(controlled):
@@ -478,8 +478,8 @@ def test_X10_of_a_logged_out_user_the_stream_ends_and_the_child_sleeps(controlle
     stream = mcp.open_stream()
     controlled.forgejo.revoke_grant("alice", controlled.app.client_id)
     controlled.clock.advance(3400)
-    controlled.log.wait("logged out upstream")
-    controlled.log.wait("child stopped")
+    controlled.log.wait("logged_out_upstream")
+    controlled.log.wait("child_stopped")
     assert same(mcp).post({"jsonrpc": "2.0", "id": 1, "method": "ping"}).status == 401
     assert stream.ended.wait(10)
 

@@ -29,7 +29,7 @@ def test_login_call_refresh_suspension_and_account_page_work_below_a_path(below)
     rig.clock.advance(3590)
     assert mcp.oauth.refresh().status == 200
     assert who(same(mcp, mcp.oauth.tokens["access_token"])) == "alice"
-    assert rig.log.named("upstream refreshed")
+    assert rig.log.named("upstream_refreshed")
     user = rig.broker.store.user("1001")
     assert (
         user.account_created is not None and user.upstream_scope

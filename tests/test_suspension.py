@@ -94,7 +94,7 @@ def test_open_streams_end_when_Forgejo_ended_the_login(lasting):
     stream = mcp.open_stream()
     rig.forgejo.revoke_grant("alice", rig.app.client_id)
     refused_call(mcp)
-    rig.log.wait("logged out upstream")
+    rig.log.wait("logged_out_upstream")
     assert stream.ended.wait(10)
     assert same(mcp).post(CALL).status == 401
 
@@ -116,7 +116,7 @@ def test_any_request_of_a_suspended_user_asks_again_at_most_once_a_minute_and_a_
     assert same(mcp).post(CALL).status == 401  # the minute is not over
     rig.clock.advance(61)
     assert who(same(mcp)) == "alice" and user(rig).state == "active"
-    assert user(rig).state_reason is None and rig.log.named("suspension ended")
+    assert user(rig).state_reason is None and rig.log.named("suspension_ended")
 
 
 def test_a_refresh_by_the_client_may_be_the_request_that_ends_a_suspension(lasting):
@@ -188,7 +188,7 @@ def test_a_401_of_the_API_is_only_about_this_access_token_and_a_refresh_decides_
     rig.clock.stop()
     rig.forgejo.inject(VERSION, status(401, {"message": "token is expired"}), times=None)
     upstream, sub = rig.broker.upstream, sub_of(rig)
-    refreshed = lambda: len(rig.log.named("upstream refreshed"))  # noqa: E731
+    refreshed = lambda: len(rig.log.named("upstream_refreshed"))  # noqa: E731
     assert [upstream.examine(sub) for _ in range(5)] == ["refused"] * 5
     assert refreshed() == 1 and user(rig).state == "active"
     rig.clock.advance(601)

@@ -195,7 +195,7 @@ def test_a_token_that_was_rotated_just_before_a_step_forward_is_no_theft(rig):
     rig.tick()
     rig.log.wait("the wall clock is followed")
     mcp.oauth.tokens["refresh_token"] = old
-    assert mcp.oauth.refresh().status == 503 and not rig.log.named("reuse detected")
+    assert mcp.oauth.refresh().status == 503 and not rig.log.named("reuse_detected")
     mcp.oauth.tokens["refresh_token"] = newest
     assert mcp.oauth.refresh().status == 200
 
@@ -253,7 +253,7 @@ def test_back_off_rates_and_idle_times_do_not_go_by_the_wall_clock(make_rig, ste
     assert rig.broker.upstream.refresh(sub) in (True, False)
     rig.clock.advance(121)
     rig.tick()
-    rig.log.wait("child stopped")
+    rig.log.wait("child_stopped")
     limiter = fjmcp_broker.Limiter(rig.broker.clock)
     for _ in range(3):
         limiter.spend("kind", "key", 3)

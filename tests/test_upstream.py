@@ -1,9 +1,6 @@
 """The one credential of each user at Forgejo, under load: refreshed once, never lost by a race, and each refusal known for what it is."""
 
 import contextlib
-import socket
-import ssl
-import subprocess
 import threading
 import time
 
@@ -97,7 +94,7 @@ def test_20_sessions_of_a_user_around_expiry_make_one_refresh(lasting):
         gate.open()
         assert not [outcome for join in joins if (outcome := join())]
     assert names == ["alice"] * 20
-    rig.log.wait("child stopped", 20)
+    rig.log.wait("child_stopped", 20)
     assert refreshes(rig) == 1 and rig.forgejo.count(TOKEN) == exchanges(rig) + 1
 
 
@@ -117,7 +114,7 @@ def test_a_credential_of_a_live_login_that_nobody_uses_is_kept_fresh_every_ten_d
     for _ in range(5):
         rig.clock.advance(10 * 86400 + 700)
         done = refreshes(rig)
-        rig.log.wait("upstream refreshed", done + 1)
+        rig.log.wait("upstream_refreshed", done + 1)
     assert who(same(mcp)) == "alice"  # 50 days, and Forgejo's refresh token dies after 730 hours
 
 
@@ -133,7 +130,7 @@ def test_a_login_that_overtakes_a_refresh_wins_and_nobody_is_logged_out(lasting)
     gate.wait_arrived()  # the refresh has been checked, not yet done
     second = rig.session("alice")
     gate.open()
-    rig.log.wait("upstream refreshed")
+    rig.log.wait("upstream_refreshed")
     for mcp in (first, second):
         assert who(same(mcp)) == "alice"
     rig.clock.advance(3590)
@@ -157,7 +154,7 @@ def test_a_refresh_refused_because_a_login_came_first_logs_nobody_out(lasting):
         while same(mcp).post(LIST).status == 503:
             rig.clock.advance(1)
         assert who(same(mcp)) == "alice"
-    assert state(rig) == "active" and not rig.log.named("logged out upstream")
+    assert state(rig) == "active" and not rig.log.named("logged_out_upstream")
 
 
 def test_the_exchange_of_a_login_that_ends_badly_replaces_the_credential_all_the_same(lasting):
@@ -218,7 +215,7 @@ def test_a_lost_refresh_answer_is_one_clean_401_and_invalid_grant_and_one_login_
         assert refused.status == 401 and 'error="invalid_token"' in refused.headers["WWW-Authenticate"]
         answer = mcp.oauth.refresh()
         assert answer.status == 400 and answer.json()["error"] == "invalid_grant"
-    assert len(rig.log.named("logged out upstream")) == 1
+    assert len(rig.log.named("logged_out_upstream")) == 1
     asked = rig.forgejo.count(TOKEN)
     rig.login("alice")
     assert [who(same(mcp)) for mcp in (*sessions, bob)] == ["alice"] * 3 + ["bob"]
@@ -241,9 +238,12 @@ def test_a_refresh_lost_between_Forgejos_answer_and_our_disk_is_known_as_our_own
         )  # between Forgejo's answer and our disk
         gate.open()
         assert call().status == 503
+    before = rig.log
     rig.restart()
     assert same(mcp).post(CALL).status == 401
-    assert rig.log.wait("logged out upstream")[0]["interrupted"] is True
+    # The reaper of the first broker may have tried the spent token again before it was stopped.
+    told = before.named("logged_out_upstream") or rig.log.wait("logged_out_upstream")
+    assert told[0]["interrupted"] is True
     rig.login("alice")
     assert who(same(mcp)) == "alice"
 
@@ -297,7 +297,7 @@ def test_Forgejo_away_for_an_hour_logs_nobody_out_and_is_not_hammered(lasting):
         assert mcp.oauth.refresh().status == 200
     asked = spent_tokens(rig) - before
     assert 2 * 45 <= asked <= 2 * 75  # two users, 1 s doubling to 60 s
-    assert state(rig) == "active" and not rig.log.named("logged out upstream")
+    assert state(rig) == "active" and not rig.log.named("logged_out_upstream")
     rig.forgejo.clear_faults()
     rig.clock.advance(61)
     assert [who(same(mcp, mcp.oauth.tokens["access_token"])) for mcp in sessions] == ["alice", "bob"]
@@ -316,7 +316,7 @@ def test_an_outage_shorter_than_the_tokens_life_is_not_noticed(lasting):
         rig.forgejo.clear_faults()
         rig.clock.advance(60)
         rig.tick()
-        rig.log.wait("upstream refreshed")
+        rig.log.wait("upstream_refreshed")
         load.wait(3)
     assert not load.failures
 
@@ -346,7 +346,7 @@ def test_a_page_instead_of_userinfo_alone_does_not_make_anybody_suspended(lastin
     rig.forgejo.inject(USERINFO, html(), times=None)  # a proxy's page; the API still knows the token
     rig.clock.advance(3590)
     assert who(mcp) == "alice"
-    rig.log.wait("upstream refreshed")
+    rig.log.wait("upstream_refreshed")
     assert state(rig) == "active" and who(same(mcp)) == "alice"
 
 
@@ -357,7 +357,7 @@ def test_a_revoked_grant_is_a_logout_of_that_user_only(lasting):
     rig.clock.advance(3590)
     while same(mcp).post(LIST).status != 401:
         rig.tick()
-    assert rig.log.wait("logged out upstream")[0]["user"] == rig.forgejo._need_user("alice").sub
+    assert rig.log.wait("logged_out_upstream")[0]["user"] == rig.forgejo._need_user("alice").sub
     assert who(bob) == "bob"
     rig.login("alice")
     assert who(same(mcp)) == "alice"
@@ -369,7 +369,7 @@ def test_J25_a_tools_error_that_is_Forgejo_refusing_the_token_is_looked_into_onc
     rig.forgejo.revoke_grant("alice", rig.app.client_id)
     answer = same(mcp).post(CALL)  # the child's own words pass; the broker asks Forgejo itself
     assert answer.status == 200 and "fja_" not in answer.text
-    rig.log.wait("logged out upstream")
+    rig.log.wait("logged_out_upstream")
     assert same(mcp).post(CALL).status == 401
     asked = rig.forgejo.count("/api/v1/user", "GET")
     bob = rig.session("bob")
@@ -387,7 +387,7 @@ def test_a_deleted_application_is_the_operators_fault_and_logs_nobody_out(lastin
     rig.clock.advance(3700)
     refused = same(mcp).post(CALL)
     assert refused.status == 503 and refused.json()["error"]["data"]["reason"] == "upstream_down"
-    assert rig.log.wait("forgejo refuses this broker's client id or secret")[0]["level"] == "error"
+    assert rig.log.wait("forgejo_refuses_client")[0]["level"] == "error"
     assert state(rig) == "active"
 
 
@@ -398,7 +398,7 @@ def test_a_rotated_secret_is_the_operators_fault_and_heals_with_the_new_one(last
     rig.clock.advance(3700)
     refused = same(mcp).post(CALL)
     assert refused.status == 503 and refused.json()["error"]["data"]["reason"] == "upstream_down"
-    assert rig.log.wait("forgejo refuses this broker's client id or secret")[0]["level"] == "error"
+    assert rig.log.wait("forgejo_refuses_client")[0]["level"] == "error"
     assert mcp.oauth.refresh().status == 200 and state(rig) == "active"
     rig.values["forgejo_oauth_client_secret"] = secret
     rig.restart()
@@ -412,7 +412,7 @@ def test_a_refusal_is_believed_only_of_the_credential_that_is_stored(lasting):
     rig.clock.advance(3590)
     rig.tick()
     refusal.wait_hit()
-    rig.log.wait("logged out upstream")
+    rig.log.wait("logged_out_upstream")
     rig.login("alice")
     assert who(same(mcp)) == "alice" and state(rig) == "active"
 
@@ -437,7 +437,7 @@ def test_a_user_no_longer_allowed_is_shut_out_at_the_next_refresh(make_rig):
     while same(mcp).post(LIST).status != 401:
         rig.tick()
     assert state(rig) == "refused"
-    assert [record["reason"] for record in rig.log.named("access refused")] == [
+    assert [record["reason"] for record in rig.log.named("access_refused")] == [
         "no longer among the allowed users and groups"
     ]
 
@@ -473,7 +473,7 @@ def test_of_two_logins_that_overlap_the_one_Forgejo_counted_later_is_kept(lastin
     answered.wait_hit()
     gate.open()
     rig.forgejo.wait_for(lambda request: request.path == TOKEN and request.status == 200)
-    rig.log.wait("token issued")
+    rig.log.wait("token_issued")
     answered.release()
     first(), second()
     row = rig.broker.store.user(rig.forgejo._need_user("alice").sub)
@@ -507,7 +507,7 @@ def test_a_refusal_is_believed_once_the_callbacks_of_that_moment_have_ended_what
         with pytest.raises(fjmcp_broker.UpstreamDown):
             upstream.refresh(sub)
         assert state(rig) == "active"
-    assert state(rig) == "logged_out" and len(rig.log.named("logged out upstream")) == 1
+    assert state(rig) == "logged_out" and len(rig.log.named("logged_out_upstream")) == 1
     assert same(mcp).post(CALL).status == 401
     rubbish.__exit__(None, None, None)
 
@@ -558,9 +558,9 @@ def test_once_Forgejo_answers_again_every_session_is_served_within_ten_seconds(l
     rig.forgejo.clear_faults()
     rig.clock.advance(4)
     rig.tick()
-    rig.log.wait("forgejo answers again")
+    rig.log.wait("forgejo_answers_again")
     assert [who(same(mcp)) for mcp in sessions] == ["alice", "bob"]
-    assert len(rig.log.named("forgejo answers again")) == 1
+    assert len(rig.log.named("forgejo_answers_again")) == 1
 
 
 def test_a_probe_spends_no_token_and_carries_no_secret(lasting):
@@ -609,7 +609,7 @@ def test_a_wrong_client_id_or_secret_is_never_called_a_Forgejo_that_cannot_be_re
     with pytest.raises((BrowserError, ClientError)) as error:
         rig.login("bob")
     assert "reached" not in str(error.value)
-    records = rig.log.named("forgejo refuses this broker's client id or secret")
+    records = rig.log.named("forgejo_refuses_client")
     assert records and all(record["level"] == "error" for record in records)
 
 
@@ -620,7 +620,7 @@ def test_why_Forgejo_could_not_be_asked_is_a_warning_at_most_once_a_minute_of_a_
     path = {"login": TOKEN, "refresh": TOKEN, "userinfo": USERINFO}.get(where, "/login/oauth/introspect")
     rig.clock.stop()
     rig.forgejo.inject(path, redirect("https://sso.example.org/wall?next=secret"), times=None)
-    told = lambda: [r for r in rig.log.named("forgejo cannot be asked") if r["where"] == where]  # noqa: E731
+    told = lambda: [r for r in rig.log.named("forgejo_cannot_be_asked") if r["where"] == where]  # noqa: E731
     for _ in range(3):
         if where in ("login", "introspection"):
             with contextlib.suppress(BrowserError, ClientError):
@@ -640,33 +640,3 @@ def test_why_Forgejo_could_not_be_asked_is_a_warning_at_most_once_a_minute_of_a_
         with contextlib.suppress(fjmcp_broker.UpstreamDown):
             rig.broker.upstream.refresh(rig.forgejo._need_user("alice").sub)
     assert len(told()) == 2 and mcp.token
-
-
-def test_a_home_made_authority_is_trusted_though_its_certificates_lack_extensions(tmp_path):
-    def openssl(*words):
-        subprocess.run(["openssl", *words], check=True, capture_output=True, cwd=tmp_path)
-
-    (tmp_path / "ext").write_text(
-        "subjectAltName=DNS:localhost\nauthorityKeyIdentifier=none\nsubjectKeyIdentifier=none\n"
-    )
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl(
-        "req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=Home CA"
-    )
-    openssl("req", *curve, "-keyout", "s.key", "-out", "s.csr", "-subj", "/CN=localhost")
-    signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "ext")
-    openssl("x509", "-req", "-in", "s.csr", *signing, "-out", "s.pem", "-days", "2")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "s.pem", tmp_path / "s.key")
-
-    def serve():
-        with context.wrap_socket(listener.accept()[0], server_side=True) as connection:
-            connection.recv(4096)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        join = in_thread(serve)
-        url = f"https://localhost:{listener.getsockname()[1]}/"
-        assert fjmcp_broker.fetch("GET", url, ca_file=str(tmp_path / "ca.pem")).status == 200
-        join()
-    assert not fjmcp_broker.tls_context(str(tmp_path / "ca.pem")).verify_flags & ssl.VERIFY_X509_STRICT
