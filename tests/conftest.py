@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-import mcp_client
-import schemas
+import fjmcp_broker
+from rigs import mcp_client, schemas
 
 settings.register_profile(
     "ci", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("ci")
-pytest_plugins = ("real_parts",)
+pytest_plugins = ("rigs.real_parts",)
 PR_SET_CHILD_SUBREAPER = 36
 END_LIMIT = 10
 
@@ -93,7 +93,7 @@ def nothing_is_left(request):
 @pytest.fixture
 def make_rig(tmp_path):
     """A function that makes a Rig (broker, fake Forgejo, children); all of it is ended with the test."""
-    from rig import Rig
+    from rigs.rig import Rig
 
     made = []
 
@@ -117,7 +117,7 @@ def rig(make_rig):
 @pytest.fixture
 def control(tmp_path):
     """A ChildControl: what children are told, and what they say of themselves."""
-    from child_control import ChildControl
+    from rigs.child_control import ChildControl
 
     with ChildControl(str(tmp_path / "control")) as listener:
         yield listener
@@ -132,9 +132,9 @@ def controlled(make_rig, control):
 @pytest.fixture
 def make_installation(tmp_path):
     """A function that makes an Installation: the real program as a process, with a fake Forgejo; ended with the test."""
-    from broker_process import Installation
-    from fake_forgejo import FakeForgejo
-    from rig import CHILD
+    from rigs.broker_process import Installation
+    from rigs.fake_forgejo import FakeForgejo
+    from rigs.rig import CHILD
 
     made = []
 
@@ -149,3 +149,11 @@ def make_installation(tmp_path):
     for installation in made:
         installation.close()
         installation.forgejo.stop()
+
+
+@pytest.fixture
+def guardian():
+    """A guardian of this test's own."""
+    made = fjmcp_broker.Guardian()
+    yield made
+    made.close()

@@ -24,12 +24,12 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS))
 
-from broker_process import BROKER, BrokerProcess, NotReady, toml  # noqa: E402
-from fake_forgejo import FakeForgejo  # noqa: E402
-from mcp_client import McpClient, OAuthClient  # noqa: E402
+from rigs.broker_process import BROKER, BrokerProcess, NotReady, toml  # noqa: E402
+from rigs.fake_forgejo import FakeForgejo  # noqa: E402
+from rigs.mcp_client import McpClient, OAuthClient  # noqa: E402
 
 ROOT = TESTS.parent
-STAND_IN = TESTS / "stdio_child.py"
+STAND_IN = TESTS / "rigs" / "stdio_child.py"
 PASSWORD = "secret"
 WHO_AM_I = "get_my_user_info"
 LOG_TAIL = 40

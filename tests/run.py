@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "tests" / "locks"
-MCP_GO_CHILD = ROOT / "tests" / "children" / "mcp_go"
+MCP_GO_CHILD = ROOT / "tests" / "real" / "children" / "mcp_go"
 OLDEST = (3, 11)
 WANTED_PYTHONS = ((3, 13), (3, 11))
 # The module proxy does not serve every module to everyone: without a binary its tests are a skip that names it, in CI too.

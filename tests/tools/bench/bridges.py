@@ -20,9 +20,9 @@ HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent.parent
 sys.path[:0] = [str(TESTS)]
 
-from broker_process import BROKER, Installation  # noqa: E402
-from fake_forgejo import FakeForgejo  # noqa: E402
-from mcp_client import McpClient, OAuthClient  # noqa: E402
+from rigs.broker_process import BROKER, Installation  # noqa: E402
+from rigs.fake_forgejo import FakeForgejo  # noqa: E402
+from rigs.mcp_client import McpClient, OAuthClient  # noqa: E402
 
 NPM = {"supergateway": "4.0.0", "mcp-proxy": "6.7.19"}
 PYPI = {"mcp-proxy": "0.13.0"}

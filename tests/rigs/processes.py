@@ -1,0 +1,72 @@
+"""What tests of processes and threads share: sessions of an installation, functions run beside, ends waited for."""
+
+import os
+import select
+import threading
+
+from rigs.mcp_client import McpClient, OAuthClient
+
+GONE_LIMIT = 5  # seconds after which no child may be left (design 2)
+
+
+def login(installation, user="alice"):
+    client = OAuthClient(installation.url, name="Process test")
+    client.login(None, user, "secret", "full")
+    return client
+
+
+def session(installation, user="alice"):
+    client = login(installation, user)
+    mcp = McpClient(installation.url + "/mcp", client.tokens["access_token"])
+    mcp.initialize()
+    mcp.oauth = client
+    return mcp
+
+
+def in_thread(function, *arguments, **named):
+    """Run a function beside; join() gives what it returned or raised."""
+    outcome = []
+
+    def body():
+        try:
+            outcome.append(function(*arguments, **named))
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+
+    def join():
+        thread.join(40)
+        assert outcome, "it did not end"
+        return outcome[0]
+
+    return join
+
+
+def hanging_call(mcp, control, key="k"):
+    """A call that hangs in its child until the key is released; gives join()."""
+    caller = McpClient(mcp.url, mcp.token, session_id=mcp.session_id)
+    join = in_thread(caller.call_tool, "get_slow", key=key)
+    control.wait_event(event="call", tool="get_slow")
+    return join
+
+
+def await_end(pids, limit=GONE_LIMIT):
+    """The pids that still run after at most `limit` seconds."""
+    descriptors = {}
+    for pid in pids:
+        try:
+            descriptors[os.pidfd_open(pid)] = pid
+        except ProcessLookupError:
+            continue
+    left, poll = dict(descriptors), select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    while left and (ready := poll.poll(limit * 1000)):
+        for descriptor, _ in ready:
+            poll.unregister(descriptor)
+            left.pop(descriptor)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return sorted(left.values())

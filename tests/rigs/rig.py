@@ -1,0 +1,167 @@
+"""One broker in the test's own process, with real sockets, real children and a fake Forgejo: what most tests stand on."""
+
+import io
+import json
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import fjmcp_broker
+from rigs.fake_forgejo import FakeForgejo
+from rigs.mcp_client import McpClient, OAuthClient
+
+TESTS = Path(__file__).resolve().parent
+CHILD = (sys.executable, "-I", str(TESTS / "stdio_child.py"))
+
+
+class FakeClock:
+    """A machine's clocks, moved by a test. They start at the real time and run with it, so that two moments differ."""
+
+    def __init__(self):
+        self.offset, self.wrong_by, self._stopped_at = 0.0, 0.0, None
+
+    def boottime(self):
+        return (self._stopped_at or time.time()) + self.offset
+
+    monotonic = __call__ = boottime
+
+    def now(self):
+        return self.boottime() + self.wrong_by
+
+    def advance(self, seconds):
+        """Time passes, by every clock."""
+        self.offset += seconds
+
+    def step_wall(self, seconds):
+        """Somebody sets the wall clock; no time passes."""
+        self.wrong_by += seconds
+
+    def stop(self):
+        """From here on only `advance` moves it: no rate limit recovers while a test runs."""
+        self._stopped_at = time.time()
+
+
+class AuditLog(fjmcp_broker.Log):
+    """A log that keeps its records and lets a test wait for one."""
+
+    def __init__(self, settings, clock):
+        super().__init__(settings, io.StringIO(), clock)
+        self.records, self._arrived = [], threading.Condition()
+
+    def event(self, level, event, **fields):
+        super().event(level, event, **fields)
+        with self._arrived:
+            self.records.append({"level": level, "event": event, **fields})
+            self._arrived.notify_all()
+
+    def named(self, event):
+        with self._arrived:
+            return [record for record in self.records if record["event"] == event]
+
+    def wait(self, event, count=1, timeout=15):
+        """The records of an event once there are `count` of them."""
+        with self._arrived:
+            enough = self._arrived.wait_for(
+                lambda: sum(r["event"] == event for r in self.records) >= count, timeout
+            )
+            assert enough, f"no {event!r} in {[r['event'] for r in self.records]}"
+        return self.named(event)
+
+    @property
+    def text(self):
+        return self._stream.getvalue()
+
+
+class Rig:
+    """A fake Forgejo and a broker before it, restartable on the same port and store."""
+
+    def __init__(self, directory, *, child=(), access_lifetime=3600, web=None, forgejo_args=None, **settings):
+        self.directory, self.clock, self.web = Path(directory), FakeClock(), web
+        self.forgejo = FakeForgejo(
+            clock=self.clock, access_lifetime=access_lifetime, **(forgejo_args or {})
+        ).start()
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.app = self.forgejo.add_app([self.url + "/oauth/callback"])
+        self.values = {
+            "public_url": self.url,
+            "forgejo_url": self.forgejo.url,
+            "forgejo_oauth_client_id": self.app.client_id,
+            "forgejo_oauth_client_secret": self.app.client_secret,
+            "forgejo_mcp_binary": ",".join((*CHILD, *child)),
+            "store_path": str(self.directory / "broker.db"),
+            "debug": "true",
+            **settings,
+        }
+        self.broker = self.log = None
+        self.start()
+
+    def start(self):
+        """Build the broker anew, on the same port and store, as a restart would."""
+        settings = fjmcp_broker.load_settings(
+            {k: v if isinstance(v, str) else str(v) for k, v in self.values.items()}, {}
+        )
+        self.log = AuditLog(settings, self.clock)
+        self.broker = fjmcp_broker.Broker(
+            settings, clock=self.clock, log=self.log, listener=self.socket.dup(), web=self.web
+        )
+        self.broker.start()
+        return self
+
+    def stop(self):
+        if self.broker:
+            self.broker.stop()
+            self.broker = None
+
+    def restart(self):
+        self.stop()
+        return self.start()
+
+    def close(self):
+        self.stop()
+        self.socket.close()
+        self.forgejo.stop()
+
+    def login(self, user="alice", access="full", **arguments):
+        """A logged-in OAuth client."""
+        client = OAuthClient(self.url, name=arguments.pop("name", "Test client"))
+        client.login(None, user, "secret", access, **arguments)
+        return client
+
+    def session(self, user="alice", access="full", capabilities=None, protocol="2025-11-25"):
+        """An initialized MCP session of a user who logged in through a client of its own."""
+        client = self.login(user, access)
+        mcp = McpClient(
+            self.url + "/mcp",
+            client.tokens["access_token"],
+            protocol=protocol,
+            capabilities=capabilities or {},
+        )
+        mcp.initialize()
+        mcp.oauth = client
+        return mcp
+
+    def tick(self):
+        self.broker.reaper.tick()
+
+
+def text_of(result):
+    """The text of a tool's result."""
+    return result["content"][0]["text"]
+
+
+def json_of(result):
+    """The JSON in the text of a tool's result."""
+    return json.loads(text_of(result))
+
+
+def who(mcp):
+    """The login of whose token a session's child has."""
+    return json_of(mcp.call_tool("get_my_user_info"))["Result"]["login"]
+
+
+def token_of(mcp):
+    """The token of Forgejo that a session's child holds."""
+    return json_of(mcp.call_tool("get_env"))["TOKEN_BACKWARDS"][::-1]

@@ -1,0 +1,1 @@
+"""Programs beside the suite: chaos and hostile runs, scale, replay, the bench."""

@@ -1,0 +1,191 @@
+"""What must hold when several things go wrong at once: children that nobody names, failed reads of the store, requests that are half wrong."""
+
+import os
+import select
+import sys
+import types
+import unittest.mock
+
+import pytest
+
+import fjmcp_broker
+from rigs import mcp_client
+from rigs.mcp_client import McpClient, RpcError
+from rigs.modern_requests import ALL_INPUT, call, connect, retry_of
+
+STUBBORN = """
+import json, signal, sys, threading
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for line in sys.stdin:
+    message = json.loads(line)
+    if "id" not in message or "method" not in message:
+        continue
+    answer = {"error": {"code": -32601, "message": "no"}}
+    if message["method"] == "initialize" and "fail" not in sys.argv:
+        answer = {"result": {"protocolVersion": "2025-11-25", "capabilities": {}, "serverInfo": {"name": "x", "version": "1"}}}
+    print(json.dumps({"jsonrpc": "2.0", "id": message["id"], **answer}), flush=True)
+threading.Event().wait()
+"""
+
+
+def opening(**params):
+    return {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "initialize",
+        "params": {"protocolVersion": "2025-11-25", "capabilities": {}, **params},
+    }
+
+
+def client(rig):
+    return McpClient(rig.url + "/mcp", rig.login().tokens["access_token"])
+
+
+def places_are_free(rig):
+    """Whether no child has a place, soon."""
+    registry = rig.broker.registry
+    with registry.lock:
+        return registry.lock.wait_for(lambda: not +registry.places, 15)
+
+
+def has_ended(pid):
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], 15)[0])
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("end", ["sleep", "delete", "failed handshake"])
+def test_a_child_that_ignores_its_end_is_killed_whoever_stopped_it(make_rig, tmp_path, end):
+    script = tmp_path / "stubborn.py"
+    script.write_text(STUBBORN)
+    fails = ",fail" if end == "failed handshake" else ""
+    rig = make_rig(forgejo_mcp_binary=f"{sys.executable},{script}{fails}", stop_timeout="300ms")
+    if fails:
+        assert "error" in client(rig).post(opening()).json()
+    else:
+        mcp = rig.session()
+        session = rig.broker.registry.all()[0]
+        if end == "sleep":
+            assert session.sleep("idle")
+        else:
+            mcp.delete()
+    assert places_are_free(rig)
+    started = rig.log.named("child_started")
+    assert len(started) == 1 and has_ended(started[0]["pid"])
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+def test_capabilities_that_are_no_object_are_refused_and_take_no_place(make_rig, era):
+    rig = make_rig(child=("--era", era) if era == "modern" else ())
+    answer = client(rig).post(opening(capabilities="x"))
+    assert (answer.status, answer.json()["error"]["code"]) == (400, -32602)
+    assert not +rig.broker.registry.places and not rig.broker.registry.all()
+
+
+def test_a_revocation_is_in_force_although_the_grants_could_not_be_read_once(rig, monkeypatch):
+    mcp = rig.session()
+    rig.tick()
+    real, failed = rig.broker.store.live_grants, []
+
+    def live_grants(now):
+        if not failed:
+            failed.append(now)
+            raise fjmcp_broker.StoreUnavailable("busy")
+        return real(now)
+
+    monkeypatch.setattr(rig.broker.store, "live_grants", live_grants)
+    mcp.oauth.revoke(mcp.oauth.tokens["refresh_token"])
+    rig.log.wait("child_stopped")
+    assert failed and places_are_free(rig)
+
+
+def test_what_a_token_with_write_began_a_read_only_token_cannot_finish(rig):
+    oauth = rig.login()
+    full = connect(rig, oauth=oauth, capabilities=ALL_INPUT)
+    full.auto = None
+    asked = call(full, "ask_elicit")
+    oauth.login(None, "alice", "secret", "read")
+    reader = connect(rig, oauth=oauth, capabilities=ALL_INPUT)
+    reader.auto = None
+    with pytest.raises(RpcError) as refusal:
+        call(reader, "ask_elicit", **retry_of(asked))
+    assert refusal.value.code == -32602 and "more access" in str(refusal.value)
+    assert call(full, "ask_elicit", **retry_of(asked))["resultType"] == "complete"
+
+
+def test_a_child_that_ends_before_its_start_has_returned_frees_its_place(rig, monkeypatch):
+    class Quick(fjmcp_broker.Child):
+        def __init__(self, _command, *rest):
+            super().__init__([sys.executable, "-c", ""], *rest)
+            assert self.ended.wait(15)
+
+    monkeypatch.setattr(fjmcp_broker, "Child", Quick)
+    assert "error" in client(rig).post(opening()).json()
+    assert places_are_free(rig)
+
+
+def test_requests_without_a_session_that_get_no_child_leave_no_lease(rig, monkeypatch):
+    def spawn(*_arguments):
+        raise fjmcp_broker.unavailable("starting_failed", "x")
+
+    monkeypatch.setattr(rig.broker.registry, "spawn", spawn)
+    mcp = client(rig)
+    for _ in range(3):
+        assert mcp.post({"jsonrpc": "2.0", "id": 1, "method": "tools/list"}).status == 503
+    assert [place.users for place in rig.broker.registry.all()] == [0]
+
+
+def test_a_batch_with_large_answers_loses_none_when_the_last_comes_after_the_wait_for_plain_json(monkeypatch):
+    stream = fjmcp_broker.Stream(256, 1 << 20, 35.0, answers=3)
+    reader, written, due = stream.open(), [], [b'{"id":1}', b'{"id":2}', b'{"id":3}']
+    take = reader.take
+
+    def put_next():
+        if due:
+            stream.put(due.pop(0) + b" " * 700_000, answer=True)
+
+    def take_and_go_on(*arguments):
+        item = take(*arguments)
+        if (
+            item is None or len(due) == 2
+        ):  # the second while the first is looked at, the third when the wait is over
+            put_next()
+        return item
+
+    monkeypatch.setattr(reader, "take", take_and_go_on)
+    put_next()
+    connection = fjmcp_broker.Connection(
+        types.SimpleNamespace(settings=None, watcher=unittest.mock.Mock()), None, "x"
+    )
+    monkeypatch.setattr(connection, "_write", written.append)
+    connection._pump(fjmcp_broker.Response(200, later=fjmcp_broker.Later(reader, 0.0, batch=True)), False)
+    assert all(b'{"id":%d}' % number in b"".join(written) for number in (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "method, params, outcome",
+    [
+        ("tools/list", {"_meta": 5}, "result"),
+        ("resources/subscribe", {"uri": 5}, "error"),
+        ("resources/subscribe", {"uri": []}, "error"),
+    ],
+)
+def test_a_request_with_wrong_parts_hurts_itself_only(make_rig, monkeypatch, method, params, outcome):
+    monkeypatch.setattr(mcp_client, "judge", None)
+    rig = make_rig(child=("--era", "modern"))
+    mcp = rig.session()
+    answer = mcp.post({"jsonrpc": "2.0", "id": "wrong", "method": method, "params": params})
+    assert answer.status == 200 and answer.json()["id"] == "wrong" and outcome in answer.json()
+    assert mcp.list_tools()
+
+
+def test_capabilities_too_large_to_keep_are_refused(rig):
+    mcp = connect(rig, capabilities={"experimental": {"x": {"y": "z" * rig.broker.settings.max_form}}})
+    with pytest.raises(RpcError) as refusal:
+        mcp.request("tools/list")
+    assert (refusal.value.http_status, refusal.value.code) == (400, -32602)
