@@ -387,18 +387,17 @@ SUBREAPER = "import ctypes; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)\n"
 def test_as_a_subreaper_it_reaps_what_is_handed_to_it(make_installation, monkeypatch):
     monkeypatch.setattr(broker_process, "LAUNCHER", SUBREAPER + broker_process.LAUNCHER)
     installation = make_installation(session_idle_timeout="1s")
-    # A wrapper with a process of its own, which is killed together with it and then handed to the broker.
-    wrapper = ["/bin/sh", "-c", 'sleep 1000 & "$@"; true', "wrapper", *CHILD]
+    # A wrapper whose own process outlives it: in a session of its own, so that it does not end with its group.
+    wrapper = ["/bin/sh", "-c", 'setsid sleep 1 >/dev/null 2>&1 </dev/null & "$@"', "wrapper", *CHILD]
     installation.write(**{**installation.settings, "forgejo_mcp_binary": wrapper})
     broker = installation.start()
     mcp = session(installation)
-    for stops in range(1, 4):
-        assert mcp.list_tools()  # its own are not taken from the threads that wait for them
-        end = time.monotonic() + 30
-        while len(installation.records("child stopped")) < stops and time.monotonic() < end:
-            time.sleep(0.05)
-    assert [record["reason"] for record in installation.records("child stopped")] == ["idle"] * 3
+    for _ in range(3):
+        assert mcp.list_tools()
+        await_end([pid for pid in broker.children() if b"stdio_child" in command_of(pid)])
+    assert mcp.list_tools()  # its own are not taken from the threads that wait for them
     assert gone_zombies(broker.pid)
+    assert all(record["reason"] == "idle" for record in installation.records("child stopped"))
 
 
 def gone_zombies(parent, limit=10):

@@ -23,6 +23,7 @@ from rigs.client_rig import (
     run_program,
     visits,
 )
+from rigs.page_client import InspectorPage, PageClient
 
 Parts = Callable[[str], str]
 Result = dict[str, Any]
@@ -180,7 +181,7 @@ class Mcpc:
 
 
 class InspectorCommand:
-    """The Inspector's command line: one command a call, each a session of its own, and a login too: it keeps tokens in a keyring only."""
+    """The Inspector's command line: one command a call, each a session of its own; its login lies in its home, where there is no keyring."""
 
     def __init__(self, node: str, url: str, folder: Path) -> None:
         self._folder = folder
@@ -189,6 +190,7 @@ class InspectorCommand:
         self._words: list[object] = [node, launcher, "--cli", url, "--transport", "http"]
         self._words += ["--callback-url", callback, "--method"]
         self._environment = person_environment(folder, tools=[Path(node)])
+        self._environment["MCP_INSPECTOR_SECRET_STORE"] = "file"
 
     @property
     def logins(self) -> int:
@@ -275,7 +277,6 @@ class Entry:
     second: bool = False
     progress: bool = True
     question: bool = True
-    keeps_login: bool = True  # False: without a keyring each of its commands logs in
     # After a revocation: "asks" its person and goes on; "asks, may lose its session": it asks, but keeps naming the session that ended with
     # the login, until it is started anew; "says so": it tells its user to log in.
     revoked: str = field(default="asks")
@@ -297,6 +298,10 @@ TABLE: dict[str, Entry] = {
         revoked="asks, may lose its session",
     ),
     "FastMCP": Entry(("fastmcp",), fastmcp, second=True),
+    "TypeScript SDK in a page": Entry(
+        ("npm", "chromium"),
+        lambda parts, url, folder: PageClient(parts("npm"), parts("chromium"), url, folder),
+    ),
     "mcp-remote": Entry(
         ("npm",), lambda parts, url, folder: McpRemote(parts("npm"), url, folder), second=True
     ),
@@ -307,12 +312,16 @@ TABLE: dict[str, Entry] = {
         question=False,
         revoked="says so",
     ),
+    "Inspector's page": Entry(
+        ("npm", "chromium"),
+        lambda parts, url, folder: InspectorPage(parts("npm"), parts("chromium"), url, folder),
+        second=True,
+    ),
     "Inspector's command line": Entry(
         ("npm",),
         lambda parts, url, folder: InspectorCommand(parts("npm"), url, folder),
         second=True,
         progress=False,
         question=False,
-        keeps_login=False,
     ),
 }
