@@ -13,8 +13,8 @@ Four ideas carry the design:
   4. Nothing is lost and no one gets in: consent in the same browser, hashed tokens, sealed credentials, commit before answer.
 
 Contents, in dependency order; a section names only what stands above it:
-  Terms · Settings · Log · Seal · Store · Forgejo · Messages · HTTP values · Pages · Clients · Authorization · Child · Session ·
-  Eras · Registry and reaper · Gate and /mcp · HTTP server · Broker · Commands
+  Terms · Settings · Log · Seal · Store · Messages · HTTP values · Outgoing HTTP · Forgejo · Forgejo credentials · Pages ·
+  Clients · Authorization · Child · Session · Eras · Registry and reaper · Gate and /mcp · HTTP server · Broker · Commands
 """
 
 from __future__ import annotations
@@ -2263,1050 +2263,6 @@ class Store:
 
 
 # ======================================================================================================================
-# Forgejo
-# Owns every outgoing HTTP request, what Forgejo's answers mean, and the one upstream credential of each user.
-# Must not know MCP clients' tokens, sessions or children.
-# ======================================================================================================================
-
-
-class FetchFailed(Exception):
-    """An outgoing request that brought no whole answer: unreachable, too slow, too large, not HTTP.
-
-    `away`: the name did not resolve, nothing there could be connected to, or it took too long.
-    """
-
-    def __init__(self, reason: str, away: bool = False) -> None:
-        super().__init__(reason)
-        self.away = away
-
-
-class UpstreamDown(Exception):
-    """Forgejo cannot be asked just now, or answered with something that means nothing: keep what there is, try later."""
-
-
-class UpstreamRefused(Exception):
-    """Forgejo refused the code, refresh token or access token: the user has to log in again."""
-
-
-class UpstreamMisconfigured(Exception):
-    """Forgejo refused this broker's client id or secret: the operator's fault, not the user's."""
-
-
-class Suspended(Exception):
-    """Forgejo lets this user do nothing (suspended, inactive, a password to change); the text is Forgejo's first sentence."""
-
-
-class LoggedOut(Exception):
-    """The user has no usable credential at Forgejo."""
-
-
-class NotAllowed(Exception):
-    """The user is not among those that may use this broker."""
-
-    def __init__(self, sub, login, reason):
-        super().__init__(reason)
-        self.sub = sub
-        self.login = login
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """An answer: status, headers by lower-case name, and the body."""
-
-    status: int
-    headers: dict
-    body: bytes
-
-    def json(self):
-        """The JSON object in a body that says it is JSON, else None."""
-        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if not re.fullmatch(r"application/([a-z0-9.-]+\+)?json", kind):
-            return None
-        with contextlib.suppress(ValueError):
-            value = read_json(self.body)
-            return value if isinstance(value, dict) else None
-
-
-def _time_left(deadline):
-    left = deadline - time.monotonic()
-    if (
-        left <= 0
-    ):  # asked even when data is there: an answer that never ends would never let a time-out happen
-        raise TimeoutError("the answer took too long")
-    return left
-
-
-class _Socket(io.RawIOBase):
-    """A socket for http.client, with one deadline over a whole answer: a time-out per read would start anew at each byte."""
-
-    def __init__(self, sock, deadline):
-        self._sock = sock
-        self._deadline = deadline
-
-    def makefile(self, mode):
-        return io.BufferedReader(self)
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        self._sock.settimeout(_time_left(self._deadline))
-        return self._sock.recv_into(buffer)
-
-    def sendall(self, data):
-        self._sock.settimeout(_time_left(self._deadline))
-        self._sock.sendall(data)
-
-    def close(self):
-        """Nothing: http.client closes before the answer is read; fetch() closes after."""
-
-
-LOOKUPS = threading.BoundedSemaphore(64)  # names of ours that are being looked up
-STRANGERS_LOOKUPS = threading.BoundedSemaphore(64)  # names that strangers named: theirs must not hold up ours
-MAX_ADDRESSES = 16  # of a name, that are tried
-
-
-def resolve_name(host: str) -> list[str]:
-    """The addresses of a host name, as texts. Raises OSError, or ValueError for what is no name."""
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-
-def resolve_until(
-    end: float, host: str, resolve: Callable[[str], list[str]], places: threading.BoundedSemaphore
-) -> list[str]:
-    """The addresses of a name. Raises FetchFailed when there is none, or none is known at `end` (monotonic).
-
-    getaddrinfo(3) has no deadline: a name server that says nothing holds it for as long as the resolver tries. So it runs in a
-    thread of its own, one of as many as there are `places`.
-    """
-    with contextlib.suppress(ValueError):
-        return [str(ipaddress.ip_address(host))]
-    found: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
-
-    def look_up() -> None:
-        try:
-            found.put(resolve(host))
-        except Exception as error:
-            found.put(error)
-        finally:
-            places.release()
-
-    if not places.acquire(timeout=max(0.0, end - time.monotonic())):
-        raise FetchFailed("too many names are being looked up", away=True)
-    try:
-        threading.Thread(target=look_up, daemon=True, name="resolver").start()
-    except RuntimeError:
-        places.release()
-        raise FetchFailed("no thread to look the name up", away=True) from None
-    try:
-        answer = found.get(timeout=max(0.0, end - time.monotonic()))
-    except queue.Empty:
-        raise FetchFailed("the name servers do not answer", away=True) from None
-    if isinstance(answer, Exception) or not answer:
-        raise FetchFailed(f"the name does not resolve: {answer or 'it has no address'}", away=True)
-    return answer
-
-
-def tls_context(ca_file: str) -> ssl.SSLContext:
-    """Returns a context that verifies a server by the system's authorities, or by those in `ca_file`."""
-    context = ssl.create_default_context(cafile=ca_file or None)
-    if ca_file:
-        # Python 3.13 asks for extensions that home-made certificates lack; curl, Go and older Pythons do not.
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    return context
-
-
-def open_socket(
-    parts: SplitResult, addresses: list[str], end: float, ca_file: str, connect: Callable[..., socket.socket]
-) -> socket.socket:
-    """A socket to the first of these addresses that takes it, with TLS where the URL is https. Raises FetchFailed, ssl.SSLError.
-
-    No address but the last may use up the time until `end` (monotonic): each gets its share. Wherever it leads, the
-    certificate must be of the URL's name.
-    """
-    context = tls_context(ca_file) if parts.scheme == "https" else None
-    trouble: Exception = OSError("no address")
-    port = parts.port or {"https": 443, "http": 80}[parts.scheme]
-    tried = addresses[:MAX_ADDRESSES]
-    for number, address in enumerate(tried):
-        left = len(tried) - number
-        until = end if left == 1 else time.monotonic() + _time_left(end) / (left + 1)
-        sock = None
-        try:
-            sock = connect((address, port), timeout=_time_left(until))
-            sock.settimeout(_time_left(until))
-            return context.wrap_socket(sock, server_hostname=parts.hostname) if context else sock
-        except OSError as error:
-            if sock:
-                sock.close()
-            if isinstance(
-                error, ssl.SSLCertVerificationError
-            ):  # somebody is there who is not the name's owner
-                raise
-            trouble = error
-    raise FetchFailed(f"{type(trouble).__name__}: {trouble}", away=True)
-
-
-def fetch(
-    method,
-    url,
-    *,
-    headers=(),
-    body=b"",
-    deadline=15.0,
-    cap=262144,
-    ca_file="",
-    addresses=(),
-    connect=socket.create_connection,
-    on_data=None,
-):
-    """One HTTP request without proxies or redirects, all of it within `deadline` seconds and `cap` bytes; FetchFailed otherwise.
-
-    `addresses` are used instead of the name's; TLS and Host stay the name's. `on_data` is called when the body begins.
-    """
-    parts = urlsplit(url)
-    end = time.monotonic() + deadline
-    connection = http.client.HTTPConnection(parts.hostname, parts.port)
-    sock = None
-    try:
-        reached = addresses or resolve_until(end, parts.hostname, resolve_name, LOOKUPS)
-        sock = open_socket(parts, reached, end, ca_file, connect)
-        connection.sock = _Socket(sock, end)
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request(
-            method,
-            target,
-            body or None,
-            {
-                "Host": parts.netloc,
-                "User-Agent": f"fjmcp-broker/{__version__}",
-                "Accept": "application/json",
-                "Accept-Encoding": "identity",
-                "Connection": "close",
-                **dict(headers),
-            },
-        )
-        response = connection.getresponse()
-        data = response.read(1)
-        if on_data:
-            on_data()
-        data += response.read(cap)
-        if len(data) > cap:
-            raise FetchFailed("the answer is too large")
-        return Fetched(response.status, {name.lower(): value for name, value in response.getheaders()}, data)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        away = isinstance(error, (ConnectionError, TimeoutError))
-        raise FetchFailed(f"{type(error).__name__}: {error}", away) from None
-    finally:
-        if sock:
-            sock.close()
-
-
-# An explicit list, because `is_global` lets NAT64, 6to4, site-local and multicast addresses through. Of IPv6 only 2000::/3 is in use.
-NOT_PUBLIC = tuple(
-    map(
-        ipaddress.ip_network,
-        (
-            "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16"
-            " 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3 ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 2002::/16 3fff::/20"
-        ).split(),
-    )
-)
-
-
-def is_public(address):
-    """Whether an IP address, as text, is one of the public internet."""
-    address = ipaddress.ip_address(address)
-    return not any(address in network for network in NOT_PUBLIC)
-
-
-class PublicWeb:
-    """GETs what strangers name: from the public internet only, on port 443, with strict limits (OWASP SSRF; security.md finding 9)."""
-
-    SECONDS = 5.0
-
-    def __init__(
-        self,
-        resolve: Callable[[str], list[str]] = resolve_name,
-        connect: Callable[..., socket.socket] = socket.create_connection,
-        ca_file: str = "",
-    ) -> None:
-        self._resolve = resolve
-        self._connect = connect
-        self._ca_file = ca_file
-
-    def get(self, url: str, cap: int) -> Fetched:
-        """A Fetched of at most `cap` bytes within 5 s, resolving included; FetchFailed otherwise.
-
-        One bad address among a name's refuses them all. Those that were checked are connected to, one after the other: a
-        name that resolves anew may resolve otherwise (DNS rebinding).
-        """
-        end = time.monotonic() + self.SECONDS
-        host = urlsplit(url).hostname or ""
-        addresses = resolve_until(end, host, self._resolve, STRANGERS_LOOKUPS)
-        if not all(map(is_public, addresses)):
-            raise FetchFailed("the name is not of the public internet")
-        return fetch(
-            "GET",
-            url,
-            cap=cap,
-            ca_file=self._ca_file,
-            deadline=end - time.monotonic(),
-            addresses=addresses,
-            connect=self._connect,
-        )
-
-
-def with_query(url, parameters):
-    """A URL with these parameters added to those it has."""
-    return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote)
-
-
-def jwt_claims(token: str) -> dict[str, object]:
-    """The claims of a JWT, unverified: Forgejo's came straight over TLS, a client's are checked later. {} when it is none."""
-    try:
-        claims = read_json(unb64url(token.split(".")[1]))
-        return claims if isinstance(claims, dict) else {}
-    except (ValueError, IndexError):
-        return {}
-
-
-def _claim(claims, name):
-    value = claims.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62 else 0
-
-
-@dataclass(frozen=True)
-class Credential:
-    """What Forgejo gave for a user. `grant` and `count` are its own numbers, by which newer is told from older; 0: unreadable."""
-
-    access: str
-    refresh: str
-    expires_at: float
-    obtained_at: float
-    grant: int
-    count: int
-    subject: object
-    login: object
-
-    @classmethod
-    def from_answer(cls, answer, now, old_refresh=""):
-        """From a token answer; UpstreamDown when it is not one."""
-        access = answer.get("access_token")
-        refresh = answer.get("refresh_token") or old_refresh
-        if (
-            not isinstance(access, str)
-            or not access
-            or not isinstance(refresh, str)
-            or str(answer.get("token_type")).lower() != "bearer"
-        ):
-            raise UpstreamDown("Forgejo's token answer is incomplete")
-        life = answer.get("expires_in")
-        if isinstance(life, str) and re.fullmatch(r"[0-9]{1,9}", life):
-            life = int(life)
-        if not isinstance(life, (int, float)) or isinstance(life, bool) or not 0 < life < 366 * 86400:
-            life = 3600.0
-        expires, issued = (_claim(jwt_claims(access), name) for name in ("exp", "iat"))
-        if (
-            expires and issued and 0 < expires - issued < life
-        ):  # by the token's own clock, so that a skew does not matter
-            life = expires - issued
-        claims = jwt_claims(refresh)
-        identity = jwt_claims(answer["id_token"]) if isinstance(answer.get("id_token"), str) else {}
-        return cls(
-            access,
-            refresh,
-            now + life,
-            now,
-            _claim(claims, "gnt"),
-            _claim(claims, "cnt"),
-            identity.get("sub"),
-            identity.get("preferred_username"),
-        )
-
-
-@dataclass(frozen=True)
-class UserInfo:
-    """Who a token belongs to: the numeric id as text (stable over renames), login, display name, groups."""
-
-    sub: str
-    login: str
-    name: str
-    groups: tuple
-
-
-@dataclass(frozen=True)
-class Account:
-    """An account as the API shows it: the number as text, the login, and when it was made (None: unreadable)."""
-
-    sub: str
-    login: str
-    created: float | None
-
-    @classmethod
-    def from_answer(cls, value: Mapping[str, Any] | None) -> Account | None:
-        """Returns the account in an answer of the API, None when there is none in it."""
-        number = value.get("id") if value else None
-        login = value.get("login") if value else None
-        if not isinstance(number, int) or isinstance(number, bool) or not isinstance(login, str) or not value:
-            return None
-        created = None
-        with contextlib.suppress(ValueError, OverflowError, TypeError):
-            # Forgejo writes it in its own time zone, which may change: the moment is what counts.
-            moment = datetime.datetime.fromisoformat(str(value.get("created")))
-            created = moment.timestamp() if moment.tzinfo and moment.year >= 1970 else None
-        return cls(str(number), login, created)
-
-
-class Forgejo:
-    """What this broker asks of Forgejo (reference: Forgejo's OAuth2 provider)."""
-
-    def __init__(self, settings, clock):
-        self._settings = settings
-        self._clock = clock
-        base = settings.forgejo_internal_url or settings.forgejo_url
-        self._authorize = settings.forgejo_authorize_url or settings.forgejo_url + "/login/oauth/authorize"
-        self._token = settings.forgejo_token_url or base + "/login/oauth/access_token"
-        self._userinfo = settings.forgejo_userinfo_url or base + "/login/oauth/userinfo"
-        self._introspection = settings.forgejo_introspection_url or base + "/login/oauth/introspect"
-        self._api = base + "/api/v1"
-
-    def _fetch(
-        self,
-        method: str,
-        url: str,
-        form: Mapping[str, str] | None = None,
-        authorization: str | None = None,
-        deadline: float = 15.0,
-    ) -> Fetched:
-        headers = {"Authorization": authorization} if authorization else {}
-        if form:
-            headers["Content-Type"] = "application/x-www-form-urlencoded"
-        try:
-            return fetch(
-                method,
-                url,
-                ca_file=self._settings.forgejo_ca_file,
-                body=urlencode(form or {}).encode(),
-                headers=headers,
-                deadline=deadline,
-            )
-        except FetchFailed as error:
-            raise UpstreamDown(str(error)) from None
-
-    def authorize_url(self, state, challenge):
-        """Where the browser goes to log in. PKCE is sent but not relied on: older Forgejo drops the challenge."""
-        query = {
-            "response_type": "code",
-            "client_id": self._settings.forgejo_oauth_client_id,
-            "state": state,
-            "redirect_uri": self._settings.public_url + "/oauth/callback",
-            "scope": self._settings.forgejo_oauth_scopes,
-            "code_challenge": challenge,
-            "code_challenge_method": "S256",
-        }
-        return with_query(self._authorize, query)
-
-    def _grant(self, form: Mapping[str, str], old_refresh: str = "") -> Credential:
-        """Returns the Credential that the token endpoint gives for a form.
-
-        Raises UpstreamMisconfigured where Forgejo does not accept this broker, UpstreamRefused where it does not
-        accept the code or token (it says both with status 400, RFC 6749 5.2 with 401 too), UpstreamDown for all else.
-        """
-        form = {
-            **form,
-            "client_id": self._settings.forgejo_oauth_client_id,
-            "client_secret": self._settings.forgejo_oauth_client_secret,
-        }
-        answer = self._fetch("POST", self._token, form)
-        value = answer.json()
-        if answer.status == 200 and value is not None:
-            return Credential.from_answer(value, self._clock.now(), old_refresh)
-        error = value.get("error") if value and answer.status in (400, 401) else None
-        description = str(value.get("error_description"))[:200] if value else ""
-        if error == "invalid_client" or error == "unauthorized_client" and "client secret" in description:
-            raise UpstreamMisconfigured(f"{error}: {description}")
-        if error in ("invalid_grant", "unauthorized_client"):
-            raise UpstreamRefused(f"{error}: {description}")
-        raise UpstreamDown(f"the token endpoint answers {unexpected(answer)}")
-
-    def exchange(self, code, verifier):
-        """A Credential for an authorization code."""
-        return self._grant(
-            {
-                "grant_type": "authorization_code",
-                "code": code,
-                "code_verifier": verifier,
-                "redirect_uri": self._settings.public_url + "/oauth/callback",
-            }
-        )
-
-    def refresh(self, refresh_token):
-        """A Credential for a refresh token, which is spent by this."""
-        return self._grant({"grant_type": "refresh_token", "refresh_token": refresh_token}, refresh_token)
-
-    def probe(self) -> None:
-        """Returns if the token endpoint answers as one does, raises UpstreamDown otherwise. No token is spent, no secret sent."""
-        form = {
-            "grant_type": "refresh_token",
-            "client_id": self._settings.forgejo_oauth_client_id,
-            "refresh_token": "probe",
-        }
-        answer = self._fetch("POST", self._token, form, deadline=4.0)
-        value = answer.json()
-        if value is None or "error" not in value or answer.status >= 500:
-            raise UpstreamDown(f"the token endpoint answers {unexpected(answer)}")
-
-    def userinfo(self, access: str) -> UserInfo:
-        """Returns who an access token belongs to. Raises UpstreamRefused or UpstreamDown."""
-        answer = self._fetch("GET", self._userinfo, authorization=f"Bearer {access}")
-        if answer.status == 401:
-            raise UpstreamRefused("userinfo answers 401")
-        value = answer.json() if answer.status == 200 else None
-        if value is None:
-            raise UpstreamDown(f"userinfo answers {unexpected(answer)}")
-        sub = value.get("sub")
-        login = value.get("preferred_username")
-        name = value.get("name")
-        groups = value.get("groups") or []
-        if (
-            not isinstance(sub, str)
-            or not re.fullmatch(r"[1-9][0-9]{0,18}", sub)
-            or not isinstance(login, str)
-            or not login
-        ):
-            raise UpstreamDown("userinfo names nobody")
-        groups = (
-            tuple(group for group in groups if isinstance(group, str)) if isinstance(groups, list) else ()
-        )
-        return UserInfo(sub, login, name if isinstance(name, str) else "", groups)
-
-    def account(self, access: str) -> Account | None:
-        """Returns the account behind an access token as /api/v1/user shows it, None where that cannot be read.
-
-        It needs the scope read:user. Raises Suspended.
-        """
-        try:
-            answer = self._fetch("GET", self._api + "/user", authorization=f"token {access}")
-        except UpstreamDown:
-            return None
-        if prohibition := _prohibition(answer, access):
-            raise Suspended(prohibition)
-        return Account.from_answer(answer.json()) if answer.status == 200 else None
-
-    def named_account(self, login: str) -> Account | None:
-        """Returns the account that Forgejo shows under a login to anybody, None where it shows none. Raises UpstreamDown."""
-        answer = self._fetch("GET", f"{self._api}/users/{quote(login, safe='')}")
-        if answer.status == 404 and answer.json() is not None:
-            return None
-        account = Account.from_answer(answer.json()) if answer.status == 200 else None
-        if account is None:
-            raise UpstreamDown(f"the API answers {unexpected(answer)}")
-        return account
-
-    def standing(self, access: str) -> str:
-        """Asks the API, which alone sees suspension, about a token: returns `good`, `refused` (401), or `unknown`.
-
-        /version needs no scope. Raises Suspended for a suspended, inactive or must-change-password user.
-        """
-        try:
-            answer = self._fetch("GET", self._api + "/version", authorization=f"token {access}")
-        except UpstreamDown:
-            return "unknown"
-        if prohibition := _prohibition(answer, access):
-            raise Suspended(prohibition)
-        if answer.json() is None:
-            return "unknown"
-        return {200: "good", 401: "refused"}.get(answer.status, "unknown")
-
-    def introspect(self, token: str) -> str | None:
-        """Returns the scopes that Forgejo really granted, None when it does not say. Raises UpstreamDown."""
-        client = f"{self._settings.forgejo_oauth_client_id}:{self._settings.forgejo_oauth_client_secret}"
-        basic = "Basic " + base64.b64encode(client.encode()).decode()
-        answer = self._fetch("POST", self._introspection, {"token": token}, basic)
-        value = answer.json() if answer.status == 200 else None
-        if value is None:
-            raise UpstreamDown(f"introspection answers {unexpected(answer)}")
-        scope = value.get("scope")
-        return scope if value.get("active") is True and isinstance(scope, str) else None
-
-
-def unexpected(answer: Fetched) -> str:
-    """Returns what an operator has to know of an answer that Forgejo does not give: status, kind, where a redirect leads."""
-    target = answer.headers.get("location", "")
-    if 300 <= answer.status < 400 and target:
-        parts = urlsplit(target)
-        return f"status {answer.status} to {parts.scheme}://{parts.netloc}{parts.path}"[:300]
-    value = answer.json()
-    if value is None:
-        kind = answer.headers.get("content-type", "").partition(";")[0] or "no type"
-        return f"status {answer.status} ({kind[:60]})"
-    said = value.get("error") or value.get("message") or ""
-    return f"status {answer.status} {str(said)[:200]}".strip()
-
-
-def _prohibition(answer: Fetched, access: str) -> str:
-    """Returns the first sentence of the 403 that a user gets who may not sign in, else "". A 403 that names a scope is about the token."""
-    value = answer.json() if answer.status == 403 else None
-    message = value.get("message") if value else None
-    if not isinstance(message, str) or not message.strip() or "scope" in message.lower():
-        return ""
-    first = re.split(r"(?<=[.!?])\s", message.strip().replace(access, "[token]"), maxsplit=1)[0]
-    return "".join(character for character in first if character.isprintable())[:200]
-
-
-def missing_scopes(asked: str, granted: str) -> list[str]:
-    """Returns which of the scopes asked for are not within those granted: write:x has read:x, `all` has every one of the API's."""
-    has = set(granted.split())
-
-    def granted_by(scope: str) -> bool:
-        api = ":" in scope
-        return bool(has & {scope, scope.replace("read:", "write:")}) or api and "all" in has
-
-    return [scope for scope in asked.split() if not granted_by(scope)]
-
-
-def same_person(user: Any, login: str, created: float | None) -> bool:
-    """Returns whether a number of Forgejo still means the user on file: by when the account was made, else by the login.
-
-    A Forgejo that was restored or made anew gives numbers again.
-    """
-    if created is not None and user.account_created is not None:
-        return bool(created == user.account_created)
-    return bool(login.casefold() == user.login.casefold())
-
-
-def allowed(settings: Settings, info: UserInfo) -> bool:
-    """Returns whether a user may use this broker, by login or by group; Forgejo compares both without case, and so does this."""
-    if not settings.allowed_users and not settings.allowed_groups:
-        return True
-    users = {user.casefold() for user in settings.allowed_users}
-    groups = {group.casefold() for group in settings.allowed_groups}
-    return info.login.casefold() in users or any(group.casefold() in groups for group in info.groups)
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A refresh that Forgejo refused while callbacks were under way: it counts if `seq` is still stored once these have ended."""
-
-    user: Any
-    reason: str
-    callbacks: frozenset[object]
-
-
-class Upstream:
-    """The one credential of each user at Forgejo: refreshed by one thread at a time, saved before it is used, shared by all clients.
-
-    Forgejo keeps one refresh token per user and application, and every exchange or refresh kills the older one.
-    """
-
-    PROBE_EVERY = 3.0  # with the probe's own 4 s, a Forgejo that answers again is known to within 10 s
-
-    def __init__(
-        self,
-        settings: Settings,
-        store: Store,
-        keyring: Keyring,
-        forgejo: Forgejo,
-        log: Log,
-        clock: SteadyClock,
-        person_ended: Callable[[str], None] = lambda sub: None,
-    ) -> None:
-        self._settings = settings
-        self._store = store
-        self._keyring = keyring
-        self._forgejo = forgejo
-        self._log = log
-        self._clock = clock
-        self._person_ended = person_ended  # called with a number that has come to mean another person
-        self._lock = threading.Lock()  # guards the five below; a leaf
-        # A user's lock allows one refresh at a time; the only lock held across the network, taken before any other.
-        self._user_locks: dict[str, threading.Lock] = {}
-        self._retry: dict[str, tuple[float, float]] = {}
-        self._refused: dict[str, Refused] = {}
-        self._callbacks: set[object] = set()
-        self._away = False  # the last probe failed
-        self._asked = Seldom(clock, 60.0)  # of whom the API was asked
-        self._forced = Seldom(clock, 600.0)  # whose token was refreshed because the API refused it
-        self._warned = Seldom(clock, 60.0)
-        self._probed = Seldom(clock, self.PROBE_EVERY)
-
-    def _user_lock(self, sub: str) -> threading.Lock:
-        with self._lock:
-            return self._user_locks.setdefault(sub, threading.Lock())
-
-    def _warn(self, event: str, where: str, error: object, level: str = "warning", **fields: object) -> None:
-        """Logs what is wrong with Forgejo, at most once a minute for each event, place and kind of error."""
-        if self._warned.due((event, where, type(error), *fields.values())):
-            self._log.event(level, event, where=where, reason=str(error), **fields)
-
-    def _trouble(self, where: str, error: Exception) -> None:
-        """Logs Forgejo's failure: who reads the log learns why people cannot log in."""
-        if isinstance(error, UpstreamMisconfigured):
-            self._warn("forgejo_refuses_client", where, error, "error")
-        elif isinstance(error, UpstreamRefused):
-            self._warn("forgejo_refused", where, error)
-        else:
-            self._warn("forgejo_cannot_be_asked", where, error)
-
-    # -- logins
-
-    @contextlib.contextmanager
-    def callback(self) -> Iterator[None]:
-        """While a login is being exchanged: a refusal seen meanwhile may be of the token which that login replaced."""
-        this = object()
-        with self._lock:
-            self._callbacks.add(this)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._callbacks.discard(this)
-                settled = [
-                    sub for sub, refused in self._refused.items() if not refused.callbacks & self._callbacks
-                ]
-                believed = [self._refused.pop(sub) for sub in settled]
-            for refused in believed:
-                with contextlib.suppress(StoreUnavailable):  # then the next refresh is refused again
-                    self._logged_out(refused.user, refused.reason)
-
-    def login(self, code: str, verifier: str) -> UserInfo:
-        """Exchanges a callback's code and returns who logged in.
-
-        Raises NotAllowed, UpstreamRefused, UpstreamMisconfigured or UpstreamDown. The exchange has killed the user's
-        older refresh token, so its credential is saved as soon as it is known whose it is, whatever becomes of the login.
-        """
-        try:
-            return self._login(code, verifier)
-        except (UpstreamDown, UpstreamRefused, UpstreamMisconfigured) as error:
-            self._trouble("login", error)
-            raise
-
-    def _login(self, code: str, verifier: str) -> UserInfo:
-        began = self._store.credential_order()
-        credential = self._forgejo.exchange(code, verifier)
-        info, created = self._identify(credential, began)
-        known = self._store.user(info.sub) is not None
-        if known:
-            self._claim(info.sub, info.login, created)
-            self._save(info.sub, credential, began)
-        if not allowed(self._settings, info):
-            self._shut_out(info.sub, "refused", "not among the allowed users and groups")
-            raise NotAllowed(info.sub, info.login, "This account may not use this server")
-        scope = self._granted(credential.access)
-        asked = self._settings.forgejo_oauth_scopes
-        if self._settings.strict_scopes and scope is not None and set(scope.split()) != set(asked.split()):
-            raise NotAllowed(info.sub, info.login, "Forgejo granted other scopes than were asked")
-        self._store.update_user(info.sub, info.login, info.name, info.groups, self._clock.now(), created)
-        if not known:
-            self._save(info.sub, credential, began)
-        self._store.set_upstream_scope(info.sub, scope)
-        self._store.set_user_state(info.sub, "active")
-        self._compare_scopes(info, asked, scope)
-        return info
-
-    def _identify(self, credential: Credential, began: int) -> tuple[UserInfo, float | None]:
-        """Returns who a new credential belongs to and when that account was made (None: unreadable).
-
-        Raises NotAllowed for a suspended user, UpstreamRefused or UpstreamDown where Forgejo does not say; a known
-        user's credential is saved before that.
-        """
-        try:
-            account = self._forgejo.account(credential.access)
-        except Suspended as error:
-            raise self._turned_away(credential, began, str(error)) from None
-        try:
-            info = self._forgejo.userinfo(credential.access)
-        except (UpstreamDown, UpstreamRefused):
-            self._save_for_known(credential, account, began)
-            raise
-        named = {name for name in (credential.subject, account and account.sub) if name}
-        if named - {info.sub}:
-            raise UpstreamDown("userinfo, the API and id_token name different users")
-        return info, account.created if account else None
-
-    def _turned_away(self, credential: Credential, began: int, sentence: str) -> NotAllowed:
-        """Returns the refusal of a login whose user Forgejo lets do nothing; the credential is kept for when that ends."""
-        info = self._forgejo.userinfo(credential.access)
-        user = self._store.user(info.sub)
-        if user and same_person(user, info.login, None):
-            self._save(info.sub, credential, began)
-            self._suspend(self._store.user(info.sub), sentence)
-        return NotAllowed(info.sub, info.login, f"Forgejo says: {sentence}")
-
-    def _save_for_known(self, credential: Credential, account: Account | None, began: int) -> None:
-        """Saves the credential of a login that fails because userinfo does, if the API or the id_token say whose it is."""
-        sub = account.sub if account else credential.subject
-        login = account.login if account else credential.login
-        user = self._store.user(sub) if isinstance(sub, str) else None
-        if user and isinstance(login, str) and same_person(user, login, account.created if account else None):
-            self._save(user.sub, credential, began)
-
-    def _claim(self, sub: str, login: str, created: float | None) -> None:
-        """Ends all logins of a number that means another person than the one on file."""
-        user = self._store.user(sub)
-        if user and not same_person(user, login, created):
-            self._end_person(user, login)
-
-    def _end_person(self, user: Any, login: str) -> None:
-        ended = self._store.end_person(user.sub, "identity changed", self._clock.now())
-        self._person_ended(user.sub)
-        self._log.audit("identity_changed", user=user.sub, was=user.login, login=login, grants=len(ended))
-
-    def _granted(self, access: str) -> str | None:
-        """Returns the scopes that Forgejo granted, None when it does not say: the login goes on."""
-        try:
-            return self._forgejo.introspect(access)
-        except UpstreamDown as error:
-            self._trouble("introspection", error)
-            return None
-
-    def _compare_scopes(self, info: UserInfo, asked: str, granted: str | None) -> None:
-        missing = missing_scopes(asked, granted) if granted is not None else []
-        if missing:
-            self._warn(
-                "login_lacks_scopes",
-                "login",
-                "Forgejo keeps the scopes of the first login",
-                user=info.sub,
-                login=info.login,
-                missing=" ".join(missing),
-                remedy="remove the application in Forgejo's settings, then connect again",
-            )
-
-    # -- the stored credential
-
-    def _save(self, sub: str, credential: Credential, began: int) -> int | None:
-        box = self._keyring.seal(
-            "upstream", f"user:{sub}", {"access": credential.access, "refresh": credential.refresh}
-        )
-        with self._lock:
-            self._retry.pop(sub, None)
-        return self._store.save_credential(
-            sub, box, credential.grant, credential.count, credential.expires_at, credential.obtained_at, began
-        )
-
-    def _opened(self, sub: str, states: tuple[str, ...] = ("active",)) -> tuple[Any, dict[str, str]]:
-        """Returns a user's row and credential. Raises LoggedOut without one, or in another state."""
-        user = self._store.user(sub)
-        if user is None or user.state not in states or user.credential is None:
-            raise LoggedOut(sub)
-        try:
-            return user, self._keyring.unseal("upstream", f"user:{sub}", user.credential)
-        except ValueError:
-            raise LoggedOut(sub) from None
-
-    def _left(self, user: Any) -> tuple[float, float]:
-        return user.access_expires_at - self._clock.now(), user.access_expires_at - user.obtained_at
-
-    def outlook(self, sub: str) -> tuple[int | None, bool]:
-        """(sequence number, whether it should be refreshed ahead of need) of a user's credential; (None, False) when logged out."""
-        user = self._store.user(sub)
-        if user is None or user.state != "active":
-            return None, False
-        left, life = self._left(user)
-        return user.credential_seq, left < min(300, life / 4)
-
-    def credential(self, sub: str) -> tuple[str, int, float]:
-        """(access token, sequence number, time to ask again) for a request; LoggedOut, UpstreamDown or UpstreamMisconfigured."""
-        user, box = self._opened(sub)
-        left, life = self._left(user)
-        if left < min(60, life / 8):
-            try:
-                self.refresh(sub, user.credential_seq)
-            except (UpstreamDown, UpstreamMisconfigured):
-                if left <= 0:
-                    raise
-            user, box = self._opened(sub)
-            _, life = self._left(user)
-        return box["access"], user.credential_seq, user.access_expires_at - min(60, life / 8)
-
-    def refresh(self, sub: str, seen: int | None = None) -> bool:
-        """Refreshes a user's credential, one thread at a time. Returns False when another thread or login already did since `seen`.
-
-        Raises LoggedOut, UpstreamDown or UpstreamMisconfigured.
-        """
-        if seen is None:
-            seen = getattr(self._store.user(sub), "credential_seq", None)
-        with self._user_lock(sub):
-            user, box = self._opened(sub, ("active", "suspended"))
-            if user.credential_seq != seen:
-                return False
-            wait = self._await_turn(user)
-            began = self._store.credential_order()
-            self._store.refresh_started(sub, self._clock.now())
-            try:
-                credential = self._forgejo.refresh(box["refresh"])
-            except UpstreamRefused as error:
-                return self._refresh_refused(user, str(error), wait)
-            except (UpstreamDown, UpstreamMisconfigured) as error:
-                self._trouble("refresh", error)
-                self._back_off(sub, wait)
-                raise
-            self._save(sub, credential, began)
-            self._log.event("info", "upstream_refreshed", user=sub)
-        self._check_again(user, credential.access)
-        return True
-
-    def _await_turn(self, user: Any) -> float:
-        """Returns the last wait between two attempts. Raises UpstreamDown while the next is not due, or logins decide about a refusal."""
-        with self._lock:
-            not_before, wait = self._retry.get(user.sub, (0.0, 0.0))
-            refused = self._refused.get(user.sub)
-        if refused and refused.user.credential_seq == user.credential_seq:
-            raise UpstreamDown("a login may be replacing this credential")
-        if wait and self._clock.monotonic() < not_before:
-            raise UpstreamDown("waiting to try again")
-        return wait
-
-    def _back_off(self, sub: str, wait: float) -> None:
-        wait = min(60.0, wait * 2 or 1.0)
-        with self._lock:
-            self._retry[sub] = (self._clock.monotonic() + wait, wait)
-
-    def _refresh_refused(self, user: Any, reason: str, wait: float) -> bool:
-        """Believes a refusal if no login is under way that may have caused it, and no login came first.
-
-        Returns False if one did. Raises LoggedOut, or UpstreamDown until the callbacks that are under way now have ended.
-        """
-        with self._lock:
-            callbacks = frozenset(self._callbacks)
-            if callbacks:
-                self._refused[user.sub] = Refused(user, reason, callbacks)
-        if callbacks:
-            self._back_off(user.sub, wait)
-            raise UpstreamDown("a login may be replacing this credential")
-        if not self._logged_out(user, reason):
-            return False
-        raise LoggedOut(user.sub)
-
-    def _logged_out(self, user: Any, reason: str) -> bool:
-        """Notes that a user has to log in again, unless another credential is stored than the one refused. Returns whether it did."""
-        if not self._store.set_user_state(user.sub, "logged_out", user.credential_seq):
-            return False
-        with self._lock:
-            self._retry.pop(user.sub, None)
-        interrupted = user.refreshing_since is not None  # a crash of ours may have lost the answer
-        self._log.audit("logged_out_upstream", user=user.sub, reason=reason, interrupted=interrupted)
-        return True
-
-    # -- after an outage
-
-    def probe_due(self) -> bool:
-        """Returns whether refreshes wait for a Forgejo that may answer again; the probe is then to be made, now."""
-        now = self._clock.monotonic()
-        with self._lock:
-            waits = any(not_before > now for not_before, _ in self._retry.values())
-        return waits and self._probed.due("")
-
-    def probe(self) -> None:
-        """Ends every wait once the token endpoint answers again: sessions come back within 10 s, however long it was away."""
-        try:
-            self._forgejo.probe()
-        except UpstreamDown:
-            with self._lock:
-                self._away = True
-            return
-        with self._lock:
-            back = self._away
-            self._away = False
-            if back:
-                self._retry.clear()
-        if back:
-            self._log.event("info", "forgejo_answers_again")
-
-    # -- may this user be here
-
-    def _check_again(self, user: Any, access: str) -> None:
-        """After each refresh: is this still the same person, one who may be here, and not suspended?"""
-        sub = user.sub
-        try:
-            info = self._forgejo.userinfo(access)
-        except (UpstreamDown, UpstreamRefused) as error:
-            self._trouble("userinfo", error)
-        else:
-            if not self._still_the_same(user, info, access):
-                return
-            if not allowed(self._settings, info):
-                self._shut_out(sub, "refused", "no longer among the allowed users and groups")
-                return
-            self._store.update_user(sub, info.login, info.name, info.groups, self._clock.now())
-        self._asked.due(sub)
-        self._judge(sub, access)
-
-    def _still_the_same(self, user: Any, info: UserInfo, access: str) -> bool:
-        """Returns whether the token is still that person's, whose logins end otherwise: a restored Forgejo may give a grant's number again."""
-        if info.sub != user.sub:
-            self._end_person(user, info.login)
-            return False
-        if info.login.casefold() != user.login.casefold():
-            try:
-                account = self._forgejo.account(access)
-            except Suspended:
-                return True
-            if account and not same_person(user, info.login, account.created):
-                self._end_person(user, info.login)
-                return False
-        return True
-
-    def _judge(self, sub: str, access: str) -> str:
-        """Asks the API about a user's token and acts on it. Returns `good`, `refused`, `unknown` or `suspended`."""
-        user = self._store.user(sub)
-        try:
-            word = self._forgejo.standing(access)
-        except Suspended as error:
-            self._suspend(user, str(error))
-            return "suspended"
-        if word == "good" and user and user.state == "suspended":
-            if self._store.set_user_state(sub, "active", user.credential_seq):
-                self._log.event("info", "suspension_ended", user=sub, login=user.login)
-        return word
-
-    def _suspend(self, user: Any, sentence: str) -> None:
-        """Notes that Forgejo keeps a user out, unless a login came meanwhile. Nothing is deleted: a suspension may be lifted."""
-        if user and self._store.set_user_state(user.sub, "suspended", user.credential_seq, sentence):
-            self._log.audit("suspended", user=user.sub, login=user.login, reason=sentence)
-
-    def _shut_out(self, sub: str, state: str, reason: str) -> None:
-        if self._store.set_user_state(sub, state):
-            self._log.audit("access_refused", user=sub, reason=reason)
-        now = self._clock.now()
-        for grant in self._store.grants_of(sub, now):
-            self._store.end_grant(grant.grant_id, reason, now)
-
-    def may_ask(self, sub: str) -> bool:
-        """Returns whether the API may be asked (again) about a user's token: at most once a minute. It counts as asked."""
-        return self._asked.due(sub)
-
-    def examine(self, sub: str) -> str:
-        """Finds out what Forgejo has against a user's token: returns `good`, `refused`, `unknown`, `suspended` or `logged out`.
-
-        A 401 says only that this access token is no good: a refresh decides, at most once in ten minutes.
-        """
-        try:
-            user, box = self._opened(sub, ("active", "suspended"))
-            if self._left(user)[0] <= 0 and self.refresh(sub, user.credential_seq):
-                user, box = self._opened(sub, ("active", "suspended"))
-            word = self._judge(sub, box["access"])
-            if word == "refused" and self._forced.due(sub):
-                self.refresh(sub, user.credential_seq)
-        except LoggedOut:
-            return "logged out"
-        except (UpstreamDown, UpstreamMisconfigured):
-            return "unknown"
-        return word
-
-    def readmitted(self, sub: str) -> bool:
-        """Returns whether a suspended user is let in again; a request of theirs asks Forgejo, at most once a minute."""
-        if not self.may_ask(sub):
-            return False
-        self.examine(sub)
-        return getattr(self._store.user(sub), "state", None) == "active"
-
-
-# ======================================================================================================================
 # Messages
 # Owns what a JSON-RPC message is, in one function, and how one is written; and strict reading of JSON from outside.
 # Must not know methods, sessions or HTTP.
@@ -4376,6 +3332,1064 @@ class Limiter:
                 "Too many requests; try again in a moment.",
                 (("Retry-After", str(max(1, round((1 - left) * 60 / rate)))),),
             )
+
+
+# ======================================================================================================================
+# Outgoing HTTP
+# Owns every outgoing request: name resolution, connecting, TLS, one deadline and one cap over each answer.
+# Must not know Forgejo, OAuth or MCP.
+# ======================================================================================================================
+
+
+class FetchFailed(Exception):
+    """An outgoing request that brought no whole answer: unreachable, too slow, too large, not HTTP.
+
+    `away`: the name did not resolve, nothing there could be connected to, or it took too long.
+    """
+
+    def __init__(self, reason: str, away: bool = False) -> None:
+        super().__init__(reason)
+        self.away = away
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """An answer: status, headers by lower-case name, and the body."""
+
+    status: int
+    headers: dict
+    body: bytes
+
+    def json(self):
+        """The JSON object in a body that says it is JSON, else None."""
+        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not re.fullmatch(r"application/([a-z0-9.-]+\+)?json", kind):
+            return None
+        with contextlib.suppress(ValueError):
+            value = read_json(self.body)
+            return value if isinstance(value, dict) else None
+
+
+def _time_left(deadline):
+    left = deadline - time.monotonic()
+    if (
+        left <= 0
+    ):  # asked even when data is there: an answer that never ends would never let a time-out happen
+        raise TimeoutError("the answer took too long")
+    return left
+
+
+class _Socket(io.RawIOBase):
+    """A socket for http.client, with one deadline over a whole answer: a time-out per read would start anew at each byte."""
+
+    def __init__(self, sock, deadline):
+        self._sock = sock
+        self._deadline = deadline
+
+    def makefile(self, mode):
+        return io.BufferedReader(self)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self._sock.settimeout(_time_left(self._deadline))
+        return self._sock.recv_into(buffer)
+
+    def sendall(self, data):
+        self._sock.settimeout(_time_left(self._deadline))
+        self._sock.sendall(data)
+
+    def close(self):
+        """Nothing: http.client closes before the answer is read; fetch() closes after."""
+
+
+LOOKUPS = threading.BoundedSemaphore(64)  # names of ours that are being looked up
+STRANGERS_LOOKUPS = threading.BoundedSemaphore(64)  # names that strangers named: theirs must not hold up ours
+MAX_ADDRESSES = 16  # of a name, that are tried
+
+
+def resolve_name(host: str) -> list[str]:
+    """The addresses of a host name, as texts. Raises OSError, or ValueError for what is no name."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def resolve_until(
+    end: float, host: str, resolve: Callable[[str], list[str]], places: threading.BoundedSemaphore
+) -> list[str]:
+    """The addresses of a name. Raises FetchFailed when there is none, or none is known at `end` (monotonic).
+
+    getaddrinfo(3) has no deadline: a name server that says nothing holds it for as long as the resolver tries. So it runs in a
+    thread of its own, one of as many as there are `places`.
+    """
+    with contextlib.suppress(ValueError):
+        return [str(ipaddress.ip_address(host))]
+    found: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            found.put(resolve(host))
+        except Exception as error:
+            found.put(error)
+        finally:
+            places.release()
+
+    if not places.acquire(timeout=max(0.0, end - time.monotonic())):
+        raise FetchFailed("too many names are being looked up", away=True)
+    try:
+        threading.Thread(target=look_up, daemon=True, name="resolver").start()
+    except RuntimeError:
+        places.release()
+        raise FetchFailed("no thread to look the name up", away=True) from None
+    try:
+        answer = found.get(timeout=max(0.0, end - time.monotonic()))
+    except queue.Empty:
+        raise FetchFailed("the name servers do not answer", away=True) from None
+    if isinstance(answer, Exception) or not answer:
+        raise FetchFailed(f"the name does not resolve: {answer or 'it has no address'}", away=True)
+    return answer
+
+
+def tls_context(ca_file: str) -> ssl.SSLContext:
+    """Returns a context that verifies a server by the system's authorities, or by those in `ca_file`."""
+    context = ssl.create_default_context(cafile=ca_file or None)
+    if ca_file:
+        # Python 3.13 asks for extensions that home-made certificates lack; curl, Go and older Pythons do not.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+def open_socket(
+    parts: SplitResult, addresses: list[str], end: float, ca_file: str, connect: Callable[..., socket.socket]
+) -> socket.socket:
+    """A socket to the first of these addresses that takes it, with TLS where the URL is https. Raises FetchFailed, ssl.SSLError.
+
+    No address but the last may use up the time until `end` (monotonic): each gets its share. Wherever it leads, the
+    certificate must be of the URL's name.
+    """
+    context = tls_context(ca_file) if parts.scheme == "https" else None
+    trouble: Exception = OSError("no address")
+    port = parts.port or {"https": 443, "http": 80}[parts.scheme]
+    tried = addresses[:MAX_ADDRESSES]
+    for number, address in enumerate(tried):
+        left = len(tried) - number
+        until = end if left == 1 else time.monotonic() + _time_left(end) / (left + 1)
+        sock = None
+        try:
+            sock = connect((address, port), timeout=_time_left(until))
+            sock.settimeout(_time_left(until))
+            return context.wrap_socket(sock, server_hostname=parts.hostname) if context else sock
+        except OSError as error:
+            if sock:
+                sock.close()
+            if isinstance(
+                error, ssl.SSLCertVerificationError
+            ):  # somebody is there who is not the name's owner
+                raise
+            trouble = error
+    raise FetchFailed(f"{type(trouble).__name__}: {trouble}", away=True)
+
+
+def fetch(
+    method,
+    url,
+    *,
+    headers=(),
+    body=b"",
+    deadline=15.0,
+    cap=262144,
+    ca_file="",
+    addresses=(),
+    connect=socket.create_connection,
+    on_data=None,
+):
+    """One HTTP request without proxies or redirects, all of it within `deadline` seconds and `cap` bytes; FetchFailed otherwise.
+
+    `addresses` are used instead of the name's; TLS and Host stay the name's. `on_data` is called when the body begins.
+    """
+    parts = urlsplit(url)
+    end = time.monotonic() + deadline
+    connection = http.client.HTTPConnection(parts.hostname, parts.port)
+    sock = None
+    try:
+        reached = addresses or resolve_until(end, parts.hostname, resolve_name, LOOKUPS)
+        sock = open_socket(parts, reached, end, ca_file, connect)
+        connection.sock = _Socket(sock, end)
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.request(
+            method,
+            target,
+            body or None,
+            {
+                "Host": parts.netloc,
+                "User-Agent": f"fjmcp-broker/{__version__}",
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",
+                "Connection": "close",
+                **dict(headers),
+            },
+        )
+        response = connection.getresponse()
+        data = response.read(1)
+        if on_data:
+            on_data()
+        data += response.read(cap)
+        if len(data) > cap:
+            raise FetchFailed("the answer is too large")
+        return Fetched(response.status, {name.lower(): value for name, value in response.getheaders()}, data)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        away = isinstance(error, (ConnectionError, TimeoutError))
+        raise FetchFailed(f"{type(error).__name__}: {error}", away) from None
+    finally:
+        if sock:
+            sock.close()
+
+
+# An explicit list, because `is_global` lets NAT64, 6to4, site-local and multicast addresses through. Of IPv6 only 2000::/3 is in use.
+NOT_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16"
+            " 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3 ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 2002::/16 3fff::/20"
+        ).split(),
+    )
+)
+
+
+def is_public(address):
+    """Whether an IP address, as text, is one of the public internet."""
+    address = ipaddress.ip_address(address)
+    return not any(address in network for network in NOT_PUBLIC)
+
+
+class PublicWeb:
+    """GETs what strangers name: from the public internet only, on port 443, with strict limits (OWASP SSRF; security.md finding 9)."""
+
+    SECONDS = 5.0
+
+    def __init__(
+        self,
+        resolve: Callable[[str], list[str]] = resolve_name,
+        connect: Callable[..., socket.socket] = socket.create_connection,
+        ca_file: str = "",
+    ) -> None:
+        self._resolve = resolve
+        self._connect = connect
+        self._ca_file = ca_file
+
+    def get(self, url: str, cap: int) -> Fetched:
+        """A Fetched of at most `cap` bytes within 5 s, resolving included; FetchFailed otherwise.
+
+        One bad address among a name's refuses them all. Those that were checked are connected to, one after the other: a
+        name that resolves anew may resolve otherwise (DNS rebinding).
+        """
+        end = time.monotonic() + self.SECONDS
+        host = urlsplit(url).hostname or ""
+        addresses = resolve_until(end, host, self._resolve, STRANGERS_LOOKUPS)
+        if not all(map(is_public, addresses)):
+            raise FetchFailed("the name is not of the public internet")
+        return fetch(
+            "GET",
+            url,
+            cap=cap,
+            ca_file=self._ca_file,
+            deadline=end - time.monotonic(),
+            addresses=addresses,
+            connect=self._connect,
+        )
+
+
+def with_query(url, parameters):
+    """A URL with these parameters added to those it has."""
+    return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote)
+
+
+# ======================================================================================================================
+# Forgejo
+# Owns what this broker asks of Forgejo and what the answers mean.
+# Must not know the store, MCP clients' tokens, sessions or children.
+# ======================================================================================================================
+
+
+class UpstreamDown(Exception):
+    """Forgejo cannot be asked just now, or answered with something that means nothing: keep what there is, try later."""
+
+
+class UpstreamRefused(Exception):
+    """Forgejo refused the code, refresh token or access token: the user has to log in again."""
+
+
+class UpstreamMisconfigured(Exception):
+    """Forgejo refused this broker's client id or secret: the operator's fault, not the user's."""
+
+
+class Suspended(Exception):
+    """Forgejo lets this user do nothing (suspended, inactive, a password to change); the text is Forgejo's first sentence."""
+
+
+class LoggedOut(Exception):
+    """The user has no usable credential at Forgejo."""
+
+
+class NotAllowed(Exception):
+    """The user is not among those that may use this broker."""
+
+    def __init__(self, sub, login, reason):
+        super().__init__(reason)
+        self.sub = sub
+        self.login = login
+        self.reason = reason
+
+
+def jwt_claims(token: str) -> dict[str, object]:
+    """The claims of a JWT, unverified: Forgejo's came straight over TLS, a client's are checked later. {} when it is none."""
+    try:
+        claims = read_json(unb64url(token.split(".")[1]))
+        return claims if isinstance(claims, dict) else {}
+    except (ValueError, IndexError):
+        return {}
+
+
+def _claim(claims, name):
+    value = claims.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62 else 0
+
+
+@dataclass(frozen=True)
+class Credential:
+    """What Forgejo gave for a user. `grant` and `count` are its own numbers, by which newer is told from older; 0: unreadable."""
+
+    access: str
+    refresh: str
+    expires_at: float
+    obtained_at: float
+    grant: int
+    count: int
+    subject: object
+    login: object
+
+    @classmethod
+    def from_answer(cls, answer, now, old_refresh=""):
+        """From a token answer; UpstreamDown when it is not one."""
+        access = answer.get("access_token")
+        refresh = answer.get("refresh_token") or old_refresh
+        if (
+            not isinstance(access, str)
+            or not access
+            or not isinstance(refresh, str)
+            or str(answer.get("token_type")).lower() != "bearer"
+        ):
+            raise UpstreamDown("Forgejo's token answer is incomplete")
+        life = answer.get("expires_in")
+        if isinstance(life, str) and re.fullmatch(r"[0-9]{1,9}", life):
+            life = int(life)
+        if not isinstance(life, (int, float)) or isinstance(life, bool) or not 0 < life < 366 * 86400:
+            life = 3600.0
+        expires, issued = (_claim(jwt_claims(access), name) for name in ("exp", "iat"))
+        if (
+            expires and issued and 0 < expires - issued < life
+        ):  # by the token's own clock, so that a skew does not matter
+            life = expires - issued
+        claims = jwt_claims(refresh)
+        identity = jwt_claims(answer["id_token"]) if isinstance(answer.get("id_token"), str) else {}
+        return cls(
+            access,
+            refresh,
+            now + life,
+            now,
+            _claim(claims, "gnt"),
+            _claim(claims, "cnt"),
+            identity.get("sub"),
+            identity.get("preferred_username"),
+        )
+
+
+@dataclass(frozen=True)
+class UserInfo:
+    """Who a token belongs to: the numeric id as text (stable over renames), login, display name, groups."""
+
+    sub: str
+    login: str
+    name: str
+    groups: tuple
+
+
+@dataclass(frozen=True)
+class Account:
+    """An account as the API shows it: the number as text, the login, and when it was made (None: unreadable)."""
+
+    sub: str
+    login: str
+    created: float | None
+
+    @classmethod
+    def from_answer(cls, value: Mapping[str, Any] | None) -> Account | None:
+        """Returns the account in an answer of the API, None when there is none in it."""
+        number = value.get("id") if value else None
+        login = value.get("login") if value else None
+        if not isinstance(number, int) or isinstance(number, bool) or not isinstance(login, str) or not value:
+            return None
+        created = None
+        with contextlib.suppress(ValueError, OverflowError, TypeError):
+            # Forgejo writes it in its own time zone, which may change: the moment is what counts.
+            moment = datetime.datetime.fromisoformat(str(value.get("created")))
+            created = moment.timestamp() if moment.tzinfo and moment.year >= 1970 else None
+        return cls(str(number), login, created)
+
+
+class Forgejo:
+    """What this broker asks of Forgejo (reference: Forgejo's OAuth2 provider)."""
+
+    def __init__(self, settings, clock):
+        self._settings = settings
+        self._clock = clock
+        base = settings.forgejo_internal_url or settings.forgejo_url
+        self._authorize = settings.forgejo_authorize_url or settings.forgejo_url + "/login/oauth/authorize"
+        self._token = settings.forgejo_token_url or base + "/login/oauth/access_token"
+        self._userinfo = settings.forgejo_userinfo_url or base + "/login/oauth/userinfo"
+        self._introspection = settings.forgejo_introspection_url or base + "/login/oauth/introspect"
+        self._api = base + "/api/v1"
+
+    def _fetch(
+        self,
+        method: str,
+        url: str,
+        form: Mapping[str, str] | None = None,
+        authorization: str | None = None,
+        deadline: float = 15.0,
+    ) -> Fetched:
+        headers = {"Authorization": authorization} if authorization else {}
+        if form:
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+        try:
+            return fetch(
+                method,
+                url,
+                ca_file=self._settings.forgejo_ca_file,
+                body=urlencode(form or {}).encode(),
+                headers=headers,
+                deadline=deadline,
+            )
+        except FetchFailed as error:
+            raise UpstreamDown(str(error)) from None
+
+    def authorize_url(self, state, challenge):
+        """Where the browser goes to log in. PKCE is sent but not relied on: older Forgejo drops the challenge."""
+        query = {
+            "response_type": "code",
+            "client_id": self._settings.forgejo_oauth_client_id,
+            "state": state,
+            "redirect_uri": self._settings.public_url + "/oauth/callback",
+            "scope": self._settings.forgejo_oauth_scopes,
+            "code_challenge": challenge,
+            "code_challenge_method": "S256",
+        }
+        return with_query(self._authorize, query)
+
+    def _grant(self, form: Mapping[str, str], old_refresh: str = "") -> Credential:
+        """Returns the Credential that the token endpoint gives for a form.
+
+        Raises UpstreamMisconfigured where Forgejo does not accept this broker, UpstreamRefused where it does not
+        accept the code or token (it says both with status 400, RFC 6749 5.2 with 401 too), UpstreamDown for all else.
+        """
+        form = {
+            **form,
+            "client_id": self._settings.forgejo_oauth_client_id,
+            "client_secret": self._settings.forgejo_oauth_client_secret,
+        }
+        answer = self._fetch("POST", self._token, form)
+        value = answer.json()
+        if answer.status == 200 and value is not None:
+            return Credential.from_answer(value, self._clock.now(), old_refresh)
+        error = value.get("error") if value and answer.status in (400, 401) else None
+        description = str(value.get("error_description"))[:200] if value else ""
+        if error == "invalid_client" or error == "unauthorized_client" and "client secret" in description:
+            raise UpstreamMisconfigured(f"{error}: {description}")
+        if error in ("invalid_grant", "unauthorized_client"):
+            raise UpstreamRefused(f"{error}: {description}")
+        raise UpstreamDown(f"the token endpoint answers {unexpected(answer)}")
+
+    def exchange(self, code, verifier):
+        """A Credential for an authorization code."""
+        return self._grant(
+            {
+                "grant_type": "authorization_code",
+                "code": code,
+                "code_verifier": verifier,
+                "redirect_uri": self._settings.public_url + "/oauth/callback",
+            }
+        )
+
+    def refresh(self, refresh_token):
+        """A Credential for a refresh token, which is spent by this."""
+        return self._grant({"grant_type": "refresh_token", "refresh_token": refresh_token}, refresh_token)
+
+    def probe(self) -> None:
+        """Returns if the token endpoint answers as one does, raises UpstreamDown otherwise. No token is spent, no secret sent."""
+        form = {
+            "grant_type": "refresh_token",
+            "client_id": self._settings.forgejo_oauth_client_id,
+            "refresh_token": "probe",
+        }
+        answer = self._fetch("POST", self._token, form, deadline=4.0)
+        value = answer.json()
+        if value is None or "error" not in value or answer.status >= 500:
+            raise UpstreamDown(f"the token endpoint answers {unexpected(answer)}")
+
+    def userinfo(self, access: str) -> UserInfo:
+        """Returns who an access token belongs to. Raises UpstreamRefused or UpstreamDown."""
+        answer = self._fetch("GET", self._userinfo, authorization=f"Bearer {access}")
+        if answer.status == 401:
+            raise UpstreamRefused("userinfo answers 401")
+        value = answer.json() if answer.status == 200 else None
+        if value is None:
+            raise UpstreamDown(f"userinfo answers {unexpected(answer)}")
+        sub = value.get("sub")
+        login = value.get("preferred_username")
+        name = value.get("name")
+        groups = value.get("groups") or []
+        if (
+            not isinstance(sub, str)
+            or not re.fullmatch(r"[1-9][0-9]{0,18}", sub)
+            or not isinstance(login, str)
+            or not login
+        ):
+            raise UpstreamDown("userinfo names nobody")
+        groups = (
+            tuple(group for group in groups if isinstance(group, str)) if isinstance(groups, list) else ()
+        )
+        return UserInfo(sub, login, name if isinstance(name, str) else "", groups)
+
+    def account(self, access: str) -> Account | None:
+        """Returns the account behind an access token as /api/v1/user shows it, None where that cannot be read.
+
+        It needs the scope read:user. Raises Suspended.
+        """
+        try:
+            answer = self._fetch("GET", self._api + "/user", authorization=f"token {access}")
+        except UpstreamDown:
+            return None
+        if prohibition := _prohibition(answer, access):
+            raise Suspended(prohibition)
+        return Account.from_answer(answer.json()) if answer.status == 200 else None
+
+    def named_account(self, login: str) -> Account | None:
+        """Returns the account that Forgejo shows under a login to anybody, None where it shows none. Raises UpstreamDown."""
+        answer = self._fetch("GET", f"{self._api}/users/{quote(login, safe='')}")
+        if answer.status == 404 and answer.json() is not None:
+            return None
+        account = Account.from_answer(answer.json()) if answer.status == 200 else None
+        if account is None:
+            raise UpstreamDown(f"the API answers {unexpected(answer)}")
+        return account
+
+    def standing(self, access: str) -> str:
+        """Asks the API, which alone sees suspension, about a token: returns `good`, `refused` (401), or `unknown`.
+
+        /version needs no scope. Raises Suspended for a suspended, inactive or must-change-password user.
+        """
+        try:
+            answer = self._fetch("GET", self._api + "/version", authorization=f"token {access}")
+        except UpstreamDown:
+            return "unknown"
+        if prohibition := _prohibition(answer, access):
+            raise Suspended(prohibition)
+        if answer.json() is None:
+            return "unknown"
+        return {200: "good", 401: "refused"}.get(answer.status, "unknown")
+
+    def introspect(self, token: str) -> str | None:
+        """Returns the scopes that Forgejo really granted, None when it does not say. Raises UpstreamDown."""
+        client = f"{self._settings.forgejo_oauth_client_id}:{self._settings.forgejo_oauth_client_secret}"
+        basic = "Basic " + base64.b64encode(client.encode()).decode()
+        answer = self._fetch("POST", self._introspection, {"token": token}, basic)
+        value = answer.json() if answer.status == 200 else None
+        if value is None:
+            raise UpstreamDown(f"introspection answers {unexpected(answer)}")
+        scope = value.get("scope")
+        return scope if value.get("active") is True and isinstance(scope, str) else None
+
+
+def unexpected(answer: Fetched) -> str:
+    """Returns what an operator has to know of an answer that Forgejo does not give: status, kind, where a redirect leads."""
+    target = answer.headers.get("location", "")
+    if 300 <= answer.status < 400 and target:
+        parts = urlsplit(target)
+        return f"status {answer.status} to {parts.scheme}://{parts.netloc}{parts.path}"[:300]
+    value = answer.json()
+    if value is None:
+        kind = answer.headers.get("content-type", "").partition(";")[0] or "no type"
+        return f"status {answer.status} ({kind[:60]})"
+    said = value.get("error") or value.get("message") or ""
+    return f"status {answer.status} {str(said)[:200]}".strip()
+
+
+def _prohibition(answer: Fetched, access: str) -> str:
+    """Returns the first sentence of the 403 that a user gets who may not sign in, else "". A 403 that names a scope is about the token."""
+    value = answer.json() if answer.status == 403 else None
+    message = value.get("message") if value else None
+    if not isinstance(message, str) or not message.strip() or "scope" in message.lower():
+        return ""
+    first = re.split(r"(?<=[.!?])\s", message.strip().replace(access, "[token]"), maxsplit=1)[0]
+    return "".join(character for character in first if character.isprintable())[:200]
+
+
+def missing_scopes(asked: str, granted: str) -> list[str]:
+    """Returns which of the scopes asked for are not within those granted: write:x has read:x, `all` has every one of the API's."""
+    has = set(granted.split())
+
+    def granted_by(scope: str) -> bool:
+        api = ":" in scope
+        return bool(has & {scope, scope.replace("read:", "write:")}) or api and "all" in has
+
+    return [scope for scope in asked.split() if not granted_by(scope)]
+
+
+# ======================================================================================================================
+# Forgejo credentials
+# Owns the one credential of each user at Forgejo, and whether that user may be here.
+# Must not know MCP clients' tokens, sessions or children.
+# ======================================================================================================================
+
+
+def same_person(user: Any, login: str, created: float | None) -> bool:
+    """Returns whether a number of Forgejo still means the user on file: by when the account was made, else by the login.
+
+    A Forgejo that was restored or made anew gives numbers again.
+    """
+    if created is not None and user.account_created is not None:
+        return bool(created == user.account_created)
+    return bool(login.casefold() == user.login.casefold())
+
+
+def allowed(settings: Settings, info: UserInfo) -> bool:
+    """Returns whether a user may use this broker, by login or by group; Forgejo compares both without case, and so does this."""
+    if not settings.allowed_users and not settings.allowed_groups:
+        return True
+    users = {user.casefold() for user in settings.allowed_users}
+    groups = {group.casefold() for group in settings.allowed_groups}
+    return info.login.casefold() in users or any(group.casefold() in groups for group in info.groups)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A refresh that Forgejo refused while callbacks were under way: it counts if `seq` is still stored once these have ended."""
+
+    user: Any
+    reason: str
+    callbacks: frozenset[object]
+
+
+class Upstream:
+    """The one credential of each user at Forgejo: refreshed by one thread at a time, saved before it is used, shared by all clients.
+
+    Forgejo keeps one refresh token per user and application, and every exchange or refresh kills the older one.
+    """
+
+    PROBE_EVERY = 3.0  # with the probe's own 4 s, a Forgejo that answers again is known to within 10 s
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        keyring: Keyring,
+        forgejo: Forgejo,
+        log: Log,
+        clock: SteadyClock,
+        person_ended: Callable[[str], None] = lambda sub: None,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._keyring = keyring
+        self._forgejo = forgejo
+        self._log = log
+        self._clock = clock
+        self._person_ended = person_ended  # called with a number that has come to mean another person
+        self._lock = threading.Lock()  # guards the five below; a leaf
+        # A user's lock allows one refresh at a time; the only lock held across the network, taken before any other.
+        self._user_locks: dict[str, threading.Lock] = {}
+        self._retry: dict[str, tuple[float, float]] = {}
+        self._refused: dict[str, Refused] = {}
+        self._callbacks: set[object] = set()
+        self._away = False  # the last probe failed
+        self._asked = Seldom(clock, 60.0)  # of whom the API was asked
+        self._forced = Seldom(clock, 600.0)  # whose token was refreshed because the API refused it
+        self._warned = Seldom(clock, 60.0)
+        self._probed = Seldom(clock, self.PROBE_EVERY)
+
+    def _user_lock(self, sub: str) -> threading.Lock:
+        with self._lock:
+            return self._user_locks.setdefault(sub, threading.Lock())
+
+    def _warn(self, event: str, where: str, error: object, level: str = "warning", **fields: object) -> None:
+        """Logs what is wrong with Forgejo, at most once a minute for each event, place and kind of error."""
+        if self._warned.due((event, where, type(error), *fields.values())):
+            self._log.event(level, event, where=where, reason=str(error), **fields)
+
+    def _trouble(self, where: str, error: Exception) -> None:
+        """Logs Forgejo's failure: who reads the log learns why people cannot log in."""
+        if isinstance(error, UpstreamMisconfigured):
+            self._warn("forgejo_refuses_client", where, error, "error")
+        elif isinstance(error, UpstreamRefused):
+            self._warn("forgejo_refused", where, error)
+        else:
+            self._warn("forgejo_cannot_be_asked", where, error)
+
+    # -- logins
+
+    @contextlib.contextmanager
+    def callback(self) -> Iterator[None]:
+        """While a login is being exchanged: a refusal seen meanwhile may be of the token which that login replaced."""
+        this = object()
+        with self._lock:
+            self._callbacks.add(this)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._callbacks.discard(this)
+                settled = [
+                    sub for sub, refused in self._refused.items() if not refused.callbacks & self._callbacks
+                ]
+                believed = [self._refused.pop(sub) for sub in settled]
+            for refused in believed:
+                with contextlib.suppress(StoreUnavailable):  # then the next refresh is refused again
+                    self._logged_out(refused.user, refused.reason)
+
+    def login(self, code: str, verifier: str) -> UserInfo:
+        """Exchanges a callback's code and returns who logged in.
+
+        Raises NotAllowed, UpstreamRefused, UpstreamMisconfigured or UpstreamDown. The exchange has killed the user's
+        older refresh token, so its credential is saved as soon as it is known whose it is, whatever becomes of the login.
+        """
+        try:
+            return self._login(code, verifier)
+        except (UpstreamDown, UpstreamRefused, UpstreamMisconfigured) as error:
+            self._trouble("login", error)
+            raise
+
+    def _login(self, code: str, verifier: str) -> UserInfo:
+        began = self._store.credential_order()
+        credential = self._forgejo.exchange(code, verifier)
+        info, created = self._identify(credential, began)
+        known = self._store.user(info.sub) is not None
+        if known:
+            self._claim(info.sub, info.login, created)
+            self._save(info.sub, credential, began)
+        if not allowed(self._settings, info):
+            self._shut_out(info.sub, "refused", "not among the allowed users and groups")
+            raise NotAllowed(info.sub, info.login, "This account may not use this server")
+        scope = self._granted(credential.access)
+        asked = self._settings.forgejo_oauth_scopes
+        if self._settings.strict_scopes and scope is not None and set(scope.split()) != set(asked.split()):
+            raise NotAllowed(info.sub, info.login, "Forgejo granted other scopes than were asked")
+        self._store.update_user(info.sub, info.login, info.name, info.groups, self._clock.now(), created)
+        if not known:
+            self._save(info.sub, credential, began)
+        self._store.set_upstream_scope(info.sub, scope)
+        self._store.set_user_state(info.sub, "active")
+        self._compare_scopes(info, asked, scope)
+        return info
+
+    def _identify(self, credential: Credential, began: int) -> tuple[UserInfo, float | None]:
+        """Returns who a new credential belongs to and when that account was made (None: unreadable).
+
+        Raises NotAllowed for a suspended user, UpstreamRefused or UpstreamDown where Forgejo does not say; a known
+        user's credential is saved before that.
+        """
+        try:
+            account = self._forgejo.account(credential.access)
+        except Suspended as error:
+            raise self._turned_away(credential, began, str(error)) from None
+        try:
+            info = self._forgejo.userinfo(credential.access)
+        except (UpstreamDown, UpstreamRefused):
+            self._save_for_known(credential, account, began)
+            raise
+        named = {name for name in (credential.subject, account and account.sub) if name}
+        if named - {info.sub}:
+            raise UpstreamDown("userinfo, the API and id_token name different users")
+        return info, account.created if account else None
+
+    def _turned_away(self, credential: Credential, began: int, sentence: str) -> NotAllowed:
+        """Returns the refusal of a login whose user Forgejo lets do nothing; the credential is kept for when that ends."""
+        info = self._forgejo.userinfo(credential.access)
+        user = self._store.user(info.sub)
+        if user and same_person(user, info.login, None):
+            self._save(info.sub, credential, began)
+            self._suspend(self._store.user(info.sub), sentence)
+        return NotAllowed(info.sub, info.login, f"Forgejo says: {sentence}")
+
+    def _save_for_known(self, credential: Credential, account: Account | None, began: int) -> None:
+        """Saves the credential of a login that fails because userinfo does, if the API or the id_token say whose it is."""
+        sub = account.sub if account else credential.subject
+        login = account.login if account else credential.login
+        user = self._store.user(sub) if isinstance(sub, str) else None
+        if user and isinstance(login, str) and same_person(user, login, account.created if account else None):
+            self._save(user.sub, credential, began)
+
+    def _claim(self, sub: str, login: str, created: float | None) -> None:
+        """Ends all logins of a number that means another person than the one on file."""
+        user = self._store.user(sub)
+        if user and not same_person(user, login, created):
+            self._end_person(user, login)
+
+    def _end_person(self, user: Any, login: str) -> None:
+        ended = self._store.end_person(user.sub, "identity changed", self._clock.now())
+        self._person_ended(user.sub)
+        self._log.audit("identity_changed", user=user.sub, was=user.login, login=login, grants=len(ended))
+
+    def _granted(self, access: str) -> str | None:
+        """Returns the scopes that Forgejo granted, None when it does not say: the login goes on."""
+        try:
+            return self._forgejo.introspect(access)
+        except UpstreamDown as error:
+            self._trouble("introspection", error)
+            return None
+
+    def _compare_scopes(self, info: UserInfo, asked: str, granted: str | None) -> None:
+        missing = missing_scopes(asked, granted) if granted is not None else []
+        if missing:
+            self._warn(
+                "login_lacks_scopes",
+                "login",
+                "Forgejo keeps the scopes of the first login",
+                user=info.sub,
+                login=info.login,
+                missing=" ".join(missing),
+                remedy="remove the application in Forgejo's settings, then connect again",
+            )
+
+    # -- the stored credential
+
+    def _save(self, sub: str, credential: Credential, began: int) -> int | None:
+        box = self._keyring.seal(
+            "upstream", f"user:{sub}", {"access": credential.access, "refresh": credential.refresh}
+        )
+        with self._lock:
+            self._retry.pop(sub, None)
+        return self._store.save_credential(
+            sub, box, credential.grant, credential.count, credential.expires_at, credential.obtained_at, began
+        )
+
+    def _opened(self, sub: str, states: tuple[str, ...] = ("active",)) -> tuple[Any, dict[str, str]]:
+        """Returns a user's row and credential. Raises LoggedOut without one, or in another state."""
+        user = self._store.user(sub)
+        if user is None or user.state not in states or user.credential is None:
+            raise LoggedOut(sub)
+        try:
+            return user, self._keyring.unseal("upstream", f"user:{sub}", user.credential)
+        except ValueError:
+            raise LoggedOut(sub) from None
+
+    def _left(self, user: Any) -> tuple[float, float]:
+        return user.access_expires_at - self._clock.now(), user.access_expires_at - user.obtained_at
+
+    def outlook(self, sub: str) -> tuple[int | None, bool]:
+        """(sequence number, whether it should be refreshed ahead of need) of a user's credential; (None, False) when logged out."""
+        user = self._store.user(sub)
+        if user is None or user.state != "active":
+            return None, False
+        left, life = self._left(user)
+        return user.credential_seq, left < min(300, life / 4)
+
+    def credential(self, sub: str) -> tuple[str, int, float]:
+        """(access token, sequence number, time to ask again) for a request; LoggedOut, UpstreamDown or UpstreamMisconfigured."""
+        user, box = self._opened(sub)
+        left, life = self._left(user)
+        if left < min(60, life / 8):
+            try:
+                self.refresh(sub, user.credential_seq)
+            except (UpstreamDown, UpstreamMisconfigured):
+                if left <= 0:
+                    raise
+            user, box = self._opened(sub)
+            _, life = self._left(user)
+        return box["access"], user.credential_seq, user.access_expires_at - min(60, life / 8)
+
+    def refresh(self, sub: str, seen: int | None = None) -> bool:
+        """Refreshes a user's credential, one thread at a time. Returns False when another thread or login already did since `seen`.
+
+        Raises LoggedOut, UpstreamDown or UpstreamMisconfigured.
+        """
+        if seen is None:
+            seen = getattr(self._store.user(sub), "credential_seq", None)
+        with self._user_lock(sub):
+            user, box = self._opened(sub, ("active", "suspended"))
+            if user.credential_seq != seen:
+                return False
+            wait = self._await_turn(user)
+            began = self._store.credential_order()
+            self._store.refresh_started(sub, self._clock.now())
+            try:
+                credential = self._forgejo.refresh(box["refresh"])
+            except UpstreamRefused as error:
+                return self._refresh_refused(user, str(error), wait)
+            except (UpstreamDown, UpstreamMisconfigured) as error:
+                self._trouble("refresh", error)
+                self._back_off(sub, wait)
+                raise
+            self._save(sub, credential, began)
+            self._log.event("info", "upstream_refreshed", user=sub)
+        self._check_again(user, credential.access)
+        return True
+
+    def _await_turn(self, user: Any) -> float:
+        """Returns the last wait between two attempts. Raises UpstreamDown while the next is not due, or logins decide about a refusal."""
+        with self._lock:
+            not_before, wait = self._retry.get(user.sub, (0.0, 0.0))
+            refused = self._refused.get(user.sub)
+        if refused and refused.user.credential_seq == user.credential_seq:
+            raise UpstreamDown("a login may be replacing this credential")
+        if wait and self._clock.monotonic() < not_before:
+            raise UpstreamDown("waiting to try again")
+        return wait
+
+    def _back_off(self, sub: str, wait: float) -> None:
+        wait = min(60.0, wait * 2 or 1.0)
+        with self._lock:
+            self._retry[sub] = (self._clock.monotonic() + wait, wait)
+
+    def _refresh_refused(self, user: Any, reason: str, wait: float) -> bool:
+        """Believes a refusal if no login is under way that may have caused it, and no login came first.
+
+        Returns False if one did. Raises LoggedOut, or UpstreamDown until the callbacks that are under way now have ended.
+        """
+        with self._lock:
+            callbacks = frozenset(self._callbacks)
+            if callbacks:
+                self._refused[user.sub] = Refused(user, reason, callbacks)
+        if callbacks:
+            self._back_off(user.sub, wait)
+            raise UpstreamDown("a login may be replacing this credential")
+        if not self._logged_out(user, reason):
+            return False
+        raise LoggedOut(user.sub)
+
+    def _logged_out(self, user: Any, reason: str) -> bool:
+        """Notes that a user has to log in again, unless another credential is stored than the one refused. Returns whether it did."""
+        if not self._store.set_user_state(user.sub, "logged_out", user.credential_seq):
+            return False
+        with self._lock:
+            self._retry.pop(user.sub, None)
+        interrupted = user.refreshing_since is not None  # a crash of ours may have lost the answer
+        self._log.audit("logged_out_upstream", user=user.sub, reason=reason, interrupted=interrupted)
+        return True
+
+    # -- after an outage
+
+    def probe_due(self) -> bool:
+        """Returns whether refreshes wait for a Forgejo that may answer again; the probe is then to be made, now."""
+        now = self._clock.monotonic()
+        with self._lock:
+            waits = any(not_before > now for not_before, _ in self._retry.values())
+        return waits and self._probed.due("")
+
+    def probe(self) -> None:
+        """Ends every wait once the token endpoint answers again: sessions come back within 10 s, however long it was away."""
+        try:
+            self._forgejo.probe()
+        except UpstreamDown:
+            with self._lock:
+                self._away = True
+            return
+        with self._lock:
+            back = self._away
+            self._away = False
+            if back:
+                self._retry.clear()
+        if back:
+            self._log.event("info", "forgejo_answers_again")
+
+    # -- may this user be here
+
+    def _check_again(self, user: Any, access: str) -> None:
+        """After each refresh: is this still the same person, one who may be here, and not suspended?"""
+        sub = user.sub
+        try:
+            info = self._forgejo.userinfo(access)
+        except (UpstreamDown, UpstreamRefused) as error:
+            self._trouble("userinfo", error)
+        else:
+            if not self._still_the_same(user, info, access):
+                return
+            if not allowed(self._settings, info):
+                self._shut_out(sub, "refused", "no longer among the allowed users and groups")
+                return
+            self._store.update_user(sub, info.login, info.name, info.groups, self._clock.now())
+        self._asked.due(sub)
+        self._judge(sub, access)
+
+    def _still_the_same(self, user: Any, info: UserInfo, access: str) -> bool:
+        """Returns whether the token is still that person's, whose logins end otherwise: a restored Forgejo may give a grant's number again."""
+        if info.sub != user.sub:
+            self._end_person(user, info.login)
+            return False
+        if info.login.casefold() != user.login.casefold():
+            try:
+                account = self._forgejo.account(access)
+            except Suspended:
+                return True
+            if account and not same_person(user, info.login, account.created):
+                self._end_person(user, info.login)
+                return False
+        return True
+
+    def _judge(self, sub: str, access: str) -> str:
+        """Asks the API about a user's token and acts on it. Returns `good`, `refused`, `unknown` or `suspended`."""
+        user = self._store.user(sub)
+        try:
+            word = self._forgejo.standing(access)
+        except Suspended as error:
+            self._suspend(user, str(error))
+            return "suspended"
+        if word == "good" and user and user.state == "suspended":
+            if self._store.set_user_state(sub, "active", user.credential_seq):
+                self._log.event("info", "suspension_ended", user=sub, login=user.login)
+        return word
+
+    def _suspend(self, user: Any, sentence: str) -> None:
+        """Notes that Forgejo keeps a user out, unless a login came meanwhile. Nothing is deleted: a suspension may be lifted."""
+        if user and self._store.set_user_state(user.sub, "suspended", user.credential_seq, sentence):
+            self._log.audit("suspended", user=user.sub, login=user.login, reason=sentence)
+
+    def _shut_out(self, sub: str, state: str, reason: str) -> None:
+        if self._store.set_user_state(sub, state):
+            self._log.audit("access_refused", user=sub, reason=reason)
+        now = self._clock.now()
+        for grant in self._store.grants_of(sub, now):
+            self._store.end_grant(grant.grant_id, reason, now)
+
+    def may_ask(self, sub: str) -> bool:
+        """Returns whether the API may be asked (again) about a user's token: at most once a minute. It counts as asked."""
+        return self._asked.due(sub)
+
+    def examine(self, sub: str) -> str:
+        """Finds out what Forgejo has against a user's token: returns `good`, `refused`, `unknown`, `suspended` or `logged out`.
+
+        A 401 says only that this access token is no good: a refresh decides, at most once in ten minutes.
+        """
+        try:
+            user, box = self._opened(sub, ("active", "suspended"))
+            if self._left(user)[0] <= 0 and self.refresh(sub, user.credential_seq):
+                user, box = self._opened(sub, ("active", "suspended"))
+            word = self._judge(sub, box["access"])
+            if word == "refused" and self._forced.due(sub):
+                self.refresh(sub, user.credential_seq)
+        except LoggedOut:
+            return "logged out"
+        except (UpstreamDown, UpstreamMisconfigured):
+            return "unknown"
+        return word
+
+    def readmitted(self, sub: str) -> bool:
+        """Returns whether a suspended user is let in again; a request of theirs asks Forgejo, at most once a minute."""
+        if not self.may_ask(sub):
+            return False
+        self.examine(sub)
+        return getattr(self._store.user(sub), "state", None) == "active"
 
 
 # ======================================================================================================================

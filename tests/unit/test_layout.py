@@ -41,7 +41,6 @@ WIDE_CONSTRUCTORS: set[str] = {
     "Session",
 }
 NAMED_FROM_BELOW: set[str] = {
-    "Forgejo names read_json",
     "Registry and reaper names Caller",
 }
 
