@@ -13,7 +13,7 @@ Four ideas carry the design:
   4. Nothing is lost and no one gets in: consent in the same browser, hashed tokens, sealed credentials, commit before answer.
 
 Contents, in dependency order; a section names only what stands above it:
-  Terms · Settings · Log · Seal · Store · Messages · HTTP values · Outgoing HTTP · Forgejo · Forgejo credentials · Pages ·
+  Vocabulary · Settings · Log · Seal · Store · Messages · HTTP values · Outgoing HTTP · Forgejo · Forgejo credentials · Pages ·
   Clients · Authorization · Child · Session · Eras · Registry and reaper · Gate and /mcp · HTTP server · Broker · Commands
 """
 
@@ -76,7 +76,7 @@ __version__ = "0.1.0"
 
 
 # ======================================================================================================================
-# Terms
+# Vocabulary
 # Owns the words and numbers of the protocols, the three kinds of refusal, the clock and randomness.
 # Must not know configuration, storage, or HTTP.
 # ======================================================================================================================
@@ -99,36 +99,47 @@ SERVER_ERROR = -32000
 SESSION_NOT_FOUND = -32001
 UNSUPPORTED_VERSION = -32022
 
-REFRESH_GRACE = (
-    120  # seconds in which a rotated refresh token still answers with the newest pair of its chain
-)
-CODE_ATTEMPTS = 3  # wrong verifiers after which an authorization code is burned
-QUESTION_GRACE = 10  # seconds a child's question waits for a stream it can be put on
-PLACE_WAIT = 20  # seconds a request waits for a place among `max_sessions`
+# Seconds in which a rotated refresh token still answers with the newest pair of its chain.
+REFRESH_GRACE = 120
+# Wrong verifiers after which an authorization code is burned.
+CODE_ATTEMPTS = 3
+# Seconds a child's question waits for a stream it can be put on.
+QUESTION_GRACE = 10
+# Seconds a request waits for a place among `max_sessions`.
+PLACE_WAIT = 20
+
+Headers = Iterable[tuple[str, str]]
 
 
-class Refusal(Exception):
-    """A request that is answered with an HTTP status and a sentence: `status`, `code` (a word for programs), `sentence`, headers."""
+class HTTPError(Exception):
+    """A request is answered with an error: HTTP `status`, `code` (a word for programs), `description` (a sentence), `headers`."""
 
-    def __init__(self, status, code, sentence, headers=()):
-        super().__init__(f"{status} {code}: {sentence}")
+    def __init__(self, status: int, code: str, description: str, headers: Headers = ()) -> None:
+        super().__init__(f"{status} {code}: {description}")
         self.status = status
         self.code = code
-        self.sentence = sentence
+        self.description = description
         self.headers = tuple(headers)
 
 
-class OAuthError(Refusal):
-    """A refusal of an OAuth endpoint; `code` is the `error` of RFC 6749 5.2, RFC 7591 3.2.2 or RFC 8707 2."""
+class OAuthError(HTTPError):
+    """An OAuth endpoint answers with an error; `code` is the `error` of RFC 6749 5.2, RFC 7591 3.2.2 or RFC 8707 2."""
 
-    def __init__(self, code, sentence, status=400, headers=()):
-        super().__init__(status, code, sentence, headers)
+    def __init__(self, code: str, description: str, status: int = 400, headers: Headers = ()) -> None:
+        super().__init__(status, code, description, headers)
 
 
 class RpcError(Exception):
-    """A JSON-RPC error on its way to a client: `code`, `message`, `data` (dict or None), and the HTTP `status` it travels with."""
+    """A JSON-RPC error on its way to a client: `code`, `message`, `data`, and the HTTP `status` it travels with."""
 
-    def __init__(self, code, message, data=None, status=200, headers=()):
+    def __init__(
+        self,
+        code: int,
+        message: str,
+        data: Mapping[str, Any] | None = None,
+        status: int = 200,
+        headers: Headers = (),
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
@@ -138,7 +149,7 @@ class RpcError(Exception):
 
 
 def anew(error: Exception) -> Exception:
-    """A copy of an exception without its traceback, cause and context.
+    """Returns a copy of an exception without its traceback, cause and context.
 
     An exception that is kept is kept like this, and raised like this: each `raise` adds the frames of its thread, with all that
     these requests hold, to the traceback of the one object.
@@ -200,9 +211,9 @@ class SteadyClock:
         return self._leap if self._clock.boottime() - self._leaped_at < self.FORGIVEN_FOR else 0.0
 
     def compare(self) -> tuple[str, float] | None:
-        """Compares with the wall clock, and follows it when it has differed for long; the reaper calls this.
+        """Compares with the wall clock and follows it when it has differed for long; the reaper calls this.
 
-        Returns (what is to be said, the difference in seconds): `differs`, `agrees` (again) or `followed`; None for nothing new.
+        Returns (`differs`, `agrees` (again) or `followed`, the difference in seconds), None for nothing new.
         """
         difference = self.wall() - self.now()
         if abs(difference) <= self.TOLERANCE:
@@ -211,7 +222,8 @@ class SteadyClock:
             return ("agrees", difference) if agrees_again else None
         boottime = self._clock.boottime()
         if self._since is None or abs(difference - self._differs) > self.TOLERANCE:
-            self._since = boottime  # another step: its ten minutes begin now
+            # Another step: its ten minutes begin now.
+            self._since = boottime
             self._differs = difference
         if boottime - self._since < self.FOLLOW_AFTER:
             return "differs", difference
@@ -228,11 +240,12 @@ class Seldom:
     def __init__(self, clock: SteadyClock, seconds: float) -> None:
         self._clock = clock
         self._seconds = seconds
-        self._lock = threading.Lock()  # guards the dict; a leaf
+        # Guards the dict; a leaf.
+        self._lock = threading.Lock()
         self._asked: collections.OrderedDict[object, float] = collections.OrderedDict()
 
     def due(self, key: object) -> bool:
-        """Returns whether the key's last yes is long enough ago; then this is one."""
+        """Returns whether the last True for this key is long enough ago; True counts from now."""
         now = self._clock.monotonic()
         with self._lock:
             while self._asked and now - next(iter(self._asked.values())) >= self._seconds:
@@ -243,30 +256,30 @@ class Seldom:
             return True
 
 
-def new_secret(prefix=""):
-    """A 256-bit random token, URL-safe, with a typed prefix (`fja_` access, `fjr_` refresh, `fjc_` code)."""
+def new_secret(prefix: str = "") -> str:
+    """Returns a random token of 256 bits, URL-safe, after a prefix (`fja_` access, `fjr_` refresh, `fjc_` code)."""
     return prefix + secrets.token_urlsafe(32)
 
 
-def digest(secret):
-    """What the store keeps of a token: its SHA-256. No stretching: the input has 256 bits of entropy."""
+def token_hash(secret: str) -> bytes:
+    """Returns the SHA-256 of a token, which the store keeps of it. No stretching: the token has 256 bits of entropy."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
-def b64url(data):
-    """Base64url without padding (RFC 7636 appendix A)."""
+def b64url(data: bytes) -> str:
+    """Returns base64url without padding (RFC 7636 appendix A)."""
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def unb64url(text):
-    """The inverse of b64url; ValueError for anything that is not base64url."""
+def unb64url(text: str) -> bytes:
+    """Returns the bytes of a base64url text without padding. Raises ValueError."""
     if not re.fullmatch(r"[A-Za-z0-9_-]*", text):
         raise ValueError("not base64url")
     return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
-def is_loopback_name(host):
-    """Whether a host as spelled in a URL can only mean this machine (RFC 8252 8.3)."""
+def is_loopback_name(host: str | None) -> bool:
+    """Returns whether a host, as spelled in a URL, can only mean this machine (RFC 8252 8.3)."""
     return host in ("localhost", "127.0.0.1", "::1", "[::1]")
 
 
@@ -1337,7 +1350,7 @@ REGISTRATIONS_IN_ALL = 100_000  # unused: 0.5 GiB on disk at their largest
 BUSY_WAIT = 5  # seconds to wait for a process that keeps the database locked
 
 
-class StoreUnavailable(Refusal):
+class StoreUnavailable(HTTPError):
     """The database cannot be written or read just now (full, locked, broken); nothing was changed."""
 
     def __init__(self, reason):
@@ -2625,7 +2638,7 @@ def network_of(address: str, v4: int = 32, v6: int = 64) -> str:
 class Request:
     """One HTTP request: `headers` maps a lower-case name to the list of its values; `target` is the raw path, `query` the raw query.
 
-    `read_body(limit, seconds)` returns the body's bytes, reading them only then; Refusal 413, 408 or 400. `address` is the client's,
+    `read_body(limit, seconds)` returns the body's bytes, reading them only then; HTTPError 413, 408 or 400. `address` is the client's,
     as far as trusted proxies tell. `direct`: no proxy spoke for the client. `is_proxy`: the address is a trusted proxy's own, which
     stands for who knows how many clients. `seat` is what the request holds among what is served at once.
     """
@@ -2642,12 +2655,12 @@ class Request:
     seat: "Seat"
 
     def header(self, name, default=None):
-        """The value of a header that may stand once; Refusal 400 when it stands twice."""
+        """The value of a header that may stand once; HTTPError 400 when it stands twice."""
         values = self.headers.get(name)
         if not values:
             return default
         if len(values) > 1:
-            raise Refusal(400, "invalid_request", f"The header {name} may be sent only once.")
+            raise HTTPError(400, "invalid_request", f"The header {name} may be sent only once.")
         return values[0]
 
 
@@ -2689,9 +2702,11 @@ NO_STORE = (("Cache-Control", "no-store"), ("Pragma", "no-cache"))
 
 
 def refusal_response(error, headers=()):
-    """A Refusal as JSON, for programs."""
+    """A HTTPError as JSON, for programs."""
     return json_response(
-        error.status, {"error": error.code, "error_description": error.sentence}, (*error.headers, *headers)
+        error.status,
+        {"error": error.code, "error_description": error.description},
+        (*error.headers, *headers),
     )
 
 
@@ -3205,11 +3220,11 @@ class Seat:
         self.owner = ""  # who asked last, be it in vain
 
     def take(self, kind: str, owner: str, limit: int | None, name: object = None) -> None:
-        """Moves to a place of `owner`; Refusal 429 when they have `limit` of that kind. Seats of one `name` count once."""
+        """Moves to a place of `owner`; HTTPError 429 when they have `limit` of that kind. Seats of one `name` count once."""
         self.owner = owner
         wanted = (kind, owner, self if name is None else name)
         if not self._places.move(self._held, wanted, limit):
-            raise Refusal(
+            raise HTTPError(
                 429,
                 "too_many_requests",
                 "Too many requests at once; try again when some have been answered.",
@@ -3225,7 +3240,7 @@ class Seat:
 
 
 def seat_of_address(request: Request, settings: Settings) -> None:
-    """Counts a request without a valid token for its address, but for a proxy's own: Refusal 429 above `max_requests_per_address`."""
+    """Counts a request without a valid token for its address, but for a proxy's own: HTTPError 429 above `max_requests_per_address`."""
     limit = None if request.is_proxy else settings.max_requests_per_address
     request.seat.take("requests", f"address {network_of(request.address)}", limit)
 
@@ -3257,7 +3272,7 @@ class Bodies:
         self.total = 0
 
     def grow(self, body: Body, size: int) -> None:
-        """Charges `size` bytes that have arrived; Refusal 503 for a body that was ended, now or before."""
+        """Charges `size` bytes that have arrived; HTTPError 503 for a body that was ended, now or before."""
         victims = []
         with self._lock:
             body.received += size
@@ -3274,7 +3289,7 @@ class Bodies:
             if victim is not body:
                 victim.end()
         if body.ended:
-            raise Refusal(
+            raise HTTPError(
                 503,
                 "temporarily_unavailable",
                 "Too many large requests at once; try again in a moment.",
@@ -3301,7 +3316,7 @@ class Bodies:
 
 
 class Limiter:
-    """Token buckets by key: a burst of `rate` and `rate` a minute after that. Refusal 429 with Retry-After when empty."""
+    """Token buckets by key: a burst of `rate` and `rate` a minute after that. HTTPError 429 with Retry-After when empty."""
 
     def __init__(self, clock):
         self._clock = clock
@@ -3326,7 +3341,7 @@ class Limiter:
             if len(self._buckets) > 10000:
                 del self._buckets[next(iter(self._buckets))]  # the one unused for longest
         if left < 1:
-            raise Refusal(
+            raise HTTPError(
                 429,
                 "too_many_requests",
                 "Too many requests; try again in a moment.",
@@ -4851,7 +4866,7 @@ def has_rate(request: Request) -> bool:
 
 
 def spend(limiter: Limiter, settings: Settings, kind: str, request: Request) -> None:
-    """Refusal 429 above the `rate_<kind>` of the request's address, or twenty times that of all together."""
+    """HTTPError 429 above the `rate_<kind>` of the request's address, or twenty times that of all together."""
     if has_rate(request):
         rate = getattr(settings, f"rate_{kind}")
         limiter.spend(kind, network_of(request.address), rate)
@@ -4980,7 +4995,7 @@ def freshness(answer):
 
 def temporarily(sentence, seconds):
     """The refusal of what may well work after these seconds."""
-    return Refusal(503, "temporarily_unavailable", sentence, (("Retry-After", str(seconds)),))
+    return HTTPError(503, "temporarily_unavailable", sentence, (("Retry-After", str(seconds)),))
 
 
 class Documents:
@@ -5170,7 +5185,9 @@ class Documents:
             raise ValueError("its signature is not the client's")
         # Without a jti what was signed stands for it; the signature could be spelled in two ways.
         if not self._store.spend_assertion(
-            digest(f"{client.client_id} {json.dumps(claims.get('jti')) if claims.get('jti') else signed}"),
+            token_hash(
+                f"{client.client_id} {json.dumps(claims.get('jti')) if claims.get('jti') else signed}"
+            ),
             expires,
         ):
             raise ValueError("it was used before")
@@ -5256,7 +5273,7 @@ class Clients:
                 "configured",
                 clean_name(item.get("name") or item["client_id"]),
                 item["redirect_uris"],
-                digest(secret) if secret else None,
+                token_hash(secret) if secret else None,
                 "client_secret_basic" if secret else "none",
                 {},
                 clock.now(),
@@ -5326,7 +5343,7 @@ class Clients:
             client_id,
             name,
             uris,
-            secret and digest(secret),
+            secret and token_hash(secret),
             method,
             {key: metadata[key] for key in metadata.keys() - KEPT_AS_COLUMNS},
             network_of(request.address, 24, 48),
@@ -5343,7 +5360,7 @@ class Clients:
         limit = min(MAX_REGISTRATION, self._settings.max_form)
         try:
             return request.read_body(limit)
-        except Refusal as error:
+        except HTTPError as error:
             length = request.headers.get("content-length", ["0"])[0]
             if error.status != 413 or int(length) > self._settings.max_form:
                 raise
@@ -5372,7 +5389,9 @@ class Clients:
             client = self.find(client_id) if client_id.isascii() else None
             # A public client that sends a stray secret is let pass: it proves nothing and hurts nothing.
             if client and (
-                not client.secret_hash or secret and hmac.compare_digest(client.secret_hash, digest(secret))
+                not client.secret_hash
+                or secret
+                and hmac.compare_digest(client.secret_hash, token_hash(secret))
             ):
                 break
         else:
@@ -5580,7 +5599,7 @@ class Authorization:
         cookie, headers = self._marked_browser(request)
         # The way to Forgejo is in the form, so that the same decision sent twice is answered twice alike.
         login |= {"expires": self._clock.now() + self._settings.login_lifetime, **self._way_to_forgejo()}
-        box = b64url(self._keyring.seal("login", digest(cookie).hex(), login))
+        box = b64url(self._keyring.seal("login", token_hash(cookie).hex(), login))
         return consent_page(
             client_name=client.name,
             client_id=client.client_id,
@@ -5654,7 +5673,7 @@ class Authorization:
         box = form.get("login", "")
         try:
             login = self._way_to_forgejo() | self._keyring.unseal(
-                "login", digest(cookie).hex(), unb64url(box)
+                "login", token_hash(cookie).hex(), unb64url(box)
             )
         except ValueError:
             raise PageRefusal("wrong browser") from None
@@ -5682,7 +5701,7 @@ class Authorization:
         Raises PageRefusal for another decision than the first (C05), or a form that is too old.
         """
         now = self._clock.now()
-        form_hash = digest(box)
+        form_hash = token_hash(box)
         earlier = self._store.answered_form(form_hash, now)
         if earlier is None:
             if login["expires"] <= now:
@@ -5690,7 +5709,7 @@ class Authorization:
             if self._keep_login("client", login, cookie, form_hash, decided):
                 return True
             earlier = self._store.answered_form(form_hash, now)  # the other click was faster
-        if earlier is None or (earlier.state_hash, earlier.decision) != (digest(login["way"]), decided):
+        if earlier is None or (earlier.state_hash, earlier.decision) != (token_hash(login["way"]), decided):
             raise PageRefusal("answered")
         return False
 
@@ -5704,13 +5723,13 @@ class Authorization:
     ) -> bool:
         """Keeps a login that only this browser can finish; False when its form was answered before."""
         now = self._clock.now()
-        state_hash = digest(login["way"])
+        state_hash = token_hash(login["way"])
         denied = decided == "deny"
         sealed = None if denied else self._keyring.seal("login", state_hash.hex(), login)
         return self._store.approve_login(
             state_hash,
             form_hash,
-            digest(cookie),
+            token_hash(cookie),
             kind,
             sealed,
             now + self._settings.login_lifetime,
@@ -5739,12 +5758,12 @@ class Authorization:
         ):  # RFC 9207 2.4
             raise PageRefusal("malformed answer")
         state = form["state"][0]
-        state_hash = digest(state)
+        state_hash = token_hash(state)
         row = self._store.login(state_hash, self._clock.now())
         if row is None:
             raise PageRefusal("expired")
         cookie = self._cookie(request, self._cookie_name)
-        if not cookie or not hmac.compare_digest(digest(cookie), row.browser_hash):
+        if not cookie or not hmac.compare_digest(token_hash(cookie), row.browser_hash):
             raise PageRefusal("wrong browser")
         with self._turn(state_hash):
             taken = self._store.take_login(state_hash, self._clock.now())
@@ -5776,7 +5795,7 @@ class Authorization:
             answer = self._keyring.unseal("answer", state_hash.hex(), row.answer)
         except (ValueError, TypeError, AttributeError):  # none: refused by the person, or lost in a crash
             raise PageRefusal("expired") from None
-        code = self._store.code(digest(answer["code"])) if answer["code"] else None
+        code = self._store.code(token_hash(answer["code"])) if answer["code"] else None
         if code and code.used_at is not None:
             return notice("connected")
         if answer["code"] and (code is None or code.expires_at <= now or code.ended_at is not None):
@@ -5849,7 +5868,7 @@ class Authorization:
             " ".join(login["granted"]),
             " ".join(login["scope"]),
             self._settings.resource,
-            digest(code),
+            token_hash(code),
             login["redirect_uri"],
             login["challenge"],
             now,
@@ -5873,7 +5892,7 @@ class Authorization:
         """GET /account: what a user has connected; first a login, which is bound to this browser as every other is."""
         spend(self._limiter, self._settings, "authorize", request)
         cookie = self._cookie(request, self._cookie_name + "-account")
-        user = self._store.account(digest(cookie), self._clock.now()) if cookie else None
+        user = self._store.account(token_hash(cookie), self._clock.now()) if cookie else None
         if user is None:
             browser, headers = self._marked_browser(request)
             return account_login_page(self._forgejo_host, self._csrf(browser, "account login"), headers)
@@ -5901,12 +5920,12 @@ class Authorization:
         """POST /account/login: to Forgejo, and back to the account page."""
         _, cookie = self._posted(request, self._cookie_name, "account login")
         login = self._way_to_forgejo()
-        self._keep_login("account", login, cookie, digest(new_secret()), "")
+        self._keep_login("account", login, cookie, token_hash(new_secret()), "")
         return self._to_forgejo(login, cookie)
 
     def _account_opened(self, info, now):
         cookie = new_secret()  # a new one at each login: one that somebody planted before is worth nothing
-        self._store.open_account(digest(cookie), info.sub, now + ACCOUNT_LIFETIME)
+        self._store.open_account(token_hash(cookie), info.sub, now + ACCOUNT_LIFETIME)
         self._log.audit("account_opened", user=info.sub, login=info.login)
         response = redirect(self._settings.public_url + "/account")
         return replace(
@@ -5921,7 +5940,7 @@ class Authorization:
         """POST /account/end: end one application's grants, one session, or this login; nothing but the user's own."""
         form, cookie = self._posted(request, self._cookie_name + "-account", "account")
         now = self._clock.now()
-        user = self._store.account(digest(cookie), now)
+        user = self._store.account(token_hash(cookie), now)
         if user is None:
             raise PageRefusal("expired")
         for grant in self._store.grants_of(user.sub, now):
@@ -5931,7 +5950,7 @@ class Authorization:
             if session.hash.hex() == form.get("session") and self._store.end_session(session.hash):
                 self._session_ended(session.hash)
         if form.get("leave"):
-            self._store.close_account(digest(cookie))
+            self._store.close_account(token_hash(cookie))
         return redirect(self._settings.public_url + "/account")
 
     # -- token
@@ -5970,7 +5989,11 @@ class Authorization:
             if len(items) > 1 and name != "resource":
                 raise OAuthError("invalid_request", f"{name[:40]} is given more than once.")
         token = next((form[name] for name in token_names if form.get(name)), "")
-        row = self._store.code(digest(token)) or self._store.refresh_token(digest(token)) if token else None
+        row = (
+            self._store.code(token_hash(token)) or self._store.refresh_token(token_hash(token))
+            if token
+            else None
+        )
         if row:
             request.seat.take(
                 "requests", f"grant {row.grant_id}", self._settings.max_requests_per_user
@@ -5981,7 +6004,7 @@ class Authorization:
         return self._clients.authenticate(request, form), form, resources
 
     def _form_body(self, request: Request) -> bytes:
-        """Returns the body of a token request; of an address that has spent its rate only one that is there at once, else Refusal 429.
+        """Returns the body of a token request; of an address that has spent its rate only one that is there at once, else HTTPError 429.
 
         Such an address is not refused unread: the body may name a login that has a rate of its own.
         """
@@ -5990,7 +6013,7 @@ class Authorization:
             return request.read_body(self._settings.max_form)
         try:
             return request.read_body(self._settings.max_form, SPENT_PATIENCE)
-        except Refusal as error:
+        except HTTPError as error:
             if error.status == 408:
                 spend(self._limiter, self._settings, "token", request)
             raise
@@ -6005,11 +6028,11 @@ class Authorization:
         now = self._clock.now()
         pair = self._new_pair()
         challenge = b64url(hashlib.sha256(verifier.encode()).digest())
-        row = self._store.code(digest(code))
+        row = self._store.code(token_hash(code))
         if row:
             self._check_user(row)
         grant = self._store.redeem_code(
-            digest(code),
+            token_hash(code),
             client.client_id,
             form.get("redirect_uri", ""),
             challenge,
@@ -6019,7 +6042,7 @@ class Authorization:
         )
         if grant is None:
             # A code that comes twice was stolen from one of the two: what the first made ends (RFC 6749 4.1.2).
-            row = self._store.code(digest(code))  # read anew: the first may have come since
+            row = self._store.code(token_hash(code))  # read anew: the first may have come since
             if row and row.used_at is not None and row.client_id == client.client_id:
                 self._end(row, "code replayed", "reuse_detected")
             sentence = "The code is unknown, expired or used, or belongs to another request. Start again."
@@ -6040,7 +6063,7 @@ class Authorization:
         token = form.get("refresh_token", "")
         now = self._clock.now()
         for _ in range(100):
-            row = self._store.refresh_token(digest(token)) if token.startswith("fjr_") else None
+            row = self._store.refresh_token(token_hash(token)) if token.startswith("fjr_") else None
             if (
                 row is None or row.client_id != client.client_id
             ):  # another client's mistake must not end our client's grant
@@ -6054,15 +6077,15 @@ class Authorization:
             if row.rotated_at is None:
                 pair = self._new_pair()
                 box = self._keyring.chained(token).seal("successor", str(row.grant_id), pair)
-                if self._store.rotate(digest(token), scope, now, *self._hashed(pair, now), box):
+                if self._store.rotate(token_hash(token), scope, now, *self._hashed(pair, now), box):
                     self._log.audit(
                         "token_refreshed", user=row.sub, client=client.client_id, grant=row.grant_id
                     )
                     return self._pair_answer(pair, scope, self._settings.access_token_lifetime)
                 continue  # another request was faster: the next look finds what it made
             pair = self._successor(token, row, now)
-            newer = self._store.refresh_token(digest(pair["refresh"]))
-            access = self._store.access_token(digest(pair["access"]))
+            newer = self._store.refresh_token(token_hash(pair["refresh"]))
+            access = self._store.access_token(token_hash(pair["access"]))
             usable = newer and newer.rotated_at is None and access and access.expires_at > now
             if usable and access.scope == scope:
                 return self._pair_answer(pair, scope, access.expires_at - now)
@@ -6071,7 +6094,7 @@ class Authorization:
             ]  # the newest pair has another scope than this request asks for: it is rotated
         raise OAuthError("invalid_grant", "The refresh token is too old. Log in again.")
 
-    def _expired(self, expires_at: float, now: float, sentence: str) -> Refusal:
+    def _expired(self, expires_at: float, now: float, sentence: str) -> HTTPError:
         """Returns the refusal of a code or token that has expired; what only a step of the wall clock expires may be good again soon."""
         if now - self._clock.leap() < expires_at:
             return temporarily(CLOCK_WAS_SET, 60)
@@ -6111,8 +6134,8 @@ class Authorization:
 
     def _hashed(self, pair, now):
         return (
-            (digest(pair["access"]), now + self._settings.access_token_lifetime),
-            (digest(pair["refresh"]), now + self._settings.refresh_token_lifetime),
+            (token_hash(pair["access"]), now + self._settings.access_token_lifetime),
+            (token_hash(pair["refresh"]), now + self._settings.refresh_token_lifetime),
         )
 
     @staticmethod
@@ -6135,12 +6158,12 @@ class Authorization:
         token = form.get("token", "")
         if not token:
             raise OAuthError("invalid_request", "token is missing.")
-        refresh = self._store.refresh_token(digest(token))
-        access = self._store.access_token(digest(token))
+        refresh = self._store.refresh_token(token_hash(token))
+        access = self._store.access_token(token_hash(token))
         if refresh and refresh.client_id == client.client_id:
             self._end(refresh, "revoked by client")
         elif access and access.client_id == client.client_id:
-            self._store.drop_access_token(digest(token))
+            self._store.drop_access_token(token_hash(token))
             self._log.audit("token_revoked", client=client.client_id)
         return json_response(200, {}, NO_STORE)
 
@@ -7395,7 +7418,7 @@ class Session:
         link = None
         try:
             link = self._start(modest=wake.modest)
-        except (RpcError, Refusal) as problem:
+        except (RpcError, HTTPError) as problem:
             error = anew(problem)
         except BaseException as problem:
             self.log.event("error", "start_failed", user=self.sub, error=type(problem).__name__)
@@ -8911,7 +8934,7 @@ class Registry:
         """A new session with its first child: (session id, the child's initialize result)."""
         session_id = new_secret()
         now = self.clock.now()
-        session = Session(self, digest(session_id), sub, client_id, initialize, LegacyFront)
+        session = Session(self, token_hash(session_id), sub, client_id, initialize, LegacyFront)
         session.awake()
         with self.lock:
             self.sessions[session.name] = session
@@ -8938,7 +8961,7 @@ class Registry:
 
         Without `use` only its existence counts: it is not kept from being unloaded, nor from expiring.
         """
-        name = digest(session_id)
+        name = token_hash(session_id)
         with self.lock:
             session = self.sessions.get(name)
             if use and session and (session.sub, session.client_id) == (sub, client_id):
@@ -9194,7 +9217,7 @@ class Registry:
     # -- what a session needs of the world
 
     def credential(self, sub):
-        """What Upstream.credential gives; RpcError or Refusal when there is none to be had."""
+        """What Upstream.credential gives; RpcError or HTTPError when there is none to be had."""
         try:
             return self.upstream.credential(sub)
         except LoggedOut:
@@ -9295,7 +9318,7 @@ class Registry:
             "starting_failed", "The tool process could not be started; the operator's log says why."
         )
 
-    def why_not_started(self, sub: str) -> RpcError | Refusal:
+    def why_not_started(self, sub: str) -> RpcError | HTTPError:
         """Returns the reason for a child's end at its start: it exits alike when Forgejo is down and when it refuses the token.
 
         So the broker asks Forgejo itself.
@@ -9352,7 +9375,7 @@ def binary_fingerprint(command):
 
 def invalid_token(settings, sentence):
     """401 for a presented token that is not good (RFC 6750 3.1)."""
-    return Refusal(
+    return HTTPError(
         401, "invalid_token", sentence, (("WWW-Authenticate", challenge_header(settings, "invalid_token")),)
     )
 
@@ -9735,11 +9758,11 @@ class Endpoint:
         self._clock = clock
 
     def gate(self, request):
-        """The Caller of a request by its bearer token; Refusal 401 (RFC 6750 3). Each request reads its row: revocation is immediate."""
+        """The Caller of a request by its bearer token; HTTPError 401 (RFC 6750 3). Each request reads its row: revocation is immediate."""
         authorization = request.header("authorization")
         if authorization is None:
             seat_of_address(request, self._settings)
-            raise Refusal(
+            raise HTTPError(
                 401,
                 "unauthorized",
                 "Log in first: see WWW-Authenticate.",
@@ -9749,7 +9772,7 @@ class Endpoint:
         token = token.strip()
         row = None
         if scheme.lower() == "bearer" and re.fullmatch(r"fja_[A-Za-z0-9_-]{43}", token):
-            row = self._store.bearer(digest(token), self._clock.now())
+            row = self._store.bearer(token_hash(token), self._clock.now())
         if row is None or row.resource != self._settings.resource:
             seat_of_address(request, self._settings)
             raise invalid_token(self._settings, "The access token is unknown, expired or revoked.")
@@ -9766,7 +9789,7 @@ class Endpoint:
         return row.state == "suspended" and self._registry.upstream.readmitted(row.sub)
 
     def _seat_of_stream(self, request: Request, caller: Caller, name: object = None) -> None:
-        """Counts a request as a stream from now on; Refusal 429 above `max_streams_per_user`."""
+        """Counts a request as a stream from now on; HTTPError 429 above `max_streams_per_user`."""
         request.seat.take("streams", f"user {caller.sub}", self._settings.max_streams_per_user, name)
 
     # -- POST
@@ -10084,7 +10107,7 @@ class Endpoint:
     # -- what a token may do
 
     def _submit(self, caller: Caller, place: Session, asked: list[tuple[Message, Call]]) -> bool:
-        """Send those requests that this caller may make, and answer the others; whether any went out. Refusal as of _judge."""
+        """Send those requests that this caller may make, and answer the others; whether any went out. HTTPError as of _judge."""
         for _ in range(3):
             verdicts = [self._judge(caller, place, message) for message, _ in asked]
             admitted = []
@@ -10105,7 +10128,7 @@ class Endpoint:
         raise unavailable("busy", "The tool process changes its list of tools all the time.")
 
     def _judge(self, caller: Caller, place: Session, message: Message) -> Verdict:
-        """Whether this caller may make this request; Refusal 403 leads to a step-up, RpcError when the child does not say what it lists.
+        """Whether this caller may make this request; HTTPError 403 leads to a step-up, RpcError when the child does not say what it lists.
 
         Everything that a token's scope forbids is forbidden here. Only what is known to read passes: a method of the specification,
         a tool that the child lists under exactly this name, a task of such a tool.
@@ -10131,7 +10154,7 @@ class Endpoint:
         if name_reads(name, self._settings) or (tool and tool.reads):
             return Verdict(None, listing) if tool else NO_SUCH_TOOL
         if WRITE not in caller.asked.split():
-            raise Refusal(
+            raise HTTPError(
                 403,
                 "insufficient_scope",
                 "This tool writes; the login was for reading only.",
@@ -10187,20 +10210,20 @@ class Endpoint:
         return Response(204)
 
     def _named(self, request, caller, sentence):
-        """The session of a GET or DELETE; Refusal 405 without one, and in the modern era, which has neither."""
+        """The session of a GET or DELETE; HTTPError 405 without one, and in the modern era, which has neither."""
         if (request.header("mcp-protocol-version") or "") >= FIRST_MODERN_VERSION:
-            raise Refusal(
+            raise HTTPError(
                 405, "method_not_allowed", "This revision of MCP has only POST.", (("Allow", "POST"),)
             )
         session = self._session(request, caller)
         if session is None:
-            raise Refusal(405, "method_not_allowed", sentence, (("Allow", "POST"),))
+            raise HTTPError(405, "method_not_allowed", sentence, (("Allow", "POST"),))
         return session
 
     def head(self, request):
         """HEAD is how some clients look for the login: 401 without a token, 405 with one."""
         self.gate(request)
-        raise Refusal(405, "method_not_allowed", "Use POST.", (("Allow", "POST, GET, DELETE"),))
+        raise HTTPError(405, "method_not_allowed", "Use POST.", (("Allow", "POST, GET, DELETE"),))
 
 
 def rpc_error_response(request_id, error, modern=False):
@@ -10458,7 +10481,7 @@ class Gone(Exception):
 
 def bad_request(sentence):
     """400 for what is not strictly HTTP."""
-    return Refusal(400, "bad_request", sentence)
+    return HTTPError(400, "bad_request", sentence)
 
 
 class Watcher(threading.Thread):
@@ -10774,7 +10797,7 @@ class Connection:
         while not self.close_after:
             try:
                 request = self._read_request(patience)
-            except Refusal as error:
+            except HTTPError as error:
                 self._send(refusal_response(error), True)
                 return self._linger()
             self.since = time.monotonic()
@@ -10825,7 +10848,7 @@ class Connection:
             self.sock.settimeout(left)
             data = self.sock.recv(65536)
         except TimeoutError:
-            raise late or Refusal(408, "request_timeout", "The request did not arrive in time.") from None
+            raise late or HTTPError(408, "request_timeout", "The request did not arrive in time.") from None
         if data:
             self.buffer += data
         if self.body:
@@ -10847,7 +10870,7 @@ class Connection:
             searched = len(self.buffer)
             self._receive(deadline)
         if not 0 <= end < limit:
-            raise Refusal(*too_long)
+            raise HTTPError(*too_long)
         line = self._exactly(end + 1, deadline)
         if not line.endswith(b"\r\n"):
             raise bad_request("Lines must end with CR LF.")
@@ -10866,7 +10889,7 @@ class Connection:
                 raise bad_request("A header line is malformed.")
             fields.setdefault(name.decode().lower(), []).append(value.strip(b" \t").decode("latin-1"))
             left -= len(line) + 2
-        raise Refusal(*HEADER_TOO_LARGE)
+        raise HTTPError(*HEADER_TOO_LARGE)
 
     def _await_request(self, until: float) -> None:
         """Wait for the first byte of a request, past one empty line (RFC 9112 2.2: some clients end a body with it); Gone after `until`."""
@@ -10880,14 +10903,14 @@ class Connection:
                 self._receive(until, Gone())
 
     def _read_request(self, patience):
-        """The next request; Gone when none begins in time, Refusal for anything that is not strictly HTTP."""
+        """The next request; Gone when none begins in time, HTTPError for anything that is not strictly HTTP."""
         self._await_request(time.monotonic() + patience)
         deadline = time.monotonic() + self.settings.header_timeout
         match = REQUEST_LINE.fullmatch(self._line(deadline, MAX_LINE, URI_TOO_LONG))
         if not match:
             raise bad_request("The request line is malformed.")
         if match[3] not in (b"1.0", b"1.1"):
-            raise Refusal(505, "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are served.")
+            raise HTTPError(505, "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are served.")
         method = match[1].decode()
         target = match[2].decode()
         headers = self._fields(deadline)
@@ -10904,7 +10927,7 @@ class Connection:
         self.unread = self._framing(headers)
         expect = [value.lower() for value in headers.get("expect", ())]
         if expect not in ([], ["100-continue"]):
-            raise Refusal(417, "expectation_failed", "Only Expect: 100-continue is understood.")
+            raise HTTPError(417, "expectation_failed", "Only Expect: 100-continue is understood.")
         self.wants_continue = bool(expect) and self.http11
         tokens = {
             token.strip().lower() for value in headers.get("connection", ()) for token in value.split(",")
@@ -10929,7 +10952,7 @@ class Connection:
         if codings and (lengths or not self.http11):
             raise bad_request("Transfer-Encoding cannot stand with Content-Length or in HTTP/1.0.")
         if codings not in ([], ["chunked"]):
-            raise Refusal(501, "not_implemented", "The only transfer coding understood is chunked.")
+            raise HTTPError(501, "not_implemented", "The only transfer coding understood is chunked.")
         if len(lengths) > 1 or not all(re.fullmatch(r"[0-9]{1,15}", length) for length in lengths):
             raise bad_request("Content-Length must be one plain number.")
         return "chunked" if codings else int(lengths[0]) if lengths else 0
@@ -10959,7 +10982,7 @@ class Connection:
         """
         if not self.unread:
             return b""
-        too_large = Refusal(413, "content_too_large", f"The body may have at most {limit} bytes.")
+        too_large = HTTPError(413, "content_too_large", f"The body may have at most {limit} bytes.")
         if self.unread != "chunked" and self.unread > limit:
             raise too_large
         if self.wants_continue and not self.buffer:
@@ -10982,7 +11005,7 @@ class Connection:
         self.unread = 0
         return body
 
-    def _chunks(self, limit: int, deadline: float, too_large: Refusal) -> bytes:
+    def _chunks(self, limit: int, deadline: float, too_large: HTTPError) -> bytes:
         """A chunked body (RFC 9112 7.1). A chunk costs a few microseconds however small it is, so their number has a bound, too."""
         body = bytearray()
         for _ in range(MIN_CHUNKS + limit // 64):
@@ -11078,7 +11101,7 @@ class Connection:
     def _linger(self) -> None:
         """Reads what the client still sends for a moment, else the reset would take our answer with it; few at once of one owner."""
         owner = self.seat.owner or self.peer_owner or ""
-        with contextlib.suppress(OSError, Refusal):
+        with contextlib.suppress(OSError, HTTPError):
             self.seat.take("lingering", owner, LINGERING)
             self.sock.shutdown(socket.SHUT_WR)
             deadline = time.monotonic() + 1
@@ -11365,9 +11388,9 @@ class Broker:
         cors = ()
         try:
             if request.headers.get("host", [""])[0].lower() not in self._hosts and kind != "health":
-                raise Refusal(421, "misdirected_request", self._wrong_host)
+                raise HTTPError(421, "misdirected_request", self._wrong_host)
             if not kind:
-                raise Refusal(404, "not_found", "There is nothing at this address.")
+                raise HTTPError(404, "not_found", "There is nothing at this address.")
             cors = self._cors(request, kind)
             if kind != "mcp":  # there the bearer tells whose it is
                 seat_of_address(request, self.settings)
@@ -11375,22 +11398,22 @@ class Broker:
                 methods["HEAD"] if kind == "mcp" else None
             )  # there the bearer comes before the method
             if not handler:
-                raise Refusal(
+                raise HTTPError(
                     405, "method_not_allowed", f"Use {next(iter(methods))}.", (("Allow", ", ".join(methods)),)
                 )
             response = handler(request)
         except PageRefusal as error:
             response = error.response
-        except Refusal as error:
+        except HTTPError as error:
             response = (
-                error_page(error.status, "This did not work", error.sentence, headers=error.headers)
+                error_page(error.status, "This did not work", error.description, headers=error.headers)
                 if kind == "page"
                 else refusal_response(error, NO_STORE[:1])
             )
         return replace(response, headers=(*response.headers, *cors)) if cors else response
 
     def _cors(self, request, kind):
-        """The CORS headers of the answer; Refusal 403 for a web origin that may not call. Forms are judged by who reads them."""
+        """The CORS headers of the answer; HTTPError 403 for a web origin that may not call. Forms are judged by who reads them."""
         if kind == "public":
             return ("Access-Control-Allow-Origin", "*"), EXPOSED
         origins = request.headers.get("origin", ()) if kind == "mcp" else ()
@@ -11399,7 +11422,7 @@ class Broker:
                 LOOPBACK_ORIGIN.fullmatch(origin)
                 or origin in (self.settings.public_url, *self.settings.allowed_origins)
             ):
-                raise Refusal(
+                raise HTTPError(
                     403,
                     "forbidden_origin",
                     "This web origin may not call this server; the operator can add it to allowed_origins.",
@@ -11445,7 +11468,7 @@ class Broker:
     def metrics(self, request):
         """GET /metrics on its own listener: Prometheus text, counts without names."""
         if request.path != "/metrics":
-            return refusal_response(Refusal(404, "not_found", "Only /metrics is here."))
+            return refusal_response(HTTPError(404, "not_found", "Only /metrics is here."))
         sessions, children = self.registry.counts()
         lines = [
             f"fjmcp_sessions {sessions}",

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import fjmcp_broker
-from fjmcp_broker import Keyring, Store, digest
+from fjmcp_broker import Keyring, Store, token_hash
 from rigs.broker_process import BROKER
 from rigs.mcp_client import McpClient, OAuthClient
 from rigs.rig import text_of
@@ -105,7 +105,7 @@ def offline(tmp_path):
                 "forgejo:read",
                 "forgejo:read",
                 "r",
-                digest(code),
+                token_hash(code),
                 "https://x.example/cb",
                 "ch",
                 NOW,
@@ -113,16 +113,16 @@ def offline(tmp_path):
                 NOW + 60,
             )
             store.redeem_code(
-                digest(code),
+                token_hash(code),
                 "app",
                 "https://x.example/cb",
                 "ch",
                 NOW,
-                (digest(code + "a"), NOW + DAY),
-                (digest(code + "r"), NOW + DAY),
+                (token_hash(code + "a"), NOW + DAY),
+                (token_hash(code + "r"), NOW + DAY),
                 3,
             )
-        store.add_session(digest("session" + sub), sub, "app", "2025-11-25", {}, {}, NOW, 10)
+        store.add_session(token_hash("session" + sub), sub, "app", "2025-11-25", {}, {}, NOW, 10)
     store.close()
     config = tmp_path / "broker.toml"
     config.write_text(

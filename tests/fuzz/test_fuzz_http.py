@@ -156,7 +156,7 @@ def echo(request):
     """What was read, as JSON; refused as the broker refuses."""
     try:
         body = request.read_body(1 << 16)
-    except fjmcp_broker.Refusal as error:
+    except fjmcp_broker.HTTPError as error:
         return fjmcp_broker.refusal_response(error)
     target = request.path + ("?" + request.query if request.query else "")
     return fjmcp_broker.json_response(200, [request.method, target, request.headers, body.hex()])

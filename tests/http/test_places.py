@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import fjmcp_broker
-from fjmcp_broker import Bodies, Body, Places, Refusal, Seat, network_of, read_address
+from fjmcp_broker import Bodies, Body, HTTPError, Places, Seat, network_of, read_address
 from rigs.browser import Browser
 from rigs.mcp_client import McpClient, OAuthClient
 from rigs.modern_requests import connect, listening
@@ -378,12 +378,12 @@ def test_bytes_of_bodies_stay_within_their_limit_and_every_byte_is_given_back():
     for number in range(200):
         body = Body(f"user {number % 7}", 0.0, lambda number=number: ended.append(number))
         made.append(body)
-        with contextlib.suppress(Refusal):
+        with contextlib.suppress(HTTPError):
             for _ in range(number % 5):
                 bodies.grow(body, 20000)
         assert bodies.total == sum(map(lambda each: each.charged * (not each.ended), made)) <= limit
     assert ended and all(made[number].ended for number in ended)
-    with pytest.raises(Refusal):  # one that was ended while it waited learns it with its next byte
+    with pytest.raises(HTTPError):  # one that was ended while it waited learns it with its next byte
         bodies.grow(made[ended[0]], 1)
     for body in made:
         bodies.close(body)
@@ -585,7 +585,7 @@ def test_places_are_counted_by_kind_owner_and_name():
     places = Places()
     one, other, third = Seat(places), Seat(places), Seat(places)
     one.take("requests", "user 1", 1)
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(HTTPError) as refused:
         other.take("requests", "user 1", 1)
     assert refused.value.status == 429 and other.owner == "user 1"
     other.take("requests", "user 2", 1)
@@ -593,9 +593,9 @@ def test_places_are_counted_by_kind_owner_and_name():
     other.take("requests", "user 1", 1)
     third.take("streams", "user 1", 1, "s")  # of one name: takes over
     one.leave()
-    with pytest.raises(Refusal):
+    with pytest.raises(HTTPError):
         one.take("streams", "user 1", 1, "t")
-    with pytest.raises(Refusal):  # refused, it stays where it was
+    with pytest.raises(HTTPError):  # refused, it stays where it was
         other.take("streams", "user 1", 1, "t")
     assert places.count("requests", "user 1") == 1
     for seat in (one, other, third, third):

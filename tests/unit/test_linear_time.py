@@ -350,7 +350,7 @@ def refusing(function):
     """The function, without what it raises for bad input."""
 
     def call(text):
-        with contextlib.suppress(ValueError, fjmcp_broker.Refusal):
+        with contextlib.suppress(ValueError, fjmcp_broker.HTTPError):
             function(text)
 
     return call

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import fjmcp_broker
-from fjmcp_broker import ConfigurationError, Keyring, Store, StoreUnavailable, digest
+from fjmcp_broker import ConfigurationError, Keyring, Store, StoreUnavailable, token_hash
 
 KEYS = Keyring([b"k" * 32])
 NOW = 1_800_000_000.0
@@ -54,7 +54,7 @@ def add_grant(store, code="code", sub="1", client="c", now=NOW):
         "forgejo:read",
         "forgejo:read",
         "r",
-        digest(code),
+        token_hash(code),
         "https://x.example/cb",
         "ch",
         now,
@@ -64,11 +64,11 @@ def add_grant(store, code="code", sub="1", client="c", now=NOW):
 
 
 def pair(name, now=NOW):
-    return (digest(name + "a"), now + 3600), (digest(name + "r"), now + 90 * DAY)
+    return (token_hash(name + "a"), now + 3600), (token_hash(name + "r"), now + 90 * DAY)
 
 
 def redeem(store, code="code", name="1", now=NOW):
-    return store.redeem_code(digest(code), "c", "https://x.example/cb", "ch", now, *pair(name, now), 3)
+    return store.redeem_code(token_hash(code), "c", "https://x.example/cb", "ch", now, *pair(name, now), 3)
 
 
 def filled(store):
@@ -147,8 +147,8 @@ def test_G01_the_programs_files_are_private_whatever_the_umask(make_installation
 
 def test_G04_what_was_revoked_is_gone_from_the_files(store, path):
     grant = filled(store)
-    store.rotate(digest("1r"), None, NOW, *pair("2"), b"a sealed successor")
-    gone = (digest("1a"), digest("2a"), b"a sealed successor")
+    store.rotate(token_hash("1r"), None, NOW, *pair("2"), b"a sealed successor")
+    gone = (token_hash("1a"), token_hash("2a"), b"a sealed successor")
     assert all(any(part in Path(name).read_bytes() for name in (path, path + "-wal")) for part in gone)
     store.end_grant(grant, "revoked", NOW)
     store.close()
@@ -216,7 +216,7 @@ def test_G08_an_emptied_store_lets_nobody_in(path):
     store.close()
     Path(path).write_bytes(b"")  # as a first start leaves it that was killed before its first commit
     store = Store(path, KEYS)
-    assert store.bearer(digest("1a"), NOW) is None and store.live_grants(NOW) == (set(), set())
+    assert store.bearer(token_hash("1a"), NOW) is None and store.live_grants(NOW) == (set(), set())
     store.close()
 
 
@@ -237,7 +237,7 @@ def test_G07_a_process_that_keeps_it_locked_costs_writers_a_wait_and_readers_not
     threads = [threading.Thread(target=write) for _ in range(6)]
     for thread in threads:
         thread.start()
-    assert store.bearer(digest("1a"), NOW)
+    assert store.bearer(token_hash("1a"), NOW)
     for thread in threads:
         thread.join(20)
     assert refused == [503] * 6  # nobody queues up behind those who wait
@@ -367,21 +367,23 @@ def still_good(path):
     """What a user of the old store has: a token, a refresh token, a session, a credential that opens, a login under way."""
     store = Store(path, KEYS)
     try:
-        assert store.bearer(digest("a2-alice"), NOW).login == "alice" and store.bearer(digest("a2-bob"), NOW)
-        assert store.session(digest("session-bob"), "2", "fjd_app") and store.client(
+        assert store.bearer(token_hash("a2-alice"), NOW).login == "alice" and store.bearer(
+            token_hash("a2-bob"), NOW
+        )
+        assert store.session(token_hash("session-bob"), "2", "fjd_app") and store.client(
             "own"
-        ).secret_hash == digest("hush")
+        ).secret_hash == token_hash("hush")
         assert KEYS.unseal("upstream", "user:1", store.user("1").credential) == {
             "access": "access-alice",
             "refresh": "refresh-alice",
         }
         assert (
-            store.refresh_token(digest("r1-alice")).rotated_at == NOW
-            and store.refresh_token(digest("r2-alice")).ended_at is None
+            store.refresh_token(token_hash("r1-alice")).rotated_at == NOW
+            and store.refresh_token(token_hash("r2-alice")).ended_at is None
         )
         assert len(store.live_grants(NOW)[0]) == 3
-        assert store.take_login(digest("state"), NOW).kind == "client"
-        assert store.rotate(digest("r2-bob"), None, NOW, *pair("next"), b"box")
+        assert store.take_login(token_hash("state"), NOW).kind == "client"
+        assert store.rotate(token_hash("r2-bob"), None, NOW, *pair("next"), b"box")
         return store._one("PRAGMA user_version")[0]
     finally:
         store.close()
@@ -546,7 +548,7 @@ def crashing(connection, after):
 OPERATIONS = {
     "finish_login": lambda s, g: add_grant(s, "second"),
     "redeem_code": lambda s, g: (add_grant(s, "second"), redeem(s, "second", "2")),
-    "rotate": lambda s, g: s.rotate(digest("1r"), None, NOW, *pair("2"), b"successor"),
+    "rotate": lambda s, g: s.rotate(token_hash("1r"), None, NOW, *pair("2"), b"successor"),
     "end_grant": lambda s, g: s.end_grant(g, "revoked", NOW),
     "add_session": lambda s, g: s.add_session(b"t", "1", "c", "2025-11-25", {}, {}, NOW + 1, 1),
     "save_credential": lambda s, g: s.save_credential("1", b"new box", 1, 2, NOW + 7200, NOW),
@@ -591,16 +593,16 @@ LOADED = """
 import os, sys
 sys.path.insert(0, sys.argv[2])
 import fjmcp_broker as b
-from fjmcp_broker import digest
+from fjmcp_broker import token_hash
 s, now, run = b.Store(sys.argv[1], b.Keyring([b'k' * 32])), 1_800_000_000.0, sys.argv[3]
 s.update_user("1", "alice", "", [], now)
 s.add_client("c", "dynamic", "n", [], None, "none", {}, now)
 for number in range(100_000):
     name = f"{run}.{number}"
-    s.finish_login("1", "c", "forgejo:read", "forgejo:read", "r", digest(name), "u", "ch", now, now + 99999, now + 60)
-    assert s.redeem_code(digest(name), "c", "u", "ch", now, (digest(name + "a"), now + 60), (digest(name + "r"), now + 99999), 3)
+    s.finish_login("1", "c", "forgejo:read", "forgejo:read", "r", token_hash(name), "u", "ch", now, now + 99999, now + 60)
+    assert s.redeem_code(token_hash(name), "c", "u", "ch", now, (token_hash(name + "a"), now + 60), (token_hash(name + "r"), now + 99999), 3)
     os.write(1, f"redeemed {name}\\n".encode())
-    assert s.rotate(digest(name + "r"), None, now, (digest(name + "A"), now + 60), (digest(name + "R"), now + 99999), b"box")
+    assert s.rotate(token_hash(name + "r"), None, now, (token_hash(name + "A"), now + 60), (token_hash(name + "R"), now + 99999), b"box")
     os.write(1, f"rotated {name}\\n".encode())
 """
 
@@ -630,10 +632,12 @@ def test_G05_kill_9_under_load_leaves_no_half_grant_and_nothing_usable_twice(pat
         for line in filter(lambda line: line.endswith("\n"), said):
             what, name = line.split()
             if what == "redeemed":
-                assert store.redeem_code(digest(name), "c", "u", "ch", NOW, *pair("again" + name), 3) is None
+                assert (
+                    store.redeem_code(token_hash(name), "c", "u", "ch", NOW, *pair("again" + name), 3) is None
+                )
             else:
-                assert store.rotate(digest(name + "r"), None, NOW, *pair("again" + name), b"box") is None
-                assert store.refresh_token(digest(name + "R")).rotated_at is None
+                assert store.rotate(token_hash(name + "r"), None, NOW, *pair("again" + name), b"box") is None
+                assert store.refresh_token(token_hash(name + "R")).rotated_at is None
         store.close()
 
 
@@ -663,7 +667,7 @@ def test_G06_a_full_disk_changes_nothing_and_is_forgotten_once_there_is_room(sto
         for number in range(1000):
             store.add_client(f"big{number}", "dynamic", "n" * 1000, [], None, "none", {}, NOW)
     assert error.value.status == 503 and ("Retry-After", "5") in error.value.headers
-    assert store.bearer(digest("1a"), NOW) and store.healthy()
+    assert store.bearer(token_hash("1a"), NOW) and store.healthy()
     kept = sum(store.client(f"big{n}") is not None for n in range(1000))
     assert kept < 1000 and store.client(f"big{kept}") is None
     store._writer.execute("PRAGMA max_page_count = 1000000")
@@ -682,8 +686,8 @@ def test_G16_many_threads_at_once_lose_nothing(store):
                 code, name = f"{number}-{n}", f"{number}.{n}"
                 add_grant(store, code)
                 assert redeem(store, code, name)
-                assert store.bearer(digest(name + "a"), NOW).sub == "1"
-                assert store.rotate(digest(name + "r"), None, NOW, *pair(name + "x"), b"box")
+                assert store.bearer(token_hash(name + "a"), NOW).sub == "1"
+                assert store.rotate(token_hash(name + "r"), None, NOW, *pair(name + "x"), b"box")
         except BaseException as error:
             failures.append(error)
 
@@ -702,7 +706,7 @@ def test_of_two_that_redeem_or_rotate_the_same_only_one_does(store):
     add_grant(store, "second")
     for attempt in (
         lambda name: redeem(store, "second", name),
-        lambda name: store.rotate(digest("1r"), None, NOW, *pair(name), b"box"),
+        lambda name: store.rotate(token_hash("1r"), None, NOW, *pair(name), b"box"),
     ):
         results, barrier = [], threading.Barrier(6)
 
@@ -726,7 +730,7 @@ def test_the_last_grant_of_an_owner_takes_its_sessions_along_and_another_keeps_t
     second = add_grant(store, "second")
     assert redeem(store, "second", "2")
     store.end_grant(first, "revoked", NOW)
-    assert store.session(b"s", "1", "c") and store.bearer(digest("1a"), NOW) is None
+    assert store.session(b"s", "1", "c") and store.bearer(token_hash("1a"), NOW) is None
     store.end_grant(second, "revoked", NOW)
     assert store.session(b"s", "1", "c") is None
     assert store.end_grant(second, "revoked", NOW) is None
@@ -734,15 +738,15 @@ def test_the_last_grant_of_an_owner_takes_its_sessions_along_and_another_keeps_t
 
 def test_G17_sweeping_drops_what_had_its_time_and_keeps_what_reuse_detection_needs(store):
     filled(store)
-    store.rotate(digest("1r"), None, NOW, *pair("2"), b"successor")
+    store.rotate(token_hash("1r"), None, NOW, *pair("2"), b"successor")
     store.sweep(NOW + 130, 90 * DAY)
-    rotated = store.refresh_token(digest("1r"))
+    rotated = store.refresh_token(token_hash("1r"))
     assert rotated.rotated_at == NOW and rotated.successor is None
     assert store.sweep(NOW + 89 * DAY, 90 * DAY) == []
-    assert store.refresh_token(digest("1r")) and store.bearer(digest("1a"), NOW) is None
+    assert store.refresh_token(token_hash("1r")) and store.bearer(token_hash("1a"), NOW) is None
     assert store.sweep(NOW + 91 * DAY + 1, 90 * DAY) == [b"s"]
     store.sweep(NOW + 93 * DAY, 90 * DAY)
-    assert store.refresh_token(digest("1r")) is None and store.client("c") is None
+    assert store.refresh_token(token_hash("1r")) is None and store.client("c") is None
 
 
 def test_10_000_registrations_are_kept_then_swept_by_age_but_never_one_with_a_live_login(store):
@@ -754,7 +758,7 @@ def test_10_000_registrations_are_kept_then_swept_by_age_but_never_one_with_a_li
             [(f"d{n}", NOW, NOW) for n in range(10_000)],
         )
     add_grant(store, "code", client="d77")
-    store.redeem_code(digest("code"), "d77", "https://x.example/cb", "ch", NOW, *pair("1"), 3)
+    store.redeem_code(token_hash("code"), "d77", "https://x.example/cb", "ch", NOW, *pair("1"), 3)
     store.sweep(NOW + 29 * DAY, 90 * DAY)
     assert store.client("d0") and store.client("d9999")
     store.sweep(NOW + 31 * DAY, 90 * DAY)
