@@ -19,6 +19,12 @@ Contents, in dependency order; a section names only what stands above it:
 
 from __future__ import annotations
 
+import sys
+
+# The file must compile on the Pythons that get this sentence, so it uses no syntax younger than 3.8.
+if sys.version_info < (3, 11):
+    sys.exit("fjmcp-broker needs Python 3.11 or newer; this is Python " + sys.version.split()[0])
+
 import array
 import base64
 import binascii
@@ -36,8 +42,8 @@ import functools
 import gc
 import getpass
 import hashlib
-import hmac
 import heapq
+import hmac
 import html
 import http
 import http.client
@@ -59,7 +65,6 @@ import sqlite3
 import ssl
 import stat
 import subprocess
-import sys
 import termios
 import threading
 import time
@@ -69,7 +74,7 @@ import unicodedata
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TextIO, TypeVar
+from typing import Any, Final, NamedTuple, TextIO, TypeVar
 from urllib.parse import SplitResult, parse_qsl, quote, unquote_plus, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -289,12 +294,28 @@ def is_loopback_name(host: str | None) -> bool:
 # Must not know what the settings are used for; it reads files, and opens nothing else.
 # ======================================================================================================================
 
-REQUIRED = object()
+REQUIRED: Final = object()
 ENVIRONMENT_PREFIX = "FJMCP_BROKER_"
+CONFIGURATION_FILE = "broker.toml"
+SYSTEM_CONFIGURATION = "/etc/fjmcp-broker/broker.toml"
+FILE_ONLY_KINDS = ("clients",)
 FORGEJO_SCOPE = re.compile(
     r"openid|profile|email|groups|all|public-only"
     r"|(read|write):(activitypub|admin|misc|notification|organization|package|issue|repository|user)"
 )
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True)
+class ConfiguredClient:
+    """A client of a [[clients]] table; `name` and `client_secret` may be empty."""
+
+    client_id: str
+    name: str
+    redirect_uris: tuple[str, ...]
+    client_secret: str
 
 
 @dataclass(frozen=True)
@@ -397,32 +418,32 @@ SETTINGS = (
         reload=True,
     ),
     Setting(
-        "allowed_users", "list", "", "Forgejo logins that may use the broker; empty: everyone", reload=True
+        "allowed_users", "names", "", "Forgejo logins that may use the broker; empty: everyone", reload=True
     ),
     Setting(
         "allowed_groups",
-        "list",
+        "names",
         "",
         "`org` or `org:team` that may use the broker; empty: everyone",
         reload=True,
     ),
     Setting(
         "allowed_origins",
-        "list",
+        "names",
         "https://claude.ai,https://claude.com,https://chatgpt.com",
         "web origins that may call /mcp, besides our own and loopback ones",
         reload=True,
     ),
     Setting(
         "allowed_redirect_schemes",
-        "list",
+        "names",
         "cursor,vscode,vscode-insiders,jetbrains,claude",
         "private-use schemes that a redirect URI may have",
         reload=True,
     ),
     Setting(
         "read_only_tools",
-        "list",
+        "names",
         "get_*,list_*,search_*,check_*,download_*",
         "names of tools that only read",
         reload=True,
@@ -560,12 +581,27 @@ KEYS = {
     if setting.kind in ("text", "forgejo_scopes")
 }
 KEYS |= {setting.name: (setting, False) for setting in SETTINGS}
+DEFAULT_PORTS = {"http": 80, "https": 443}
+DURATION_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+SIZE_UNITS = {
+    "b": 1,
+    "k": 1 << 10,
+    "kb": 1 << 10,
+    "kib": 1 << 10,
+    "m": 1 << 20,
+    "mb": 1 << 20,
+    "mib": 1 << 20,
+}
+SWITCH_WORDS = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
 URL = re.compile(
     r'(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?(/[!"$->@-~]*)?', re.IGNORECASE | re.ASCII
 )
 
 
-def _text(value):
+def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("must be text")
     if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", value):
@@ -573,7 +609,7 @@ def _text(value):
     return value.strip()
 
 
-def _url(value):
+def _url(value: object) -> str:
     match = URL.fullmatch(_text(value).rstrip("/"))
     if not match or not 0 < int(match[3] or 1) < 65536:
         raise ValueError(
@@ -583,10 +619,11 @@ def _url(value):
     host = match[2].lower()
     port = int(match[3] or 0)
     path = match[4] or ""
-    return f"{scheme}://{host}{'' if port in (0, {'http': 80, 'https': 443}[scheme]) else f':{port}'}{path}"
+    is_default_port = port in (0, DEFAULT_PORTS[scheme])
+    return f"{scheme}://{host}{path}" if is_default_port else f"{scheme}://{host}:{port}{path}"
 
 
-def _safe_url(value, with_path=True):
+def _safe_url(value: object, with_path: bool = True) -> str:
     url = _url(value)
     if url.startswith("http:") and not is_loopback_name(urlsplit(url).hostname):
         raise ValueError("must be https; http is for loopback only")
@@ -595,80 +632,105 @@ def _safe_url(value, with_path=True):
     return url
 
 
-def _address(value):
+def _optional_url(value: object) -> str:
+    return _url(value) if value else ""
+
+
+def _address(value: object) -> tuple[str, int]:
     match = re.fullmatch(r"(.+):([0-9]{1,5})", _text(value))
     if not match or int(match[2]) > 65535:
         raise ValueError("must be HOST:PORT, such as 127.0.0.1:8080")
     return match[1].strip("[]"), int(match[2])
 
 
-def _optional(parse):
-    return lambda value: parse(value) if value else ""
+def _optional_address(value: object) -> tuple[str, int] | None:
+    return _address(value) if value else None
 
 
-def _integer(least, why=""):
-    def parse(value):
+def _integer(least: int, why: str = "") -> Callable[[object], int]:
+    def parse(value: object) -> int:
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,12}", value.strip()):
             value = int(value)
-        if type(value) is not int or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"must be a whole number of at least {least}{why}")
         return value
 
     return parse
 
 
-def _scaled(example, **units):
-    def parse(value):
-        if type(value) is int and value > 0:
-            return value
-        text = _text(value).lower().replace(" ", "")
-        parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([a-z]*)", text)
-        if (
-            not parts
-            or "".join(map("".join, parts)) != text
-            or any(unit not in units for _, unit in parts if unit)
-        ):
-            raise ValueError(f"must be such as {example}")
-        total = sum(float(number) * units.get(unit, 1) for number, unit in parts)
-        if not 0 < total < 2**53:
-            raise ValueError(f"must be more than nothing, such as {example}")
-        return int(total) if total == int(total) else total
-
-    return parse
+def _scaled(value: object, units: Mapping[str, float], example: str) -> float:
+    """Returns a number with units, such as 1h30m, in the smallest of them. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    text = _text(value).lower().replace(" ", "")
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([a-z]*)", text)
+    written = "".join(number + unit for number, unit in parts)
+    if not parts or written != text or any(unit and unit not in units for _, unit in parts):
+        raise ValueError(f"must be such as {example}")
+    total = sum(float(number) * units.get(unit, 1) for number, unit in parts)
+    if not 0 < total < 2**53:
+        raise ValueError(f"must be more than nothing, such as {example}")
+    return int(total) if total == int(total) else total
 
 
-def _choice(sentence, **words):
-    def parse(value):
+def _duration(value: object) -> float:
+    return _scaled(value, DURATION_UNITS, "30s, 15m, 1h or 90d")
+
+
+def _size(value: object) -> int:
+    return int(_scaled(value, SIZE_UNITS, "64KiB or 4MiB"))
+
+
+def _switch(value: object) -> bool:
+    word = str(value).strip().lower()
+    if not isinstance(value, (str, bool)) or word not in SWITCH_WORDS:
+        raise ValueError("must be true or false")
+    return SWITCH_WORDS[word]
+
+
+def _choice(*words: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
         word = str(value).strip().lower()
-        if not isinstance(value, (str, bool)) or word not in words:
-            raise ValueError(sentence)
-        return words[word]
+        if word not in words:
+            raise ValueError(f"must be {', '.join(words[:-1])} or {words[-1]}")
+        return word
 
     return parse
 
 
-def _list(value):
+def _list(value: object) -> tuple[str, ...]:
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
         raise ValueError("must be a list of text")
     return tuple(item for item in map(_text, items) if item)
 
 
-def _networks(value):
+def _names(value: object) -> tuple[str, ...]:
+    """Returns a list of words. A space or a quote in one means that the list was written in another way than was read."""
+    items = _list(value)
+    for item in items:
+        if re.search(r"[\s\"'`]", item):
+            raise ValueError(
+                f"contains {item!r}; names are separated by commas, such as a,b, or are a TOML list"
+            )
+    return items
+
+
+def _networks(value: object) -> tuple[Network, ...]:
     try:
         return tuple(ipaddress.ip_network(item, strict=False) for item in _list(value))
     except ValueError as error:
         raise ValueError(f"must be a list of addresses or networks: {error}") from None
 
 
-def _command(value):
+def _command(value: object) -> str | tuple[str, ...]:
     command = _text(value) if isinstance(value, str) and "," not in value else _list(value)
     if not command:
         raise ValueError("must name a program")
     return command
 
 
-def _forgejo_scopes(value):
+def _forgejo_scopes(value: object) -> str:
     names = _text(value).split()
     wrong = [name for name in names if not FORGEJO_SCOPE.fullmatch(name)]
     if wrong:
@@ -681,71 +743,143 @@ def _forgejo_scopes(value):
     return " ".join(names)
 
 
-def _clients(value):
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
+def _client(value: object) -> ConfiguredClient:
+    """Returns one [[clients]] table. Raises ValueError."""
+    if not isinstance(value, dict):
         raise ValueError("must be written as [[clients]] tables")
     known = {"client_id", "name", "redirect_uris", "client_secret"}
-    ids = [item.get("client_id") for item in value]
-    for item in value:
-        for key in set(item) - known:
-            raise ValueError(f"has the unknown key {key!r}; known are {', '.join(sorted(known))}")
-        texts = [_text(item.get(key, "")) for key in ("client_id", "name", "client_secret")]
-        if not re.fullmatch(r"[\x21-\x7e]{1,200}", texts[0]):
-            raise ValueError("needs a client_id of visible characters in each table")
-        if ids.count(texts[0]) > 1:
-            raise ValueError(f"has the client_id {texts[0]!r} twice")
-        if not _list(item.get("redirect_uris") or ()):
-            raise ValueError(f"needs redirect_uris for {texts[0]!r}")
-    return tuple({**item, "redirect_uris": _list(item["redirect_uris"])} for item in value)
+    for key in set(value) - known:
+        raise ValueError(f"has the unknown key {key!r}; known are {', '.join(sorted(known))}")
+    client_id, name, secret = (_text(value.get(key, "")) for key in ("client_id", "name", "client_secret"))
+    if not re.fullmatch(r"[\x21-\x7e]{1,200}", client_id):
+        raise ValueError("needs a client_id of visible characters in each table")
+    redirect_uris = _list(value.get("redirect_uris") or ())
+    if not redirect_uris:
+        raise ValueError(f"needs redirect_uris for {client_id!r}")
+    return ConfiguredClient(client_id, name, redirect_uris, secret)
 
 
-KINDS = {
+def _clients(value: object) -> tuple[ConfiguredClient, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("must be written as [[clients]] tables")
+    clients = tuple(map(_client, value))
+    ids = [client.client_id for client in clients]
+    for client_id in ids:
+        if ids.count(client_id) > 1:
+            raise ValueError(f"has the client_id {client_id!r} twice")
+    return clients
+
+
+# Each kind of setting: how a value is read, as text or as TOML has it. Raises ValueError with what it must be.
+KINDS: dict[str, Callable[[object], object]] = {
     "text": _text,
     "path": _text,
     "origin": functools.partial(_safe_url, with_path=False),
     "base_url": _safe_url,
-    "any_url": _optional(_url),
+    "any_url": _optional_url,
     "address": _address,
-    "any_address": _optional(_address),
+    "any_address": _optional_address,
     "list": _list,
+    "names": _names,
     "networks": _networks,
     "command": _command,
     "clients": _clients,
     "count": _integer(1),
     "rate": _integer(60, " a minute: many users of one client share addresses"),
     "forgejo_scopes": _forgejo_scopes,
-    "duration": _scaled("30s, 15m, 1h or 90d", ms=0.001, s=1, m=60, h=3600, d=86400),
-    "size": lambda value: int(
-        _scaled("64KiB or 4MiB", b=1, k=1024, kb=1024, kib=1024, m=1 << 20, mb=1 << 20, mib=1 << 20)(value)
-    ),
-    "switch": _choice(
-        "must be true or false",
-        **dict.fromkeys(("true", "yes", "on", "1"), True),
-        **dict.fromkeys(("false", "no", "off", "0"), False),
-    ),
-    "log_format": _choice("must be json or text", json="json", text="text"),
+    "duration": _duration,
+    "size": _size,
+    "switch": _switch,
+    "log_format": _choice("json", "text"),
 }
 
 
 class Settings:
-    """The settings in force, one attribute each as its kind's value; `sources` says where each came from."""
+    """The settings in force, each an attribute of its kind's type; `sources` says where each value came from."""
 
-    def __init__(self, values, sources):
+    public_url: str
+    listen: tuple[str, int]
+    forgejo_url: str
+    forgejo_internal_url: str
+    forgejo_authorize_url: str
+    forgejo_token_url: str
+    forgejo_userinfo_url: str
+    forgejo_introspection_url: str
+    forgejo_ca_file: str
+    forgejo_oauth_client_id: str
+    forgejo_oauth_client_secret: str
+    forgejo_oauth_scopes: str
+    forgejo_mcp_binary: str | tuple[str, ...]
+    store_path: str
+    key_file: str
+    key: str
+    secrets_file: str
+    max_sessions: int
+    max_sessions_per_user: int
+    max_session_rows_per_user: int
+    session_idle_timeout: float
+    session_lifetime: float
+    access_token_lifetime: float
+    refresh_token_lifetime: float
+    request_timeout: float
+    input_timeout: float
+    allowed_users: tuple[str, ...]
+    allowed_groups: tuple[str, ...]
+    allowed_origins: tuple[str, ...]
+    allowed_redirect_schemes: tuple[str, ...]
+    read_only_tools: tuple[str, ...]
+    trusted_proxies: tuple[Network, ...]
+    max_connections: int
+    max_connections_per_address: int
+    max_requests_per_user: int
+    max_requests_per_address: int
+    max_streams_per_user: int
+    max_body: int
+    body_bytes: int
+    max_form: int
+    max_line: int
+    max_inflight: int
+    stream_events: int
+    stream_bytes: int
+    kept_bytes: int
+    kept_bytes_per_session: int
+    kept_time: float
+    max_subscriptions: int
+    header_timeout: float
+    body_timeout: float
+    write_timeout: float
+    idle_timeout: float
+    start_timeout: float
+    stop_timeout: float
+    code_lifetime: float
+    login_lifetime: float
+    rate_register: int
+    rate_authorize: int
+    rate_token: int
+    child_keeps_state: bool
+    client_documents: bool
+    strict_scopes: bool
+    metrics_listen: tuple[str, int] | None
+    log_format: str
+    debug: bool
+    clients: tuple[ConfiguredClient, ...]
+
+    def __init__(self, values: Mapping[str, object], sources: Mapping[str, str]) -> None:
         self.__dict__.update(values)
         self.sources = sources
 
-    def reload(self, newer):
-        """Take over what may change while running; return the names of settings that changed but may not."""
+    def reload(self, newer: Settings) -> list[str]:
+        """Takes over what may change while running. Returns the names of settings that changed but may not."""
         changed = [
             setting for setting in SETTINGS if getattr(newer, setting.name) != getattr(self, setting.name)
         ]
-        self.__dict__.update(
-            (setting.name, getattr(newer, setting.name)) for setting in changed if setting.reload
-        )
+        for setting in changed:
+            if setting.reload:
+                setattr(self, setting.name, getattr(newer, setting.name))
         return [setting.name for setting in changed if not setting.reload]
 
     @property
-    def resource(self):
+    def resource(self) -> str:
         """The canonical resource identifier of the MCP endpoint (RFC 8707)."""
         return self.public_url + "/mcp"
 
@@ -753,20 +887,20 @@ class Settings:
 class ConfigurationError(Exception):
     """Everything that is wrong with a configuration, a sentence each, in `problems`."""
 
-    def __init__(self, problems):
+    def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = list(problems)
 
 
-def did_you_mean(name):
-    """What to say after an unknown key: the nearest known one, if one is near."""
+def did_you_mean(name: str) -> str:
+    """Returns what to say after an unknown key: the nearest known one, if one is near."""
     near = difflib.get_close_matches(name, KEYS, 1, 0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 @functools.cache
-def _standard_input():
-    """All of standard input, read once and then closed to everybody: children must find nothing there."""
+def _standard_input() -> bytes:
+    """Returns all of standard input, read once and then closed to everybody: children must find nothing there."""
     data = sys.stdin.buffer.read()
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -774,7 +908,7 @@ def _standard_input():
 
 
 def decode_text(data: bytes) -> str:
-    """The text of a file: UTF-8, or what its byte order mark says, which Windows editors and PowerShell's `>` put there.
+    """Returns the text of a file: UTF-8, or as its byte order mark says, which Windows editors and PowerShell's `>` write.
 
     Raises ValueError.
     """
@@ -786,103 +920,178 @@ def decode_text(data: bytes) -> str:
 
 
 def read_file(path: str) -> bytes:
-    """A file's bytes. Raises OSError."""
+    """Returns a file's bytes. Raises OSError."""
     with open(path, "rb") as file:
         return file.read()
 
 
-def _read_toml(path: str, problems: list[str]) -> dict[str, Any]:
-    """The keys of a TOML file; {}, and a sentence in `problems`, when it cannot be read."""
+@dataclass(frozen=True)
+class Table:
+    """Settings as one source gives them; `text` is the TOML they were read from, "" if it was none."""
+
+    source: str
+    values: Mapping[str, object]
+    text: str = ""
+    secrets_only: bool = False
+
+    def line(self, key: str) -> str:
+        """Returns ` (line 3)`, where a key of the TOML's top level begins; "" where the values are no TOML."""
+        lines = self.text.splitlines()
+        begins = re.compile(rf"""\s*(\[\[?\s*)?(["']?){re.escape(key)}\2\s*[\].=]""")
+        for number, line in enumerate(lines):
+            if begins.match(line):
+                with contextlib.suppress(
+                    ValueError
+                ):  # within a text of several lines, what comes before is no TOML
+                    tomllib.loads("\n".join(lines[:number]))
+                    return f" (line {number + 1})"
+        return ""
+
+
+class Given(NamedTuple):
+    """A value that a source gives for a setting; `line` as Table.line says it."""
+
+    value: object
+    source: str
+    line: str = ""
+
+
+def _read_toml(path: str, problems: list[str], secrets_only: bool = False) -> Table:
+    """Returns the keys of a TOML file; none, and a sentence in `problems`, when it cannot be read."""
+    source = f"file {path}"
     try:
-        return tomllib.loads(decode_text(_standard_input() if path == "/dev/stdin" else read_file(path)))
+        text = decode_text(_standard_input() if path == "/dev/stdin" else read_file(path))
+        return Table(source, tomllib.loads(text), text, secrets_only)
     except OSError as error:
         problems.append(f"cannot read {path}: {error.strerror}")
     except (ValueError, RecursionError) as error:
         problems.append(f"{path} is not TOML: {error}")
-    return {}
+    return Table(source, {})
 
 
-def _offered(name, value, source, secrets_only):
-    """(setting, value, source) of one key that was given; ValueError says why it cannot be taken."""
+def _given(table: Table, name: str) -> tuple[Setting, Given]:
+    """Returns the setting that a key of a source means, and its value. Raises ValueError."""
     setting, in_file = KEYS.get(name, (None, False))
+    value = table.values[name]
     if setting is None:
         raise ValueError(f"unknown setting {name!r}{did_you_mean(name)}")
-    if secrets_only and not setting.secret:
+    if table.secrets_only and not setting.secret:
         raise ValueError(f"{name!r} is not a secret setting and does not belong here")
-    if setting.kind == "clients" and not source.startswith("file"):
+    if setting.kind in FILE_ONLY_KINDS and not table.source.startswith("file"):
         raise ValueError(f"{name!r} can be given in the configuration file only")
     if not in_file:
-        return setting, value, source
+        return setting, Given(value, table.source, table.line(name))
     try:
-        return setting, decode_text(read_file(_text(value))).strip(), f"{source}, {value}"
+        content = decode_text(read_file(_text(value))).strip()
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name}: cannot read {value!r}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{name}: cannot read {value!r}: {reason}") from None
+    return setting, Given(content, f"{table.source}, {value}")
 
 
-def load_settings(flags, environ, config_path=None):
-    """Settings from flags (name -> text), the environment and a TOML file, in that order of precedence, else defaults.
-
-    Raises ConfigurationError with every problem at once, each naming its key and where the value came from.
-    """
-    problems = []
-    given = {}
-    values = {}
-    sources = {}
-    in_file = _read_toml(config_path, problems) if config_path else {}
-    unreadable = bool(problems)  # a file that cannot be read is one problem, not one a setting
+def _tables(
+    flags: Mapping[str, str], environ: Mapping[str, str], file: Table, problems: list[str]
+) -> list[Table]:
+    """Returns every source of settings; a later one counts before an earlier one."""
     variables = {
         key[len(ENVIRONMENT_PREFIX) :].lower(): value
         for key, value in environ.items()
         if key.startswith(ENVIRONMENT_PREFIX) and key != ENVIRONMENT_PREFIX + "CONFIG"
     }
-    path = next(
-        (table["secrets_file"] for table in (flags, variables, in_file) if "secrets_file" in table), ""
-    )
-    secret_values = _read_toml(path, problems) if path and isinstance(path, str) else {}
-    for table, source in (
-        (in_file, f"file {config_path}"),
-        (secret_values, f"file {path}"),
-        (variables, "environment"),
-        (flags, "flag"),
-    ):
-        for name, value in table.items():
+    tables = [file, Table("environment", variables), Table("flag", flags)]
+    paths = [table.values["secrets_file"] for table in tables if "secrets_file" in table.values]
+    if paths and paths[-1] and isinstance(paths[-1], str):
+        tables.insert(1, _read_toml(paths[-1], problems, secrets_only=True))
+    return tables
+
+
+def _missing(setting: Setting) -> str:
+    flag = setting.name.replace("_", "-")
+    variable = ENVIRONMENT_PREFIX + setting.name.upper()
+    return f"{setting.name} is missing: {setting.help}. Set it in the file, as --{flag} or as {variable}"
+
+
+def _conflicts(values: Mapping[str, Any], given: Mapping[str, Given]) -> Iterator[str]:
+    """Yields a sentence for each pair of values that cannot be together."""
+    listen = values.get("listen")
+    if values.get("public_url", "").startswith("http:") and listen and not is_loopback_name(listen[0]):
+        source, line = given["listen"][1:]
+        yield (
+            f"{source}: listen: with an http public_url it must be on loopback: tokens would travel in the"
+            f" clear{line}"
+        )
+    if values.get("max_body", 0) * 4 > values.get("body_bytes", math.inf):
+        source, line = given["max_body"][1:]
+        yield (
+            f"{source}: max_body = {values['max_body']} is more than a quarter of body_bytes ="
+            f" {values['body_bytes']} ({given['body_bytes'].source}): raise body_bytes or lower max_body{line}"
+        )
+
+
+def load_settings(
+    flags: Mapping[str, str], environ: Mapping[str, str], config_path: str | None = None
+) -> Settings:
+    """Returns settings from flags (name -> text), the environment and a TOML file, in that order of precedence, else defaults.
+
+    Raises ConfigurationError with every problem at once, each naming its key and where the value came from.
+    """
+    problems: list[str] = []
+    file = _read_toml(config_path, problems) if config_path else Table("file", {})
+    tables = _tables(flags, environ, file, problems)
+    is_unreadable = bool(problems)  # a file that cannot be read is one problem, not one a setting
+    given = {setting.name: Given(setting.default, "default") for setting in SETTINGS}
+    for table in tables:
+        for name in table.values:
             try:
-                setting, *taken = _offered(name, value, source, table is secret_values)
+                setting, taken = _given(table, name)
                 given[setting.name] = taken
             except ValueError as error:
-                problems.append(f"{source}: {error}")
+                problems.append(f"{table.source}: {error}{table.line(name)}")
+    values = {}
     for setting in SETTINGS:
-        value, source = given.get(setting.name, (setting.default, "default"))
+        value, source, line = given[setting.name]
         if value is REQUIRED or (value == "" and setting.default is REQUIRED):
-            if not unreadable:
-                problems.append(
-                    f"{setting.name} is missing: {setting.help}. Set it in the file, as --{setting.name.replace('_', '-')}"
-                    f" or as {ENVIRONMENT_PREFIX}{setting.name.upper()}"
-                )
+            if not is_unreadable:
+                problems.append(_missing(setting))
             continue
         try:
             values[setting.name] = KINDS[setting.kind](value)
-            sources[setting.name] = source
         except (ValueError, TypeError) as error:
-            problems.append(f"{source}: {setting.name}{'' if setting.secret else f' = {value!r}'}: {error}")
-    if (
-        values.get("public_url", "").startswith("http:")
-        and values.get("listen")
-        and not is_loopback_name(values["listen"][0])
-    ):
+            shown = "" if setting.secret else f" = {value!r}"
+            problems.append(f"{source}: {setting.name}{shown}: {error}{line}")
+    problems += _conflicts(values, given)
+    if problems and not config_path and os.path.exists(CONFIGURATION_FILE):
         problems.append(
-            f"{sources['listen']}: listen: with an http public_url it must be on loopback: tokens would travel in the clear"
-        )
-    if values.get("max_body", 0) * 4 > values.get("body_bytes", math.inf):
-        problems.append(
-            f"{sources['max_body']}: max_body = {values['max_body']} is more than a quarter of body_bytes ="
-            f" {values['body_bytes']} ({sources['body_bytes']}): raise body_bytes or lower max_body"
+            f"{CONFIGURATION_FILE} was not read: it or its folder belongs to another user, or others may write"
+            f" there. If it is yours, name it: --config {CONFIGURATION_FILE}"
         )
     if problems:
         raise ConfigurationError(problems)
-    return Settings(values, sources)
+    return Settings(values, {name: value.source for name, value in given.items()})
+
+
+def _is_mine_alone(path: str) -> bool:
+    """Returns whether a file, and the folder it is in, belong to the caller and nobody else can write there."""
+    real = os.path.realpath(path)
+    try:
+        found = [
+            os.stat(each) for each in (real, os.path.dirname(real), os.path.dirname(os.path.abspath(path)))
+        ]
+    except OSError:
+        return False
+    return all(status.st_uid == os.geteuid() and not status.st_mode & 0o022 for status in found)
+
+
+def find_configuration(environ: Mapping[str, str], is_to_be_made: bool = False) -> str | None:
+    """Returns the configuration file where --config names none; None if there is none.
+
+    One in the current folder is read only if nobody else can have put it there; `init` makes a new one there.
+    """
+    if named := environ.get(ENVIRONMENT_PREFIX + "CONFIG"):
+        return named
+    if is_to_be_made or _is_mine_alone(CONFIGURATION_FILE):
+        return CONFIGURATION_FILE
+    return SYSTEM_CONFIGURATION if os.path.exists(SYSTEM_CONFIGURATION) else None
 
 
 # ======================================================================================================================
@@ -5243,13 +5452,13 @@ class Documents:
 def check_configured_clients(settings):
     """ConfigurationError for redirect URIs that no client may have; any private-use scheme is the operator's to choose."""
     problems = []
-    for item in settings.clients:
-        for uri in item["redirect_uris"]:
+    for client in settings.clients:
+        for uri in client.redirect_uris:
             try:
                 with contextlib.suppress(UnusableScheme):
                     check_redirect_uri(uri, settings.allowed_redirect_schemes)
             except ValueError as error:
-                problems.append(f"clients: the redirect URI {uri!r} of {item['client_id']!r} {error}")
+                problems.append(f"clients: the redirect URI {uri!r} of {client.client_id!r} {error}")
     if problems:
         raise ConfigurationError(problems)
 
@@ -5265,14 +5474,14 @@ class Clients:
         self._limiter = limiter
         self._documents = Documents(settings, store, log, clock, limiter, web)
         check_configured_clients(settings)
-        store.drop_configured_clients(item["client_id"] for item in settings.clients)
-        for item in settings.clients:
-            secret = item.get("client_secret")
+        store.drop_configured_clients(client.client_id for client in settings.clients)
+        for client in settings.clients:
+            secret = client.client_secret
             store.add_client(
-                item["client_id"],
+                client.client_id,
                 "configured",
-                clean_name(item.get("name") or item["client_id"]),
-                item["redirect_uris"],
+                clean_name(client.name or client.client_id),
+                client.redirect_uris,
                 token_hash(secret) if secret else None,
                 "client_secret_basic" if secret else "none",
                 {},
@@ -11572,7 +11781,9 @@ def usage():
         "",
         "Lets people use their own Forgejo from MCP clients, as themselves.",
         "",
-        "  --config FILE   TOML file with the settings (or FJMCP_BROKER_CONFIG)",
+        "  --config FILE   TOML file with the settings; without it FJMCP_BROKER_CONFIG names it, else it is ./broker.toml",
+        "                  (if it and its folder are yours and nobody else may write there), else"
+        f" {SYSTEM_CONFIGURATION}",
         "  --version       print the version",
         "  --help          print this",
         "",
@@ -11648,7 +11859,7 @@ def parse_arguments(arguments):
         else:
             (flags if setting else options)[key] = value if given else "true" if is_switch else left.pop(0)
     name, *words = words or ["serve"]
-    config = options.pop("config", None) or os.environ.get(ENVIRONMENT_PREFIX + "CONFIG")
+    config = options.pop("config", None) or find_configuration(os.environ, is_to_be_made=name == "init")
     command = COMMANDS.get(name)
     if command is None:
         problems.append(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
@@ -11713,7 +11924,7 @@ def ask(setting, problems):
 
 def init(arguments):
     """Write broker.toml, and the client secret and a new sealing key into files of their own: `secrets_file`, or one for each."""
-    path = os.path.abspath(arguments.config or "broker.toml")
+    path = os.path.abspath(arguments.config)
     values = dict(arguments.flags)
     problems = []
     files = {}
@@ -12496,11 +12707,9 @@ def open_store(arguments, alone=False):
         raise ConfigurationError([f"store_path: there is no store at {settings.store_path}"])
     keyring = load_keyring(settings)
     owner = os.stat(settings.store_path)
-    with (
-        acting_as(owner.st_uid, owner.st_gid),
-        contextlib.closing(Store(settings.store_path, keyring, alone=alone)) as store,
-    ):
-        yield settings, keyring, store
+    with acting_as(owner.st_uid, owner.st_gid):
+        with contextlib.closing(Store(settings.store_path, keyring, alone=alone)) as store:
+            yield settings, keyring, store
 
 
 def listing(arguments):

@@ -28,7 +28,9 @@ NAMES = [name for name in SETTING if name != "secrets_file"]
 PLAIN = [
     setting
     for setting in SETTINGS
-    if setting.kind not in ("clients",) and setting.name not in ("secrets_file", "key_file", "key")
+    # max_body and body_bytes have a say in each other
+    if setting.kind not in ("clients",)
+    and setting.name not in ("secrets_file", "key_file", "key", "max_body", "body_bytes")
 ]
 
 odd_texts = st.text(max_size=30) | st.sampled_from(
@@ -158,6 +160,7 @@ GOOD = {
     "duration": ["5s", "1h30m", "250ms"],
     "switch": ["true", "off"],
     "list": ["", "a,b"],
+    "names": ["", "a,b"],
     "networks": ["10.0.0.0/8", ""],
     "log_format": ["json", "text"],
     "address": ["127.0.0.1:1", "[::1]:2"],

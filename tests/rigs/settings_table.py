@@ -12,7 +12,10 @@ HEAD = """# Settings
 Each is a key in `broker.toml`, a flag (`--forgejo-url`) and an environment variable (`FJMCP_BROKER_FORGEJO_URL`); a flag counts before the
 environment, that before the file, that before the default. A setting that is one piece of text can be read from a file: `NAME_file`. Secrets (*s*)
 may stand in `secrets_file`. What SIGHUP (`systemctl reload`) takes over while running is marked *r*. Durations are `90s`, `15m`, `1h`,
-`30d`; sizes `64KiB`, `4MiB`; lists are TOML lists, or separated by commas in flags and environment.
+`30d`; sizes `64KiB`, `4MiB`; lists are TOML lists, or separated by commas in flags and environment; switches are `true` or `false` (in flags and environment also `on`, `off`).
+
+Without `--config` the file is what `FJMCP_BROKER_CONFIG` names, else `./broker.toml` if it and its folder belong to the caller and nobody else can
+write there, else `/etc/fjmcp-broker/broker.toml` if that is there.
 
 | key | default | | |
 |---|---|---|---|
@@ -23,14 +26,11 @@ def table():
     """The document's text."""
     rows = []
     for setting in fjmcp_broker.SETTINGS:
-        default = (
-            "required"
-            if setting.default is fjmcp_broker.REQUIRED
-            else f"`{setting.default}`"
-            if setting.default
-            else ""
-        )
-        default = "off" if setting.default is False else default
+        default = f"`{setting.default}`" if setting.default else ""
+        if setting.default is fjmcp_broker.REQUIRED:
+            default = "required"
+        elif setting.kind == "switch":
+            default = "on" if setting.default else "off"
         marks = " ".join(mark for mark, is_set in (("s", setting.secret), ("r", setting.reload)) if is_set)
         rows.append(
             f"| `{setting.name}` | {default} | {setting.help.replace('|', chr(92) + '|')} | {marks} |\n"

@@ -24,7 +24,6 @@ LONG_FUNCTIONS: set[str] = {
     "examine",
     "fetch",
     "init",
-    "load_settings",
 }
 LONG_CLASSES: set[str] = {
     "Authorization",

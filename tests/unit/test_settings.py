@@ -1,5 +1,7 @@
 """Settings: one table, four sources, every problem at once."""
 
+import ast
+import os
 import re
 import subprocess
 import sys
@@ -293,6 +295,143 @@ def test_reload_takes_what_may_change_and_names_what_may_not():
 )
 def test_defaults_are_those_of_the_contract(name, default):
     assert getattr(load(), name) == default
+
+
+TYPES = {
+    **dict.fromkeys(("text", "path", "origin", "base_url", "any_url", "forgejo_scopes", "log_format"), "str"),
+    **dict.fromkeys(("list", "names"), "tuple[str, ...]"),
+    **dict.fromkeys(("count", "rate", "size"), "int"),
+    "duration": "float",
+    "switch": "bool",
+    "address": "tuple[str, int]",
+    "any_address": "tuple[str, int] | None",
+    "networks": "tuple[Network, ...]",
+    "command": "str | tuple[str, ...]",
+    "clients": "tuple[ConfiguredClient, ...]",
+}
+
+
+def test_the_types_of_the_settings_are_those_of_the_table():
+    declared = {setting.name: TYPES[setting.kind] for setting in SETTINGS}
+    assert fjmcp_broker.Settings.__annotations__ == declared
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["allowed_users", "allowed_groups", "allowed_origins", "allowed_redirect_schemes", "read_only_tools"],
+)
+@pytest.mark.parametrize("text", ["alice bob", '["alice"', "'alice'", ["alice bob"], "`alice`", "alice\tbob"])
+def test_a_list_that_is_not_separated_by_commas_is_refused_and_says_how_it_is_written(name, text):
+    (problem,) = problems(**{name: text})
+    assert name in problem and "separated by commas" in problem
+
+
+def test_each_problem_of_a_file_names_its_line(tmp_path):
+    config = tmp_path / "b.toml"
+    config.write_text(
+        'secrets_file = "s.toml"\n'
+        'forgejo_oauth_scopes = """\\\n  read:user\nmax_sessions = 1\n"""\n'
+        "# max_sessions = 2\n"
+        '  "max_sessions" = "x"\n'
+        "max_sesions = 3\n"
+        "log_format_file = 3\n"
+        'max_body = "17MiB"\n'
+        '[[clients]]\nname = "no id"\n'
+        "[max_line]\nx = 1\n",
+    )
+    with pytest.raises(ConfigurationError) as error:
+        load_settings(NEEDED, {}, str(config))
+    lines = {
+        "forgejo_oauth_scopes": 2,
+        "max_sessions": 7,
+        "max_sesions": 8,
+        "log_format_file": 9,
+        "max_body": 10,
+        "clients": 11,
+        "max_line": 13,
+    }
+    found = [problem for problem in error.value.problems if "(line" in problem]
+    assert len(found) == len(lines)
+    for name, line in lines.items():
+        assert [problem for problem in found if name in problem and problem.endswith(f" (line {line})")], name
+
+
+def test_a_problem_of_the_secrets_file_names_its_line(tmp_path):
+    secrets = tmp_path / "s.toml"
+    secrets.write_text('\n\nlisten = "127.0.0.1:1"\n')
+    (problem,) = problems(secrets_file=str(secrets))
+    assert problem == f"file {secrets}: 'listen' is not a secret setting and does not belong here (line 3)"
+
+
+@pytest.fixture
+def current_folder(tmp_path, monkeypatch):
+    """An empty current folder of ours, and a file for /etc's beside it."""
+    folder = tmp_path / "here"
+    folder.mkdir(mode=0o755)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(fjmcp_broker, "SYSTEM_CONFIGURATION", str(tmp_path / "etc.toml"))
+    return folder
+
+
+def test_without_a_file_there_is_no_configuration_file(current_folder):
+    assert fjmcp_broker.find_configuration({}) is None
+
+
+def test_the_environment_names_the_file_before_the_current_folder_and_that_before_the_systems(
+    current_folder, tmp_path
+):
+    (tmp_path / "etc.toml").write_text("")
+    assert fjmcp_broker.find_configuration({}) == str(tmp_path / "etc.toml")
+    (current_folder / "broker.toml").write_text("")
+    assert fjmcp_broker.find_configuration({}) == "broker.toml"
+    assert fjmcp_broker.find_configuration({"FJMCP_BROKER_CONFIG": "/x.toml"}) == "/x.toml"
+
+
+@pytest.mark.parametrize("which", ["file", "folder", "the folder of the file that a link leads to"])
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+def test_a_file_of_the_current_folder_that_another_may_have_written_is_not_read_and_said_so(
+    current_folder, tmp_path, which, mode
+):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o755)
+    file = elsewhere / "real.toml" if "link" in which else current_folder / "broker.toml"
+    file.write_text("max_sessions = 7\n")
+    if "link" in which:
+        (current_folder / "broker.toml").symlink_to(file)
+    assert fjmcp_broker.find_configuration({}) == "broker.toml"
+    open_one = {"file": file, "folder": current_folder}.get(which, elsewhere)
+    open_one.chmod(open_one.stat().st_mode | mode)
+    assert fjmcp_broker.find_configuration({}) is None
+    with pytest.raises(ConfigurationError, match="broker.toml was not read.*--config broker.toml"):
+        load_settings({}, {}, None)
+
+
+def test_a_file_of_the_current_folder_that_belongs_to_another_is_not_read(current_folder, monkeypatch):
+    (current_folder / "broker.toml").write_text("")
+    mine = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
+    assert fjmcp_broker.find_configuration({}) is None
+
+
+def test_the_program_reads_the_file_of_the_current_folder(current_folder):
+    (current_folder / "broker.toml").write_text('max_sessions = "many"\n')
+    (current_folder / "broker.toml").chmod(0o600)
+    done = run_program("users", cwd=current_folder)
+    assert done.returncode == 2 and "file broker.toml: max_sessions = 'many'" in done.stderr
+
+
+def test_an_older_Python_gets_a_sentence():
+    source = BROKER.read_text()
+    ast.parse(source, feature_version=(3, 8))
+    pretend = (
+        "import runpy, sys; sys.version_info = (3, 10, 13, 'final', 0); sys.version = '3.10.13 (x)';"
+        " sys.modules['tomllib'] = None; runpy.run_path(sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", pretend, str(BROKER)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1
+    assert done.stderr == "fjmcp-broker needs Python 3.11 or newer; this is Python 3.10.13\n"
 
 
 def test_every_setting_is_in_help_and_has_a_sentence():
