@@ -889,7 +889,7 @@ class ConfigurationError(Exception):
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
-        self.problems = list(problems)
+        self.problems = tuple(problems)
 
 
 def did_you_mean(name: str) -> str:
