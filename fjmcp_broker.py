@@ -35,6 +35,7 @@ import ctypes
 import datetime
 import difflib
 import email.utils
+import enum
 import errno
 import fcntl
 import fnmatch
@@ -2873,21 +2874,31 @@ class Request:
         return values[0]
 
 
+class Delivery(enum.Enum):
+    """How an answer that is still to come reaches the client."""
+
+    JSON = "json"  # as plain JSON, however long it takes: the client reads no event stream
+    JSON_THEN_SSE = "json_then_sse"  # as plain JSON if the last message comes first and within JSON_WAIT, else as an event stream
+    SSE = "sse"  # as an event stream
+
+
+JSON_WAIT = 2.0  # seconds
+
+
 @dataclass(frozen=True, slots=True)
-class Later:
+class StreamingResponse:
     """An answer that is still to come: the connection's thread pumps `reader` (of a Stream) until its last item.
 
-    `json_wait`: seconds in which a last item that comes first is sent as plain JSON, None for however long it takes (no stream).
     `prime`: open an event stream with an empty event that carries an id (MCP 2025-11-25). `batch`: the answers form one JSON array.
-    `gone`: events carry no ids, and this is called when the client hangs up before the last one (MCP 2026-07-28 cancellation).
+    `on_disconnect`: called when the client hangs up before the last item; events carry no ids then (MCP 2026-07-28 cancellation).
     `quiet`: the event stream ends once nothing has come for so many seconds; without it a comment is sent every 15 s.
     """
 
-    reader: object
-    json_wait: object = 2.0
+    reader: "Reader"
+    delivery: Delivery
     prime: bool = False
     batch: bool = False
-    gone: object = None
+    on_disconnect: Callable[[], object] | None = None
     quiet: float | None = None
 
 
@@ -2899,7 +2910,7 @@ class Response:
     body: bytes = b""
     content_type: str = ""
     headers: tuple = ()
-    later: object = None
+    later: StreamingResponse | None = None
 
 
 def json_response(status, value, headers=()):
@@ -10172,7 +10183,7 @@ class Endpoint:
             over()
         self._reaper.watch(reader, caller, True)
         prime = bool(session) and session.version == LEGACY_VERSIONS[0]
-        return Response(200, later=Later(reader, 2.0 if streamable else None, prime=prime, batch=batch))
+        return Response(200, later=StreamingResponse(reader, delivery_for(request), prime=prime, batch=batch))
 
     # -- POST, modern
 
@@ -10235,10 +10246,10 @@ class Endpoint:
         self._reaper.watch(reader, caller, True)
         return Response(
             200,
-            later=Later(
+            later=StreamingResponse(
                 reader,
-                2.0 if takes_streams(request) else None,
-                gone=lambda: place.cancel(call, {"reason": "the client hung up"}),
+                delivery_for(request),
+                on_disconnect=lambda: place.cancel(call, {"reason": "the client hung up"}),
             ),
         )
 
@@ -10264,7 +10275,7 @@ class Endpoint:
                 over()
 
         self._reaper.watch(reader, caller, False)
-        return Response(200, later=Later(reader, 0, gone=gone))
+        return Response(200, later=StreamingResponse(reader, Delivery.SSE, on_disconnect=gone))
 
     def _owner(self, caller: Caller, message: Message) -> str:
         """What a requestState is bound to: who asked, through which client, for what, however that is written."""
@@ -10405,7 +10416,7 @@ class Endpoint:
             request.header("last-event-id"), functools.partial(self._seat_of_stream, request, caller)
         )
         self._reaper.watch(reader, caller, False)
-        return Response(200, later=Later(reader, 0))
+        return Response(200, later=StreamingResponse(reader, Delivery.SSE))
 
     def delete(self, request):
         """The client ends its session."""
@@ -10446,9 +10457,14 @@ def rpc_error_response(request_id, error, modern=False):
     )
 
 
-def takes_streams(request):
+def takes_streams(request: Request) -> bool:
     """Whether a client can read an event stream."""
     return any("text/event-stream" in value for value in request.headers.get("accept", ()))
+
+
+def delivery_for(request: Request) -> Delivery:
+    """How the answer to a call reaches this client."""
+    return Delivery.JSON_THEN_SSE if takes_streams(request) else Delivery.JSON
 
 
 def once(function):
@@ -11334,10 +11350,10 @@ class Connection:
         later = response.later
         reader = response.later.reader
         items = []
-        if later.json_wait == 0:
+        if later.delivery is Delivery.SSE:
             self.idle_reader = reader
         try:
-            if later.json_wait != 0:
+            if later.delivery is not Delivery.SSE:
                 items = self._collect(later, reader)
                 if items and items[-1].last:
                     body = (
@@ -11369,14 +11385,14 @@ class Connection:
         finally:
             self.idle_reader = None
             reader.close()
-            if later.gone and not reader.has_all:
-                later.gone()
+            if later.on_disconnect and not reader.has_all:
+                later.on_disconnect()
 
     def _collect(self, later, reader):
         """Items until the last; for a client that can take a stream, only those that make plain JSON possible."""
         answers = []
         seen = reader.cursor
-        deadline = None if later.json_wait is None else time.monotonic() + later.json_wait
+        deadline = None if later.delivery is Delivery.JSON else time.monotonic() + JSON_WAIT
         while True:
             item = self._take(
                 reader, 3600.0 if deadline is None else max(0.0, deadline - time.monotonic()), seen
@@ -11399,7 +11415,7 @@ class Connection:
     def _stream(self, response, reader, items, close):
         key = reader.stream.key
         later = response.later
-        if not later.gone:
+        if not later.on_disconnect:
             reader.stream.announce()
         headers = [
             *response.headers,
@@ -11417,7 +11433,7 @@ class Connection:
         while True:
             item = self._take(reader, later.quiet or 15.0)
             if item is not None:
-                name = b"" if later.gone else f"id: {key}-{item.number}\n".encode()
+                name = b"" if later.on_disconnect else f"id: {key}-{item.number}\n".encode()
                 frame = name + b"data: " + item.data.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n\n"
                 end = b"0\r\n\r\n" if item.last and self.http11 else b""
                 self._write(self._framed(frame) + end)
@@ -11658,7 +11674,7 @@ class Broker:
             "text/event-stream" in value for value in request.headers.get("accept", ())
         ):
             # No timer ends it: strangers would double the threads that they are allowed.
-            return Response(200, later=Later(Stream().open(), 0, quiet=0.5))
+            return Response(200, later=StreamingResponse(Stream().open(), Delivery.SSE, quiet=0.5))
         ok = self.store.healthy()
         sessions, children = self.registry.counts() if ok else (None, None)
         return json_response(

@@ -265,7 +265,13 @@ def test_a_batch_with_large_answers_loses_none_when_the_last_comes_after_the_wai
     server.trusts.return_value = True
     connection = fjmcp_broker.Connection(server, None, "x")
     monkeypatch.setattr(connection, "_write", written.append)
-    connection._pump(fjmcp_broker.Response(200, later=fjmcp_broker.Later(reader, 0.0, batch=True)), False)
+    monkeypatch.setattr(fjmcp_broker, "JSON_WAIT", 0.0)
+    connection._pump(
+        fjmcp_broker.Response(
+            200, later=fjmcp_broker.StreamingResponse(reader, fjmcp_broker.Delivery.JSON_THEN_SSE, batch=True)
+        ),
+        False,
+    )
     assert all(b'{"id":%d}' % number in b"".join(written) for number in (1, 2, 3))
 
 
