@@ -73,7 +73,7 @@ import tomllib
 import traceback
 import unicodedata
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, TextIO, TypeVar
 from urllib.parse import SplitResult, parse_qsl, quote, unquote_plus, urlencode, urlsplit
@@ -290,6 +290,233 @@ def is_loopback_name(host: str | None) -> bool:
 
 
 # ======================================================================================================================
+# Tool rules
+# Owns who may use which tool: the values of [[tool_rules]], the rule that decides about a caller, and what is doubtful in a list of rules.
+# Must not know the configuration file, HTTP or sessions. A rule sees a tool's name, never what its arguments make of it.
+# ======================================================================================================================
+
+MAX_NAME = 256  # characters of a tool's name, or a task's id, that is remembered
+
+
+@dataclass(frozen=True)
+class Rights:
+    """What a rule leaves to a caller. `allow` and `deny` are globs of tool names; `allow` None admits every name."""
+
+    allow: tuple[str, ...] | None = None
+    deny: tuple[str, ...] = ()
+    reads_only: bool = False
+    resources: bool = True
+    prompts: bool = True
+
+    def admits(self, tool: str) -> bool:
+        """Returns whether tools of this name may be used at all; with `reads_only` the tool must also be one that reads."""
+        if len(tool) > MAX_NAME or matches_any(tool, self.deny):
+            return False
+        return self.allow is None or matches_any(tool, self.allow)
+
+
+NO_RIGHTS = Rights(allow=(), resources=False, prompts=False)
+
+
+@dataclass(frozen=True)
+class ToolRule:
+    """One rule: whom it is for, and the rights that it leaves. None is everybody; of each condition given one entry must match.
+
+    `users` (globs of a login, or `id:` and a number) and `groups` are casefolded; `clients` are globs of a client_id.
+    """
+
+    users: tuple[str, ...] | None = None
+    groups: tuple[str, ...] | None = None
+    clients: tuple[str, ...] | None = None
+    rights: Rights = Rights()
+
+    def is_for(self, sub: str, login: str, groups: Iterable[str], client_id: str) -> bool:
+        """Returns whether the rule is for this caller; all its conditions must match."""
+        name = login.casefold()
+        theirs = {group.casefold() for group in groups}
+        return (
+            (self.users is None or f"id:{sub}" in self.users or matches_any(name, self.users))
+            and (self.groups is None or not theirs.isdisjoint(self.groups))
+            and (self.clients is None or matches_any(client_id, self.clients))
+        )
+
+
+def matches_any(text: str, globs: Iterable[str]) -> bool:
+    """Returns whether one of the globs matches the whole text, with case. Linear: fnmatch never goes back behind a `*`."""
+    return any(fnmatch.fnmatchcase(text, glob) for glob in globs)
+
+
+def rights_of(
+    rules: Sequence[ToolRule], sub: str, login: str, groups: Iterable[str], client_id: str
+) -> Rights | None:
+    """Returns the rights that the first matching rule leaves to a caller, NO_RIGHTS when none matches, None when there are no rules."""
+    if not rules:
+        return None
+    return next((rule.rights for rule in rules if rule.is_for(sub, login, groups, client_id)), NO_RIGHTS)
+
+
+def rights_sentence(rights: Rights | None) -> str:
+    """Returns in plain words what the operator's rules leave to somebody; empty when there are no rules."""
+    if rights is None:
+        return ""
+    if rights.allow == ():
+        tools = "No tools"
+    else:
+        tools = "Tools that only read" if rights.reads_only else "All tools"
+        if rights.allow is not None:
+            tools += f" named {', '.join(rights.allow)}"
+        if rights.deny:
+            tools += f", but none named {', '.join(rights.deny)}"
+    kinds = [name for name, may in (("resources", rights.resources), ("prompts", rights.prompts)) if not may]
+    return f"{tools}; no {' and no '.join(kinds)}." if kinds else f"{tools}."
+
+
+# -- what is doubtful in a list of rules
+
+
+def rule_warnings(rules: Sequence[ToolRule], tools: Collection[str] = ()) -> list[str]:
+    """Returns a sentence for each thing in these rules that hardly means what it says. `tools`: the child's tools, empty if not known."""
+    found = []
+    reached = []
+    for number, rule in enumerate(rules, 1):
+        before = never_reached(rule, rules[: number - 1])
+        if before:
+            takers = " and ".join(f"rule {taker}" for taker in before)
+            found.append(
+                f"tool_rules: rule {number} can never decide: {takers} before it takes all whom it is for"
+            )
+        else:
+            reached.append((number, rule))
+            found += [f"tool_rules: rule {number}: {doubt}" for doubt in doubtful_globs(rule, tools)]
+    for place, (number, rule) in enumerate(reached):
+        wider = [other for other, later in reached[place + 1 :] if escapes_to(rule, later, tools)]
+        if wider:
+            found.append(
+                f"tool_rules: rule {number} takes rights by group or login, and rule {wider[0]} after it gives more: who leaves"
+                " the group or is renamed gets that. Give the wider rights by group or login, and the narrower ones to the rest;"
+                " or name people by `id:` and their number"
+            )
+    return found
+
+
+def doubtful_globs(rule: ToolRule, tools: Collection[str]) -> Iterator[str]:
+    """Yields what is doubtful in the globs of one rule."""
+    for glob in rule.clients or ():
+        if reaches_into_host(glob):
+            yield (
+                f"clients: {glob!r} has a wildcard that reaches into the host of a client's URL: clients of other hosts match it too."
+                " Put it behind the host, as in 'https://claude.ai/*'"
+            )
+    for key, globs in (("allow", rule.rights.allow or ()), ("deny", rule.rights.deny)):
+        for glob in globs:
+            if tools and not any(fnmatch.fnmatchcase(tool, glob) for tool in tools):
+                yield f"{key}: {glob!r} matches no tool"
+
+
+def matches_everything(glob: str) -> bool:
+    """Returns whether a glob matches every text."""
+    return set(glob) == {"*"}
+
+
+def covers(wide: str, narrow: str) -> bool:
+    """Returns whether a glob surely matches whatever another one does; a False may be wrong."""
+    if wide == narrow or matches_everything(wide):
+        return True
+    # Read as a text, a glob stands for all that it matches only if its wildcards fall to a `*`, and it has no set of characters.
+    return not set(wide) & set("?[") and "[" not in narrow and fnmatch.fnmatchcase(narrow, wide)
+
+
+def takes_user(wide: str, narrow: str) -> bool:
+    """Returns whether an entry of `users` surely matches whoever another one does."""
+    if "id:" in (wide[:3], narrow[:3]):
+        return wide == narrow or matches_everything(wide)
+    return covers(wide, narrow)
+
+
+def takes_group(wide: str, narrow: str) -> bool:
+    """Returns whether members of a group are surely in another: Forgejo reports a member of `org:team` as one of `org` too."""
+    return wide == narrow or narrow.startswith(wide + ":")
+
+
+def takes_all(
+    wide: tuple[str, ...] | None, narrow: str | None, takes: Callable[[str, str], bool] = covers
+) -> bool:
+    """Returns whether a condition surely holds wherever one entry of another (None: everybody) does."""
+    if wide is None or takes is not takes_group and any(map(matches_everything, wide)):
+        return True
+    return narrow is not None and any(takes(glob, narrow) for glob in wide)
+
+
+def never_reached(rule: ToolRule, earlier: Sequence[ToolRule]) -> list[int]:
+    """Returns the numbers of the earlier rules that together take all whom a rule is for; empty when they do not."""
+    numbers: set[int] = set()
+    for user, group, client in itertools.product(
+        rule.users or (None,), rule.groups or (None,), rule.clients or (None,)
+    ):
+        for number, other in enumerate(earlier, 1):
+            if (
+                takes_all(other.users, user, takes_user)
+                and takes_all(other.groups, group, takes_group)
+                and takes_all(other.clients, client)
+            ):
+                numbers.add(number)
+                break
+        else:
+            return []
+    return sorted(numbers)
+
+
+def reaches_into_host(glob: str) -> bool:
+    """Returns whether a glob of a client_id matches URLs of hosts that it does not name: a wildcard stands before the path."""
+    prefix = re.split(r"[*?\[]", glob, maxsplit=1)[0]
+    if prefix == glob:
+        return False
+    return "https://".startswith(prefix) or bool(re.fullmatch(r"https?://[^/]*", prefix))
+
+
+def escapes_to(narrow: ToolRule, wide: ToolRule, tools: Collection[str]) -> bool:
+    """Returns whether who is no longer in the group, or no longer has the login, of a rule may get more by a later one.
+
+    Not if the later one names its people one by one, or if whoever it is for is taken by the earlier one too.
+    """
+    by_name = narrow.groups is not None or any(not user.startswith("id:") for user in narrow.users or ())
+    named = wide.users is not None and not any(set(user) & set("*?[") for user in wide.users)
+    same_people = all(
+        takes_all(narrow.users, user, takes_user) and takes_all(narrow.groups, group, takes_group)
+        for user, group in itertools.product(wide.users or (None,), wide.groups or (None,))
+    )
+    same_clients = any(
+        one is None or other is None or covers(one, other) or covers(other, one)
+        for one, other in itertools.product(narrow.clients or (None,), wide.clients or (None,))
+    )
+    return (
+        by_name
+        and not named
+        and not same_people
+        and same_clients
+        and gives_more(wide.rights, narrow.rights, tools)
+    )
+
+
+def gives_more(more: Rights, less: Rights, tools: Collection[str]) -> bool:
+    """Returns whether some rights hold a thing that others do not: of these tools, or where none are known judged by the globs."""
+    if more.resources and not less.resources or more.prompts and not less.prompts:
+        return True
+    if less.reads_only and not more.reads_only and more.allow != ():
+        return True
+    if tools:
+        return any(more.admits(tool) and not less.admits(tool) for tool in tools)
+    allowed = ("*",) if more.allow is None else more.allow
+    if any(not takes_all(less.allow, glob) for glob in allowed):
+        return True
+    return any(
+        not takes_all(more.deny, denied)
+        and any(covers(glob, denied) or covers(denied, glob) for glob in allowed)
+        for denied in less.deny
+    )
+
+
+# ======================================================================================================================
 # Settings
 # Owns the one table from which the TOML keys, flags, environment variables, `--help` and the documentation come.
 # Must not know what the settings are used for; it reads files, and opens nothing else.
@@ -299,7 +526,7 @@ REQUIRED: Final = object()
 ENVIRONMENT_PREFIX = "FJMCP_BROKER_"
 CONFIGURATION_FILE = "broker.toml"
 SYSTEM_CONFIGURATION = "/etc/fjmcp-broker/broker.toml"
-FILE_ONLY_KINDS = ("clients",)
+FILE_ONLY_KINDS = ("clients", "tool_rules")
 FORGEJO_SCOPE = re.compile(
     r"openid|profile|email|groups|all|public-only"
     r"|(read|write):(activitypub|admin|misc|notification|organization|package|issue|repository|user)"
@@ -571,6 +798,14 @@ SETTINGS = (
     Setting("log_format", "log_format", "json", "`json`, or `text` for people"),
     Setting("debug", "switch", False, "log what children write to stderr, and each request", reload=True),
     Setting(
+        "tool_rules",
+        "tool_rules",
+        (),
+        "[[tool_rules]]: users, groups, clients; allow, deny, access, resources, prompts: the first rule that matches a caller decides"
+        " (file only; see operate.md)",
+        reload=True,
+    ),
+    Setting(
         "clients", "clients", (), "[[clients]]: client_id, name, redirect_uris, client_secret (file only)"
     ),
 )
@@ -771,6 +1006,93 @@ def _clients(value: object) -> tuple[ConfiguredClient, ...]:
     return clients
 
 
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def _whom(
+    is_good: Callable[[str], object], what: str, fold: bool = True
+) -> Callable[[object], tuple[str, ...]]:
+    """Returns a parser of a condition of a rule: a list with at least one entry, each of which must be good."""
+
+    def parse(value: object) -> tuple[str, ...]:
+        entries = _list(value)
+        if not entries:
+            raise ValueError("names nobody; leave it out for everybody")
+        wrong = [entry for entry in entries if not is_good(entry)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is not {what}")
+        return tuple(entry.casefold() for entry in entries) if fold else entries
+
+    return parse
+
+
+RULE_KEYS = ("users", "groups", "clients", "allow", "deny", "access", "resources", "prompts")
+
+
+def _tool_rules(value: object) -> tuple[ToolRule, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(table, dict) for table in value):
+        raise ValueError("must be written as [[tool_rules]] tables")
+    problems: list[str] = []
+    rules = [_tool_rule(f"rule {number}", table, problems) for number, table in enumerate(value, 1)]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return tuple(rules)
+
+
+def _tool_rule(about: str, table: Mapping[str, object], problems: list[str]) -> ToolRule:
+    """Returns one table as a rule; what is wrong with it goes into `problems`, a sentence for each key."""
+    for key in table:
+        if key not in RULE_KEYS:
+            near = difflib.get_close_matches(key, RULE_KEYS, 1, 0.6)
+            problems.append(
+                f"{about}: unknown key {key!r}; "
+                + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(RULE_KEYS)}")
+            )
+
+    def read(key: str, parse: Callable[[Any], Any], default: Any) -> Any:
+        try:
+            return parse(table[key]) if key in table else default
+        except ValueError as error:
+            problems.append(f"{about}: {key} = {table[key]!r}: {error}")
+            return default
+
+    allow = read("allow", _list, None)
+    rights = Rights(
+        allow,
+        read("deny", _list, ()),
+        read("access", _access, False),
+        read("resources", _truth, allow is None),
+        read("prompts", _truth, allow is None),
+    )
+    return ToolRule(
+        read("users", _whom(_is_login_glob, "a login, or `id:` and a number"), None),
+        read("groups", _whom(_is_group, "`org` or `org:team`; it takes no wildcards"), None),
+        read("clients", _whom(_is_client_glob, "a client_id; a name does not count", fold=False), None),
+        rights,
+    )
+
+
+def _access(value: object) -> bool:
+    if value != "read":
+        raise ValueError('must be "read"; leave it out for all that the login may do')
+    return True
+
+
+def _is_login_glob(text: str) -> bool:
+    return bool(re.fullmatch(r"id:[1-9][0-9]*|[\w.*?!\[\]-]+", text))
+
+
+def _is_group(text: str) -> bool:
+    return bool(re.fullmatch(r"[^*?\[\]:]+(:[^*?\[\]:]+)?", text))
+
+
+def _is_client_glob(text: str) -> bool:
+    return bool(re.fullmatch(r"[\x21-\x7e]+", text))
+
+
 # Each kind of setting: how a value is read, as text or as TOML has it. Raises ValueError with what it must be.
 KINDS: dict[str, Callable[[object], object]] = {
     "text": _text,
@@ -785,6 +1107,7 @@ KINDS: dict[str, Callable[[object], object]] = {
     "networks": _networks,
     "command": _command,
     "clients": _clients,
+    "tool_rules": _tool_rules,
     "count": _integer(1),
     "rate": _integer(60, " a minute: many users of one client share addresses"),
     "forgejo_scopes": _forgejo_scopes,
@@ -863,6 +1186,7 @@ class Settings:
     metrics_listen: tuple[str, int] | None
     log_format: str
     debug: bool
+    tool_rules: tuple[ToolRule, ...]
     clients: tuple[ConfiguredClient, ...]
 
     def __init__(self, values: Mapping[str, object], sources: Mapping[str, str]) -> None:
@@ -1058,7 +1382,8 @@ def load_settings(
         try:
             values[setting.name] = KINDS[setting.kind](value)
         except (ValueError, TypeError) as error:
-            shown = "" if setting.secret else f" = {value!r}"
+            hidden = setting.secret or setting.kind in FILE_ONLY_KINDS  # a table may hold a secret
+            shown = "" if hidden else f" = {value!r}"
             problems.append(f"{source}: {setting.name}{shown}: {error}{line}")
     problems += _conflicts(values, given)
     if problems and not config_path and os.path.exists(CONFIGURATION_FILE):
@@ -6945,7 +7270,6 @@ class Child:
 
 MAX_LISTING = 1 << 20  # bytes of what is kept of a child's list of tools
 MAX_TOOL_PAGES = 100
-MAX_NAME = 256  # characters of a tool's name, or a task's id, that is remembered
 MAX_TASKS = 256  # of a session
 
 
@@ -11810,7 +12134,7 @@ def usage():
         "A setting that is one piece of text can be read from a file with --<name>-file.",
         "",
     ]
-    for setting in SETTINGS[:-1]:  # not [[clients]], which are tables
+    for setting in (setting for setting in SETTINGS if setting.kind not in FILE_ONLY_KINDS):
         default = (
             " (required)"
             if setting.default is REQUIRED
@@ -11897,7 +12221,7 @@ def parse_arguments(arguments):
 def configuration_text(values):
     """A broker.toml with the given values, every other setting commented out with its default and what it means."""
     lines = ["# fjmcp-broker. Each line that is commented out shows the default.", ""]
-    for setting in SETTINGS[:-1]:
+    for setting in (setting for setting in SETTINGS if setting.kind not in FILE_ONLY_KINDS):
         given = [
             f"{key} = {json.dumps(values[key])}"
             for key, (which, _) in KEYS.items()
@@ -11918,6 +12242,13 @@ def configuration_text(values):
             '# name = "My client"',
             '# redirect_uris = ["https://client.example.org/callback"]',
             '# client_secret = ""',
+            "",
+            "# Who may use which tool: the first rule that matches a caller decides, and whom none matches may use nothing. Without a rule",
+            "# everybody may use all that the login allows.",
+            "# [[tool_rules]]",
+            '# groups = ["example:staff"]',
+            "# [[tool_rules]]",
+            '# access = "read"',
             "",
         ]
     )

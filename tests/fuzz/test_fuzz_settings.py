@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fjmcp_broker import (
+    FILE_ONLY_KINDS,
     KINDS,
     REQUIRED,
     SETTING,
@@ -29,7 +30,7 @@ PLAIN = [
     setting
     for setting in SETTINGS
     # max_body and body_bytes have a say in each other
-    if setting.kind not in ("clients",)
+    if setting.kind not in FILE_ONLY_KINDS
     and setting.name not in ("secrets_file", "key_file", "key", "max_body", "body_bytes")
 ]
 
@@ -206,6 +207,7 @@ def test_of_all_sources_the_nearest_wins_and_its_name_is_kept(data):
             assert loaded.sources[setting.name].startswith(source)
         assert loaded or any(
             usable(setting, layer[setting.name]) in (None, ("",))
+            or setting.name in ("max_body", "body_bytes")
             for setting in chosen
             for layer in layers
             if setting.name in layer

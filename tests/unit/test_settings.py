@@ -308,6 +308,7 @@ TYPES = {
     "networks": "tuple[Network, ...]",
     "command": "str | tuple[str, ...]",
     "clients": "tuple[ConfiguredClient, ...]",
+    "tool_rules": "tuple[ToolRule, ...]",
 }
 
 
@@ -440,10 +441,12 @@ def test_every_setting_is_in_help_and_has_a_sentence():
     ).stdout
     for setting in SETTINGS:
         assert len(setting.help) > 8 and setting.kind in fjmcp_broker.KINDS
-        assert setting.kind == "clients" or f"--{setting.name.replace('_', '-')}\n" in shown
+        assert (
+            setting.kind in fjmcp_broker.FILE_ONLY_KINDS or f"--{setting.name.replace('_', '-')}\n" in shown
+        )
         assert (
             setting.default is REQUIRED
-            or setting.kind == "clients"
+            or setting.kind in fjmcp_broker.FILE_ONLY_KINDS
             or fjmcp_broker.KINDS[setting.kind](setting.default) is not NotImplemented
         )
 
