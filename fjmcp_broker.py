@@ -65,6 +65,7 @@ import socket
 import sqlite3
 import ssl
 import stat
+import string
 import subprocess
 import termios
 import threading
@@ -4954,28 +4955,249 @@ class Upstream:
 
 # ======================================================================================================================
 # Pages
-# Owns all HTML: what people see. Plain functions from values to Response; every value is escaped.
+# Owns all HTML: what people see. Plain functions from values to Response; templates escape every value they take in.
 # Must not know what a decision leads to.
 # ======================================================================================================================
 
+
+class Html(str):
+    """Text that is HTML already. Any other value is escaped where a template takes it in."""
+
+    __slots__ = ()
+
+
+class EscapingFormatter(string.Formatter):
+    """str.format() with one difference: a value that is not Html is escaped."""
+
+    def format_field(self, value: object, format_spec: str) -> str:
+        """Returns the text of one field of a template."""
+        text = format(value, format_spec)
+        return text if isinstance(value, Html) else html.escape(text)
+
+
+def fill(template: str, **values: object) -> Html:
+    """Returns a template with its fields filled in; every value that is not Html is escaped."""
+    return Html(EscapingFormatter().format(template, **values))
+
+
+def fill_each(template: str, values: Iterable[object], **others: object) -> Html:
+    """Returns the template once for each value, which it names `item`; `others` are the same in all."""
+    return Html("".join(fill(template, item=value, **others) for value in values))
+
+
+NO_HTML = Html("")
+
+# --edge is the border of what can be operated: at least 3:1 to what surrounds it (WCAG 2.2, 1.4.11).
 STYLE = """
-:root{color-scheme:light dark;--ink:#1d2125;--quiet:#59636e;--paper:#fff;--back:#f3f4f6;--line:#d5d9de;--accent:#9a3b12;--on:#fff;--warn:#fff4e0}
-@media(prefers-color-scheme:dark){:root{--ink:#eceef0;--quiet:#a9b1ba;--paper:#1c2024;--back:#121417;--line:#3a4047;--accent:#f29a66;--on:#201006;--warn:#33270f}}
-*{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);font:1rem/1.55 system-ui,sans-serif}
-main{max-width:36rem;margin:0 auto;padding:1.25rem}@media(min-width:40rem){main{margin:2.5rem auto;padding:2rem;background:var(--paper);border:1px solid var(--line);border-radius:.75rem}}
-a{color:var(--accent)}h1{font-size:1.4rem;line-height:1.25;margin:0 0 1rem}h2{font-size:1.05rem;margin:1.5rem 0 .5rem}p{margin:.6rem 0}
-code{font:.9em ui-monospace,monospace;overflow-wrap:anywhere}.box{border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem;margin:1rem 0;overflow-wrap:anywhere}
-.warn{background:var(--warn)}.quiet{color:var(--quiet);font-size:.92rem}.big{font-size:1.1rem;font-weight:600}ul{padding-left:1.2rem}li{margin:.3rem 0}
-fieldset{border:1px solid var(--line);border-radius:.5rem;margin:1rem 0;padding:.5rem 1rem}legend{font-weight:600;padding:0 .3rem}
-label{display:block;padding:.5rem 0 .5rem 1.8rem;text-indent:-1.8rem;cursor:pointer}input{width:1.1rem;height:1.1rem;margin:0 .6rem 0 0;vertical-align:-.15rem;accent-color:var(--accent)}
-.row{display:flex;gap:.75rem;flex-wrap:wrap;margin-top:1.25rem}button{flex:1 1 9rem;min-height:2.9rem;font:inherit;font-weight:600;border-radius:.5rem;border:1px solid var(--line);background:transparent;color:inherit;cursor:pointer}
-button.main{background:var(--accent);border-color:var(--accent);color:var(--on)}:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
+:root{color-scheme:light dark;--ink:#1d2125;--quiet:#59636e;--paper:#fff;--back:#f3f4f6;--line:#d5d9de;--edge:#737c86;
+ --accent:#9a3b12;--on:#fff;--warn:#fff4e0}
+@media(prefers-color-scheme:dark){:root{--ink:#eceef0;--quiet:#a9b1ba;--paper:#1c2024;--back:#121417;--line:#3a4047;
+ --edge:#858f99;--accent:#f29a66;--on:#201006;--warn:#33270f}}
+*{box-sizing:border-box}
+html{scroll-padding-bottom:6rem}
+body{margin:0;background:var(--back);color:var(--ink);font:1rem/1.5 system-ui,sans-serif}
+main{--around:var(--back);max-width:38rem;margin:0 auto;padding:1rem;overflow-wrap:anywhere}
+@media(min-width:40.1rem){main{--around:var(--paper);margin:2rem auto;padding:1.75rem 2rem;background:var(--paper);
+ border:1px solid var(--line);border-radius:.75rem}}
+a{color:var(--accent)}
+h1{font-size:1.4rem;line-height:1.25;margin:0 0 .8rem}
+h2{font-size:1.05rem;margin:1.5rem 0 .5rem}
+p{margin:.5rem 0}
+ul{margin:.3rem 0;padding-left:1.2rem}
+li{margin:.2rem 0}
+code{font:.9em ui-monospace,monospace}
+dt{font-weight:600;margin-top:.8rem}
+dd{margin:.1rem 0 0}
+summary{cursor:pointer;padding:.6rem 0}
+.box{border:1px solid var(--line);border-radius:.5rem;padding:.5rem 1rem;margin:.8rem 0}
+.warn{background:var(--warn)}
+.quiet{color:var(--quiet);font-size:.92rem}
+.big{font-size:1.1rem;font-weight:600}
+fieldset{border:0;margin:1rem 0 0;padding:0}
+legend{font-weight:600;padding:0}
+.choice{border:1px solid var(--edge);border-radius:.5rem;margin:.6rem 0;padding:.1rem 1rem .5rem}
+.choice:has(:checked){border-color:var(--accent);box-shadow:inset 0 0 0 1px var(--accent)}
+.choice ul{padding-left:2.9rem}
+.choice p{padding-left:1.8rem;margin:.2rem 0}
+label{display:block;padding:.5rem 0 .2rem 1.8rem;text-indent:-1.8rem;cursor:pointer}
+input{width:1.1rem;height:1.1rem;margin:0 .6rem 0 0;vertical-align:-.15rem;accent-color:var(--accent)}
+button{flex:1 1 8rem;min-height:2.9rem;padding:.3rem 1rem;font:inherit;font-weight:600;border-radius:.5rem;
+ border:1px solid var(--edge);background:transparent;color:inherit;cursor:pointer}
+button.main{background:var(--accent);border-color:var(--accent);color:var(--on)}
+:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
+.row{display:flex;gap:.75rem;flex-wrap:wrap;margin-top:1rem}
+@media(max-width:40rem){.reach{position:sticky;bottom:0;padding:.6rem 0;background:var(--around);border-top:1px solid var(--line)}}
+.apps{list-style:none;padding:0}
+.apps>li{border-top:1px solid var(--line);padding:.5rem 0;margin:0}
+.line{display:flex;gap:.2rem 1rem;flex-wrap:wrap;align-items:center;margin:0}
+.line>div{flex:1 1 14rem;min-width:0}
+.line button{flex:0 0 auto}
+li.line{margin:.4rem 0}
 """
 STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 # No form-action: Chromium applies it to the whole redirect chain behind a form, down to the client's callback.
 CONTENT_POLICY = (
     f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; base-uri 'none'; frame-ancestors 'none'"
 )
+
+PAGE_TEMPLATE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="robots" content="noindex">
+<title>{title}</title><style>{style}</style></head><body><main><h1>{title}</h1>{body}</main></body></html>"""
+
+
+def page(status: int, title: str, body: Html, *, form: bool = False, headers: Headers = ()) -> Response:
+    """Returns a whole page. `form`: it has a form, so its Referrer-Policy lets the browser send Origin."""
+    return Response(
+        status,
+        fill(PAGE_TEMPLATE, title=title, style=Html(STYLE), body=body).encode(),
+        "text/html; charset=utf-8",
+        (
+            ("Content-Security-Policy", CONTENT_POLICY),
+            ("X-Frame-Options", "DENY"),
+            ("Cache-Control", "no-store"),
+            ("Referrer-Policy", "same-origin" if form else "no-referrer"),
+            *headers,
+        ),
+    )
+
+
+def moment(seconds: float) -> str:
+    """Returns a time for people."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def duration_in_words(seconds: float) -> str:
+    """Returns a duration for people, in the largest unit of which it has at least two."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def clean_name(text: object, limit: int = 100) -> str:
+    """Returns a client's name (any JSON value) for people: one line, no control or formatting characters, "…" where it was cut."""
+    kept = "".join(
+        " " if unicodedata.category(c) in ("Zl", "Zp", "Zs") or c in "\t\r\n" else c
+        for c in (text if isinstance(text, str) else "")
+        if c in "\t\r\n" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs", "Cn")
+    )
+    name = " ".join(kept.split())
+    if len(name) > limit:
+        name = name[: limit - 1].rstrip() + "…"
+    return name or "An application without a name"
+
+
+def destination(redirect_uri: str) -> str:
+    """Returns where an answer goes, for people: the host of a website, or that it stays on this device."""
+    parts = urlsplit(redirect_uri)
+    if is_loopback_name(parts.hostname):
+        return "an application on this device"
+    if parts.scheme == "https":
+        return parts.hostname or ""
+    return f"the application on this device that opens {parts.scheme}: links"
+
+
+# -- errors
+
+
+class ErrorText(NamedTuple):
+    """What an error page says: its status and title, one or two sentences, and what to do, a line each."""
+
+    status: int
+    title: str
+    sentence: str
+    advice: tuple[str, ...] = ()
+
+
+START_AGAIN = "Start again from your application."
+REGISTER_AGAIN = (
+    "Claude.ai, Claude Desktop: remove the connector and add it again.",
+    "Claude Code: /mcp, choose this server, clear its authentication, then authenticate.",
+    "ChatGPT: delete the connector and create it again.",
+    "VS Code: run the command “Authentication: Remove Dynamic Authentication Providers”.",
+    "Cursor: remove the server in the settings and add it again.",
+    "mcp-remote: delete the folder ~/.mcp-auth.",
+    "Others: remove the server and add it again.",
+)
+# fmt: off
+ERROR_PAGES = {  # the reason, one word for the log: what the person reads
+    "unknown_client": ErrorText(400, "This application is not registered here",
+        "Its registration was removed, or belongs to another server. Let the application register again:", REGISTER_AGAIN),
+    "unreadable_client": ErrorText(400, "This application cannot be looked up",
+        "The address by which it introduces itself could not be read just now, or what stands there does not describe it. "
+        "Try again in a minute; if that does not help, ask who makes the application."),
+    "expired": ErrorText(400, "This login has expired", f"It took too long, or was finished already. {START_AGAIN}"),
+    "answered": ErrorText(400, "This was answered already",
+        "The answer was another one, and it stands. If your application is still waiting, start again from it."),
+    "wrong_browser": ErrorText(403, "This login began in another browser",
+        "For your safety it cannot go on here. If you started it yourself, start again from your application, allow cookies "
+        "for this site, and stay in one browser. If somebody sent you this link, close it."),
+    "malformed": ErrorText(400, "This request cannot be read", f"Its parameters are malformed. {START_AGAIN}"),
+    "malformed_answer": ErrorText(400, "This answer cannot be used", f"Forgejo's answer is malformed. {START_AGAIN}"),
+    "repeated": ErrorText(400, "This request cannot be trusted",
+        f"It names client_id or redirect_uri more than once. {START_AGAIN}"),
+    "redirect_uri": ErrorText(400, "This request cannot be trusted",
+        "It wants the answer sent to an address (redirect_uri) that the application has not registered. "
+        "Remove the connection in your application and add it again."),
+    "undecided": ErrorText(400, "Nothing was decided", "The form came without a choice. Go back and choose again."),
+    "foreign_form": ErrorText(403, "This form came from elsewhere", f"Another website sent it. {START_AGAIN}"),
+    "two_cookies": ErrorText(400, "This browser's cookies cannot be trusted",
+        "Clear the cookies of this site and start again."),
+    "not_logged_in": ErrorText(403, "You are not logged in", "", ("Go to your applications and log in again.",)),
+}
+REFUSAL_PAGES = {  # status: (title, what to do); what happened is the refusal's own sentence
+    404: ("There is no such page", "Check the address. What you can do here begins at the home page."),
+    421: ("This server has another name", "Open the address that your operator gave you."),
+    429: ("Too many requests", "Wait a minute, then load this page again."),
+    503: ("Not available just now", "Wait a minute, then load this page again. If your application waits, start again from it."),
+}
+# fmt: on
+ERROR_BODY = """<p>{sentence}</p>{advice}<p class="quiet">{request}<a href="/">Home page of this server</a> ·
+<a href="/account">Your applications</a></p>"""
+REQUEST_ID = """If you ask the operator for help, name the request <code>{item}</code>.<br>"""
+
+
+def error_page(text: ErrorText, request_id: str, headers: Headers = ()) -> Response:
+    """Returns the page that says what went wrong, what to do, and by which id the operator finds it in the log."""
+    advice = NO_HTML
+    if text.advice:
+        advice = fill("<ul>{items}</ul>", items=fill_each("<li>{item}</li>", text.advice))
+    body = fill(ERROR_BODY, sentence=text.sentence, advice=advice, request=fill(REQUEST_ID, item=request_id))
+    return page(text.status, text.title, body, headers=headers)
+
+
+def refusal_page(error: HTTPError, request_id: str) -> Response:
+    """Returns an HTTPError as a page, for people."""
+    title, advice = REFUSAL_PAGES.get(error.status, ("This did not work", ""))
+    text = ErrorText(error.status, title, error.description, (advice,) if advice else ())
+    return error_page(text, request_id, error.headers)
+
+
+class ErrorPage(Exception):
+    """A refusal that is shown to a person: one of ERROR_PAGES, with its own sentence where `sentence` is given.
+
+    Nothing is redirected to a URI that was not validated.
+    """
+
+    def __init__(self, reason: str, sentence: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        text = ERROR_PAGES[reason]
+        self.text = text._replace(sentence=sentence) if sentence else text
+
+    def response(self, request_id: str) -> Response:
+        """Returns the page, which shows the request's id."""
+        return error_page(self.text, request_id)
+
+
+def connected_page() -> Response:
+    """Returns the answer to a login that was finished before: it is no error."""
+    body = """<p>This login was finished, and the application has taken its answer. You can close this page. If the
+application still waits, start again from it.</p><p><a href="/account">See and end what you have connected</a>.</p>"""
+    return page(200, "Your application is connected", Html(body))
+
+
+# -- consent
 
 SCOPE_MEANINGS = {
     "repository": "your repositories and their contents",
@@ -4990,312 +5212,334 @@ SCOPE_MEANINGS = {
 }
 
 
-def scope_meaning(scope):
-    """What a scope of Forgejo allows, in plain words; None for those that only say who somebody is."""
-    level, colon, area = scope.partition(":")
-    if scope == "all":
-        return "everything you can do yourself"
-    return (
-        f"{'see and change' if level == 'write' else 'see'} {SCOPE_MEANINGS.get(area, area)}"
-        if colon
-        else None
-    )
+def rights_in_words(scopes: str, *, may_write: bool) -> list[str]:
+    """Returns what Forgejo's scopes allow in plain words: what can be changed (if `may_write`), then what can only be seen.
+
+    Scopes that only say who somebody is (openid, profile) allow nothing and are left out.
+    """
+    if "all" in scopes.split():
+        return ["see and change all that you can"] if may_write else ["see all that you can see"]
+    changed: list[str] = []
+    seen: list[str] = []
+    for scope in scopes.split():
+        level, colon, area = scope.partition(":")
+        if colon:
+            areas = changed if may_write and level == "write" else seen
+            areas.append(SCOPE_MEANINGS.get(area, area))
+    seen = [area for area in dict.fromkeys(seen) if area not in changed]
+    rights = (("see and change", changed), ("see", seen))
+    return [f"{verb} {', '.join(dict.fromkeys(areas))}" for verb, areas in rights if areas]
 
 
-def page(status, title, body, *, form=False, headers=()):
-    """A whole page. `body` is HTML whose values are escaped already; `form`: it has one (its Referrer-Policy lets Origin be sent)."""
-    text = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<meta name="robots" content="noindex"><title>{html.escape(title)}</title><style>{STYLE}</style></head>'
-        f"<body><main><h1>{html.escape(title)}</h1>{body}</main></body></html>"
-    )
-    return Response(
-        status,
-        text.encode(),
-        "text/html; charset=utf-8",
-        (
-            ("Content-Security-Policy", CONTENT_POLICY),
-            ("X-Frame-Options", "DENY"),
-            ("Cache-Control", "no-store"),
-            ("Referrer-Policy", "same-origin" if form else "no-referrer"),
-            *headers,
-        ),
-    )
+@dataclass(frozen=True)
+class ConsentQuestion:
+    """What the consent page asks and tells.
+
+    `client_host`: where the client's own description stands, if it has one; `unconfirmed_since`: since when that could not be read.
+    `lifetime`: seconds without use after which the access ends. `login_box`, `csrf`: what the form carries.
+    """
+
+    client_name: str
+    client_id: str
+    client_host: str | None
+    unconfirmed_since: float | None
+    redirect_uri: str
+    may_write: bool
+    forgejo_scopes: str
+    forgejo_url: str
+    account_url: str
+    lifetime: float
+    login_box: str
+    csrf: str
 
 
-def error_page(status, title, sentence, *, advice=(), headers=()):
-    """A page that says what went wrong and what to do."""
-    items = "".join(f"<li>{html.escape(item)}</li>" for item in advice)
-    return page(
-        status,
-        title,
-        f"<p>{html.escape(sentence)}</p>" + (f"<ul>{items}</ul>" if items else ""),
-        headers=headers,
-    )
-
-
-NOTICES = {  # what: (status, title, sentence, advice)
-    "unknown client": (
-        400,
-        "This application is not registered here",
-        "Its registration was removed, or belongs to another server. Let the application register again:",
-        (
-            "Claude.ai, Claude Desktop: remove the connector and add it again.",
-            "Claude Code: /mcp, choose this server, clear its authentication, then authenticate.",
-            "ChatGPT: delete the connector and create it again.",
-            "VS Code: run the command “Authentication: Remove Dynamic Authentication Providers”.",
-            "Cursor: remove the server in the settings and add it again.",
-            "mcp-remote: delete the folder ~/.mcp-auth.",
-            "Others: remove the server and add it again.",
-        ),
-    ),
-    "unreadable client": (
-        400,
-        "This application cannot be looked up",
-        "The address by which it introduces itself could not be read just now, or what stands there does not "
-        "describe it. Try again in a minute; if that does not help, ask who makes the application.",
-        (),
-    ),
-    "expired": (
-        400,
-        "This login has expired",
-        "It took too long, or was finished already. Start again from your application.",
-        (),
-    ),
-    "answered": (
-        400,
-        "This was answered already",
-        "The answer was another one, and it stands. If your application is still waiting, start again from it.",
-        (),
-    ),
-    "connected": (
-        200,
-        "Your application is connected",
-        "This login was finished, and the application has taken its answer. You can close this page. If the "
-        "application still waits, start again from it.",
-        (),
-    ),
-    "wrong browser": (
-        403,
-        "This login began in another browser",
-        "For your safety it cannot go on here. If you started it yourself, start again from your application, "
-        "allow cookies for this site, and stay in one browser. If somebody sent you this link, close it.",
-        (),
-    ),
-    "malformed": (
-        400,
-        "This request cannot be read",
-        "Its parameters are malformed. Start again from your application.",
-        (),
-    ),
-    "malformed answer": (
-        400,
-        "This answer cannot be used",
-        "Forgejo's answer is malformed. Start again from your application.",
-        (),
-    ),
-    "repeated": (
-        400,
-        "This request cannot be trusted",
-        "It names client_id or redirect_uri more than once. Start again from your application.",
-        (),
-    ),
-    "redirect": (
-        400,
-        "This request cannot be trusted",
-        "It wants the answer sent to an address (redirect_uri) that the application has not registered. "
-        "Remove the connection in your application and add it again.",
-        (),
-    ),
-    "undecided": (
-        400,
-        "Nothing was decided",
-        "The form came without a choice. Go back and choose again.",
-        (),
-    ),
-    "foreign form": (
-        403,
-        "This form came from elsewhere",
-        "Another website sent it. Start again from your application.",
-        (),
-    ),
-    "two cookies": (
-        400,
-        "This browser's cookies cannot be trusted",
-        "Clear the cookies of this site and start again.",
-        (),
-    ),
-}
-
-
-def notice(what):
-    """The page of one of NOTICES."""
-    status, title, sentence, advice = NOTICES[what]
-    return error_page(status, title, sentence, advice=advice)
-
-
-def destination(redirect_uri):
-    """Where an answer goes, for people: the host of a website, or that it stays on this device."""
-    parts = urlsplit(redirect_uri)
-    if is_loopback_name(parts.hostname):
-        return "an application on this device"
-    return (
-        parts.hostname
-        if parts.scheme == "https"
-        else f"the application on this device that opens {parts.scheme}: links"
-    )
-
-
-def consent_page(
-    *,
-    client_name,
-    client_id,
-    client_host,
-    unconfirmed_since,
-    redirect_uri,
-    may_write,
-    forgejo_scopes,
-    forgejo_host,
-    login_box,
-    csrf,
-    headers=(),
-):
-    """The broker's own consent: who asks, where the answer goes, what is allowed; the person chooses or refuses."""
-    name = html.escape(client_name)
-    where = html.escape(destination(redirect_uri))
-    meanings = "".join(
-        f"<li>{html.escape(meaning)}</li>"
-        for meaning in filter(None, map(scope_meaning, forgejo_scopes.split()))
-    )
-    full = (
-        (
-            '<label><input type="radio" name="access" value="full" checked><strong>Full access</strong>: use every tool, '
-            "also those that change things</label>"
-        )
-        if may_write
-        else ""
-    )
-    read = (
-        f'<label><input type="radio" name="access" value="read"{"" if may_write else " checked"}><strong>Read only</strong>: '
-        "use only tools that look things up</label>"
-    )
-    known = (
-        f"The application calls itself that in its description at <strong>{html.escape(client_host)}</strong>."
-        if client_host
-        else "The application calls itself that; the name is not verified."
-    )
-    if unconfirmed_since:
-        known += f" That address does not answer: the description is unconfirmed since {moment(unconfirmed_since)}."
-    local = (
-        "<p>Any program on this device can ask in an application's name: make sure that it is the one you started.</p>"
-        if urlsplit(redirect_uri).scheme != "https"
-        else ""
-    )
-    body = f"""
-<div class="box"><p><span class="big">{name}</span> wants to use <span class="big">{html.escape(forgejo_host)}</span> as you.</p>
+# The first submit button is the one that Enter presses. It is disabled, so Enter decides nothing.
+CONSENT_TEMPLATE = """
+<div class="box"><p><bdi class="big">{q.client_name}</bdi> wants to use <span class="big">{host}</span> as you.</p>
 <p class="quiet">{known}</p>
-<p>The answer goes to <strong>{where}</strong><br><code class="quiet">{html.escape(redirect_uri)}</code></p>{local}</div>
+<p>The answer goes to <strong>{where}</strong><br><code class="quiet">{q.redirect_uri}</code></p>{local}</div>
 <p class="box warn">Go on only if you started this yourself, just now, in an application you trust.</p>
-<h2>What it will be able to do</h2><ul>{meanings}</ul>
-<form method="post" action="/oauth/consent">
-<input type="hidden" name="login" value="{html.escape(login_box)}"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
-<fieldset><legend>How much of it?</legend>{full}{read}</fieldset>
-<p class="quiet">Read only is enforced by this server, which decides tool by tool; the key it holds for you at {html.escape(forgejo_host)}
-allows all of the above.</p>
-<div class="row"><button name="decision" value="deny">Refuse</button><button class="main" name="decision" value="approve">Allow</button></div>
-</form><p class="quiet">Next you log in at {html.escape(forgejo_host)}. Application id: <code>{html.escape(client_id)}</code></p>"""
+<form method="post" action="/oauth/consent"><button type="submit" hidden disabled></button>
+<input type="hidden" name="login" value="{q.login_box}"><input type="hidden" name="csrf" value="{q.csrf}">
+<fieldset><legend>What may it do?</legend>{choices}</fieldset>
+<p>You connect the account that is signed in at {host} in this browser; if none is, you sign in there next. The access lasts
+until you end it at <code>{q.account_url}</code>, or until it has not been used for {lifetime}.</p>
+<div class="row reach"><button name="decision" value="deny" formnovalidate>Refuse</button>
+<button class="main" name="decision" value="approve">Allow</button></div>
+</form><p class="quiet">To connect another account, first <a href="{q.forgejo_url}" target="_blank" rel="noopener">sign out at
+{host}</a> (opens a new page), then come back here. Application id: <code>{q.client_id}</code></p>"""
+CHOICE_TEMPLATE = """<div class="choice"><label><input type="radio" name="access" value="{value}" required{checked}
+ aria-describedby="{value}-rights"><strong>{title}</strong>: {summary}</label><div id="{value}-rights"><ul>{rights}</ul>{note}</div></div>"""
+LOCAL_APPLICATION = Html(
+    "<p>Any program on this device can ask in an application's name: make sure that it is the one you started.</p>"
+)
+READ_ONLY_NOTE = """<p class="quiet">This server enforces that, tool by tool; the key it keeps for you at {item} could do more.</p>"""
+
+
+def who_asks(question: ConsentQuestion) -> str:
+    """Returns how far the client's name can be believed."""
+    if not question.client_host:
+        return "The application calls itself that; the name is not verified."
+    known = f"The application calls itself that in its description at {question.client_host}."
+    if question.unconfirmed_since:
+        known += f" That address does not answer: the description is unconfirmed since {moment(question.unconfirmed_since)}."
+    return known
+
+
+def consent_choices(question: ConsentQuestion, host: str) -> Html:
+    """Returns the choices of the consent form, each with the rights it gives; one that stands alone is chosen already."""
+
+    def choice(value: str, title: str, summary: str, note: Html) -> Html:
+        rights = rights_in_words(question.forgejo_scopes, may_write=value == "full")
+        return fill(
+            CHOICE_TEMPLATE,
+            value=value,
+            title=title,
+            summary=summary,
+            checked=Html("" if question.may_write else " checked"),
+            rights=fill_each("<li>{item}</li>", rights),
+            note=note,
+        )
+
+    read_note = fill(READ_ONLY_NOTE, item=host)
+    read_only = choice("read", "Read only", "use only tools that look things up", read_note)
+    if not question.may_write:
+        return read_only
+    full = choice("full", "Full access", "use every tool, also those that change things", NO_HTML)
+    return Html(full + read_only)
+
+
+def consent_page(question: ConsentQuestion, headers: Headers = ()) -> Response:
+    """Returns the broker's own consent: who asks, where the answer goes, what is allowed; the person chooses or refuses."""
+    host = urlsplit(question.forgejo_url).netloc
+    is_website = urlsplit(question.redirect_uri).scheme == "https"
+    body = fill(
+        CONSENT_TEMPLATE,
+        q=question,
+        host=host,
+        known=who_asks(question),
+        where=destination(question.redirect_uri),
+        local=NO_HTML if is_website else LOCAL_APPLICATION,
+        choices=consent_choices(question, host),
+        lifetime=duration_in_words(question.lifetime),
+    )
     return page(200, "Connect an application?", body, form=True, headers=headers)
 
 
-def account_login_page(forgejo_host, csrf, headers=()):
-    """Before the account page: who are you?"""
-    body = f"""
-<p>Here you see which applications may use {html.escape(forgejo_host)} as you, and can end that.</p>
-<form method="post" action="/account/login"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
-<div class="row"><button class="main">Log in at {html.escape(forgejo_host)}</button></div></form>"""
+# -- account
+
+ACCOUNT_LOGIN_TEMPLATE = """<p>Here you see which applications may use {host} as you, and can end that.</p>
+<form method="post" action="/account/login"><input type="hidden" name="csrf" value="{csrf}">
+<div class="row"><button class="main">Log in at {host}</button></div></form>"""
+MISSING_RIGHTS = """<p role="note" class="box warn"><strong>Some tools will not work.</strong> At Forgejo this server has not got these rights:
+<code>{missing}</code>. Forgejo keeps what was agreed to at the first login. To change that, remove this server from
+<a href="{settings}">the authorized applications in Forgejo's settings</a>, then connect again.</p>"""
+ACCOUNT_TEMPLATE = """<p>You are <strong>{login}</strong> at {host}.</p>{notes}<h2>Connected applications</h2>
+<form method="post" action="/account/end"><input type="hidden" name="csrf" value="{csrf}">{applications}
+<div class="row">{all}<button name="leave" value="1">Log out of this page</button></div></form>
+<p class="quiet"><a href="/">How to connect an application</a></p>"""
+APPLICATION_TEMPLATE = """<li><div class="line"><div><strong><bdi>{item.name}</bdi></strong>
+<span class="quiet">{access}, answers go to {item.destinations}, last used {used}</span></div>
+<button name="client" value="{item.client_id}" aria-label="Disconnect {item.name}">Disconnect</button></div>{sessions}</li>"""
+SESSIONS_TEMPLATE = (
+    """<details><summary class="quiet">{count} open {noun}</summary><ul>{items}</ul></details>"""
+)
+SESSION_TEMPLATE = """<li class="line"><div class="quiet">since {began}, last used {used}</div>
+<button name="session" value="{item.key}" aria-label="End the session of {name} since {began}">End session</button></li>"""
+NOTHING_CONNECTED = """<p>Nothing is connected. To begin, give your assistant the address <code>{item}</code>; the
+<a href="/">home page</a> says how, for each assistant.</p>"""
+DISCONNECT_ALL = Html('<button name="all" value="1">Disconnect all</button>')
+
+
+def account_login_page(forgejo_host: str, csrf: str, headers: Headers = ()) -> Response:
+    """Returns the page before the account page: who are you?"""
+    body = fill(ACCOUNT_LOGIN_TEMPLATE, host=forgejo_host, csrf=csrf)
     return page(200, "Your applications", body, form=True, headers=headers)
 
 
-def missing_rights(missing: Sequence[str], forgejo_url: str) -> str:
-    """Returns what the account page says where Forgejo granted less than this server asks for, with the remedy; "" where it did not."""
+def missing_rights(missing: Sequence[str], forgejo_url: str) -> Html:
+    """Returns what the account page says where Forgejo granted less than this server asks for, with the remedy."""
     if not missing:
-        return ""
-    settings_url = html.escape(forgejo_url + "/user/settings/applications")
-    return f"""
-<p role="note"><strong>Some tools will not work.</strong> At Forgejo this server has not got these rights:
-<code>{html.escape(" ".join(missing))}</code>. Forgejo keeps what was agreed to at the first login. To change that, remove this
-server from <a href="{settings_url}">the authorized applications in Forgejo's settings</a>, then connect again.</p>"""
+        return NO_HTML
+    settings_url = forgejo_url + "/user/settings/applications"
+    return fill(MISSING_RIGHTS, missing=" ".join(missing), settings=settings_url)
+
+
+@dataclass(frozen=True)
+class OpenSession:
+    """A session as the account page shows it."""
+
+    key: str
+    began: float
+    used: float
+
+
+@dataclass(frozen=True)
+class Application:
+    """A connected application as the account page shows it: all its logins and sessions as one."""
+
+    client_id: str
+    name: str
+    may_write: bool
+    destinations: str
+    used: float
+    sessions: Sequence[OpenSession]
+
+
+def application_line(application: Application) -> Html:
+    """Returns one application as a line of the account page, its sessions folded into it."""
+    sessions = NO_HTML
+    if application.sessions:
+        items = (
+            fill(
+                SESSION_TEMPLATE,
+                item=session,
+                name=application.name,
+                began=moment(session.began),
+                used=moment(session.used),
+            )
+            for session in application.sessions
+        )
+        count = len(application.sessions)
+        noun = "session" if count == 1 else "sessions"
+        sessions = fill(SESSIONS_TEMPLATE, count=count, noun=noun, items=Html("".join(items)))
+    access = "reads and writes" if application.may_write else "reads only"
+    return fill(
+        APPLICATION_TEMPLATE,
+        item=application,
+        access=access,
+        used=moment(application.used),
+        sessions=sessions,
+    )
 
 
 def account_page(
-    login: str, applications: Sequence[Any], sessions: Sequence[Any], csrf: str, notes: str = ""
+    login: str, forgejo_host: str, address: str, applications: Sequence[Application], csrf: str, notes: Html
 ) -> Response:
-    """What a user has connected. `applications`: (client id, name, scopes, when used); `sessions`: (id, name, when begun, when used).
-
-    `notes` is HTML to be read first.
-    """
-
-    def items(rows, field, action):
-        forms = (
-            f"""<li><form method="post" action="/account/end"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
-<strong>{html.escape(name)}</strong><br><span class="quiet">{html.escape(text)}</span>
-<div class="row"><button name="{field}" value="{html.escape(key)}">{action}</button></div></form></li>"""
-            for key, name, text in rows
+    """Returns what a user has connected, each with the button that ends it. `address` is that of the MCP endpoint."""
+    lines = fill(NOTHING_CONNECTED, item=address)
+    if applications:
+        lines = fill(
+            '<ul class="apps">{items}</ul>', items=Html("".join(map(application_line, applications)))
         )
-        return f"<ul>{''.join(forms)}</ul>" if rows else '<p class="quiet">None.</p>'
-
-    shown_apps = [
-        (
-            key,
-            name or key,
-            f"{'reads and writes' if WRITE in scopes else 'reads only'}, last used {moment(used)}, id {key}",
-        )
-        for key, name, scopes, used in applications
-    ]
-    shown_sessions = [
-        (key, name or "An application", f"since {moment(begun)}, last used {moment(used)}")
-        for key, name, begun, used in sessions
-    ]
-    body = f"""
-<p>You are <strong>{html.escape(login)}</strong>.</p>{notes}
-<h2>Connected applications</h2>{items(shown_apps, "client", "Disconnect")}
-<h2>Open sessions</h2>{items(shown_sessions, "session", "End session")}
-<form method="post" action="/account/end"><input type="hidden" name="csrf" value="{html.escape(csrf)}">
-<div class="row"><button name="leave" value="1">Log out of this page</button></div></form>"""
+    body = fill(
+        ACCOUNT_TEMPLATE,
+        login=login,
+        host=forgejo_host,
+        notes=notes,
+        csrf=csrf,
+        applications=lines,
+        all=DISCONNECT_ALL if len(applications) > 1 else NO_HTML,
+    )
     return page(200, "Your applications", body, form=True)
 
 
-def moment(seconds):
-    """A time for people."""
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+# -- home
 
 
-def home_page(public_url, forgejo_url):
-    """For people who open the server's address."""
-    url = html.escape(public_url + "/mcp")
-    host = html.escape(urlsplit(forgejo_url).netloc)
-    body = f"""
-<p>With this server, AI assistants work on <a href="{html.escape(forgejo_url)}">{host}</a> as you, with your own rights, after you log in.</p>
+class Assistant(NamedTuple):
+    """An application that can be connected: the steps (`code`, *what is shown*, {url}), and what was last seen to work, and when."""
+
+    name: str
+    steps: str
+    seen: str = ""
+
+
+SEEN = "2026-11-25"  # the day on which the versions below were connected, used, refreshed and restarted
+# The home page and docs/connect.md are made from this table.
+# fmt: off
+ASSISTANTS = (
+    Assistant("Claude.ai, Claude Desktop, Claude mobile",
+        "*Settings → Connectors → Add custom connector*: a name, the address, *Add*; then *Connect*. In a team an owner adds it "
+        "once, everybody connects themselves. Desktop and mobile take it over from the account."),
+    Assistant("Claude Code",
+        "`claude mcp add --transport http forgejo {url}`, then `claude mcp login forgejo`; or in a session `/mcp`, *forgejo*, "
+        "*Authenticate*.", f"2.1.332, {SEEN}"),
+    Assistant("ChatGPT",
+        "*Settings → Apps → Advanced settings → Developer mode*; then *Settings → Apps → Create app*: a name, the address, "
+        "authentication *OAuth*."),
+    Assistant("Codex",
+        "`codex mcp add forgejo --url {url}`, which logs in at once; later `codex mcp login forgejo`.", f"0.169.0, {SEEN}"),
+    Assistant("VS Code",
+        "Command *MCP: Add Server*, *HTTP*, the address. Or `.vscode/mcp.json`: "
+        '`{"servers": {"forgejo": {"type": "http", "url": "{url}"}}}`.'),
+    Assistant("Cursor",
+        '*Settings → MCP → Add*: `{"mcpServers": {"forgejo": {"url": "{url}"}}}`; then *Login*.'),
+    Assistant("Copilot CLI",
+        "In a session `/mcp add`: type *HTTP*, the address, tools `*`; then follow the login.", f"1.0.102, {SEEN}"),
+    Assistant("Gemini CLI",
+        "`gemini mcp add --transport http forgejo {url}`; then in a session `/mcp auth forgejo`.", f"0.61.0, {SEEN}"),
+    Assistant("OpenCode",
+        '`opencode.json`: `{"mcp": {"forgejo": {"type": "remote", "url": "{url}"}}}`, then `opencode mcp auth forgejo`. '
+        "From version 2: `opencode mcp add forgejo --url {url}`, then `/mcps`.", f"1.18.33, {SEEN}"),
+    Assistant("Kilo",
+        '`kilo.json`: `{"mcp": {"forgejo": {"type": "remote", "url": "{url}"}}}`, then `kilo mcp auth forgejo`.',
+        f"7.7.9, {SEEN}"),
+    Assistant("Qwen Code",
+        "`qwen mcp add --transport http forgejo {url}`; then in a session `/mcp auth forgejo`.", f"0.24.4, {SEEN}"),
+    Assistant("Cline",
+        "*MCP Servers → Remote Servers*: a name, the address, *Streamable HTTP*, *Add Server*; then *Authenticate*.",
+        f"3.0.65, {SEEN}"),
+    Assistant("Kimi Code",
+        "`kimi mcp add --transport http --auth oauth forgejo {url}`, then `kimi mcp auth forgejo`.", f"2.1.0, {SEEN}"),
+    Assistant("Zed", 'In `settings.json`: `"context_servers": {"forgejo": {"url": "{url}"}}`.'),
+    Assistant("Goose", "`goose configure`, *Add Extension*, *Remote Extension (Streamable HTTP)*, the address."),
+    Assistant("LibreChat",
+        "In `librechat.yaml`: `mcpServers: {forgejo: {type: streamable-http, url: \"{url}\"}}`; each user then connects."),
+    Assistant("Open WebUI",
+        "*Admin Settings → External Tools*, add: type *MCP (Streamable HTTP)*, the address, *OAuth 2.1*, *Register Client*; "
+        "each user then connects."),
+    Assistant("JetBrains AI Assistant",
+        "*Settings → Tools → AI Assistant → Model Context Protocol (MCP)*, add as JSON: "
+        '`{"mcpServers": {"forgejo": {"command": "npx", "args": ["mcp-remote", "{url}"]}}}`.'),
+    Assistant("MCP Inspector",
+        "`npx @modelcontextprotocol/inspector`: transport *Streamable HTTP*, the address, *Connect*.", f"2.12.0, {SEEN}"),
+    Assistant("mcporter, mcpc", "`npx mcporter auth {url}`; `npx @apify/mcpc login {url}`.", SEEN),
+    Assistant("Anything that only starts commands",
+        "`npx mcp-remote {url}` as the command.", f"mcp-remote 0.15.1, {SEEN}"),
+    Assistant("A program of your own",
+        "Any MCP library with its OAuth support; the address is all it needs.",
+        "the official SDKs for Python, TypeScript, Go (1.8.0), Java (2.1.0) and Rust (rmcp 3.11.0), FastMCP, mcp-go 1.2.1, "
+        "AI SDK, LangChain, Mastra, pydantic-ai, openai-agents, strands, llama-index, mcp-use, google-adk, autogen, "
+        f"smolagents: {SEEN}"),
+)
+# fmt: on
+FIRST_ASSISTANTS = 6  # are shown at once, the others on request
+HOME_TEMPLATE = """
+<p>With this server, AI assistants work on <a href="{forgejo}">{host}</a> as you, with your own rights, after you log in.</p>
 <div class="box"><p class="quiet">The address to give your assistant:</p><p class="big"><code>{url}</code></p></div>
-<h2>How to connect</h2><ul>
-<li><strong>Claude.ai, Claude Desktop</strong>: Settings, Connectors, Add custom connector; paste the address.</li>
-<li><strong>Claude Code</strong>: <code>claude mcp add --transport http forgejo {url}</code>, then <code>/mcp</code>.</li>
-<li><strong>ChatGPT</strong>: Settings, Connectors, Create; paste the address, authentication OAuth.</li>
-<li><strong>VS Code</strong>: command “MCP: Add Server”, HTTP; paste the address.</li>
-<li><strong>Cursor</strong>: Settings, MCP, Add: <code>{{"url": "{url}"}}</code>.</li>
-<li><strong>Others</strong>: a remote MCP server (Streamable HTTP) with OAuth; or <code>npx mcp-remote {url}</code>.</li></ul>
+<h2>How to connect</h2><dl>{first}</dl>
+<details><summary>Other assistants and programs</summary><dl>{others}</dl></details>
 <p><a href="/account">See and end what you have connected</a>.</p>"""
-    return page(200, "Forgejo for AI assistants", body)
 
 
-def clean_name(text, limit=100):
-    """A client's name (any JSON value) for the page: no control or formatting characters, one line, cut to size."""
-    kept = "".join(
-        " " if unicodedata.category(c) in ("Zl", "Zp", "Zs") or c in "\t\r\n" else c
-        for c in (text if isinstance(text, str) else "")
-        if c in "\t\r\n" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs", "Cn")
+def assistant_entry(assistant: Assistant, url: str) -> Html:
+    """Returns how to connect one assistant, as an entry of the home page's list."""
+    steps = html.escape(assistant.steps.replace("{url}", url))
+    steps = re.sub(r"`([^`]+)`", r"<code>\1</code>", steps)
+    steps = re.sub(r"(?<![\w>])\*([^*<]+)\*", r"<em>\1</em>", steps)
+    seen = fill('<br><span class="quiet">Seen to work: {item}</span>', item=assistant.seen)
+    return fill(
+        "<dt>{name}</dt><dd>{steps}{seen}</dd>",
+        name=assistant.name,
+        steps=Html(steps),
+        seen=seen if assistant.seen else NO_HTML,
     )
-    return " ".join(kept.split())[:limit].strip() or "An application without a name"
+
+
+def home_page(public_url: str, forgejo_url: str) -> Response:
+    """Returns the page for people who open the server's address."""
+    url = public_url + "/mcp"
+    entries = [assistant_entry(assistant, url) for assistant in ASSISTANTS]
+    body = fill(
+        HOME_TEMPLATE,
+        forgejo=forgejo_url,
+        host=urlsplit(forgejo_url).netloc,
+        url=url,
+        first=Html("".join(entries[:FIRST_ASSISTANTS])),
+        others=Html("".join(entries[FIRST_ASSISTANTS:])),
+    )
+    return page(200, "Forgejo for AI assistants", body)
 
 
 # ======================================================================================================================
@@ -5543,7 +5787,7 @@ def temporarily(sentence, seconds):
     return HTTPError(503, "temporarily_unavailable", sentence, (("Retry-After", str(seconds)),))
 
 
-class Documents:
+class ClientMetadataDocuments:
     """Client ID Metadata Documents: a client_id that is the https URL of the client's own description.
 
     A stranger chooses the URL. So it is fetched from the public internet only, few at a time, and what came of it, good or bad, is
@@ -5808,7 +6052,7 @@ class Clients:
         self._log = log
         self._clock = clock
         self._limiter = limiter
-        self._documents = Documents(settings, store, log, clock, limiter, web)
+        self._documents = ClientMetadataDocuments(settings, store, log, clock, limiter, web)
         check_configured_clients(settings)
         store.drop_configured_clients(client.client_id for client in settings.clients)
         for client in settings.clients:
@@ -5835,7 +6079,7 @@ class Clients:
         return client if usable else None
 
     @property
-    def documents(self) -> Documents:
+    def documents(self) -> ClientMetadataDocuments:
         """The clients that describe themselves at a URL of their own."""
         return self._documents
 
@@ -6002,17 +6246,10 @@ FINISH_WAIT = (
 )
 NOT_ACCEPTED = "Forgejo does not accept this server's registration; its operator has to mend it."
 ACCOUNT_LIFETIME = 1800  # seconds a browser stays logged in to the account page
+MAX_SHOWN_SESSIONS = 100  # on the account page
 
 
-class PageRefusal(Exception):
-    """A refusal that is shown to a person: one of NOTICES, or a page. Nothing is redirected to a URI that was not validated."""
-
-    def __init__(self, what):
-        super().__init__(what)
-        self.response = notice(what) if isinstance(what, str) else what
-
-
-class ClientRedirect(Exception):
+class AuthorizationError(Exception):
     """An error that goes back to the client's validated redirect_uri (RFC 6749 4.1.2.1)."""
 
     def __init__(self, error, description):
@@ -6133,11 +6370,11 @@ class Authorization:
     def authorize(self, request):
         """GET /oauth/authorize: validate, then show our own consent page. Nothing is stored and nothing goes to Forgejo yet."""
         spend(self._limiter, self._settings, "authorize", request)
-        form = parse_form(request.query, PageRefusal("malformed"))
+        form = parse_form(request.query, ErrorPage("malformed"))
         client, redirect_uri = self._authorized_target(form, request)
         try:
             login = self._authorization_request(form, client, redirect_uri)
-        except ClientRedirect as error:
+        except AuthorizationError as error:
             return self._to_client(
                 {"redirect_uri": redirect_uri, "state": form.get("state", [None])[0]}, **error.answer
             )
@@ -6145,7 +6382,7 @@ class Authorization:
         # The way to Forgejo is in the form, so that the same decision sent twice is answered twice alike.
         login |= {"expires": self._clock.now() + self._settings.login_lifetime, **self._way_to_forgejo()}
         box = b64url(self._keyring.seal("login", token_hash(cookie).hex(), login))
-        return consent_page(
+        question = ConsentQuestion(
             client_name=client.name,
             client_id=client.client_id,
             client_host=urlsplit(client.client_id).hostname if client.kind == "document" else None,
@@ -6153,27 +6390,29 @@ class Authorization:
             redirect_uri=redirect_uri,
             may_write=WRITE in login["scope"],
             forgejo_scopes=self._settings.forgejo_oauth_scopes,
-            forgejo_host=self._forgejo_host,
+            forgejo_url=self._settings.forgejo_url,
+            account_url=self._settings.public_url + "/account",
+            lifetime=self._settings.refresh_token_lifetime,
             login_box=box,
             csrf=self._csrf(cookie, "consent:" + box),
-            headers=headers,
         )
+        return consent_page(question, headers)
 
     def _authorized_target(self, form: dict[str, list[str]], request: Request) -> tuple[Any, str]:
         """The client and its validated redirect URI; before these are known, errors are shown and never redirected."""
         if len(form.get("client_id", ())) > 1 or len(form.get("redirect_uri", ())) > 1:
-            raise PageRefusal("repeated")
+            raise ErrorPage("repeated")
         client_id = form.get("client_id", [""])[0]
         client = self._clients.for_login(client_id, request)
         if client is None:
-            raise PageRefusal("unreadable client" if client_id.startswith("https://") else "unknown client")
+            raise ErrorPage("unreadable_client" if client_id.startswith("https://") else "unknown_client")
         redirect_uri = form.get("redirect_uri", [""])[0]
         if not any(redirect_matches(registered, redirect_uri) for registered in client.redirect_uris):
-            raise PageRefusal("redirect")
+            raise ErrorPage("redirect_uri")
         return client, redirect_uri
 
     def _authorization_request(self, form, client, redirect_uri):
-        """Everything else about an authorization request, checked in one place; ClientRedirect says what is wrong."""
+        """Everything else about an authorization request, checked in one place; AuthorizationError says what is wrong."""
         one = {name: values[0] for name, values in form.items()}
         pkce = one.get("code_challenge_method") == "S256" and re.fullmatch(
             r"[A-Za-z0-9_-]{43}", one.get("code_challenge", "")
@@ -6203,7 +6442,7 @@ class Authorization:
             ("none" in one.get("prompt", "").split(), "interaction_required", "A person has to consent"),
         ):
             if wrong:
-                raise ClientRedirect(error, description)
+                raise AuthorizationError(error, description)
         return {
             "client": client.client_id,
             "redirect_uri": redirect_uri,
@@ -6221,11 +6460,11 @@ class Authorization:
                 "login", token_hash(cookie).hex(), unb64url(box)
             )
         except ValueError:
-            raise PageRefusal("wrong browser") from None
+            raise ErrorPage("wrong_browser") from None
         decision = form.get("decision")
         access = form.get("access")
         if decision not in ("approve", "deny") or (decision == "approve" and access not in ("full", "read")):
-            raise PageRefusal("undecided")
+            raise ErrorPage("undecided")
         # Reading is less than writing, so read only is a narrower grant even where only forgejo:write was asked.
         granted = login["scope"] if access == "full" and WRITE in login["scope"] else [READ]
         denied = decision == "deny"
@@ -6243,19 +6482,19 @@ class Authorization:
     def _decided(self, cookie: str, box: str, login: dict[str, Any], decided: str) -> bool:
         """Keeps the decision on a form; whether it is the first, False for the same one sent again while its login lives.
 
-        Raises PageRefusal for another decision than the first (C05), or a form that is too old.
+        Raises ErrorPage for another decision than the first (C05), or a form that is too old.
         """
         now = self._clock.now()
         form_hash = token_hash(box)
         earlier = self._store.answered_form(form_hash, now)
         if earlier is None:
             if login["expires"] <= now:
-                raise PageRefusal("expired")
+                raise ErrorPage("expired")
             if self._keep_login("client", login, cookie, form_hash, decided):
                 return True
             earlier = self._store.answered_form(form_hash, now)  # the other click was faster
         if earlier is None or (earlier.state_hash, earlier.decision) != (token_hash(login["way"]), decided):
-            raise PageRefusal("answered")
+            raise ErrorPage("answered")
         return False
 
     @staticmethod
@@ -6294,22 +6533,22 @@ class Authorization:
     def callback(self, request: Request) -> Response:
         """GET /oauth/callback: Forgejo's answer, taken once and only in the browser that consented."""
         spend(self._limiter, self._settings, "authorize", request)
-        form = parse_form(request.query, PageRefusal("malformed answer"))
+        form = parse_form(request.query, ErrorPage("malformed_answer"))
         if (
             any(len(values) > 1 for values in form.values())
             or not form.get("state")
             or ("code" in form) == ("error" in form)
             or form.get("iss", [self._settings.forgejo_url])[0].rstrip("/") != self._settings.forgejo_url
         ):  # RFC 9207 2.4
-            raise PageRefusal("malformed answer")
+            raise ErrorPage("malformed_answer")
         state = form["state"][0]
         state_hash = token_hash(state)
         row = self._store.login(state_hash, self._clock.now())
         if row is None:
-            raise PageRefusal("expired")
+            raise ErrorPage("expired")
         cookie = self._cookie(request, self._cookie_name)
         if not cookie or not hmac.compare_digest(token_hash(cookie), row.browser_hash):
-            raise PageRefusal("wrong browser")
+            raise ErrorPage("wrong_browser")
         with self._turn(state_hash):
             taken = self._store.take_login(state_hash, self._clock.now())
             if taken is None:
@@ -6317,7 +6556,7 @@ class Authorization:
             try:
                 login = self._keyring.unseal("login", state_hash.hex(), taken.sealed)
             except ValueError:
-                raise PageRefusal("expired") from None
+                raise ErrorPage("expired") from None
             return self._finished(taken.kind, login, form, state_hash)
 
     @contextlib.contextmanager
@@ -6339,12 +6578,12 @@ class Authorization:
         try:
             answer = self._keyring.unseal("answer", state_hash.hex(), row.answer)
         except (ValueError, TypeError, AttributeError):  # none: refused by the person, or lost in a crash
-            raise PageRefusal("expired") from None
+            raise ErrorPage("expired") from None
         code = self._store.code(token_hash(answer["code"])) if answer["code"] else None
         if code and code.used_at is not None:
-            return notice("connected")
+            return connected_page()
         if answer["code"] and (code is None or code.expires_at <= now or code.ended_at is not None):
-            raise PageRefusal("expired")
+            raise ErrorPage("expired")
         response = redirect(answer["location"])
         return replace(response, headers=(*response.headers, *map(tuple, answer["headers"])))
 
@@ -6367,21 +6606,19 @@ class Authorization:
             if kind != "account":
                 return self._client_answered(login, info, now, state_hash)
             response = self._account_opened(info, now)
-        except ClientRedirect as error:
+        except AuthorizationError as error:
             if kind == "account":
-                raise PageRefusal(
-                    error_page(403, "You are not logged in", error.answer["error_description"] + ".")
-                ) from None
+                raise ErrorPage("not_logged_in", error.answer["error_description"] + ".") from None
             response = self._to_client(login, **error.answer)
         with contextlib.suppress(StoreUnavailable):  # this answer is good; only a repetition would find none
             self._store.answer_login(state_hash, self._answer_box(state_hash, response))
         return response
 
     def _logged_in(self, form, verifier):
-        """Who logged in at Forgejo; ClientRedirect with the error of RFC 6749 4.1.2.1 otherwise, in our words: Forgejo's are not shown."""
+        """Who logged in at Forgejo; AuthorizationError with the error of RFC 6749 4.1.2.1 otherwise, in our words: Forgejo's are not shown."""
         if "error" in form:
             denied = form["error"][0] == "access_denied"
-            raise ClientRedirect(
+            raise AuthorizationError(
                 "access_denied" if denied else "server_error",
                 "The login at Forgejo was refused" if denied else "Forgejo could not log the person in",
             )
@@ -6389,16 +6626,19 @@ class Authorization:
             with self._upstream.callback():
                 return self._upstream.login(form["code"][0], verifier)
         except UpstreamDown:
-            raise ClientRedirect("temporarily_unavailable", "Forgejo cannot be reached just now") from None
+            raise AuthorizationError(
+                "temporarily_unavailable", "Forgejo cannot be reached just now"
+            ) from None
         except UpstreamMisconfigured:
-            raise ClientRedirect("server_error", NOT_ACCEPTED.rstrip(".")) from None
+            raise AuthorizationError("server_error", NOT_ACCEPTED.rstrip(".")) from None
         except UpstreamRefused:
-            raise ClientRedirect(
+            raise AuthorizationError(
                 "server_error", "Forgejo refused the login; the operator's log says why"
             ) from None
         except NotAllowed as error:
             self._log.audit("access_refused", user=error.sub, login=error.login, reason=error.reason)
-            raise ClientRedirect("access_denied", error.reason) from None
+            signed_in = f" (you are signed in at Forgejo as {error.login})" if error.login else ""
+            raise AuthorizationError("access_denied", error.reason + signed_in) from None
 
     def _client_answered(
         self, login: dict[str, Any], info: UserInfo, now: float, state_hash: bytes
@@ -6441,25 +6681,43 @@ class Authorization:
         if user is None:
             browser, headers = self._marked_browser(request)
             return account_login_page(self._forgejo_host, self._csrf(browser, "account login"), headers)
-        applications = {}
-        for grant in self._store.grants_of(
-            user.sub, self._clock.now()
-        ):  # several logins of one application are one to people
-            name, scopes, used = applications.get(grant.client_id, (grant.name, "", 0))[:3]
-            applications[grant.client_id] = (name, f"{scopes} {grant.scope}", max(used, grant.used_at))
-        sessions = [
-            (row.hash.hex(), row.name, row.created_at, row.used_at)
-            for row in self._store.sessions_of(user.sub)[:100]
-        ]
         granted = self._store.user(user.sub).upstream_scope
         missing = missing_scopes(self._settings.forgejo_oauth_scopes, granted) if granted is not None else []
         return account_page(
             user.login,
-            [(key, *shown) for key, shown in applications.items()],
-            sessions,
+            self._forgejo_host,
+            self._settings.resource,
+            self._applications(user.sub),
             self._csrf(cookie, "account"),
             missing_rights(missing, self._settings.forgejo_url),
         )
+
+    def _applications(self, sub: int) -> list[Application]:
+        """Returns what a user has connected, the last used first; several logins of one application are one to people."""
+        grants: dict[str, list[Any]] = {}
+        for grant in self._store.grants_of(sub, self._clock.now()):
+            grants.setdefault(grant.client_id, []).append(grant)
+        sessions: dict[str, list[OpenSession]] = {}
+        for row in self._store.sessions_of(sub)[:MAX_SHOWN_SESSIONS]:
+            session = OpenSession(row.hash.hex(), row.created_at, row.used_at)
+            sessions.setdefault(row.client_id, []).append(session)
+        return [
+            Application(
+                client_id=client_id,
+                name=logins[0].name or client_id,
+                may_write=any(WRITE in grant.scope.split() for grant in logins),
+                destinations=self._destinations(client_id),
+                used=max(grant.used_at for grant in logins),
+                sessions=sessions.get(client_id, []),
+            )
+            for client_id, logins in grants.items()
+        ]
+
+    def _destinations(self, client_id: str) -> str:
+        """Returns where an application's answers go, for people."""
+        client = self._store.client(client_id)
+        places = dict.fromkeys(map(destination, client.redirect_uris if client else ()))
+        return ", ".join(places) or "an address that is no longer registered"
 
     def account_login(self, request: Request) -> Response:
         """POST /account/login: to Forgejo, and back to the account page."""
@@ -6482,14 +6740,14 @@ class Authorization:
         )
 
     def account_end(self, request):
-        """POST /account/end: end one application's grants, one session, or this login; nothing but the user's own."""
+        """POST /account/end: ends all grants, one application's, one session, or this login; nothing but the user's own."""
         form, cookie = self._posted(request, self._cookie_name + "-account", "account")
         now = self._clock.now()
         user = self._store.account(token_hash(cookie), now)
         if user is None:
-            raise PageRefusal("expired")
+            raise ErrorPage("expired")
         for grant in self._store.grants_of(user.sub, now):
-            if grant.client_id == form.get("client"):
+            if form.get("all") or grant.client_id == form.get("client"):
                 self._end(grant, "ended by the user")
         for session in self._store.sessions_of(user.sub):
             if session.hash.hex() == form.get("session") and self._store.end_session(session.hash):
@@ -6721,14 +6979,14 @@ class Authorization:
         if site not in (None, "same-origin") or (
             site is None and request.header("origin") not in (None, self._settings.public_url)
         ):
-            raise PageRefusal("foreign form")
-        values = parse_form(request.read_body(self._settings.max_form), PageRefusal("malformed"))
+            raise ErrorPage("foreign_form")
+        values = parse_form(request.read_body(self._settings.max_form), ErrorPage("malformed"))
         form = {name: items[0] for name, items in values.items() if len(items) == 1}
         cookie = self._cookie(request, cookie_name)
         if not cookie or not hmac.compare_digest(
             self._csrf(cookie, purpose + form.get("login", "")).encode(), form.get("csrf", "").encode()
         ):
-            raise PageRefusal("wrong browser")
+            raise ErrorPage("wrong_browser")
         return form, cookie
 
     @staticmethod
@@ -6744,7 +7002,7 @@ class Authorization:
             if name == wanted
         ]
         if len(values) > 1:
-            raise PageRefusal("two cookies")
+            raise ErrorPage("two_cookies")
         return values[0] if values and re.fullmatch(r"[A-Za-z0-9_-]{43}", values[0]) else None
 
     def _marked_browser(self, request):
@@ -11951,14 +12209,13 @@ class Broker:
                     405, "method_not_allowed", f"Use {next(iter(methods))}.", (("Allow", ", ".join(methods)),)
                 )
             response = handler(request)
-        except PageRefusal as error:
-            response = error.response
+        except ErrorPage as error:
+            response = error.response(request.id)
         except HTTPError as error:
-            response = (
-                error_page(error.status, "This did not work", error.description, headers=error.headers)
-                if kind == "page"
-                else refusal_response(error, NO_STORE[:1])
-            )
+            if kind == "page" or error.status == 404 and is_page_request(request):
+                response = refusal_page(error, request.id)
+            else:
+                response = refusal_response(error, NO_STORE[:1])
         return replace(response, headers=(*response.headers, *cors)) if cors else response
 
     def _cors(self, request, kind):
@@ -12080,6 +12337,12 @@ class Broker:
         with contextlib.suppress(StoreUnavailable):
             self.registry.save_uses()
         self.store.close()
+
+
+def is_page_request(request: Request) -> bool:
+    """Returns whether a person's browser asks for a page. What is under /.well-known/ is for programs, whoever asks."""
+    accepts_pages = any("text/html" in value for value in request.headers.get("accept", ()))
+    return accepts_pages and request.method in ("GET", "HEAD") and "/.well-known/" not in request.path
 
 
 def own_hosts(public_url: str, ports: Sequence[int]) -> set[str]:

@@ -228,6 +228,7 @@ def test_C02_what_was_approved_in_one_browser_cannot_be_finished_in_another(rig,
         page,
         ("decision", "approve"),
         form=page.form_with("login"),
+        access="full",
         stop=lambda url: url.startswith(rig.forgejo.url),
     )
     before = rig.forgejo.count("/login/oauth/access_token")
@@ -445,6 +446,7 @@ def test_C07_two_tabs_do_not_disturb_each_other(rig, client):
             page,
             ("decision", "approve"),
             form=page.form_with("login"),
+            access="full",
             stop=lambda url: url.startswith(rig.forgejo.url),
         )
         states.add(query_of(answer.redirected_to)["state"])
@@ -462,7 +464,7 @@ def test_C14_what_was_refused_cannot_be_approved_with_the_same_form(rig, client)
     page = browser.get(client.authorize_url())
     form = page.form_with("login")
     assert "access_denied" in browser.submit(page, ("decision", "deny"), form=form).redirected_to
-    again = browser.submit(page, ("decision", "approve"), form=form, stop=lambda url: True)
+    again = browser.submit(page, ("decision", "approve"), form=form, access="full", stop=lambda url: True)
     assert again.status == 400 and not again.redirected_to
     assert rig.forgejo.count("/login/oauth/authorize") == 0
 
@@ -471,7 +473,7 @@ def test_a_consent_page_left_too_long_says_so(rig, client):
     browser = Browser()
     page = browser.get(client.authorize_url())
     rig.clock.advance(601)
-    answer = browser.submit(page, ("decision", "approve"), form=page.form_with("login"))
+    answer = browser.submit(page, ("decision", "approve"), form=page.form_with("login"), access="full")
     assert answer.status == 400 and "expired" in answer.text
 
 
@@ -483,6 +485,7 @@ def test_the_login_survives_a_restart_between_page_and_callback(rig, client):
         page,
         ("decision", "approve"),
         form=page.form_with("login"),
+        access="full",
         stop=lambda url: url.startswith(rig.forgejo.url),
     )
     rig.restart()

@@ -282,17 +282,24 @@ class Button:
     value: str
     label: str = ""
     action: str | None = None
+    validates: bool = True
 
 
 @dataclass
 class Form:
-    """One form. `fields` is what a submit sends if nothing is touched; `radios` maps a name to the values offered."""
+    """One form. `fields` is what a submit sends if nothing is touched; `radios` maps a name to the values offered.
+
+    `required` names what has to be chosen before a button submits; `enter_submits`: whether the Enter key does, which presses
+    the first submit button, and nothing if that is disabled.
+    """
 
     action: str
     method: str
     fields: dict = field(default_factory=dict)
     radios: dict = field(default_factory=dict)
     buttons: list = field(default_factory=list)
+    required: set = field(default_factory=set)
+    enter_submits: bool = True
 
     def button(self, name, value=None):
         """The button of this name (and value), or None."""
@@ -355,6 +362,8 @@ class _PageReader(HTMLParser):
             self.forms.append(self._form)
         elif self._form is not None and "disabled" not in attrs:
             self._control(tag, attrs)
+        elif self._form is not None and tag == "button" and not self._form.buttons:
+            self._form.enter_submits = False
 
     def _control(self, tag, attrs):
         if tag == "input":
@@ -382,6 +391,8 @@ class _PageReader(HTMLParser):
             value = attrs.get("value", "on")
             if kind == "radio":
                 form.radios.setdefault(name, []).append(value)
+            if "required" in attrs:
+                form.required.add(name)
             if "checked" in attrs:
                 form.fields[name] = value
         else:
@@ -389,7 +400,8 @@ class _PageReader(HTMLParser):
 
     def _new_button(self, attrs):
         action = urljoin(self.url, attrs["formaction"]) if "formaction" in attrs else None
-        button = Button(attrs.get("name", ""), attrs.get("value", ""), action=action)
+        validates = "formnovalidate" not in attrs
+        button = Button(attrs.get("name", ""), attrs.get("value", ""), action=action, validates=validates)
         self._form.buttons.append(button)
         return button
 
@@ -484,10 +496,16 @@ class Browser:
 
     def submit(self, page, /, button=None, form=0, *, stop=None, **overrides):
         """Submit a form of a page by one of its buttons. `form` is an index or a Form; `button` is (name, value) and
-        must be there, None submits without one. `overrides` replace fields as they are (None takes one away)."""
+        must be there, None is the Enter key. `overrides` replace fields as they are (None takes one away). BrowserError
+        where a browser would not send the form: Enter decides nothing, or what is required was not chosen."""
         form = self._form(page, form)
         pressed = self._pressed(page, form, button)
+        if pressed is None and not form.enter_submits:
+            raise BrowserError(f"Enter sends nothing: the first button of the form is disabled, on {page!r}")
         fields = {name: value for name, value in {**form.fields, **overrides}.items() if value is not None}
+        missing = form.required - fields.keys()
+        if missing and (pressed is None or pressed.validates):
+            raise BrowserError(f"nothing is chosen for {missing} on {page!r}")
         if pressed is not None and pressed.name:
             fields[pressed.name] = pressed.value
         action = (pressed.action if pressed is not None else None) or form.action

@@ -70,6 +70,7 @@ def to_forgejo(rig, browser, client, **arguments):
         page,
         ("decision", "approve"),
         form=page.form_with("login"),
+        access="full",
         stop=lambda url: url.startswith(rig.forgejo.url),
     )
 
@@ -347,6 +348,7 @@ def test_C06_before_the_approval_nothing_is_stored_and_forgejo_hears_nothing(rig
         page,
         ("decision", "approve"),
         form=page.form_with("login"),
+        access="full",
         stop=lambda url: url.startswith(rig.forgejo.url),
     )
     state = query_of(away.redirected_to)["state"]
@@ -721,7 +723,7 @@ def test_K14_where_forgejo_is_comes_from_the_configuration_only(rig, client):
     browser = Browser()
     page = browser.get(url, headers={"X-Forwarded-Host": "evil.example", "Forwarded": "host=evil.example"})
     approved = browser.submit(
-        page, ("decision", "approve"), form=page.form_with("login"), stop=lambda url: True
+        page, ("decision", "approve"), form=page.form_with("login"), access="full", stop=lambda url: True
     )
     target = approved.redirected_to
     assert (
