@@ -5253,13 +5253,15 @@ class ConsentQuestion:
     csrf: str
 
 
-# The first submit button is the one that Enter presses. It is disabled, so Enter decides nothing.
+# Enter presses the first submit button of a form: none where that is disabled (HTML 4.10.21.2), the first that is not disabled
+# in Chromium. So the first is disabled, and the second submits to a dialog that is not there, which does nothing.
 CONSENT_TEMPLATE = """
 <div class="box"><p><bdi class="big">{q.client_name}</bdi> wants to use <span class="big">{host}</span> as you.</p>
 <p class="quiet">{known}</p>
 <p>The answer goes to <strong>{where}</strong><br><code class="quiet">{q.redirect_uri}</code></p>{local}</div>
 <p class="box warn">Go on only if you started this yourself, just now, in an application you trust.</p>
 <form method="post" action="/oauth/consent"><button type="submit" hidden disabled></button>
+<button type="submit" hidden formmethod="dialog" formnovalidate></button>
 <input type="hidden" name="login" value="{q.login_box}"><input type="hidden" name="csrf" value="{q.csrf}">
 <fieldset><legend>What may it do?</legend>{choices}</fieldset>
 <p>You connect the account that is signed in at {host} in this browser; if none is, you sign in there next. The access lasts

@@ -21,6 +21,7 @@ PHONE = {
 }
 LIMIT = 20_000  # milliseconds, as the browser counts
 CONTRAST = 4.5  # WCAG 2.2, 1.4.3 (AA)
+CONTROL_CONTRAST = 3.0  # WCAG 2.2, 1.4.11 (AA)
 
 
 class Callback(http.server.ThreadingHTTPServer):
@@ -130,10 +131,16 @@ def grant(page):
     page.locator("[name=granted][value=true]").click(no_wait_after=True)
 
 
+def allow(page, access="Full access"):
+    """The two acts of an approval: what the application may do, and that it may."""
+    page.get_by_label(access).check()
+    page.get_by_role("button", name="Allow").click()
+
+
 def approve(page, url):
     """From the authorization URL to Forgejo's last click; the redirects that follow are the test's to await."""
     page.goto(url)
-    page.get_by_role("button", name="Allow").click()
+    allow(page)
     sign_in(page)
     grant(page)
 
@@ -209,8 +216,7 @@ def test_read_only_is_what_the_person_gets_who_chooses_it(browser, rig, callback
     client = client_at(rig, f"http://localhost:{callback.port}/callback")
     page = new_page(browser)
     page.goto(client.authorize_url())
-    page.get_by_label("Read only").check()
-    page.get_by_role("button", name="Allow").click()
+    allow(page, "Read only")
     sign_in(page)
     grant(page)
     page.wait_for_url("http://localhost:*/callback?*")
@@ -240,6 +246,8 @@ def test_with_the_keyboard_alone(browser, rig, callback):
     assert order == ["full", "deny", "approve"]
     page.keyboard.press("Shift+Tab")
     page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")  # decides nothing
+    page.keyboard.press("Space")
     page.keyboard.press("ArrowDown")  # to Read only
     assert page.evaluate("document.activeElement.value") == "read"
     page.keyboard.press("Tab")
@@ -250,6 +258,68 @@ def test_with_the_keyboard_alone(browser, rig, callback):
     page.wait_for_url("http://localhost:*/callback?*")
     client.finish(page.url)
     assert client.tokens["scope"] == "forgejo:read"
+
+
+# -- what decides, and what does not
+
+
+def was_answered(rig):
+    return bool(rig.log.named("consent_given") or rig.log.named("consent_refused"))
+
+
+def test_enter_decides_nothing_wherever_the_focus_is_but_on_a_button(browser, rig, callback):
+    page = new_page(browser)
+    page.goto(client_at(rig, f"http://localhost:{callback.port}/callback").authorize_url())
+    page.keyboard.press("Enter")
+    for access in ("Full access", "Read only"):
+        page.get_by_label(access).check()
+        page.get_by_label(access).press("Enter")
+    page.goto(page.url)  # whatever had been sent would have left the page by now
+    assert page.get_by_role("heading", level=1).inner_text() == "Connect an application?"
+    assert not was_answered(rig)
+
+
+def test_nothing_is_chosen_beforehand_and_no_double_click_approves(browser, rig, callback):
+    page = new_page(browser)
+    page.goto(client_at(rig, f"http://localhost:{callback.port}/callback").authorize_url())
+    assert page.locator("[name=access]:checked").count() == 0
+    page.get_by_role("button", name="Allow").dblclick()
+    assert page.evaluate("document.querySelector('[name=access]').validity.valueMissing")
+    for access in ("Full access", "Read only"):
+        page.get_by_label(access).dblclick()
+    page.goto(page.url)
+    assert not was_answered(rig)
+
+
+def test_where_only_reading_was_asked_for_nothing_else_is_offered(browser, rig, callback):
+    client = client_at(rig, f"http://localhost:{callback.port}/callback")
+    page = new_page(browser)
+    page.goto(client.authorize_url(scope="forgejo:read"))
+    assert page.locator("[name=access]").count() == 1 and page.get_by_label("Read only").is_checked()
+    assert "change" not in page.locator("form").inner_text()
+
+
+def test_what_is_listed_follows_the_choice(browser, rig, callback):
+    page = new_page(browser)
+    page.goto(client_at(rig, f"http://localhost:{callback.port}/callback").authorize_url())
+    rights = {}
+    for access in ("full", "read"):
+        described = page.locator(f"[name=access][value={access}]").get_attribute("aria-describedby")
+        rights[access] = page.locator(f"#{described}").inner_text()
+    assert "see and change your repositories" in rights["full"]
+    assert "see your" in rights["read"] and "your repositories" in rights["read"]
+    assert "change" not in rights["read"]
+
+
+def test_a_page_of_another_site_cannot_hold_the_consent_page_in_a_frame(browser, rig, callback):
+    page = new_page(browser)
+    page.goto(f"http://localhost:{callback.port}/")
+    url = client_at(rig, f"http://localhost:{callback.port}/callback").authorize_url()
+    with page.expect_event("console", lambda message: "frame" in message.text.lower()):
+        page.evaluate(
+            "url => document.body.append(Object.assign(document.createElement('iframe'), {src: url}))", url
+        )
+    assert page.frames[-1].locator("button").count() == 0
 
 
 # -- what goes wrong
@@ -265,7 +335,7 @@ def test_a_form_sent_twice_leads_to_forgejo_twice(browser, rig, callback):
     headings = []
     for _ in range(2):
         with page.expect_popup() as opened:
-            page.get_by_role("button", name="Allow").click()
+            allow(page)
         headings.append(opened.value.get_by_role("heading", level=1).inner_text())
     assert headings == ["Sign in", "Sign in"]
 
@@ -275,7 +345,7 @@ def test_a_form_left_too_long_says_so(browser, rig, callback):
     page = new_page(browser)
     page.goto(client.authorize_url())
     rig.clock.advance(700)
-    page.get_by_role("button", name="Allow").click()
+    allow(page)
     assert page.get_by_role("heading", level=1).inner_text() == "This login has expired"
 
 
@@ -283,7 +353,7 @@ def test_a_login_finished_in_another_browser_says_so(browser, rig, callback):
     client = client_at(rig, f"http://localhost:{callback.port}/callback")
     mine, theirs = new_page(browser), new_page(browser)
     mine.goto(client.authorize_url())
-    mine.get_by_role("button", name="Allow").click()
+    allow(mine)
     mine.wait_for_url(rig.forgejo.url + "/**")
     sign_in(mine)
     mine.locator("[name=granted][value=true]").wait_for()
@@ -301,15 +371,17 @@ def test_a_login_finished_in_another_browser_says_so(browser, rig, callback):
     [
         ("/oauth/authorize?client_id=nobody", "This application is not registered here"),
         ("/oauth/callback?code=x&state=y", "This login has expired"),
-        ("/nowhere", None),
+        ("/nowhere", "There is no such page"),
     ],
 )
 def test_error_pages_say_what_to_do(browser, rig, path, heading):
     page = new_page(browser, **PHONE)
     page.goto(rig.url + path)
-    if heading:
-        assert page.get_by_role("heading", level=1).inner_text() == heading
-        assert "again" in page.locator("main").inner_text()
+    assert page.get_by_role("heading", level=1).inner_text() == heading
+    words = page.locator("main").inner_text()
+    assert "again" in words or "Check the address" in words
+    assert page.get_by_role("link", name="Home page").get_attribute("href") == "/"
+    assert "name the request" in words
     assert fits(page)
 
 
@@ -321,18 +393,38 @@ def fits(page):
     return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def contrast(page):
-    """The lowest contrast of any visible text with what is behind it (WCAG 2.2's formula)."""
-    return page.evaluate("""() => {
+# WCAG 2.2's formula for the contrast of two colours, and the colour behind an element.
+COLOURS = """
         const rgb = text => text.match(/[0-9.]+/g).map(Number)
         const light = ([r, g, b]) => [r, g, b].map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
             .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0)
         const behind = element => { for (; element; element = element.parentElement) {
             const colour = rgb(getComputedStyle(element).backgroundColor); if (colour.length < 4 || colour[3]) return colour }
             return [255, 255, 255] }
-        return Math.min(...[...document.querySelectorAll('main *')].filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
-            .map(e => [light(rgb(getComputedStyle(e).color)), light(behind(e))]).map(([a, b]) => (Math.max(a, b) + .05) / (Math.min(a, b) + .05)))
-    }""")
+        const ratio = (one, other) => { const [a, b] = [light(one), light(other)]
+            return (Math.max(a, b) + .05) / (Math.min(a, b) + .05) }
+"""
+
+
+def contrast(page):
+    """The lowest contrast of any visible text with what is behind it."""
+    return page.evaluate(
+        "() => {"
+        + COLOURS
+        + """return Math.min(...[...document.querySelectorAll('main *')]
+            .filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
+            .map(e => ratio(rgb(getComputedStyle(e).color), behind(e))))}"""
+    )
+
+
+def border_contrast(page):
+    """The lowest contrast of the border of a button, or of a choice, with what is around it."""
+    return page.evaluate(
+        "() => {"
+        + COLOURS
+        + """return Math.min(...[...document.querySelectorAll('button:not([hidden]), .choice')]
+            .map(e => ratio(rgb(getComputedStyle(e).borderTopColor), behind(e.parentElement))))}"""
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -350,6 +442,8 @@ def test_the_consent_page_can_be_read_on_any_screen(browser, rig, callback, sche
     assert dark == (scheme == "dark")
     for button in page.get_by_role("button").all():
         assert button.bounding_box()["height"] >= 44  # a finger's size
+        assert button.bounding_box()["y"] < page.viewport_size["height"] or not options  # in reach on a phone
+    assert border_contrast(page) >= CONTROL_CONTRAST
     if folder := os.environ.get("FJMCP_SCREENSHOTS"):
         page.screenshot(
             path=f"{folder}/consent-{scheme}-{'phone' if options else 'desktop'}.png", full_page=True
@@ -405,16 +499,22 @@ def test_a_screen_reader_is_told_everything_in_order(browser, rig, callback):
         "not verified",
         f"http://localhost:{callback.port}/callback",
         "Go on only if you started this yourself",
-        'heading "What it will be able to do" [level=2]',
+        'group "What may it do?"',
+        'radio "Full access: use every tool, also those that change things"',
         "list:",
-        'group "How much of it?"',
-        'radio "Full access: use every tool, also those that change things" [checked]',
+        "see and change your repositories",
         'radio "Read only: use only tools that look things up"',
+        "list:",
+        "You connect the account that is signed in",
+        "until you end it at",
         'button "Refuse"',
         'button "Allow"',
     ]
-    positions = [snapshot.find(part) for part in parts]
-    assert -1 not in positions and positions == sorted(positions), snapshot
+    position = 0
+    for part in parts:
+        position = snapshot.find(part, position)
+        assert position >= 0, f"{part} is not where it should be:\n{snapshot}"
+    assert "[checked]" not in snapshot
     assert (
         page.evaluate("document.documentElement.lang") == "en" and page.title() == "Connect an application?"
     )

@@ -407,6 +407,34 @@ def test_a_submit_sends_the_fields_the_pressed_button_and_the_changes(site):
     assert (site.seen[-1][2], form_of(site.seen[-1][4])["decision"]) == ("/deny", "deny")
 
 
+def test_a_form_whose_required_choice_is_not_made_is_not_sent_but_by_a_button_that_does_not_ask(site):
+    site.answers["/page"] = (
+        200,
+        {},
+        """<form method=post><input type=radio name=access value=full required>
+        <button name=decision value=deny formnovalidate>No</button><button name=decision value=approve>Yes</button></form>""",
+    )
+    browser = site.browser()
+    page = browser.get(SHOP + "/page")
+    with pytest.raises(BrowserError, match="nothing is chosen for {'access'}"):
+        browser.submit(page, ("decision", "approve"))
+    browser.submit(page, ("decision", "approve"), access="full")
+    assert form_of(site.seen[-1][4]) == {"access": "full", "decision": "approve"}
+    browser.submit(page, ("decision", "deny"))
+    assert form_of(site.seen[-1][4]) == {"decision": "deny"}
+
+
+def test_enter_sends_nothing_where_the_first_button_submits_to_a_dialog(site):
+    form = """<form method=post><button hidden disabled></button>%s<button name=yes>Yes</button></form>"""
+    browser = site.browser()
+    site.answers["/page"] = 200, {}, form % ""
+    browser.submit(browser.get(SHOP + "/page"))  # Chromium passes over what is disabled
+    assert site.seen[-1][0] == "POST"
+    site.answers["/page"] = 200, {}, form % "<button hidden formmethod=dialog></button>"
+    with pytest.raises(BrowserError, match="Enter sends nothing"):
+        browser.submit(browser.get(SHOP + "/page"))
+
+
 def test_a_get_form_puts_its_fields_into_the_query(site):
     site.answers["/page"] = 200, {}, FORM
     browser = site.browser()

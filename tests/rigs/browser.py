@@ -289,8 +289,8 @@ class Button:
 class Form:
     """One form. `fields` is what a submit sends if nothing is touched; `radios` maps a name to the values offered.
 
-    `required` names what has to be chosen before a button submits; `enter_submits`: whether the Enter key does, which presses
-    the first submit button, and nothing if that is disabled.
+    `required` names what has to be chosen before a button submits; `enter_submits`: whether the Enter key does, which in
+    Chromium presses the first submit button that is not disabled, and sends nothing if that one submits to a dialog.
     """
 
     action: str
@@ -360,10 +360,10 @@ class _PageReader(HTMLParser):
                 urljoin(self.url, attrs.get("action") or self.url), attrs.get("method", "get").upper()
             )
             self.forms.append(self._form)
+        elif self._form is not None and attrs.get("formmethod") == "dialog":
+            self._form.enter_submits = self._form.enter_submits and bool(self._form.buttons)
         elif self._form is not None and "disabled" not in attrs:
             self._control(tag, attrs)
-        elif self._form is not None and tag == "button" and not self._form.buttons:
-            self._form.enter_submits = False
 
     def _control(self, tag, attrs):
         if tag == "input":
@@ -501,7 +501,9 @@ class Browser:
         form = self._form(page, form)
         pressed = self._pressed(page, form, button)
         if pressed is None and not form.enter_submits:
-            raise BrowserError(f"Enter sends nothing: the first button of the form is disabled, on {page!r}")
+            raise BrowserError(
+                f"Enter sends nothing: the first button of the form leads nowhere, on {page!r}"
+            )
         fields = {name: value for name, value in {**form.fields, **overrides}.items() if value is not None}
         missing = form.required - fields.keys()
         if missing and (pressed is None or pressed.validates):
