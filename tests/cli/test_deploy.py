@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 import fjmcp_broker
-from rigs import settings_table
+from rigs import connect_table, settings_table
 from rigs.broker_process import BROKER, BrokerProcess, run_program
 from rigs.fake_forgejo import FakeForgejo
 from rigs.mcp_client import McpClient, OAuthClient
@@ -305,6 +305,10 @@ def test_a_unit_holds_the_socket_of_metrics_because_the_service_may_open_none():
 
 def test_the_table_of_settings_is_the_programs():
     assert (ROOT / "docs/settings.md").read_text() == settings_table.table()
+
+
+def test_the_table_of_assistants_is_the_home_pages():
+    assert connect_table.table() + "\n" in (ROOT / "docs/connect.md").read_text()
 
 
 def test_every_link_in_the_documents_leads_somewhere():

@@ -72,6 +72,7 @@ class Site(http.server.ThreadingHTTPServer):
 def log_in(page: Any, finished: str) -> None:
     """Allow, sign in at Forgejo, grant where it asks: what a person does in the window of a login, until `finished` (a pattern of URLs)."""
     page.set_default_timeout(LIMIT)
+    page.get_by_label("Full access").check()
     page.get_by_role("button", name="Allow").click(no_wait_after=True)
     deadline = time.monotonic() + ANSWER_LIMIT
     steps = {"[name=password]": _sign_in, "[name=granted][value=true]": _grant}

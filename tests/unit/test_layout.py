@@ -20,7 +20,6 @@ LONG_FUNCTIONS: set[str] = {
     "Broker._routes",
     "Store.keep_document",
     "check_forgejo",
-    "consent_page",
     "examine",
     "fetch",
     "init",
