@@ -1757,8 +1757,8 @@ def load_keyring(settings):
 
 # ======================================================================================================================
 # Store
-# Owns all SQL: what survives a crash. One method is one atomic batch that takes and returns plain values (docs/storage.md).
-# Must not know what a box holds, nor decide anything outside of a statement.
+# Owns all SQL: what survives a crash. One method is one static batch that takes and returns plain values (docs/storage.md).
+# Must not know what a box holds, nor decide anything between two statements.
 # ======================================================================================================================
 
 SCHEMA = """
@@ -1820,13 +1820,17 @@ VERSION_2 = """
 CREATE INDEX grants_by_client ON grants (client_id, ended_at);
 CREATE INDEX grants_by_expiry ON grants (expires_at);
 CREATE INDEX codes_by_grant ON codes (grant_id);
+ALTER TABLE grants RENAME COLUMN asked TO requested_scope;
 ALTER TABLE logins ADD COLUMN decision TEXT NOT NULL DEFAULT '';
 ALTER TABLE logins ADD COLUMN answer BLOB;
+ALTER TABLE users RENAME COLUMN state TO status;
+ALTER TABLE users ADD COLUMN status_reason TEXT;
 ALTER TABLE users ADD COLUMN account_created REAL;
 ALTER TABLE users ADD COLUMN former_login TEXT;
-ALTER TABLE users ADD COLUMN state_reason TEXT;
 ALTER TABLE users ADD COLUMN credential_order INTEGER NOT NULL DEFAULT 0;
 CREATE INDEX users_by_credential_order ON users (credential_order);
+CREATE INDEX users_by_credential_age ON users (obtained_at);
+CREATE INDEX users_shut_out ON users (sub) WHERE status != 'active';
 ALTER TABLE clients ADD COLUMN network TEXT;
 ALTER TABLE clients ADD COLUMN unused_since REAL;
 UPDATE clients SET unused_since = created_at WHERE kind = 'dynamic' AND used_at <= created_at;
@@ -1835,61 +1839,370 @@ CREATE INDEX clients_by_network ON clients (network, unused_since) WHERE network
 CREATE INDEX logins_kept ON logins (expires_at) WHERE sealed IS NOT NULL OR answer IS NOT NULL;
 ALTER TABLE clients ADD COLUMN confirmed_at REAL;
 UPDATE clients SET confirmed_at = iif(fresh_until > 0, fetched_at, used_at) WHERE kind = 'document';
+ALTER TABLE binaries RENAME TO programs;
+ALTER TABLE programs RENAME COLUMN asks TO sends_requests;
+CREATE INDEX assertions_by_expiry ON assertions (expires_at);
+CREATE INDEX account_logins_by_expiry ON account_logins (expires_at);
+CREATE INDEX account_logins_by_user ON account_logins (sub);
 """
 MIGRATIONS = (SCHEMA, VERSION_2)  # MIGRATIONS[n] takes a store from version n to n + 1
 
-LIVE_GRANT = "ended_at IS NULL AND expires_at > :now"
-# A token of a table with its grant and user; of two columns of a name the first counts (an access token's own scope and expiry).
-TOKEN = (
-    "SELECT t.*, g.sub, g.client_id, g.scope, g.scope AS grant_scope, g.asked, g.resource, g.ended_at, u.login, u.state"
-    " FROM {} t JOIN grants g USING (grant_id) JOIN users u USING (sub) WHERE t.hash = ?"
-)
-LISTINGS = {
-    "users": "SELECT sub, login, name, state, upstream_scope, checked_at, (SELECT count(*) FROM grants WHERE grants.sub = users.sub"
-    f" AND {LIVE_GRANT}) AS grants, (SELECT count(*) FROM sessions WHERE sessions.sub = users.sub) AS sessions FROM users ORDER BY login",
-    "clients": "SELECT client_id, kind, name, auth_method, created_at, used_at, (SELECT count(*) FROM grants WHERE grants.client_id ="
-    f" clients.client_id AND {LIVE_GRANT}) AS grants FROM clients WHERE kind != 'unreadable' ORDER BY created_at",
-    "grants": "SELECT grant_id, login, client_id, scope, created_at, used_at, expires_at FROM (SELECT * FROM grants WHERE"
-    f" {LIVE_GRANT}) JOIN (SELECT sub, login FROM users) USING (sub) ORDER BY grant_id",
-    "sessions": "SELECT substr(lower(hex(hash)), 1, 12) AS session, login, client_id, protocol_version, sessions.created_at, used_at"
-    " FROM sessions JOIN users USING (sub) ORDER BY used_at DESC",
-}
-SWEEPS = (  # what goes once its time is that many seconds past (None: the life of an unused client); bounded, so that no sweep takes long
-    # Strangers make logins: their boxes (6 KiB) go with the login's time, the tombstones an hour later.
-    (
-        "UPDATE logins SET sealed = NULL, answer = NULL WHERE (sealed IS NOT NULL OR answer IS NOT NULL) AND expires_at < ?",
-        0,
-    ),
-    ("DELETE FROM logins WHERE expires_at < ?", 3600),
-    ("UPDATE clients SET network = NULL WHERE network IS NOT NULL AND created_at < ?", 3600),
-    ("DELETE FROM account_logins WHERE expires_at < ?", 0),
-    ("DELETE FROM assertions WHERE expires_at < ?", 0),
-    ("DELETE FROM access_tokens WHERE expires_at < ?", 60),
-    (
-        "UPDATE refresh_tokens SET successor = NULL WHERE successor IS NOT NULL AND rotated_at < ?",
-        REFRESH_GRACE,
-    ),
-    (
-        "DELETE FROM grants WHERE grant_id IN (SELECT grant_id FROM grants WHERE expires_at < ?1 OR ended_at < ?1 LIMIT 500)",
-        86400,
-    ),
-    (
-        "DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind = 'dynamic' AND used_at < ? AND NOT EXISTS"
-        " (SELECT 1 FROM grants g WHERE g.client_id = clients.client_id AND g.ended_at IS NULL) LIMIT 500)",
-        None,
-    ),
-)
-REGISTRATIONS_AN_HOUR = (
-    2000  # kept of one network, unused: a hosted client's servers register for all its users
-)
+# kept of one network, unused: a hosted client's servers register for all its users
+REGISTRATIONS_AN_HOUR = 2000
 REGISTRATIONS_IN_ALL = 100_000  # unused: 0.5 GiB on disk at their largest
 BUSY_WAIT = 5  # seconds to wait for a process that keeps the database locked
+
+Values = tuple[Any, ...]  # a row as SQLite gives it
+Parameters = Mapping[str, object]
+RowType = TypeVar("RowType")
+
+
+class ClientRow(NamedTuple):
+    """A client; its JSON columns are read."""
+
+    client_id: str
+    kind: str
+    name: str
+    redirect_uris: list[str]
+    secret_hash: bytes | None
+    auth_method: str
+    metadata: dict[str, Any]
+    keys: dict[str, Any]
+    fetched_at: float
+    fresh_until: float
+    confirmed_at: float | None
+    created_at: float
+    used_at: float
+    network: str | None
+    unused_since: float | None
+
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody has logged in through it."""
+        return self.used_at > self.created_at
+
+
+class UserRow(NamedTuple):
+    """A user with their credential at Forgejo."""
+
+    sub: str
+    login: str
+    name: str
+    groups: list[str]
+    account_created: float | None
+    former_login: str | None
+    status: str
+    status_reason: str | None
+    credential: bytes | None
+    credential_grant: int
+    credential_count: int
+    credential_order: int
+    credential_seq: int
+    access_expires_at: float
+    obtained_at: float
+    refreshing_since: float | None
+    upstream_scope: str | None
+    checked_at: float
+    created_at: float
+
+
+class PersonRow(NamedTuple):
+    """What tells one person from another who has the same number."""
+
+    sub: str
+    login: str
+    account_created: float | None
+
+
+class AccountRow(NamedTuple):
+    """Whom a browser has logged in to the account page."""
+
+    sub: str
+    login: str
+
+
+class AccountGrantRow(NamedTuple):
+    """A live grant as the account page shows it; the client may be gone."""
+
+    grant_id: int
+    sub: str
+    client_id: str
+    name: str | None
+    scope: str
+    created_at: float
+    used_at: float
+
+
+class AccountSessionRow(NamedTuple):
+    """A session as the account page shows it; the client may be gone."""
+
+    hash: bytes
+    client_id: str
+    name: str | None
+    created_at: float
+    used_at: float
+
+
+class LoginRow(NamedTuple):
+    """An approved login, and the answer to its callback."""
+
+    browser_hash: bytes
+    kind: str
+    sealed: bytes | None
+    answer: bytes | None
+
+
+class DecisionRow(NamedTuple):
+    """How a consent form was answered."""
+
+    state_hash: bytes
+    decision: str
+
+
+class GrantRow(NamedTuple):
+    """A grant, and what it allows."""
+
+    grant_id: int
+    sub: str
+    client_id: str
+    scope: str
+
+
+class CodeRow(NamedTuple):
+    """An authorization code with its grant and user."""
+
+    grant_id: int
+    sub: str
+    client_id: str
+    scope: str
+    ended_at: float | None
+    login: str
+    status: str
+    expires_at: float
+    used_at: float | None
+
+
+class RefreshTokenRow(NamedTuple):
+    """A refresh token with its grant and user; the scope is the grant's."""
+
+    grant_id: int
+    sub: str
+    client_id: str
+    scope: str
+    ended_at: float | None
+    login: str
+    status: str
+    expires_at: float
+    rotated_at: float | None
+    successor: bytes | None
+
+
+class AccessTokenRow(NamedTuple):
+    """An access token with its grant and user; the scope is the token's own."""
+
+    grant_id: int
+    sub: str
+    client_id: str
+    scope: str
+    grant_scope: str
+    requested_scope: str
+    resource: str
+    ended_at: float | None
+    login: str
+    status: str
+    expires_at: float
+
+
+class SessionRow(NamedTuple):
+    """A session; `initialize`, `server` and `subscriptions` are JSON."""
+
+    hash: bytes
+    sub: str
+    client_id: str
+    protocol_version: str
+    initialize: str
+    server: str
+    log_level: str | None
+    subscriptions: str
+    tools_hash: bytes | None
+    created_at: float
+    used_at: float
+
+
+class ProgramRow(NamedTuple):
+    """What is known of a program that children run."""
+
+    era: str
+    sends_requests: int
+
+
+class BoxRow(NamedTuple):
+    """A sealed box with what it was sealed for."""
+
+    purpose: str
+    owner: str
+    box: bytes
+
+
+def only(row: Values) -> Any:
+    """Returns the value of a row of one column."""
+    return row[0]
+
+
+def client_row(row: Values) -> ClientRow:
+    """Returns a client with its JSON columns read."""
+    found: Any = ClientRow._make(row)
+    client: ClientRow = found._replace(
+        redirect_uris=json.loads(found.redirect_uris),
+        metadata=json.loads(found.metadata),
+        keys=json.loads(found.keys or "{}"),
+    )
+    return client
+
+
+def user_row(row: Values) -> UserRow:
+    """Returns a user with the groups read."""
+    found: Any = UserRow._make(row)
+    user: UserRow = found._replace(groups=json.loads(found.groups))
+    return user
+
+
+# What is used by more than one statement. SQLite's own words stand here, and in `ON CONFLICT … excluded`, which PostgreSQL shares.
+LIVE_GRANT = "ended_at IS NULL AND expires_at > :now"
+ALL_BUT = "LIMIT -1 OFFSET"  # the rows after the first so many
+# The values of a JSON list.
+IN_LIST = "(SELECT value FROM json_each(:listed))"
+ACCESS_TOKEN = """
+    SELECT
+      t.grant_id,
+      g.sub,
+      g.client_id,
+      t.scope,
+      g.scope AS grant_scope,
+      g.requested_scope,
+      g.resource,
+      g.ended_at,
+      u.login,
+      u.status,
+      t.expires_at
+    FROM access_tokens t
+    JOIN grants g ON g.grant_id = t.grant_id
+    JOIN users u ON u.sub = g.sub
+    WHERE t.hash = :hash
+"""
+BEARER = f"{ACCESS_TOKEN} AND t.expires_at > :now AND g.ended_at IS NULL AND g.expires_at > :now"
+CLIENT = f"SELECT {', '.join(ClientRow._fields)} FROM clients WHERE client_id = :client_id"
+USER = f"SELECT {', '.join(UserRow._fields)} FROM users WHERE sub = :sub"
+SESSION = f"""
+    SELECT {", ".join(SessionRow._fields)}
+    FROM sessions
+    WHERE hash = :hash AND sub = :sub AND client_id = :client_id
+"""
+LISTINGS = {
+    "users": f"""
+        SELECT
+          sub,
+          login,
+          name,
+          status AS state,
+          upstream_scope,
+          checked_at,
+          (SELECT count(*) FROM grants WHERE grants.sub = users.sub AND {LIVE_GRANT}) AS grants,
+          (SELECT count(*) FROM sessions WHERE sessions.sub = users.sub) AS sessions
+        FROM users
+        ORDER BY login
+    """,
+    "clients": f"""
+        SELECT
+          client_id,
+          kind,
+          name,
+          auth_method,
+          created_at,
+          used_at,
+          (SELECT count(*) FROM grants WHERE grants.client_id = clients.client_id AND {LIVE_GRANT}) AS grants
+        FROM clients
+        WHERE kind != 'unreadable'
+        ORDER BY created_at
+    """,
+    "grants": f"""
+        SELECT grant_id, login, client_id, scope, grants.created_at, used_at, expires_at
+        FROM grants
+        JOIN users USING (sub)
+        WHERE {LIVE_GRANT}
+        ORDER BY grant_id
+    """,
+    "sessions": """
+        SELECT
+          substr(lower(hex(hash)), 1, 12) AS session,
+          login,
+          client_id,
+          protocol_version,
+          sessions.created_at,
+          used_at
+        FROM sessions
+        JOIN users USING (sub)
+        ORDER BY used_at DESC
+    """,
+}
+FIND_GRANTS = f"SELECT grant_id, sub, client_id, scope FROM grants JOIN users USING (sub) WHERE {LIVE_GRANT}"
+# Logins do not depend on case; a former login means its user only while nobody has that login now.
+GRANTS_OF = {
+    "user": f"""{FIND_GRANTS}
+        AND (
+          lower(login) = lower(:value)
+          OR lower(former_login) = lower(:value)
+          AND NOT EXISTS (SELECT 1 FROM users WHERE lower(login) = lower(:value))
+        )
+    """,
+    "client": f"{FIND_GRANTS} AND client_id = :value",
+    "grant": f"{FIND_GRANTS} AND grant_id = :value",
+    "all": FIND_GRANTS,
+}
+# Each is bounded, so that no sweep takes long.
+SWEEPS = (
+    # Strangers make logins: their boxes (6 KiB) go with the login's time, the tombstones an hour later.
+    """
+    UPDATE logins
+    SET sealed = NULL,
+        answer = NULL
+    WHERE (sealed IS NOT NULL OR answer IS NOT NULL) AND expires_at < :now
+    """,
+    "DELETE FROM logins WHERE expires_at < :now - 3600",
+    "UPDATE clients SET network = NULL WHERE network IS NOT NULL AND created_at < :now - 3600",
+    "DELETE FROM account_logins WHERE expires_at < :now",
+    "DELETE FROM assertions WHERE expires_at < :now",
+    "DELETE FROM access_tokens WHERE expires_at < :now - 60",
+    f"""
+    UPDATE refresh_tokens
+    SET successor = NULL
+    WHERE successor IS NOT NULL AND rotated_at < :now - {REFRESH_GRACE}
+    """,
+    """
+    DELETE FROM grants
+    WHERE grant_id IN (
+      SELECT grant_id FROM grants WHERE expires_at < :now - 86400 OR ended_at < :now - 86400 LIMIT 500
+    )
+    """,
+    """
+    DELETE FROM clients
+    WHERE client_id IN (
+      SELECT client_id
+      FROM clients
+      WHERE kind = 'dynamic'
+        AND used_at < :now - :client_lifetime
+        AND NOT EXISTS (SELECT 1 FROM grants g WHERE g.client_id = clients.client_id AND g.ended_at IS NULL)
+      LIMIT 500
+    )
+    """,
+    "DELETE FROM sessions WHERE used_at < :now - :session_lifetime RETURNING hash",
+)
 
 
 class StoreUnavailable(HTTPError):
     """The database cannot be written or read just now (full, locked, broken); nothing was changed."""
 
-    def __init__(self, reason):
+    def __init__(self, reason: str) -> None:
         super().__init__(
             503,
             "temporarily_unavailable",
@@ -1899,70 +2212,69 @@ class StoreUnavailable(HTTPError):
         self.reason = reason
 
 
-@functools.cache
-def _row_class(names):
-    return collections.namedtuple("Row", names, rename=True)
+class Database:
+    """The SQLite file: one writer and one reader connection, WAL, every commit on disk before the call returns."""
 
+    def __init__(self, path: str, keyring: Keyring, alone: bool = True) -> None:
+        """Opens, makes or migrates the store; `alone` keeps a second broker out, operators' commands come beside one.
 
-def _row_factory(cursor, values):
-    return _row_class(tuple(column[0] for column in cursor.description))._make(values)
-
-
-class Store:
-    """The SQLite database: one writer and one reader connection, WAL, every commit on disk before the call returns."""
-
-    def __init__(self, path, keyring, alone=True):
-        """Open, make or migrate the store; `alone` keeps a second broker out, operators' commands come beside one."""
+        Raises ConfigurationError for a file that is none, is damaged, newer, in use, or sealed with another key.
+        """
         self.path = path
-        self._lock_file = None
-        self._writer = None
-        self._reader = None
+        self._opened = contextlib.ExitStack()
+        # The locks guard a connection each; leaves.
         self._write_lock = threading.Lock()
-        self._read_lock = threading.Lock()  # guard a connection each; leaves
+        self._read_lock = threading.Lock()
         try:
             if alone:
                 self._claim(path)
-            self._writer = self._connect(path)
-            self._reader = self._connect(path)
-            if (problem := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                broken = sqlite3.DatabaseError(problem)
-                broken.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-                raise broken
+            self._writer = self._open(path)
+            self._reader = self._open(path)
+            self._check_pages()
             self._migrate()
             self._check_key(keyring)
-        except BaseException as error:
+        except StoreUnavailable as error:
             self.close()
-            if not isinstance(error, (sqlite3.Error, StoreUnavailable)):
-                raise
-            if isinstance(error, StoreUnavailable):
-                raise ConfigurationError([f"store_path: {error.reason}"]) from None
-            raise ConfigurationError(
-                [f"store_path: {path} cannot be used: {file_trouble(path, error)}"]
-            ) from None
+            raise ConfigurationError([f"store_path: {error.reason}"]) from None
+        except sqlite3.Error as error:
+            self.close()
+            trouble = f"store_path: {path} cannot be used: {file_trouble(path, error)}"
+            raise ConfigurationError([trouble]) from None
+        except BaseException:
+            self.close()
+            raise
 
-    def _claim(self, path):
-        """Take the store for this process; files are made 0600 before SQLite could make them otherwise."""
+    def _claim(self, path: str) -> None:
+        """Takes the store for this process; files are made 0600 before SQLite could make them otherwise."""
         try:
-            self._lock_file = os.open(
-                path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-            )
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self._opened.callback(os.close, lock_file)
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
             for name in filter(os.path.exists, (path, path + "-wal", path + "-shm")):
                 os.chmod(name, 0o600)
         except BlockingIOError:
             raise ConfigurationError([f"store_path: another broker is using {path}"]) from None
         except OSError as error:
-            raise ConfigurationError(
-                [f"store_path: cannot use {path}: {file_trouble(path, error)}"]
-            ) from None
+            trouble = f"store_path: cannot use {path}: {file_trouble(path, error)}"
+            raise ConfigurationError([trouble]) from None
+
+    def _open(self, path: str) -> sqlite3.Connection:
+        connection = self._connect(path)
+        self._opened.callback(self._checkpoint, connection)
+        return connection
 
     @staticmethod
-    def _connect(path):
+    def _checkpoint(connection: sqlite3.Connection) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.close()
+
+    @staticmethod
+    def _connect(path: str) -> sqlite3.Connection:
         connection = sqlite3.connect(
             path, isolation_level=None, check_same_thread=False, timeout=BUSY_WAIT, cached_statements=256
         )
-        connection.row_factory = _row_factory
         for pragma in (
             "journal_mode=WAL",
             "synchronous=FULL",
@@ -1973,40 +2285,58 @@ class Store:
             connection.execute(f"PRAGMA {pragma}")
         return connection
 
-    def _migrate(self):
+    def _check_pages(self) -> None:
+        problem = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if problem != "ok":
+            broken = sqlite3.DatabaseError(problem)
+            broken.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+            raise broken
+
+    def _migrate(self) -> None:
         version = self._writer.execute("PRAGMA user_version").fetchone()[0]
         if version > len(MIGRATIONS):
             raise ConfigurationError(
                 [f"store_path: {self.path} was written by a newer version of this program (schema {version})"]
             )
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
-            with self._batch() as db:
-                if (
-                    db.execute("PRAGMA user_version").fetchone()[0] < number
-                ):  # a command beside us may have been faster
+            with self._batch() as writer:
+                # A command beside us may have been faster.
+                if writer.execute("PRAGMA user_version").fetchone()[0] < number:
                     for statement in filter(str.strip, script.split(";\n")):
-                        db.execute(statement)
-                    db.execute(f"PRAGMA user_version = {number}")
+                        writer.execute(statement)
+                    writer.execute(f"PRAGMA user_version = {number}")
 
-    def _check_key(self, keyring):
-        """Refuse a wrong key at the start rather than at each user's next call."""
-        if not self.boxes():
-            self._write(
-                "INSERT OR IGNORE INTO meta VALUES ('key_probe', ?)", (keyring.seal("probe", "store", "ok"),)
+    def _check_key(self, keyring: Keyring) -> None:
+        """Refuses a wrong key at the start rather than at each user's next call."""
+        probe = self._key_probe()
+        if probe is None:
+            self._run(
+                {"box": keyring.seal("probe", "store", "ok")},
+                """
+                INSERT INTO meta (name, value)
+                SELECT 'key_probe', :box
+                WHERE NOT EXISTS (SELECT 1 FROM users WHERE credential IS NOT NULL)
+                ON CONFLICT DO NOTHING
+                """,
             )
+            probe = self._key_probe()
         try:
-            keyring.unseal(
-                "probe", "store", self._one("SELECT value FROM meta WHERE name = 'key_probe'").value
-            )
+            keyring.unseal("probe", "store", probe or b"")
         except ValueError:
             raise ConfigurationError([f"key_file: the key does not belong to {self.path}"]) from None
 
+    def _key_probe(self) -> bytes | None:
+        probe: bytes | None = self._one(only, "SELECT value FROM meta WHERE name = 'key_probe'", {})
+        return probe
+
+    def _trouble(self, error: sqlite3.Error) -> StoreUnavailable:
+        return StoreUnavailable(f"{self.path} cannot be used: {file_trouble(self.path, error)}")
+
     @contextlib.contextmanager
-    def _batch(self):
+    def _batch(self) -> Iterator[sqlite3.Connection]:
         """One transaction: everything within is committed to disk together, or nothing is."""
-        if not self._write_lock.acquire(
-            timeout=BUSY_WAIT
-        ):  # else threads would queue behind one that waits for another process
+        # Without a limit threads would queue behind one that waits for another process.
+        if not self._write_lock.acquire(timeout=BUSY_WAIT):
             raise StoreUnavailable("another process keeps it locked")
         try:
             self._writer.execute("BEGIN IMMEDIATE")
@@ -2018,248 +2348,537 @@ class Store:
                     self._writer.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
-            raise StoreUnavailable(f"{self.path} cannot be used: {file_trouble(self.path, error)}") from error
+            raise self._trouble(error) from error
         finally:
             self._write_lock.release()
 
-    def _write(self, sql, parameters):
-        """One statement that is a batch of its own: the rows it returns, or how many it changed."""
-        with self._batch() as db:
-            cursor = db.execute(sql, parameters)
-            return cursor.fetchall() if cursor.description else cursor.rowcount
+    def _run(self, parameters: Parameters, *statements: str) -> list[Values]:
+        """Runs the statements as one batch. Returns the rows of those that return any."""
+        rows: list[Values] = []
+        with self._batch() as writer:
+            for statement in statements:
+                rows += writer.execute(statement, parameters).fetchall()
+        return rows
 
-    def _all(self, sql, parameters=()):
+    def _run_each(self, statement: str, parameters: Iterable[Parameters]) -> None:
+        """Runs one statement with each of the parameters, all in one batch."""
+        with self._batch() as writer:
+            writer.executemany(statement, parameters)
+
+    def _read(self, statement: str, parameters: Parameters) -> tuple[Any, list[Values]]:
+        """Returns the columns, as PEP 249 describes them, and the rows that a statement finds."""
         with self._read_lock:
             try:
-                return self._reader.execute(sql, parameters).fetchall()
+                cursor = self._reader.execute(statement, parameters)
+                return cursor.description, cursor.fetchall()
             except sqlite3.Error as error:
-                raise StoreUnavailable(
-                    f"{self.path} cannot be used: {file_trouble(self.path, error)}"
-                ) from error
+                raise self._trouble(error) from error
 
-    def _one(self, sql, parameters=()):
-        return next(iter(self._all(sql, parameters)), None)
+    def _all(
+        self, make: Callable[[Values], RowType], statement: str, parameters: Parameters
+    ) -> list[RowType]:
+        """Returns what a statement finds, each row made into its type."""
+        return [make(row) for row in self._read(statement, parameters)[1]]
 
-    def healthy(self):
-        """Whether the store answers."""
+    def _one(
+        self, make: Callable[[Values], RowType], statement: str, parameters: Parameters
+    ) -> RowType | None:
+        """Returns the first row that a statement finds, or None."""
+        rows = self._all(make, statement, parameters)
+        return rows[0] if rows else None
+
+    def change_marker(self) -> int:
+        """Returns a value that changes when anyone has committed: the reader sees our writer as it sees other processes."""
+        return int(self._one(only, "PRAGMA data_version", {}) or 0)
+
+    def healthy(self) -> bool:
+        """Returns whether the store answers."""
         try:
-            return self._one("SELECT 1 FROM meta") is not None
+            return self._key_probe() is not None
         except StoreUnavailable:
             return False
 
-    def close(self):
-        """Checkpoint and close; the lock goes with the process or here."""
+    def backup(self, path: str) -> None:
+        """Writes a consistent copy to a file."""
+        try:
+            with self._read_lock, contextlib.closing(sqlite3.connect(path)) as copy:
+                self._reader.backup(copy)
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            which = self.path if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) else path
+            raise StoreUnavailable(f"{which} cannot be used: {file_trouble(which, error)}") from error
+
+    def close(self) -> None:
+        """Checkpoints and closes; the lock goes with the process or here."""
         with self._write_lock, self._read_lock:
-            for connection in filter(None, (self._reader, self._writer)):
-                with contextlib.suppress(sqlite3.Error):
-                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                connection.close()
-            if self._lock_file is not None:
-                os.close(self._lock_file)
+            self._opened.close()
 
-    # -- clients
 
-    def add_client(self, client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, now):
-        """Keep a client; one with the same id (a pre-registered one at the next start) is replaced."""
-        self._write(
-            "INSERT INTO clients (client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, created_at, used_at)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (client_id) DO UPDATE SET kind = excluded.kind, name = excluded.name,"
-            " redirect_uris = excluded.redirect_uris, secret_hash = excluded.secret_hash, auth_method = excluded.auth_method",
-            (
-                client_id,
-                kind,
-                name,
-                json.dumps(redirect_uris),
-                secret_hash,
-                auth_method,
-                json.dumps(metadata),
-                now,
-                now,
-            ),
+REGISTER_CLIENT = """
+    INSERT INTO clients (
+      client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata,
+      network, unused_since, created_at, used_at
+    )
+    VALUES (
+      :client_id, 'dynamic', :name, :redirect_uris, :secret_hash, :auth_method, :metadata,
+      :network, :now, :now, :now
+    )
+"""
+DROP_REGISTRATIONS_OF_NETWORK = f"""
+    DELETE FROM clients
+    WHERE client_id IN (
+      SELECT client_id
+      FROM clients
+      WHERE network = :network AND unused_since > :now - 3600
+      ORDER BY unused_since DESC {ALL_BUT} :hourly
+    )
+"""
+DROP_REGISTRATIONS = f"""
+    DELETE FROM clients
+    WHERE client_id IN (
+      SELECT client_id
+      FROM clients
+      WHERE unused_since IS NOT NULL
+      ORDER BY unused_since DESC {ALL_BUT} :total
+    )
+"""
+# A new row says only that the document was asked for; what it says stands in the next statement.
+KEEP_DOCUMENT = """
+    INSERT INTO clients (
+      client_id, kind, name, redirect_uris, auth_method, metadata, fetched_at, fresh_until, created_at, used_at
+    )
+    VALUES (:url, 'unreadable', :name, :redirect_uris, :auth_method, :metadata, :now, :fresh_until, :now, :now)
+    ON CONFLICT (client_id) DO UPDATE
+    SET fetched_at = :now,
+        fresh_until = :fresh_until,
+        confirmed_at = CASE WHEN :away = 1 THEN clients.confirmed_at END
+"""
+READ_DOCUMENT = """
+    UPDATE clients
+    SET kind = 'document',
+        name = :name,
+        redirect_uris = :redirect_uris,
+        auth_method = :auth_method,
+        metadata = :metadata,
+        confirmed_at = :now
+    WHERE client_id = :url AND :name != ''
+"""
+DROP_DOCUMENTS = f"""
+    DELETE FROM clients
+    WHERE (SELECT count(*) FROM clients WHERE kind IN ('document', 'unreadable')) > :keep
+      AND client_id IN (
+        SELECT client_id
+        FROM clients
+        WHERE kind IN ('document', 'unreadable')
+          AND NOT EXISTS (SELECT 1 FROM grants WHERE grants.client_id = clients.client_id AND {LIVE_GRANT})
+        ORDER BY used_at DESC {ALL_BUT} :keep
+      )
+"""
+
+
+class ClientStore(Database):
+    """Clients, their documents, and what they proved themselves with."""
+
+    def client(self, client_id: str) -> ClientRow | None:
+        """Returns a client, or None."""
+        return self._one(client_row, CLIENT, {"client_id": client_id})
+
+    def add_client(
+        self,
+        client_id: str,
+        kind: str,
+        name: str,
+        redirect_uris: Sequence[str],
+        secret_hash: bytes | None,
+        auth_method: str,
+        metadata: Mapping[str, object],
+        now: float,
+    ) -> None:
+        """Keeps a client; one with the same id (a pre-registered one at the next start) is replaced."""
+        self._run(
+            {
+                "client_id": client_id,
+                "kind": kind,
+                "name": name,
+                "redirect_uris": json.dumps(redirect_uris),
+                "secret_hash": secret_hash,
+                "auth_method": auth_method,
+                "metadata": json.dumps(metadata),
+                "now": now,
+            },
+            """
+            INSERT INTO clients (
+              client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, created_at, used_at
+            )
+            VALUES (:client_id, :kind, :name, :redirect_uris, :secret_hash, :auth_method, :metadata, :now, :now)
+            ON CONFLICT (client_id) DO UPDATE
+            SET kind = excluded.kind,
+                name = excluded.name,
+                redirect_uris = excluded.redirect_uris,
+                secret_hash = excluded.secret_hash,
+                auth_method = excluded.auth_method
+            """,
         )
 
     def register_client(
         self,
         client_id: str,
         name: str,
-        redirect_uris: list[str],
+        redirect_uris: Sequence[str],
         secret_hash: bytes | None,
         auth_method: str,
-        metadata: dict[str, object],
+        metadata: Mapping[str, object],
         network: str,
         now: float,
         hourly: int = REGISTRATIONS_AN_HOUR,
         total: int = REGISTRATIONS_IN_ALL,
     ) -> None:
-        """Keep a registration, and of those nobody has logged in through `hourly` of its network in an hour, `total` in all: the oldest go."""
-        given = {
-            "id": client_id,
-            "name": name,
-            "uris": json.dumps(redirect_uris),
-            "secret": secret_hash,
-            "method": auth_method,
-            "metadata": json.dumps(metadata),
-            "network": network,
-            "now": now,
-            "hour": now - 3600,
-            "hourly": hourly,
-            "total": total,
-        }
-        with self._batch() as db:
-            db.execute(
-                "INSERT INTO clients (client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, network, unused_since,"
-                " created_at, used_at) VALUES (:id, 'dynamic', :name, :uris, :secret, :method, :metadata, :network, :now, :now, :now)",
-                given,
-            )
-            for which, keep in (
-                ("network = :network AND unused_since > :hour", ":hourly"),
-                ("unused_since IS NOT NULL", ":total"),
-            ):
-                db.execute(
-                    f"DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE {which} ORDER BY unused_since"
-                    f" LIMIT max(0, (SELECT count(*) FROM clients WHERE {which}) - {keep}))",
-                    given,
-                )
-
-    def client(self, client_id):
-        """A client's row (redirect_uris, metadata and keys as values), or None; `in_use`: somebody has logged in through it."""
-        row = self._one(
-            "SELECT *, used_at > created_at AS in_use FROM clients WHERE client_id = ?", (client_id,)
-        )
-        return row and row._replace(
-            redirect_uris=json.loads(row.redirect_uris),
-            metadata=json.loads(row.metadata),
-            keys=json.loads(row.keys or "{}"),
+        """Keeps a registration, and of those nobody has logged in through `hourly` of its network in an hour, `total` in all: the oldest go."""
+        self._run(
+            {
+                "client_id": client_id,
+                "name": name,
+                "redirect_uris": json.dumps(redirect_uris),
+                "secret_hash": secret_hash,
+                "auth_method": auth_method,
+                "metadata": json.dumps(metadata),
+                "network": network,
+                "now": now,
+                "hourly": hourly,
+                "total": total,
+            },
+            REGISTER_CLIENT,
+            DROP_REGISTRATIONS_OF_NETWORK,
+            DROP_REGISTRATIONS,
         )
 
-    def drop_configured_clients(self, still_configured):
-        """Forget pre-registered clients that the configuration no longer names."""
-        self._write(
-            "DELETE FROM clients WHERE kind = 'configured' AND client_id NOT IN (SELECT value FROM json_each(?))",
-            (json.dumps(list(still_configured)),),
+    def drop_configured_clients(self, still_configured: Iterable[str]) -> None:
+        """Forgets pre-registered clients that the configuration no longer names."""
+        self._run(
+            {"listed": json.dumps(list(still_configured))},
+            f"DELETE FROM clients WHERE kind = 'configured' AND client_id NOT IN {IN_LIST}",
         )
-
-    # -- client documents
 
     def keep_document(
         self,
         url: str,
         name: str,
-        redirect_uris: list[str],
+        redirect_uris: Sequence[str],
         auth_method: str,
-        metadata: dict[str, Any],
+        metadata: Mapping[str, object],
         now: float,
         fresh_until: float,
         keep: int = 1000,
         away: bool = False,
     ) -> None:
-        """Keep what a client_id's own document says, or (without a name) that it could not be used; an older good one stays on file.
+        """Keeps what a client_id's own document says, or (without a name) that it could not be used; an older good one stays on file.
 
         `away`: its origin could not be asked, so the older one counts as confirmed when it was. Bounded: above `keep` the
         longest unused go, but never one with a live grant.
         """
-        given = {
-            "url": url,
-            "name": name,
-            "uris": json.dumps(redirect_uris),
-            "method": auth_method,
-            "metadata": json.dumps(metadata),
-            "now": now,
-            "fresh": fresh_until,
-            "keep": keep,
-            "away": away,
-        }
-        with self._batch() as db:
-            db.execute(
-                "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, fetched_at, fresh_until, created_at, used_at)"
-                " VALUES (:url, iif(:name = '', 'unreadable', 'document'), :name, :uris, :method, :metadata, :now, :fresh, :now, :now)"
-                " ON CONFLICT (client_id) DO UPDATE SET fetched_at = :now, fresh_until = :fresh,"
-                " confirmed_at = iif(:away, confirmed_at, NULL)",
-                given,
-            )
-            if name:
-                db.execute(
-                    "UPDATE clients SET kind = 'document', name = :name, redirect_uris = :uris, auth_method = :method,"
-                    " metadata = :metadata, confirmed_at = :now WHERE client_id = :url",
-                    given,
-                )
-            if (
-                db.execute(
-                    "SELECT count(*) FROM clients WHERE kind IN ('document', 'unreadable')"
-                ).fetchone()[0]
-                > keep
-            ):
-                db.execute(
-                    "DELETE FROM clients WHERE client_id IN (SELECT client_id FROM clients WHERE kind IN ('document', 'unreadable')"
-                    f" AND NOT EXISTS (SELECT 1 FROM grants WHERE grants.client_id = clients.client_id AND {LIVE_GRANT})"
-                    " ORDER BY used_at DESC LIMIT -1 OFFSET :keep)",
-                    given,
-                )
+        self._run(
+            {
+                "url": url,
+                "name": name,
+                "redirect_uris": json.dumps(redirect_uris),
+                "auth_method": auth_method,
+                "metadata": json.dumps(metadata),
+                "now": now,
+                "fresh_until": fresh_until,
+                "keep": keep,
+                "away": int(away),
+            },
+            KEEP_DOCUMENT,
+            READ_DOCUMENT,
+            DROP_DOCUMENTS,
+        )
 
     def documents_failing_since(self) -> float | None:
-        """When it began that no document of a client could be read from here; None: one was read last."""
-        row = self._one("SELECT value FROM meta WHERE name = 'documents_failing_since'")
-        return float(row.value) if row else None
+        """Returns when it began that no document of a client could be read from here; None: one was read last."""
+        since = self._one(only, "SELECT value FROM meta WHERE name = 'documents_failing_since'", {})
+        return None if since is None else float(since)
 
     def documents_fail(self, since: float | None) -> None:
-        """Note that no document can be read (from when on, unless that is noted already), or (None) that one was."""
+        """Notes that no document can be read (from when on, unless that is noted already), or (None) that one was."""
         if since is None:
-            self._write("DELETE FROM meta WHERE name = 'documents_failing_since'", ())
+            self._run({}, "DELETE FROM meta WHERE name = 'documents_failing_since'")
         else:
-            self._write("INSERT OR IGNORE INTO meta VALUES ('documents_failing_since', ?)", (repr(since),))
-
-    def keep_keys(self, url, keys):
-        """Keep the public keys that a document's jwks_uri named."""
-        with self._batch() as db:
-            db.execute("UPDATE clients SET keys = ? WHERE client_id = ?", (json.dumps(keys), url))
-
-    def spend_assertion(self, assertion_hash, expires_at):
-        """Whether a client's assertion comes for the first time (RFC 7523 3, jti)."""
-        with self._batch() as db:
-            return (
-                db.execute(
-                    "INSERT OR IGNORE INTO assertions VALUES (?, ?)", (assertion_hash, expires_at)
-                ).rowcount
-                == 1
+            self._run(
+                {"since": repr(since)},
+                "INSERT INTO meta (name, value) VALUES ('documents_failing_since', :since) ON CONFLICT DO NOTHING",
             )
 
-    # -- account
-
-    def open_account(self, browser_hash, sub, expires_at):
-        """A browser may see and end what its user has connected."""
-        with self._batch() as db:
-            db.execute("INSERT INTO account_logins VALUES (?, ?, ?)", (browser_hash, sub, expires_at))
-
-    def account(self, browser_hash, now):
-        """The user (sub, login) that a browser has logged in to the account page, or None."""
-        return self._one(
-            "SELECT sub, login FROM account_logins JOIN users USING (sub) WHERE browser_hash = ? AND expires_at > ?"
-            " AND state = 'active'",
-            (browser_hash, now),
+    def keep_keys(self, url: str, keys: Mapping[str, object]) -> None:
+        """Keeps the public keys that a document's jwks_uri named."""
+        self._run(
+            {"keys": json.dumps(keys), "url": url}, "UPDATE clients SET keys = :keys WHERE client_id = :url"
         )
 
-    def close_account(self, browser_hash):
-        """A browser's login to the account page ends."""
-        with self._batch() as db:
-            db.execute("DELETE FROM account_logins WHERE browser_hash = ?", (browser_hash,))
+    def spend_assertion(self, assertion_hash: bytes, expires_at: float) -> bool:
+        """Returns whether a client's assertion comes for the first time (RFC 7523 3, jti)."""
+        return bool(
+            self._run(
+                {"hash": assertion_hash, "expires_at": expires_at},
+                """
+                INSERT INTO assertions (hash, expires_at)
+                VALUES (:hash, :expires_at)
+                ON CONFLICT DO NOTHING
+                RETURNING 1
+                """,
+            )
+        )
 
-    def grants_of(self, sub, now):
-        """A user's live grants with their client's name, newest first."""
+
+BIND = """
+    INSERT INTO meta (name, value)
+    VALUES ('forgejo_url', :url)
+    ON CONFLICT (name) DO UPDATE SET value = excluded.value
+"""
+FORGET_USERS = (
+    "SELECT grant_id, sub, client_id, scope FROM grants WHERE ended_at IS NULL",
+    "DELETE FROM sessions",
+    "DELETE FROM account_logins",
+    "DELETE FROM logins",
+    "DELETE FROM grants",
+    "DELETE FROM users",
+)
+
+
+class UserStore(Database):
+    """Users, their credential at Forgejo, and the Forgejo whose users they are."""
+
+    def user(self, sub: str) -> UserRow | None:
+        """Returns a user, or None."""
+        return self._one(user_row, USER, {"sub": sub})
+
+    def update_user(
+        self,
+        sub: str,
+        login: str,
+        name: str,
+        groups: Sequence[str],
+        now: float,
+        account_created: float | None = None,
+    ) -> None:
+        """Makes or refreshes what Forgejo says of a user; the status and the credential stay. A login that changed is kept as the former."""
+        self._run(
+            {
+                "sub": sub,
+                "login": login,
+                "name": name,
+                "groups": json.dumps(list(groups)),
+                "account_created": account_created,
+                "now": now,
+            },
+            """
+            INSERT INTO users (sub, login, name, groups, status, account_created, checked_at, created_at)
+            VALUES (:sub, :login, :name, :groups, 'logged_out', :account_created, :now, :now)
+            ON CONFLICT (sub) DO UPDATE
+            SET login = excluded.login,
+                name = excluded.name,
+                groups = excluded.groups,
+                checked_at = excluded.checked_at,
+                former_login = CASE
+                  WHEN lower(users.login) = lower(excluded.login) THEN users.former_login
+                  ELSE users.login
+                END,
+                account_created = coalesce(excluded.account_created, users.account_created)
+            """,
+        )
+
+    def end_person(self, sub: str, reason: str, now: float) -> list[GrantRow]:
+        """Ends every grant, session and account login of a user's number and forgets the credential: it means another person now.
+
+        Returns the grants that ended.
+        """
+        ended = self._run(
+            {"sub": sub, "reason": reason, "now": now},
+            """
+            UPDATE grants
+            SET ended_at = :now,
+                end_reason = :reason
+            WHERE sub = :sub AND ended_at IS NULL
+            RETURNING grant_id, sub, client_id, scope
+            """,
+            "DELETE FROM access_tokens WHERE grant_id IN (SELECT grant_id FROM grants WHERE sub = :sub)",
+            """
+            UPDATE refresh_tokens
+            SET successor = NULL
+            WHERE grant_id IN (SELECT grant_id FROM grants WHERE sub = :sub)
+            """,
+            "DELETE FROM sessions WHERE sub = :sub",
+            "DELETE FROM account_logins WHERE sub = :sub",
+            """
+            UPDATE users
+            SET status = 'logged_out',
+                status_reason = NULL,
+                credential = NULL,
+                credential_grant = 0,
+                credential_count = 0,
+                credential_seq = credential_seq + 1,
+                refreshing_since = NULL,
+                upstream_scope = NULL,
+                account_created = NULL,
+                former_login = NULL
+            WHERE sub = :sub
+            """,
+        )
+        return [GrantRow._make(row) for row in ended]
+
+    def set_upstream_scope(self, sub: str, scope: str | None) -> None:
+        """Keeps what Forgejo really granted, as introspection tells; None when unknown."""
+        self._run({"sub": sub, "scope": scope}, "UPDATE users SET upstream_scope = :scope WHERE sub = :sub")
+
+    def refresh_started(self, sub: str, now: float) -> None:
+        """Notes that the stored refresh token is about to be spent: after a crash its refusal is known to be ours."""
+        self._run({"sub": sub, "now": now}, "UPDATE users SET refreshing_since = :now WHERE sub = :sub")
+
+    def credential_order(self) -> int:
+        """Returns the number of the last credential saved, of any user: read before an exchange or refresh begins."""
+        return int(self._one(only, "SELECT max(credential_order) FROM users", {}) or 0)
+
+    def save_credential(
+        self,
+        sub: str,
+        box: bytes,
+        grant: int,
+        count: int,
+        expires_at: float,
+        obtained_at: float,
+        began: int = 0,
+    ) -> int | None:
+        """Replaces a known user's credential, whatever their status. Returns its sequence number, None when a newer one is stored.
+
+        `began` is what credential_order() said before the exchange or refresh. A stored credential that was saved by
+        then is the older one, whatever Forgejo counts: a Forgejo restored from a backup counts from an older place. Of
+        two that overlapped Forgejo's numbers tell the later: its grant's, then the grant's counter; equal or
+        unreadable: the last one saved.
+        """
+        saved = self._run(
+            {
+                "sub": sub,
+                "box": box,
+                "grant": grant,
+                "count": count,
+                "expires_at": expires_at,
+                "obtained_at": obtained_at,
+                "began": began,
+            },
+            """
+            UPDATE users
+            SET credential = :box,
+                credential_grant = :grant,
+                credential_count = :count,
+                credential_seq = credential_seq + 1,
+                credential_order = 1 + (SELECT max(credential_order) FROM users),
+                access_expires_at = :expires_at,
+                obtained_at = :obtained_at,
+                refreshing_since = NULL
+            WHERE sub = :sub
+              AND (
+                credential_order <= :began
+                OR :grant = 0
+                OR credential_grant < :grant
+                OR (credential_grant = :grant AND credential_count <= :count)
+              )
+            RETURNING credential_seq
+            """,
+        )
+        return int(saved[0][0]) if saved else None
+
+    def set_user_status(
+        self, sub: str, status: str, if_seq: int | None = None, reason: str | None = None
+    ) -> bool:
+        """Sets a user's status and Forgejo's reason for it; with `if_seq` only while that credential is the stored one.
+
+        Returns whether the status is another than before.
+        """
+        return bool(
+            self._run(
+                {"status": status, "reason": reason, "sub": sub, "seq": if_seq},
+                """
+                UPDATE users
+                SET status = :status,
+                    status_reason = :reason,
+                    refreshing_since = NULL
+                WHERE sub = :sub
+                  AND status != :status
+                  AND credential_seq = coalesce(:seq, credential_seq)
+                RETURNING 1
+                """,
+            )
+        )
+
+    def shut_out(self) -> set[str]:
+        """Returns the users whose logins are of no use at present: logged out upstream, suspended or not allowed."""
+        return set(self._all(only, "SELECT sub FROM users WHERE status != 'active'", {}))
+
+    def users_to_refresh(self, obtained_before: float, now: float) -> list[str]:
+        """Returns the users with a live grant whose credential is older than that: Forgejo's refresh token dies after 730 h unused."""
         return self._all(
-            "SELECT grant_id, sub, client_id, name, scope, grants.created_at, grants.used_at FROM grants LEFT JOIN clients"
-            f" USING (client_id) WHERE sub = :sub AND {LIVE_GRANT} ORDER BY grants.used_at DESC",
-            {"sub": sub, "now": now},
+            only,
+            f"""
+            SELECT sub
+            FROM users
+            WHERE obtained_at < :before
+              AND status IN ('active', 'suspended')
+              AND EXISTS (SELECT 1 FROM grants WHERE grants.sub = users.sub AND {LIVE_GRANT})
+            """,
+            {"before": obtained_before, "now": now},
         )
 
-    def sessions_of(self, sub):
-        """A user's sessions with their client's name, the last used first."""
+    def known_people(self, limit: int) -> list[PersonRow]:
+        """Returns the users whom Forgejo was asked about last."""
         return self._all(
-            "SELECT hash, client_id, name, sessions.created_at, sessions.used_at FROM sessions LEFT JOIN clients USING (client_id)"
-            " WHERE sub = ? ORDER BY sessions.used_at DESC",
-            (sub,),
+            PersonRow._make,
+            "SELECT sub, login, account_created FROM users ORDER BY checked_at DESC LIMIT :limit",
+            {"limit": limit},
         )
 
-    # -- logins
+    def forgejo_url(self) -> str | None:
+        """Returns the URL of the Forgejo whose users these are, None while the store knows none."""
+        url: str | None = self._one(only, "SELECT value FROM meta WHERE name = 'forgejo_url'", {})
+        return url
+
+    def bound_to(self, forgejo_url: str) -> str:
+        """Returns the URL of the Forgejo whose users these are; a store that knows none, or has no user yet, takes the given one.
+
+        Users are known by their number, which means another person at another Forgejo.
+        """
+        if self.forgejo_url() != forgejo_url:
+            self._run(
+                {"url": forgejo_url},
+                "INSERT INTO meta (name, value) VALUES ('forgejo_url', :url) ON CONFLICT DO NOTHING",
+                """
+                UPDATE meta
+                SET value = :url
+                WHERE name = 'forgejo_url' AND NOT EXISTS (SELECT 1 FROM users)
+                """,
+            )
+        return self.forgejo_url() or forgejo_url
+
+    def rebind(self, forgejo_url: str, forget: bool) -> list[GrantRow]:
+        """Gives the store to another URL; with `forget` every user goes with all their logins. Returns the grants that ended by that."""
+        ended = self._run({"url": forgejo_url}, *(FORGET_USERS if forget else ()), BIND)
+        return [GrantRow._make(row) for row in ended]
+
+
+MAKE_GRANT = """
+    INSERT INTO grants (sub, client_id, scope, requested_scope, resource, created_at, used_at, expires_at)
+    VALUES (:sub, :client_id, :scope, :requested_scope, :resource, :now, :now, :expires_at)
+"""
+# Ids count up, so the grant just made is the last one.
+MAKE_CODE = """
+    INSERT INTO codes (hash, grant_id, client_id, redirect_uri, challenge, expires_at)
+    SELECT :code_hash, max(grant_id), :client_id, :redirect_uri, :challenge, :code_expires_at
+    FROM grants
+    WHERE sub = :sub AND client_id = :client_id
+    RETURNING grant_id
+"""
+
+
+class LoginStore(Database):
+    """Approved logins on their way through Forgejo, and browsers that are logged in to the account page."""
 
     def approve_login(
         self,
@@ -2272,543 +2891,589 @@ class Store:
         taken_at: float | None = None,
         decision: str = "",
     ) -> bool:
-        """Keep an approved (or, with taken_at, a refused) login; False when this form was answered before."""
-        return (
-            self._write(
-                "INSERT OR IGNORE INTO logins (state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at, decision)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at, decision),
+        """Keeps an approved (or, with taken_at, a refused) login. Returns False when this form was answered before."""
+        return bool(
+            self._run(
+                {
+                    "state_hash": state_hash,
+                    "form_hash": form_hash,
+                    "browser_hash": browser_hash,
+                    "kind": kind,
+                    "sealed": sealed,
+                    "expires_at": expires_at,
+                    "taken_at": taken_at,
+                    "decision": decision,
+                },
+                """
+                INSERT INTO logins (
+                  state_hash, form_hash, browser_hash, kind, sealed, expires_at, taken_at, decision
+                )
+                VALUES (
+                  :state_hash, :form_hash, :browser_hash, :kind, :sealed, :expires_at, :taken_at, :decision
+                )
+                ON CONFLICT DO NOTHING
+                RETURNING 1
+                """,
             )
-            == 1
         )
 
-    def answered_form(self, form_hash: bytes, now: float) -> Any:
-        """(state_hash, decision) of a form's answer whose login still lives, or None."""
+    def answered_form(self, form_hash: bytes, now: float) -> DecisionRow | None:
+        """Returns the answer to a form whose login still lives, or None."""
         return self._one(
-            "SELECT state_hash, decision FROM logins WHERE form_hash = ? AND expires_at > ?", (form_hash, now)
+            DecisionRow._make,
+            "SELECT state_hash, decision FROM logins WHERE form_hash = :form_hash AND expires_at > :now",
+            {"form_hash": form_hash, "now": now},
         )
 
-    def login(self, state_hash: bytes, now: float) -> Any:
-        """(browser_hash, kind, answer) of a state's login, taken or not, or None when it is unknown or has expired."""
+    def login(self, state_hash: bytes, now: float) -> LoginRow | None:
+        """Returns a state's login, taken or not, or None when it is unknown or has expired."""
         return self._one(
-            "SELECT browser_hash, kind, answer FROM logins WHERE state_hash = ? AND expires_at > ?",
-            (state_hash, now),
+            LoginRow._make,
+            """
+            SELECT browser_hash, kind, sealed, answer
+            FROM logins
+            WHERE state_hash = :state_hash AND expires_at > :now
+            """,
+            {"state_hash": state_hash, "now": now},
         )
+
+    def take_login(self, state_hash: bytes, now: float) -> LoginRow | None:
+        """Returns the login of a state, once; None when it is unknown, has expired or was taken."""
+        taken = self._run(
+            {"state_hash": state_hash, "now": now},
+            """
+            SELECT browser_hash, kind, sealed, answer
+            FROM logins
+            WHERE state_hash = :state_hash AND taken_at IS NULL AND expires_at > :now
+            """,
+            """
+            UPDATE logins
+            SET taken_at = :now,
+                sealed = NULL
+            WHERE state_hash = :state_hash AND taken_at IS NULL AND expires_at > :now
+            """,
+        )
+        return LoginRow._make(taken[0]) if taken else None
 
     def answer_login(self, state_hash: bytes, answer: bytes) -> None:
-        """Keep what the callback of a login was answered with, sealed."""
-        self._write("UPDATE logins SET answer = ? WHERE state_hash = ?", (answer, state_hash))
-
-    def take_login(self, state_hash, now):
-        """The login of a state, once: (browser_hash, kind, sealed), or None when unknown, expired or taken."""
-        with self._batch() as db:
-            row = db.execute(
-                "SELECT browser_hash, kind, sealed FROM logins WHERE state_hash = ?", (state_hash,)
-            ).fetchone()
-            taken = db.execute(
-                "UPDATE logins SET taken_at = ?, sealed = NULL WHERE state_hash = ? AND taken_at IS NULL"
-                " AND expires_at > ?",
-                (now, state_hash, now),
-            ).rowcount
-            return row if taken else None
+        """Keeps what the callback of a login was answered with, sealed."""
+        self._run(
+            {"state_hash": state_hash, "answer": answer},
+            "UPDATE logins SET answer = :answer WHERE state_hash = :state_hash",
+        )
 
     def finish_login(
         self,
-        sub,
-        client_id,
-        scope,
-        asked,
-        resource,
-        code_hash,
-        redirect_uri,
-        challenge,
-        now,
-        expires_at,
-        code_expires_at,
-        answered=(b"", b""),
-    ):
-        """Make the grant of an approved login and its authorization code; the grant's id.
+        sub: str,
+        client_id: str,
+        scope: str,
+        requested_scope: str,
+        resource: str,
+        code_hash: bytes,
+        redirect_uri: str,
+        challenge: str,
+        now: float,
+        expires_at: float,
+        code_expires_at: float,
+        answered: tuple[bytes, bytes] = (b"", b""),
+    ) -> int:
+        """Makes the grant of an approved login and its authorization code. Returns the grant's id.
 
         `answered`: the login's state_hash and the sealed answer to its callback, on disk together with the code in it.
         """
-        with self._batch() as db:
-            db.execute("UPDATE logins SET answer = ?2 WHERE state_hash = ?1", answered)
-            grant_id = db.execute(
-                "INSERT INTO grants (sub, client_id, scope, asked, resource, created_at, used_at, expires_at)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING grant_id",
-                (sub, client_id, scope, asked, resource, now, now, expires_at),
-            ).fetchone()[0]
-            db.execute(
-                "INSERT INTO codes (hash, grant_id, client_id, redirect_uri, challenge, expires_at) VALUES (?, ?, ?, ?, ?, ?)",
-                (code_hash, grant_id, client_id, redirect_uri, challenge, code_expires_at),
-            )
-            db.execute(
-                "UPDATE clients SET used_at = ?, unused_since = NULL, network = NULL WHERE client_id = ?",
-                (now, client_id),
-            )
-            return grant_id
+        state_hash, answer = answered
+        made = self._run(
+            {
+                "sub": sub,
+                "client_id": client_id,
+                "scope": scope,
+                "requested_scope": requested_scope,
+                "resource": resource,
+                "code_hash": code_hash,
+                "redirect_uri": redirect_uri,
+                "challenge": challenge,
+                "now": now,
+                "expires_at": expires_at,
+                "code_expires_at": code_expires_at,
+                "state_hash": state_hash,
+                "answer": answer,
+            },
+            "UPDATE logins SET answer = :answer WHERE state_hash = :state_hash",
+            MAKE_GRANT,
+            MAKE_CODE,
+            "UPDATE clients SET used_at = :now, unused_since = NULL, network = NULL WHERE client_id = :client_id",
+        )
+        return int(made[0][0])
 
-    # -- tokens
+    def open_account(self, browser_hash: bytes, sub: str, expires_at: float) -> None:
+        """Lets a browser see and end what its user has connected."""
+        self._run(
+            {"browser_hash": browser_hash, "sub": sub, "expires_at": expires_at},
+            "INSERT INTO account_logins (browser_hash, sub, expires_at) VALUES (:browser_hash, :sub, :expires_at)",
+        )
 
-    def code(self, code_hash):
-        """An authorization code with its grant: everything the token endpoint compares; None when unknown."""
-        return self._one(TOKEN.format("codes"), (code_hash,))
+    def account(self, browser_hash: bytes, now: float) -> AccountRow | None:
+        """Returns the user that a browser has logged in to the account page, or None."""
+        return self._one(
+            AccountRow._make,
+            """
+            SELECT sub, login
+            FROM account_logins
+            JOIN users USING (sub)
+            WHERE browser_hash = :browser_hash AND expires_at > :now AND status = 'active'
+            """,
+            {"browser_hash": browser_hash, "now": now},
+        )
 
-    def redeem_code(self, code_hash, client_id, redirect_uri, challenge, now, access, refresh, attempts):
-        """Turn a code into a token pair, once: the grant's id and scope, or None and nothing is changed but a counted attempt.
+    def close_account(self, browser_hash: bytes) -> None:
+        """Ends a browser's login to the account page."""
+        self._run(
+            {"browser_hash": browser_hash}, "DELETE FROM account_logins WHERE browser_hash = :browser_hash"
+        )
+
+
+# A batch that issues tokens inserts the access token first, if its conditions hold. That it is there decides about the rest.
+ISSUED = "EXISTS (SELECT 1 FROM access_tokens WHERE hash = :access)"
+ISSUE_REFRESH_TOKEN = """
+    INSERT INTO refresh_tokens (hash, grant_id, issued_at, expires_at)
+    SELECT :refresh, grant_id, :now, :refresh_expires_at
+    FROM access_tokens
+    WHERE hash = :access
+"""
+EXTEND_GRANT = """
+    UPDATE grants
+    SET used_at = :now,
+        expires_at = :refresh_expires_at
+    WHERE grant_id = (SELECT grant_id FROM access_tokens WHERE hash = :access)
+    RETURNING grant_id, sub, client_id, scope
+"""
+REDEEM_CODE = """
+    INSERT INTO access_tokens (hash, grant_id, scope, issued_at, expires_at)
+    SELECT :access, g.grant_id, g.scope, :now, :access_expires_at
+    FROM codes c
+    JOIN grants g ON g.grant_id = c.grant_id
+    WHERE c.hash = :hash
+      AND c.client_id = :client_id
+      AND :redirect_uri IN ('', c.redirect_uri)
+      AND c.challenge = :challenge
+      AND c.used_at IS NULL
+      AND c.expires_at > :now
+      AND c.attempts < :attempts
+      AND g.ended_at IS NULL
+      AND g.expires_at > :now
+"""
+COUNT_WRONG_VERIFIER = """
+    UPDATE codes
+    SET attempts = attempts + 1
+    WHERE hash = :hash
+      AND client_id = :client_id
+      AND :redirect_uri IN ('', redirect_uri)
+      AND challenge != :challenge
+"""
+ROTATE_REFRESH_TOKEN = """
+    INSERT INTO access_tokens (hash, grant_id, scope, issued_at, expires_at)
+    SELECT :access, g.grant_id, coalesce(:scope, g.scope), :now, :access_expires_at
+    FROM refresh_tokens t
+    JOIN grants g ON g.grant_id = t.grant_id
+    WHERE t.hash = :hash
+      AND t.rotated_at IS NULL
+      AND t.expires_at > :now
+      AND g.ended_at IS NULL
+      AND g.expires_at > :now
+"""
+
+
+class TokenStore(Database):
+    """Codes, tokens and the grants that they belong to."""
+
+    def code(self, code_hash: bytes) -> CodeRow | None:
+        """Returns an authorization code with its grant, or None."""
+        return self._one(
+            CodeRow._make,
+            """
+            SELECT
+              t.grant_id,
+              g.sub,
+              g.client_id,
+              g.scope,
+              g.ended_at,
+              u.login,
+              u.status,
+              t.expires_at,
+              t.used_at
+            FROM codes t
+            JOIN grants g ON g.grant_id = t.grant_id
+            JOIN users u ON u.sub = g.sub
+            WHERE t.hash = :hash
+            """,
+            {"hash": code_hash},
+        )
+
+    def redeem_code(
+        self,
+        code_hash: bytes,
+        client_id: str,
+        redirect_uri: str,
+        challenge: str,
+        now: float,
+        access: tuple[bytes, float],
+        refresh: tuple[bytes, float],
+        attempts: int,
+    ) -> GrantRow | None:
+        """Turns a code into a token pair, once. Returns the grant, or None and nothing is changed but a counted attempt.
 
         `access`, `refresh`: (hash, expires_at). RFC 6749 4.1.3, RFC 7636 4.6. An empty `redirect_uri` is one that the client
         did not send, as OAuth 2.1 10.2 has it: the challenge binds the code.
         """
-        given = {
-            "now": now,
-            "hash": code_hash,
-            "client": client_id,
-            "uri": redirect_uri,
-            "challenge": challenge,
-            "attempts": attempts,
-        }
-        theirs = "hash = :hash AND client_id = :client AND :uri IN ('', redirect_uri)"
-        with self._batch() as db:
-            row = db.execute(
-                f"UPDATE codes SET used_at = :now WHERE {theirs} AND challenge = :challenge AND used_at IS NULL AND expires_at > :now AND"
-                f" attempts < :attempts AND EXISTS (SELECT 1 FROM grants WHERE grant_id = codes.grant_id AND {LIVE_GRANT})"
-                " RETURNING grant_id",
-                given,
-            ).fetchone()
-            if row is None:
-                db.execute(
-                    f"UPDATE codes SET attempts = attempts + 1 WHERE {theirs} AND challenge != :challenge",
-                    given,
-                )
-                return None
-            return self._issue(db, row.grant_id, None, now, access, refresh)
-
-    @staticmethod
-    def _issue(db, grant_id, scope, now, access, refresh):
-        grant = db.execute(
-            "UPDATE grants SET used_at = ?, expires_at = ? WHERE grant_id = ? RETURNING grant_id, sub, client_id, scope",
-            (now, refresh[1], grant_id),
-        ).fetchone()
-        db.execute(
-            "INSERT INTO access_tokens VALUES (?, ?, ?, ?, ?)",
-            (access[0], grant_id, grant.scope if scope is None else scope, now, access[1]),
+        issued = self._run(
+            {
+                "hash": code_hash,
+                "client_id": client_id,
+                "redirect_uri": redirect_uri,
+                "challenge": challenge,
+                "now": now,
+                "access": access[0],
+                "access_expires_at": access[1],
+                "refresh": refresh[0],
+                "refresh_expires_at": refresh[1],
+                "attempts": attempts,
+            },
+            REDEEM_CODE,
+            f"UPDATE codes SET used_at = :now WHERE hash = :hash AND {ISSUED}",
+            COUNT_WRONG_VERIFIER,
+            ISSUE_REFRESH_TOKEN,
+            EXTEND_GRANT,
         )
-        db.execute(
-            "INSERT INTO refresh_tokens (hash, grant_id, issued_at, expires_at) VALUES (?, ?, ?, ?)",
-            (refresh[0], grant_id, now, refresh[1]),
-        )
-        return grant
+        return GrantRow._make(issued[0]) if issued else None
 
-    def refresh_token(self, token_hash):
-        """A refresh token with its grant and the user's state; None when unknown."""
-        return self._one(TOKEN.format("refresh_tokens"), (token_hash,))
-
-    def rotate(self, token_hash, scope, now, access, refresh, successor):
-        """Replace a refresh token by a pair, once: the grant, or None when it was rotated, has expired or its grant has ended."""
-        with self._batch() as db:
-            row = db.execute(
-                "UPDATE refresh_tokens SET rotated_at = :now, successor = :box WHERE hash = :hash AND rotated_at IS NULL"
-                f" AND expires_at > :now AND EXISTS (SELECT 1 FROM grants WHERE grant_id = refresh_tokens.grant_id AND {LIVE_GRANT})"
-                " RETURNING grant_id",
-                {"now": now, "box": successor, "hash": token_hash},
-            ).fetchone()
-            return row and self._issue(db, row.grant_id, scope, now, access, refresh)
-
-    def bearer(self, token_hash, now):
-        """Who an access token speaks for: one row of token, grant and user, or None when it is not good (any more)."""
+    def refresh_token(self, token_hash: bytes) -> RefreshTokenRow | None:
+        """Returns a refresh token with its grant, or None."""
         return self._one(
-            TOKEN.format("access_tokens")
-            + " AND t.expires_at > ? AND g.ended_at IS NULL AND g.expires_at > ?",
-            (token_hash, now, now),
+            RefreshTokenRow._make,
+            """
+            SELECT
+              t.grant_id,
+              g.sub,
+              g.client_id,
+              g.scope,
+              g.ended_at,
+              u.login,
+              u.status,
+              t.expires_at,
+              t.rotated_at,
+              t.successor
+            FROM refresh_tokens t
+            JOIN grants g ON g.grant_id = t.grant_id
+            JOIN users u ON u.sub = g.sub
+            WHERE t.hash = :hash
+            """,
+            {"hash": token_hash},
         )
 
-    def access_token(self, token_hash):
-        """An access token with its grant, or None: for the grace of a refresh, and for revocation."""
-        return self._one(TOKEN.format("access_tokens"), (token_hash,))
+    def rotate(
+        self,
+        token_hash: bytes,
+        scope: str | None,
+        now: float,
+        access: tuple[bytes, float],
+        refresh: tuple[bytes, float],
+        successor: bytes,
+    ) -> GrantRow | None:
+        """Replaces a refresh token by a pair, once. Returns the grant, None when it was rotated, has expired or its grant has ended."""
+        issued = self._run(
+            {
+                "hash": token_hash,
+                "scope": scope,
+                "now": now,
+                "access": access[0],
+                "access_expires_at": access[1],
+                "refresh": refresh[0],
+                "refresh_expires_at": refresh[1],
+                "successor": successor,
+            },
+            ROTATE_REFRESH_TOKEN,
+            f"""
+            UPDATE refresh_tokens
+            SET rotated_at = :now,
+                successor = :successor
+            WHERE hash = :hash AND {ISSUED}
+            """,
+            ISSUE_REFRESH_TOKEN,
+            EXTEND_GRANT,
+        )
+        return GrantRow._make(issued[0]) if issued else None
 
-    def drop_access_token(self, token_hash):
-        """Revoke one access token (RFC 7009)."""
-        self._write("DELETE FROM access_tokens WHERE hash = ?", (token_hash,))
+    def bearer(self, token_hash: bytes, now: float) -> AccessTokenRow | None:
+        """Returns an access token with its grant and user, or None when it is not good (any more)."""
+        return self._one(AccessTokenRow._make, BEARER, {"hash": token_hash, "now": now})
 
-    def end_grant(self, grant_id, reason, now):
-        """End a grant with all its tokens, and its owner's sessions if it was their last; None when it had ended before."""
-        with self._batch() as db:
-            row = db.execute(
-                "UPDATE grants SET ended_at = ?, end_reason = ? WHERE grant_id = ? AND ended_at IS NULL"
-                " RETURNING sub, client_id",
-                (now, reason, grant_id),
-            ).fetchone()
-            db.execute("DELETE FROM access_tokens WHERE grant_id = ?", (grant_id,))
-            db.execute("UPDATE refresh_tokens SET successor = NULL WHERE grant_id = ?", (grant_id,))
-            if row:
-                db.execute(
-                    "DELETE FROM sessions WHERE sub = :sub AND client_id = :client AND NOT EXISTS"
-                    f" (SELECT 1 FROM grants WHERE sub = :sub AND client_id = :client AND {LIVE_GRANT})",
-                    {"sub": row.sub, "client": row.client_id, "now": now},
-                )
-            return row
+    def access_token(self, token_hash: bytes) -> AccessTokenRow | None:
+        """Returns an access token with its grant, or None: for the grace of a refresh, and for revocation."""
+        return self._one(AccessTokenRow._make, ACCESS_TOKEN, {"hash": token_hash})
 
-    def live_grants(self, now):
-        """The ids of all grants that live, and the (sub, client_id) pairs that have one."""
-        rows = self._all(f"SELECT grant_id, sub, client_id FROM grants WHERE {LIVE_GRANT}", {"now": now})
+    def drop_access_token(self, token_hash: bytes) -> None:
+        """Revokes one access token (RFC 7009)."""
+        self._run({"hash": token_hash}, "DELETE FROM access_tokens WHERE hash = :hash")
+
+    def end_grant(self, grant_id: int, reason: str, now: float) -> GrantRow | None:
+        """Ends a grant with all its tokens, and its owner's sessions if it was their last. Returns None when it had ended before."""
+        ended = self._run(
+            {"grant_id": grant_id, "reason": reason, "now": now},
+            "DELETE FROM access_tokens WHERE grant_id = :grant_id",
+            "UPDATE refresh_tokens SET successor = NULL WHERE grant_id = :grant_id",
+            f"""
+            DELETE FROM sessions
+            WHERE (sub, client_id) = (
+                SELECT sub, client_id FROM grants WHERE grant_id = :grant_id AND ended_at IS NULL
+              )
+              AND NOT EXISTS (
+                SELECT 1
+                FROM grants
+                WHERE grants.sub = sessions.sub
+                  AND grants.client_id = sessions.client_id
+                  AND grant_id != :grant_id
+                  AND {LIVE_GRANT}
+              )
+            """,
+            """
+            UPDATE grants
+            SET ended_at = :now,
+                end_reason = :reason
+            WHERE grant_id = :grant_id AND ended_at IS NULL
+            RETURNING grant_id, sub, client_id, scope
+            """,
+        )
+        return GrantRow._make(ended[0]) if ended else None
+
+    def grants_of(self, sub: str, now: float) -> list[AccountGrantRow]:
+        """Returns a user's live grants with their client's name, newest first."""
+        return self._all(
+            AccountGrantRow._make,
+            f"""
+            SELECT grant_id, sub, client_id, name, scope, grants.created_at, grants.used_at
+            FROM grants
+            LEFT JOIN clients USING (client_id)
+            WHERE sub = :sub AND {LIVE_GRANT}
+            ORDER BY grants.used_at DESC
+            """,
+            {"sub": sub, "now": now},
+        )
+
+    def find_grants(self, kind: str, value: str, now: float) -> list[GrantRow]:
+        """Returns the live grants of a user, a client, of an id, or (kind `all`) of everybody.
+
+        A user is meant by their login, or by the one they had before if nobody has that now.
+        """
+        return self._all(GrantRow._make, GRANTS_OF[kind], {"value": value, "now": now})
+
+    def live_grants(self, now: float) -> tuple[set[int], set[tuple[str, str]]]:
+        """Returns the ids of all grants that live, and the (sub, client_id) pairs that have one."""
+        rows = self._all(
+            GrantRow._make,
+            f"SELECT grant_id, sub, client_id, scope FROM grants WHERE {LIVE_GRANT}",
+            {"now": now},
+        )
         return {row.grant_id for row in rows}, {(row.sub, row.client_id) for row in rows}
 
     def living(self, grant_ids: Iterable[int], now: float) -> set[int]:
         """Returns those of these grants that live, and whose users are not shut out."""
-        rows = self._all(
-            f"SELECT grant_id FROM grants WHERE grant_id IN (SELECT value FROM json_each(:ids)) AND {LIVE_GRANT}"
-            " AND sub IN (SELECT sub FROM users WHERE state = 'active')",
-            {"ids": json.dumps(list(grant_ids)), "now": now},
+        found = self._all(
+            only,
+            f"""
+            SELECT grant_id
+            FROM grants
+            JOIN users USING (sub)
+            WHERE grant_id IN {IN_LIST} AND {LIVE_GRANT} AND status = 'active'
+            """,
+            {"listed": json.dumps(list(grant_ids)), "now": now},
         )
-        return {row.grant_id for row in rows}
+        return set(found)
 
-    def change_marker(self):
-        """A value that changes when anyone has committed: the reader's data_version sees our writer as it sees other processes."""
-        return self._one("PRAGMA data_version")[0]
 
-    # -- users and their credential at Forgejo
+class SessionStore(Database):
+    """Sessions, and what is known of the program that their children run."""
 
-    def user(self, sub):
-        """A user's row (groups as a list), or None."""
-        row = self._one("SELECT * FROM users WHERE sub = ?", (sub,))
-        return row and row._replace(groups=json.loads(row.groups))
-
-    def update_user(
+    def add_session(
         self,
+        session_hash: bytes,
         sub: str,
-        login: str,
-        name: str,
-        groups: Sequence[str],
+        client_id: str,
+        protocol_version: str,
+        initialize: object,
+        server: object,
         now: float,
-        account_created: float | None = None,
-    ) -> None:
-        """Makes or refreshes what Forgejo says of a user; the state and the credential stay. A login that changed is kept as the former."""
-        self._write(
-            "INSERT INTO users (sub, login, name, groups, state, account_created, checked_at, created_at)"
-            " VALUES (:sub, :login, :name, :groups, 'logged_out', :created, :now, :now)"
-            " ON CONFLICT (sub) DO UPDATE SET login = :login, name = :name, groups = :groups, checked_at = :now,"
-            " former_login = iif(login = :login COLLATE NOCASE, former_login, login),"
-            " account_created = coalesce(:created, account_created)",
+        keep: int,
+    ) -> list[bytes]:
+        """Keeps a session. Of this user's, the longest unused above `keep` go: returns their hashes."""
+        dropped = self._run(
             {
+                "hash": session_hash,
                 "sub": sub,
-                "login": login,
-                "name": name,
-                "groups": json.dumps(list(groups)),
-                "created": account_created,
+                "client_id": client_id,
+                "protocol_version": protocol_version,
+                "initialize": json.dumps(initialize),
+                "server": json.dumps(server),
                 "now": now,
+                "keep": keep,
             },
-        )
-
-    def end_person(self, sub: str, reason: str, now: float) -> list[Any]:
-        """Ends every grant, session and account login of a user's number and forgets the credential: it means another person now.
-
-        Returns the grants (grant_id, client_id) that ended.
-        """
-        with self._batch() as db:
-            ended: list[Any] = db.execute(
-                "UPDATE grants SET ended_at = ?, end_reason = ? WHERE sub = ? AND ended_at IS NULL"
-                " RETURNING grant_id, client_id",
-                (now, reason, sub),
-            ).fetchall()
-            theirs = "WHERE grant_id IN (SELECT grant_id FROM grants WHERE sub = ?)"
-            db.execute(f"DELETE FROM access_tokens {theirs}", (sub,))
-            db.execute(f"UPDATE refresh_tokens SET successor = NULL {theirs}", (sub,))
-            db.execute("DELETE FROM sessions WHERE sub = ?", (sub,))
-            db.execute("DELETE FROM account_logins WHERE sub = ?", (sub,))
-            db.execute(
-                "UPDATE users SET state = 'logged_out', state_reason = NULL, credential = NULL, credential_grant = 0,"
-                " credential_count = 0, credential_seq = credential_seq + 1, refreshing_since = NULL,"
-                " upstream_scope = NULL, account_created = NULL, former_login = NULL WHERE sub = ?",
-                (sub,),
+            """
+            INSERT INTO sessions (hash, sub, client_id, protocol_version, initialize, server, created_at, used_at)
+            VALUES (:hash, :sub, :client_id, :protocol_version, :initialize, :server, :now, :now)
+            """,
+            f"""
+            DELETE FROM sessions
+            WHERE hash IN (
+              SELECT hash FROM sessions WHERE sub = :sub ORDER BY used_at DESC, created_at DESC {ALL_BUT} :keep
             )
-            return ended
-
-    def set_upstream_scope(self, sub, scope):
-        """What Forgejo really granted, as introspection tells; None when unknown."""
-        self._write("UPDATE users SET upstream_scope = ? WHERE sub = ?", (scope, sub))
-
-    def refresh_started(self, sub, now):
-        """Note that the stored refresh token is about to be spent: after a crash its refusal is known to be ours."""
-        self._write("UPDATE users SET refreshing_since = ? WHERE sub = ?", (now, sub))
-
-    def credential_order(self) -> int:
-        """Returns the number of the last credential saved, of any user: read before an exchange or refresh begins."""
-        found = self._one("SELECT max(credential_order) AS last FROM users").last
-        return int(found or 0)
-
-    def save_credential(
-        self,
-        sub: str,
-        box: bytes,
-        grant: int,
-        count: int,
-        expires_at: float,
-        obtained_at: float,
-        began: int = 0,
-    ) -> int | None:
-        """Replaces a known user's credential, whatever their state. Returns its sequence number, None when a newer one is stored.
-
-        `began` is what credential_order() said before the exchange or refresh. A stored credential that was saved by
-        then is the older one, whatever Forgejo counts: a Forgejo restored from a backup counts from an older place. Of
-        two that overlapped Forgejo's numbers tell the later: its grant's, then the grant's counter; equal or
-        unreadable: the last one saved.
-        """
-        rows = self._write(
-            "UPDATE users SET credential = :box, credential_grant = :grant, credential_count = :count, access_expires_at = :expires,"
-            " obtained_at = :obtained, credential_seq = credential_seq + 1, refreshing_since = NULL,"
-            " credential_order = 1 + (SELECT max(credential_order) FROM users)"
-            " WHERE sub = :sub AND (credential_order <= :began OR :grant = 0 OR credential_grant < :grant"
-            " OR (credential_grant = :grant AND credential_count <= :count)) RETURNING credential_seq",
-            {
-                "box": box,
-                "grant": grant,
-                "count": count,
-                "expires": expires_at,
-                "obtained": obtained_at,
-                "sub": sub,
-                "began": began,
-            },
+            RETURNING hash
+            """,
         )
-        return rows[0].credential_seq if rows else None
+        return [only(row) for row in dropped]
 
-    def set_user_state(
-        self, sub: str, state: str, if_seq: int | None = None, reason: str | None = None
-    ) -> bool:
-        """Sets a user's state and Forgejo's reason for it; with `if_seq` only while that credential is the stored one.
-
-        Returns whether the state is another than before.
-        """
-        return (
-            self._write(
-                "UPDATE users SET state = :state, state_reason = :reason, refreshing_since = NULL"
-                " WHERE sub = :sub AND (:seq IS NULL OR credential_seq = :seq) AND state != :state",
-                {"state": state, "reason": reason, "sub": sub, "seq": if_seq},
-            )
-            == 1
-        )
-
-    def shut_out(self) -> set[str]:
-        """Returns the users whose logins are of no use at present: logged out upstream, suspended or not allowed."""
-        return {row.sub for row in self._all("SELECT sub FROM users WHERE state != 'active'")}
-
-    def bound_to(self, forgejo_url: str) -> str:
-        """Returns the URL of the Forgejo whose users these are; a store that knows none, or has no user yet, takes the given one.
-
-        Users are known by their number, which means another person at another Forgejo.
-        """
-        if self.forgejo_url() != forgejo_url:
-            with self._batch() as db:
-                db.execute("INSERT OR IGNORE INTO meta VALUES ('forgejo_url', ?)", (forgejo_url,))
-                db.execute(
-                    "UPDATE meta SET value = ? WHERE name = 'forgejo_url' AND NOT EXISTS (SELECT 1 FROM users)",
-                    (forgejo_url,),
-                )
-        return self.forgejo_url() or forgejo_url
-
-    def forgejo_url(self) -> str | None:
-        """Returns the URL of the Forgejo whose users these are, None while the store knows none."""
-        row = self._one("SELECT value FROM meta WHERE name = 'forgejo_url'")
-        return None if row is None else str(row.value)
-
-    def rebind(self, forgejo_url: str, forget: bool) -> list[Any]:
-        """Gives the store to another URL; with `forget` every user goes with all their logins. Returns the grants that ended by that."""
-        with self._batch() as db:
-            ended: list[Any] = []
-            if forget:
-                ended = db.execute(
-                    "SELECT grant_id, sub, client_id FROM grants WHERE ended_at IS NULL"
-                ).fetchall()
-                for statement in (
-                    "DELETE FROM sessions",
-                    "DELETE FROM account_logins",
-                    "DELETE FROM logins",
-                    "DELETE FROM grants",
-                    "DELETE FROM users",
-                ):
-                    db.execute(statement)
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('forgejo_url', ?)", (forgejo_url,))
-            return ended
-
-    def known_people(self, limit: int) -> list[Any]:
-        """Returns (sub, login, account_created) of the users whom Forgejo was asked about last."""
-        return self._all(
-            "SELECT sub, login, account_created FROM users ORDER BY checked_at DESC LIMIT ?", (limit,)
-        )
-
-    def users_to_refresh(self, obtained_before, now):
-        """The users with a live grant whose credential is older than that: Forgejo's refresh token dies after 730 h unused."""
-        return [
-            row.sub
-            for row in self._all(
-                "SELECT sub FROM users WHERE state IN ('active', 'suspended') AND obtained_at < :before AND EXISTS"
-                f" (SELECT 1 FROM grants WHERE grants.sub = users.sub AND {LIVE_GRANT})",
-                {"before": obtained_before, "now": now},
-            )
-        ]
-
-    # -- sessions
-
-    def add_session(self, session_hash, sub, client_id, protocol_version, initialize, server, now, keep):
-        """Keep a session; of this user's, the longest unused above `keep` go: their hashes."""
-        with self._batch() as db:
-            db.execute(
-                "INSERT INTO sessions (hash, sub, client_id, protocol_version, initialize, server, created_at, used_at)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    session_hash,
-                    sub,
-                    client_id,
-                    protocol_version,
-                    json.dumps(initialize),
-                    json.dumps(server),
-                    now,
-                    now,
-                ),
-            )
-            return [
-                row.hash
-                for row in db.execute(
-                    "DELETE FROM sessions WHERE hash IN (SELECT hash FROM sessions WHERE sub = ? ORDER BY used_at DESC, created_at DESC"
-                    " LIMIT -1 OFFSET ?) RETURNING hash",
-                    (sub, keep),
-                ).fetchall()
-            ]
-
-    def session(self, session_hash, sub, client_id):
-        """A session's row if it is theirs, else None."""
+    def session(self, session_hash: bytes, sub: str, client_id: str) -> SessionRow | None:
+        """Returns a session if it is theirs, else None."""
         return self._one(
-            "SELECT * FROM sessions WHERE hash = ? AND sub = ? AND client_id = ?",
-            (session_hash, sub, client_id),
+            SessionRow._make, SESSION, {"hash": session_hash, "sub": sub, "client_id": client_id}
         )
 
-    def update_session(self, session_hash, log_level, subscriptions, tools_hash):
-        """What has to be replayed to a new child."""
-        with self._batch() as db:
-            db.execute(
-                "UPDATE sessions SET log_level = ?, subscriptions = ?, tools_hash = ? WHERE hash = ?",
-                (log_level, json.dumps(sorted(subscriptions)), tools_hash, session_hash),
-            )
-
-    def touch_sessions(self, uses):
-        """Write down when sessions were last used: {hash: time}."""
-        with self._batch() as db:
-            db.executemany(
-                "UPDATE sessions SET used_at = max(used_at, ?) WHERE hash = ?",
-                [(at, name) for name, at in uses.items()],
-            )
-
-    def end_session(self, session_hash):
-        """Forget a session; whether it was there."""
-        with self._batch() as db:
-            return db.execute("DELETE FROM sessions WHERE hash = ?", (session_hash,)).rowcount == 1
-
-    def end_orphaned_sessions(self, now):
-        """Forget the sessions of every (user, client) without a live grant: their hashes."""
-        with self._batch() as db:
-            return [
-                row.hash
-                for row in db.execute(
-                    "DELETE FROM sessions WHERE NOT EXISTS (SELECT 1 FROM grants g WHERE g.sub = sessions.sub AND g.client_id ="
-                    " sessions.client_id AND g.ended_at IS NULL AND g.expires_at > ?) RETURNING hash",
-                    (now,),
-                ).fetchall()
-            ]
-
-    def binary(self, fingerprint):
-        """What is known of a child's program: a row of era and asks, or None."""
-        return self._one("SELECT era, asks FROM binaries WHERE fingerprint = ?", (fingerprint,))
-
-    def save_binary(self, fingerprint, era, now):
-        """Remember the era of a child's program; only the newest programs are kept."""
-        with self._batch() as db:
-            db.execute(
-                "INSERT INTO binaries VALUES (?, ?, 0, ?) ON CONFLICT (fingerprint) DO UPDATE SET era = excluded.era,"
-                " seen_at = excluded.seen_at",
-                (fingerprint, era, now),
-            )
-            db.execute(
-                "DELETE FROM binaries WHERE fingerprint NOT IN (SELECT fingerprint FROM binaries ORDER BY seen_at DESC LIMIT 20)"
-            )
-
-    def save_asking(self, fingerprint):
-        """Remember that a child's program asks things of its client."""
-        with self._batch() as db:
-            db.execute("UPDATE binaries SET asks = 1 WHERE fingerprint = ?", (fingerprint,))
-
-    def count_sessions(self):
-        """How many sessions are on file."""
-        return self._one("SELECT count(*) AS n FROM sessions").n
-
-    # -- for operators
-
-    def listing(self, kind, now):
-        """(column names, rows) of users, clients, grants (live ones) or sessions."""
-        with self._read_lock:
-            try:
-                cursor = self._reader.execute(LISTINGS[kind], {"now": now})
-                return [column[0] for column in cursor.description], cursor.fetchall()
-            except sqlite3.Error as error:
-                raise StoreUnavailable(
-                    f"{self.path} cannot be used: {file_trouble(self.path, error)}"
-                ) from error
-
-    def find_grants(self, kind: str, value: str, now: float) -> list[Any]:
-        """Returns the live grants of a user, a client, of an id, or (kind `all`) of everybody.
-
-        A user is meant by their login, or by the one they had before if nobody has that now; Forgejo's do not depend on case.
-        """
-        which = {
-            "user": "(login = :value COLLATE NOCASE OR former_login = :value COLLATE NOCASE AND NOT EXISTS"
-            " (SELECT 1 FROM users WHERE login = :value COLLATE NOCASE))",
-            "client": "client_id = :value",
-            "grant": "grant_id = :value",
-            "all": "1",
-        }[kind]
+    def sessions_of(self, sub: str) -> list[AccountSessionRow]:
+        """Returns a user's sessions with their client's name, the last used first."""
         return self._all(
-            f"SELECT grant_id, sub, client_id FROM grants JOIN users USING (sub) WHERE {which} AND {LIVE_GRANT}",
-            {"value": value, "now": now},
+            AccountSessionRow._make,
+            """
+            SELECT hash, client_id, name, sessions.created_at, sessions.used_at
+            FROM sessions
+            LEFT JOIN clients USING (client_id)
+            WHERE sub = :sub
+            ORDER BY sessions.used_at DESC
+            """,
+            {"sub": sub},
         )
 
-    def backup(self, path):
-        """Write a consistent copy to a file."""
-        try:
-            with self._read_lock, contextlib.closing(sqlite3.connect(path)) as copy:
-                self._reader.backup(copy)
-        except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            which = self.path if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) else path
-            raise StoreUnavailable(f"{which} cannot be used: {file_trouble(which, error)}") from error
+    def count_sessions(self) -> int:
+        """Returns how many sessions are on file."""
+        return int(self._one(only, "SELECT count(*) FROM sessions", {}) or 0)
 
-    def boxes(self):
-        """(purpose, owner, box) of all that stays sealed here: the key's probe and the credentials."""
-        return self._all(
-            "SELECT 'probe' AS purpose, 'store' AS owner, value AS box FROM meta WHERE name = 'key_probe' UNION ALL"
-            " SELECT 'upstream', 'user:' || sub, credential FROM users WHERE credential IS NOT NULL"
+    def update_session(
+        self,
+        session_hash: bytes,
+        log_level: str | None,
+        subscriptions: Iterable[str],
+        tools_hash: bytes | None,
+    ) -> None:
+        """Keeps what has to be replayed to a new child."""
+        self._run(
+            {
+                "hash": session_hash,
+                "log_level": log_level,
+                "subscriptions": json.dumps(sorted(subscriptions)),
+                "tools_hash": tools_hash,
+            },
+            """
+            UPDATE sessions
+            SET log_level = :log_level,
+                subscriptions = :subscriptions,
+                tools_hash = :tools_hash
+            WHERE hash = :hash
+            """,
         )
 
-    def replace_box(self, old, new):
-        """Replace a box by one of the same content; whether it was still there. No two boxes are equal: each has its own salt."""
-        with self._batch() as db:
-            return 0 < sum(
-                db.execute(f"UPDATE {place} = ?", (new, old)).rowcount
-                for place in (
-                    "meta SET value = ? WHERE name = 'key_probe' AND value",
-                    "users SET credential = ? WHERE credential",
-                )
+    def touch_sessions(self, uses: Mapping[bytes, float]) -> None:
+        """Writes down when sessions were last used: {hash: time}."""
+        self._run_each(
+            "UPDATE sessions SET used_at = :at WHERE hash = :hash AND used_at < :at",
+            [{"hash": name, "at": at} for name, at in uses.items()],
+        )
+
+    def end_session(self, session_hash: bytes) -> bool:
+        """Forgets a session. Returns whether it was there."""
+        return bool(self._run({"hash": session_hash}, "DELETE FROM sessions WHERE hash = :hash RETURNING 1"))
+
+    def end_orphaned_sessions(self, now: float) -> list[bytes]:
+        """Forgets the sessions of every (user, client) without a live grant. Returns their hashes."""
+        ended = self._run(
+            {"now": now},
+            f"""
+            DELETE FROM sessions
+            WHERE NOT EXISTS (
+              SELECT 1
+              FROM grants
+              WHERE grants.sub = sessions.sub AND grants.client_id = sessions.client_id AND {LIVE_GRANT}
             )
+            RETURNING hash
+            """,
+        )
+        return [only(row) for row in ended]
 
-    def sweep(self, now, session_lifetime, client_lifetime=30 * 86400):
-        """Drop what has had its time; tombstones that reuse detection needs stay as long as their grant. Returns ended sessions."""
-        with self._batch() as db:
-            for statement, before in SWEEPS:
-                db.execute(statement, (now - (client_lifetime if before is None else before),))
-            return [
-                row.hash
-                for row in db.execute(
-                    "DELETE FROM sessions WHERE used_at < ? RETURNING hash", (now - session_lifetime,)
-                ).fetchall()
-            ]
+    def program(self, fingerprint: str) -> ProgramRow | None:
+        """Returns what is known of a child's program, or None."""
+        return self._one(
+            ProgramRow._make,
+            "SELECT era, sends_requests FROM programs WHERE fingerprint = :fingerprint",
+            {"fingerprint": fingerprint},
+        )
+
+    def save_program(self, fingerprint: str, era: str, now: float) -> None:
+        """Keeps the era of a child's program; only the newest programs are kept."""
+        self._run(
+            {"fingerprint": fingerprint, "era": era, "now": now},
+            """
+            INSERT INTO programs (fingerprint, era, sends_requests, seen_at)
+            VALUES (:fingerprint, :era, 0, :now)
+            ON CONFLICT (fingerprint) DO UPDATE
+            SET era = excluded.era,
+                seen_at = excluded.seen_at
+            """,
+            """
+            DELETE FROM programs
+            WHERE fingerprint NOT IN (SELECT fingerprint FROM programs ORDER BY seen_at DESC LIMIT 20)
+            """,
+        )
+
+    def program_sends_requests(self, fingerprint: str) -> None:
+        """Notes that a child's program asks things of its client."""
+        self._run(
+            {"fingerprint": fingerprint},
+            "UPDATE programs SET sends_requests = 1 WHERE fingerprint = :fingerprint",
+        )
+
+
+class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore):
+    """All that the broker keeps, and what concerns several of its tables: listings, boxes, sweeping."""
+
+    def listing(self, kind: str, now: float) -> tuple[list[str], list[Values]]:
+        """Returns the column names and rows of users, clients, grants (live ones) or sessions."""
+        columns, rows = self._read(LISTINGS[kind], {"now": now})
+        return [column[0] for column in columns], rows
+
+    def boxes(self) -> list[BoxRow]:
+        """Returns all that stays sealed here: the key's probe and the credentials."""
+        return self._all(
+            BoxRow._make,
+            """
+            SELECT 'probe', 'store', value FROM meta WHERE name = 'key_probe'
+            UNION ALL
+            SELECT 'upstream', 'user:' || sub, credential FROM users WHERE credential IS NOT NULL
+            """,
+            {},
+        )
+
+    def replace_box(self, old: bytes, new: bytes) -> bool:
+        """Replaces a box by one of the same content. Returns whether it was still there; no two are equal, each has its own salt."""
+        return bool(
+            self._run(
+                {"old": old, "new": new},
+                "UPDATE meta SET value = :new WHERE name = 'key_probe' AND value = :old RETURNING 1",
+                "UPDATE users SET credential = :new WHERE credential = :old RETURNING 1",
+            )
+        )
+
+    def sweep(self, now: float, session_lifetime: float, client_lifetime: float = 30 * 86400) -> list[bytes]:
+        """Drops what has had its time; tombstones that reuse detection needs stay as long as their grant. Returns ended sessions."""
+        ended = self._run(
+            {"now": now, "session_lifetime": session_lifetime, "client_lifetime": client_lifetime}, *SWEEPS
+        )
+        return [only(row) for row in ended]
 
 
 # ======================================================================================================================
@@ -4650,7 +5315,7 @@ class Upstream:
         if not known:
             self._save(info.sub, credential, began)
         self._store.set_upstream_scope(info.sub, scope)
-        self._store.set_user_state(info.sub, "active")
+        self._store.set_user_status(info.sub, "active")
         self._compare_scopes(info, asked, scope)
         return info
 
@@ -4738,7 +5403,7 @@ class Upstream:
     def _opened(self, sub: str, states: tuple[str, ...] = ("active",)) -> tuple[Any, dict[str, str]]:
         """Returns a user's row and credential. Raises LoggedOut without one, or in another state."""
         user = self._store.user(sub)
-        if user is None or user.state not in states or user.credential is None:
+        if user is None or user.status not in states or user.credential is None:
             raise LoggedOut(sub)
         try:
             return user, self._keyring.unseal("upstream", f"user:{sub}", user.credential)
@@ -4751,7 +5416,7 @@ class Upstream:
     def outlook(self, sub: str) -> tuple[int | None, bool]:
         """(sequence number, whether it should be refreshed ahead of need) of a user's credential; (None, False) when logged out."""
         user = self._store.user(sub)
-        if user is None or user.state != "active":
+        if user is None or user.status != "active":
             return None, False
         left, life = self._left(user)
         return user.credential_seq, left < min(300, life / 4)
@@ -4831,7 +5496,7 @@ class Upstream:
 
     def _logged_out(self, user: Any, reason: str) -> bool:
         """Notes that a user has to log in again, unless another credential is stored than the one refused. Returns whether it did."""
-        if not self._store.set_user_state(user.sub, "logged_out", user.credential_seq):
+        if not self._store.set_user_status(user.sub, "logged_out", user.credential_seq):
             return False
         with self._lock:
             self._retry.pop(user.sub, None)
@@ -4906,18 +5571,18 @@ class Upstream:
         except Suspended as error:
             self._suspend(user, str(error))
             return "suspended"
-        if word == "good" and user and user.state == "suspended":
-            if self._store.set_user_state(sub, "active", user.credential_seq):
+        if word == "good" and user and user.status == "suspended":
+            if self._store.set_user_status(sub, "active", user.credential_seq):
                 self._log.event("info", "suspension_ended", user=sub, login=user.login)
         return word
 
     def _suspend(self, user: Any, sentence: str) -> None:
         """Notes that Forgejo keeps a user out, unless a login came meanwhile. Nothing is deleted: a suspension may be lifted."""
-        if user and self._store.set_user_state(user.sub, "suspended", user.credential_seq, sentence):
+        if user and self._store.set_user_status(user.sub, "suspended", user.credential_seq, sentence):
             self._log.audit("suspended", user=user.sub, login=user.login, reason=sentence)
 
     def _shut_out(self, sub: str, state: str, reason: str) -> None:
-        if self._store.set_user_state(sub, state):
+        if self._store.set_user_status(sub, state):
             self._log.audit("access_refused", user=sub, reason=reason)
         now = self._clock.now()
         for grant in self._store.grants_of(sub, now):
@@ -4950,7 +5615,7 @@ class Upstream:
         if not self.may_ask(sub):
             return False
         self.examine(sub)
-        return getattr(self._store.user(sub), "state", None) == "active"
+        return getattr(self._store.user(sub), "status", None) == "active"
 
 
 # ======================================================================================================================
@@ -6907,9 +7572,9 @@ class Authorization:
 
     def _check_user(self, row: Any) -> None:
         """Raises OAuthError while Forgejo does not let a token's user in; a suspended one may be let in again by now."""
-        if row.state == "suspended" and self._upstream.readmitted(row.sub):
+        if row.status == "suspended" and self._upstream.readmitted(row.sub):
             return
-        if row.state != "active":
+        if row.status != "active":
             raise OAuthError("invalid_grant", LOGGED_OUT)
 
     def _successor(self, token, row, now):
@@ -10076,11 +10741,11 @@ class Registry:
     def connect(self, link, probe=True):
         """Shake hands with a child, by the era its binary is known to be of (legacy, unless `probe`): what connect() gives of the child."""
         binary = link.binary = binary_fingerprint(child_command(self.settings))
-        row = self.store.binary(binary)
+        row = self.store.program(binary)
         known = row.era if row else ""
         link.probed = probe and not known
         self._binary = binary
-        self.asking = bool(row and row.asks)
+        self.asking = bool(row and row.sends_requests)
         try:
             era, server = connect(link, known or (None if probe else "legacy"), self.settings.start_timeout)
         except RpcError:
@@ -10101,7 +10766,7 @@ class Registry:
 
     def _note_era(self, binary, era):
         with contextlib.suppress(StoreUnavailable):  # it is asked again next time
-            self.store.save_binary(binary, era, self.clock.now())
+            self.store.save_program(binary, era, self.clock.now())
 
     def note_asking(self, link: Link) -> None:
         """The program of this child asks its client for things: from now on requests that can be asked get a child of it alone.
@@ -10114,7 +10779,7 @@ class Registry:
         if link.binary == self._binary:
             self.asking = True
         with contextlib.suppress(StoreUnavailable):
-            self.store.save_asking(link.binary)
+            self.store.program_sends_requests(link.binary)
 
     @staticmethod
     def _starting_failed():
@@ -10580,17 +11245,19 @@ class Endpoint:
         if row is None or row.resource != self._settings.resource:
             seat_of_address(request, self._settings)
             raise invalid_token(self._settings, "The access token is unknown, expired or revoked.")
-        if row.state != "active":
+        if row.status != "active":
             seat_of_address(request, self._settings)
             if not self._readmitted(row):
                 raise invalid_token(
                     self._settings, "Forgejo does not let this user in at present; log in again."
                 )
         request.seat.take("requests", f"user {row.sub}", self._settings.max_requests_per_user)
-        return Caller(row.sub, row.login, row.client_id, row.grant_id, row.scope, row.asked, row.expires_at)
+        return Caller(
+            row.sub, row.login, row.client_id, row.grant_id, row.scope, row.requested_scope, row.expires_at
+        )
 
     def _readmitted(self, row: Any) -> bool:
-        return row.state == "suspended" and self._registry.upstream.readmitted(row.sub)
+        return row.status == "suspended" and self._registry.upstream.readmitted(row.sub)
 
     def _seat_of_stream(self, request: Request, caller: Caller, name: object = None) -> None:
         """Counts a request as a stream from now on; HTTPError 429 above `max_streams_per_user`."""

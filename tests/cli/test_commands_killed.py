@@ -96,7 +96,7 @@ def offline(tmp_path):
             NOW + 3600,
             NOW,
         )
-        store.set_user_state(sub, "active")
+        store.set_user_status(sub, "active")
         for number in (1, 2):
             code = f"{sub}.{number}"
             store.finish_login(

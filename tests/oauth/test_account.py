@@ -7,6 +7,7 @@ import pytest
 from rigs import fake_forgejo
 from rigs.browser import Browser, approve_login, open_account
 from rigs.mcp_client import McpClient, OAuthClient
+from rigs.rig import rows
 
 
 def press(browser, page, name, value=None):
@@ -83,7 +84,7 @@ def test_nobody_ends_what_belongs_to_another(rig):
     mcp = rig.session("bob")
     browser, page = open_account(rig, "alice")
     fields = page.forms[-1].fields
-    name = rig.broker.store._one("SELECT hash FROM sessions").hash.hex()
+    name = rows(rig.broker.store, "SELECT hash FROM sessions")[0].hash.hex()
     for added in ({"client": mcp.oauth.client_id}, {"session": name}):
         browser.post(rig.url + "/account/end", {**fields, **added})
     assert "bob" in str(mcp.call_tool("get_my_user_info"))

@@ -9,6 +9,7 @@ import pytest
 
 from rigs.browser import Browser, approve_login, query_of
 from rigs.mcp_client import McpClient, OAuthClient
+from rigs.rig import rows
 
 
 def bearer_status(rig, token):
@@ -327,7 +328,7 @@ def test_C05_the_same_decision_of_a_form_is_answered_twice_alike_and_another_is_
             refused = decide(rig, browser, page, client, **other)
             assert refused.status == 400 and "answered already" in refused.text
     assert decide(rig, browser, page, client, **first).redirected_to == answer
-    assert len(rig.broker.store._all("SELECT 1 FROM logins")) == 1
+    assert len(rows(rig.broker.store, "SELECT 1 FROM logins")) == 1
     rig.clock.advance(601)
     assert "expired" in decide(rig, browser, page, client, **first).text
 
@@ -382,7 +383,7 @@ def test_K04_a_callback_sent_again_gives_the_same_redirect_until_the_code_is_red
     assert client.redeem(query_of(first)["code"]).status == 200
     page = browser.get(again, stop=stop)
     assert page.status == 200 and not page.redirected_to and "is connected" in page.text
-    assert client.refresh().status == 200 and len(rig.broker.store._all("SELECT 1 FROM grants")) == 1
+    assert client.refresh().status == 200 and len(rows(rig.broker.store, "SELECT 1 FROM grants")) == 1
 
 
 def test_K04_a_callback_sent_again_after_its_code_has_expired_says_so(rig, client):
@@ -747,7 +748,7 @@ def test_K16_a_second_login_of_a_user_leaves_the_first_client_working_through_it
     mcp = McpClient(first.url, tokens["access_token"], session_id=first.session_id)
     rig.clock.advance(60)
     assert "alice" in mcp.call_tool("get_my_user_info")["content"][0]["text"]
-    assert rig.broker.store.user("1001").state == "active"
+    assert rig.broker.store.user("1001").status == "active"
 
 
 def test_a_refused_upstream_refresh_logs_out_and_one_login_revives_all(rig):

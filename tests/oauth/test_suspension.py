@@ -50,7 +50,7 @@ def test_who_may_not_sign_in_is_shut_out_after_a_tools_error_and_nothing_is_dele
     first = "This account is prohibited from signing in, please contact your site administrator."
     if trouble == "must_change_password":
         first = "You must change your password."
-    assert record["reason"] == first == user(rig).state_reason and record["user"] == sub_of(rig)
+    assert record["reason"] == first == user(rig).status_reason and record["user"] == sub_of(rig)
     refused = same(mcp).post(CALL)
     assert refused.status == 401 and 'error="invalid_token"' in refused.headers["WWW-Authenticate"]
     assert mcp.oauth.refresh().json()["error"] == "invalid_grant"
@@ -65,7 +65,7 @@ def test_a_suspension_is_seen_at_the_next_refresh_though_userinfo_and_the_token_
     rig.clock.advance(3590)
     rig.tick()
     rig.log.wait("suspended")
-    assert user(rig).state == "suspended"
+    assert user(rig).status == "suspended"
 
 
 def test_a_child_that_cannot_start_for_a_suspended_user_is_a_401_and_not_a_failing_program(lasting):
@@ -74,7 +74,7 @@ def test_a_child_that_cannot_start_for_a_suspended_user_is_a_401_and_not_a_faili
     rig.broker.registry.all()[0].sleep("test")
     rig.forgejo.suspend("alice")
     assert same(mcp).post(CALL).status == 401
-    assert user(rig).state == "suspended"
+    assert user(rig).status == "suspended"
 
 
 def test_open_streams_of_a_suspended_user_end_and_those_of_others_do_not(lasting):
@@ -115,8 +115,8 @@ def test_any_request_of_a_suspended_user_asks_again_at_most_once_a_minute_and_a_
     rig.forgejo.unsuspend("alice")
     assert same(mcp).post(CALL).status == 401  # the minute is not over
     rig.clock.advance(61)
-    assert who(same(mcp)) == "alice" and user(rig).state == "active"
-    assert user(rig).state_reason is None and rig.log.named("suspension_ended")
+    assert who(same(mcp)) == "alice" and user(rig).status == "active"
+    assert user(rig).status_reason is None and rig.log.named("suspension_ended")
 
 
 def test_a_refresh_by_the_client_may_be_the_request_that_ends_a_suspension(lasting):
@@ -150,10 +150,10 @@ def test_the_login_of_a_suspended_user_fails_with_Forgejos_own_sentence(lasting)
     with pytest.raises((BrowserError, ClientError)) as error:
         rig.login("alice")
     assert "access_denied" in str(error.value) and "prohibited from signing in" in str(error.value)
-    assert user(rig).state == "suspended" and same(mcp).post(CALL).status == 401
+    assert user(rig).status == "suspended" and same(mcp).post(CALL).status == 401
     rig.forgejo.unsuspend("alice")
     rig.login("alice")  # a login ends it, and the exchange that failed had replaced the credential
-    assert user(rig).state == "active" and who(same(mcp)) == "alice"
+    assert user(rig).status == "active" and who(same(mcp)) == "alice"
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_what_is_no_403_in_JSON_with_a_message_about_the_account_suspends_nobody
     rig.clock.advance(3590)
     assert rig.broker.upstream.refresh(sub_of(rig)) is True
     rig.forgejo.clear_faults()
-    assert user(rig).state == "active" and who(same(mcp)) == "alice"
+    assert user(rig).status == "active" and who(same(mcp)) == "alice"
 
 
 def test_a_401_of_the_API_is_only_about_this_access_token_and_a_refresh_decides_once_in_ten_minutes(lasting):
@@ -190,7 +190,7 @@ def test_a_401_of_the_API_is_only_about_this_access_token_and_a_refresh_decides_
     upstream, sub = rig.broker.upstream, sub_of(rig)
     refreshed = lambda: len(rig.log.named("upstream_refreshed"))  # noqa: E731
     assert [upstream.examine(sub) for _ in range(5)] == ["refused"] * 5
-    assert refreshed() == 1 and user(rig).state == "active"
+    assert refreshed() == 1 and user(rig).status == "active"
     rig.clock.advance(601)
     assert upstream.examine(sub) == "refused" and refreshed() == 2
     rig.forgejo.clear_faults()
@@ -203,7 +203,7 @@ def test_a_forged_sentence_of_Forgejo_reaches_page_and_log_without_the_token(las
     token = rig.broker.upstream.credential(sub_of(rig))[0]
     rig.forgejo.inject(VERSION, status(403, {"message": f"No {token} here\x1b[2J. More."}))
     assert rig.broker.upstream.examine(sub_of(rig)) == "suspended"
-    assert user(rig).state_reason == "No [token] here[2J."
+    assert user(rig).status_reason == "No [token] here[2J."
     assert token not in rig.log.text
 
 
@@ -227,4 +227,4 @@ def test_a_witness_that_comes_late_does_not_undo_a_login(lasting):
     gate.open()
     thread.join(20)
     assert answers == ["suspended"] and user(rig).credential_seq > kept
-    assert user(rig).state == "active"
+    assert user(rig).status == "active"

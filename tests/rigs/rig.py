@@ -1,8 +1,11 @@
 """One broker in the test's own process, with real sockets, real children and a fake Forgejo: what most tests stand on."""
 
+import collections
+import contextlib
 import io
 import json
 import socket
+import sqlite3
 import sys
 import threading
 import time
@@ -145,6 +148,14 @@ class Rig:
 
     def tick(self):
         self.broker.reaper.tick()
+
+
+def rows(store, statement, parameters=()):
+    """What a statement finds in a store's file, as whoever opens it beside the broker sees it: rows with names."""
+    with contextlib.closing(sqlite3.connect(store.path)) as db:
+        found = db.execute(statement, parameters)
+        row = collections.namedtuple("Row", [column[0] for column in found.description], rename=True)
+        return [row._make(values) for values in found]
 
 
 def text_of(result):

@@ -15,6 +15,7 @@ import fjmcp_broker
 from rigs.browser import Browser, approve_login
 from rigs.document_web import DOCUMENTS, PUBLIC, DocumentWeb, RsaKey, make_authority
 from rigs.mcp_client import McpClient, OAuthClient
+from rigs.rig import rows
 
 ME = "https://app.example/client.json"
 MINE = {
@@ -512,7 +513,7 @@ def test_S14_what_is_kept_of_strangers_is_bounded_and_clients_with_a_login_stay(
             0,
             keep=40,
         )
-    assert store._one("SELECT count(*) AS n FROM clients").n == 41 and client.refresh().status == 200
+    assert rows(store, "SELECT count(*) AS n FROM clients")[0].n == 41 and client.refresh().status == 200
     with store._batch() as db:
         db.executemany(
             "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, used_at)"
@@ -520,8 +521,8 @@ def test_S14_what_is_kept_of_strangers_is_bounded_and_clients_with_a_login_stay(
             [(f"https://y.example/{number}", now) for number in range(1100)],
         )
     assert refused(cimd, "https://app.example/one-more")
-    assert store._one("SELECT count(*) AS n FROM clients").n == 1001 and client.refresh().status == 200
-    assert {row.kind for row in store.listing("clients", now)[1]} == {"document"}
+    assert rows(store, "SELECT count(*) AS n FROM clients")[0].n == 1001 and client.refresh().status == 200
+    assert {row[1] for row in store.listing("clients", now)[1]} == {"document"}
 
 
 @pytest.mark.parametrize(

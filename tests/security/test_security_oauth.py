@@ -17,6 +17,7 @@ from rigs import fake_forgejo
 from rigs.browser import Browser, approve_login
 from rigs.fake_forgejo import MISSING
 from rigs.mcp_client import McpClient, OAuthClient, Wire
+from rigs.rig import rows
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 CHALLENGE = "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"
@@ -60,7 +61,7 @@ def bearer_status(rig, token):
 
 
 def count(rig, table):
-    return rig.broker.store._one(f"SELECT count(*) AS n FROM {table}").n
+    return rows(rig.broker.store, f"SELECT count(*) AS n FROM {table}")[0].n
 
 
 def to_forgejo(rig, browser, client, **arguments):
@@ -200,7 +201,7 @@ def test_A11_the_case_of_the_host_does_not_matter_and_that_of_the_path_does(make
 def test_A11_the_resource_is_compared_as_a_url_and_stored_canonical(rig, client):
     code = code_for(client, resource=rig.url.replace("http", "HTTP") + "/mcp/")
     assert client.redeem(code, resource=None).status == 200
-    assert rig.broker.store._one("SELECT resource FROM grants").resource == rig.url + "/mcp"
+    assert rows(rig.broker.store, "SELECT resource FROM grants")[0].resource == rig.url + "/mcp"
 
 
 @pytest.mark.parametrize(
@@ -675,7 +676,7 @@ def test_K10_a_renamed_user_stays_the_same_and_a_reused_name_is_another(rig, cli
     rig.forgejo.add_user("alice", sub=4242)
     code_for(client, "alicia")
     code_for(registered(rig), "alice")
-    users = {row.login: row.sub for row in rig.broker.store._all("SELECT login, sub FROM users")}
+    users = {row.login: row.sub for row in rows(rig.broker.store, "SELECT login, sub FROM users")}
     assert users == {"alicia": "1001", "alice": "4242"}
 
 
@@ -685,7 +686,7 @@ def test_K11_a_suspended_user_is_shut_out_at_the_next_refresh_and_back_after_a_l
     rig.clock.advance(3500)
     rig.tick()
     rig.log.wait("suspended")
-    assert rig.broker.store.user("1001").state == "suspended"
+    assert rig.broker.store.user("1001").status == "suspended"
     assert bearer_status(rig, mcp.token) == 401 and mcp.oauth.refresh().json()["error"] == "invalid_grant"
     rig.forgejo.unsuspend("alice")
     rig.login("alice")
@@ -696,11 +697,11 @@ def test_K12_a_user_who_is_no_longer_allowed_loses_grants_and_children_at_the_ne
     rig = make_rig(allowed_groups="staff")
     rig.forgejo.add_user("carol", groups=("staff",))
     mcp = rig.session("carol")
-    sub = rig.broker.store._one("SELECT sub FROM users").sub
+    sub = rows(rig.broker.store, "SELECT sub FROM users")[0].sub
     rig.broker.settings.allowed_groups = ("other",)
     rig.broker.upstream.refresh(sub)
     rig.tick()
-    assert rig.log.wait("access_refused")[0]["user"] == sub and rig.broker.store.user(sub).state == "refused"
+    assert rig.log.wait("access_refused")[0]["user"] == sub and rig.broker.store.user(sub).status == "refused"
     assert not rig.broker.store.grants_of(sub, rig.clock.now()) and bearer_status(rig, mcp.token) == 401
     assert rig.log.wait("child_stopped")
     rig.broker.settings.allowed_groups = ("staff",)
@@ -1185,7 +1186,7 @@ def test_R11_trouble_upstream_rotates_nothing_away(rig):
     client = rig.login()
     rig.forgejo.down()
     assert client.refresh().status == 200
-    rig.broker.store.set_user_state("1001", "logged_out")
+    rig.broker.store.set_user_status("1001", "logged_out")
     r1 = client.tokens["refresh_token"]
     assert client.refresh().json()["error"] == "invalid_grant"
     assert rig.broker.store.refresh_token(hashlib.sha256(r1.encode()).digest()).rotated_at is None

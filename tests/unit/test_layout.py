@@ -18,7 +18,6 @@ HEADING = re.compile(r"^# =+\n# (.+)\n(?:# .*\n)+# =+$", re.MULTILINE)
 LONG_FUNCTIONS: set[str] = {
     "Broker.__init__",
     "Broker._routes",
-    "Store.keep_document",
     "check_forgejo",
     "examine",
     "fetch",
@@ -30,7 +29,6 @@ LONG_CLASSES: set[str] = {
     "Endpoint",
     "Registry",
     "Session",
-    "Store",
     "Upstream",
 }
 WIDE_CONSTRUCTORS: set[str] = {

@@ -1,6 +1,7 @@
 """Each start of a thread, each delivery and each call of the store fails once: what was taken out is put back or finished, and nobody waits for ever."""
 
 import contextlib
+import inspect
 import os
 import sys
 import threading
@@ -215,8 +216,8 @@ def prepare(faults, kind):
         for owner, name in DELIVERIES:
             faults.wrap(owner, name, lambda: RuntimeError("injected"))
     else:
-        for name, function in list(vars(fjmcp_broker.Store).items()):
-            if callable(function) and not name.startswith("_") and name not in NOT_CALLS:
+        for name, function in inspect.getmembers(fjmcp_broker.Store, inspect.isfunction):
+            if not name.startswith("_") and name not in NOT_CALLS:
                 faults.wrap(fjmcp_broker.Store, name, unavailable)
 
 
