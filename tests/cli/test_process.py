@@ -397,7 +397,7 @@ def test_as_a_subreaper_it_reaps_what_is_handed_to_it(make_installation, monkeyp
         await_end([pid for pid in broker.children() if b"stdio_child" in command_of(pid)])
     assert mcp.list_tools()  # its own are not taken from the threads that wait for them
     assert gone_zombies(broker.pid)
-    assert all(record["reason"] == "idle" for record in installation.records("child stopped"))
+    assert all(record["reason"] == "idle" for record in installation.records("child_stopped"))
 
 
 def gone_zombies(parent, limit=10):

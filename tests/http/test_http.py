@@ -187,11 +187,13 @@ def test_H02_chunked_bodies_are_read(shared, token, size):
 
 
 def test_a_body_of_very_many_chunks_is_refused(shared, token):
-    head = get(shared, "/oauth/register", "Transfer-Encoding: chunked", method=b"POST")
+    form = "Content-Type: application/x-www-form-urlencoded"
+    head = get(shared, "/oauth/token", "Transfer-Encoding: chunked", form, method=b"POST")
     refused = ask(shared, head + b"1\r\n \r\n" * 60_000 + b"0\r\n\r\n")
     assert refused.status == 400 and b"too many chunks" in refused.body
     document = json.dumps({"redirect_uris": ["https://app.example/cb"], "client_name": "x" * 3900}).encode()
     pieces = b"".join(b"1\r\n%c\r\n" % byte for byte in document)
+    head = get(shared, "/oauth/register", "Transfer-Encoding: chunked", method=b"POST")
     assert ask(shared, head + pieces + b"0\r\n\r\n").status == 201
 
 

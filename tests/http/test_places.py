@@ -511,7 +511,7 @@ def test_the_peer_of_a_Unix_socket_is_a_trusted_proxy(make_rig, tmp_path):
     listener.bind(path)
     listener.listen()
     server = fjmcp_broker.Server(
-        rig.broker.settings, rig.broker.handle, rig.log, ("127.0.0.1", 0), listener=listener
+        rig.broker.settings, rig.broker.handle, rig.log, ("127.0.0.1", 0), [listener]
     )
     server.start()
     try:

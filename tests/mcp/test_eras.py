@@ -118,7 +118,7 @@ def test_a_line_above_the_bound_stops_its_child_and_the_next_call_has_another(ma
     mcp = client_of(make_cell(max_line="1MiB"), client_era)
     with pytest.raises(RpcError) as error:
         mcp.call_tool("big_line", bytes=3_000_000)
-    assert error.value.data["reason"] == "child_died"
+    assert error.value.data["reason"] == "answer_too_large"
     assert "alice" in text_of(mcp.call_tool("get_my_user_info"))
 
 

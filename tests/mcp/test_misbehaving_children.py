@@ -116,7 +116,7 @@ def test_why_a_child_dies_at_its_start_is_a_warning_without_its_token(make_rig, 
 def test_an_unexpected_end_is_a_warning_and_an_idle_stop_is_none(rig):
     mcp = rig.session()
     rig.clock.advance(901)
-    rig.log.wait("child stopped")
+    rig.log.wait("child_stopped")
     assert not rig.log.named("child_died")
     with pytest.raises(RpcError):
         mcp.call_tool("crash", signal="SIGSEGV")
