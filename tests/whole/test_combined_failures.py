@@ -163,7 +163,7 @@ def test_requests_do_not_make_the_reaper_read_all_grants(rig, monkeypatch):
 def test_a_stream_whose_grant_ended_while_it_was_let_in_ends(rig):
     mcp = rig.session()
     reaper, store = rig.broker.reaper, rig.broker.store
-    row = store.bearer(fjmcp_broker.digest(mcp.token), rig.clock.now())
+    row = store.bearer(fjmcp_broker.token_hash(mcp.token), rig.clock.now())
     caller = fjmcp_broker.Caller(
         row.sub, row.login, row.client_id, row.grant_id, row.scope, row.asked, row.expires_at
     )
@@ -181,7 +181,7 @@ def test_a_failing_session_keeps_the_reaper_from_nothing_else(rig, monkeypatch):
     monkeypatch.setattr(first, "tick", lambda now: 1 / 0)
     mcp.oauth.revoke(mcp.oauth.tokens["refresh_token"])
     rig.tick()
-    assert first.ended and rig.log.named("reaper failed") and bob.request("ping") == {}
+    assert first.ended and rig.log.named("reaper_failed") and bob.request("ping") == {}
 
 
 @pytest.mark.parametrize("what", ["start", "refresh", "look"])
