@@ -28,6 +28,7 @@ if sys.version_info < (3, 11):
 import array
 import base64
 import binascii
+import bisect
 import codecs
 import collections
 import contextlib
@@ -48,7 +49,6 @@ import hmac
 import html
 import http
 import http.client
-import http.server
 import io
 import ipaddress
 import itertools
@@ -57,6 +57,7 @@ import math
 import os
 import queue
 import re
+import resource
 import secrets
 import select
 import shutil
@@ -119,21 +120,29 @@ Headers = Iterable[tuple[str, str]]
 
 
 class HTTPError(Exception):
-    """A request is answered with an error: HTTP `status`, `code` (a word for programs), `description` (a sentence), `headers`."""
+    """A request is answered with an error: HTTP `status`, `code` (a word for programs), `description` (a sentence), `headers`.
 
-    def __init__(self, status: int, code: str, description: str, headers: Headers = ()) -> None:
+    `cause` is one of REASONS, for the log and the metrics; often that is the code.
+    """
+
+    def __init__(
+        self, status: int, code: str, description: str, headers: Headers = (), cause: str = ""
+    ) -> None:
         super().__init__(f"{status} {code}: {description}")
         self.status = status
         self.code = code
         self.description = description
         self.headers = tuple(headers)
+        self.cause = cause or code
 
 
 class OAuthError(HTTPError):
     """An OAuth endpoint answers with an error; `code` is the `error` of RFC 6749 5.2, RFC 7591 3.2.2 or RFC 8707 2."""
 
-    def __init__(self, code: str, description: str, status: int = 400, headers: Headers = ()) -> None:
-        super().__init__(status, code, description, headers)
+    def __init__(
+        self, code: str, description: str, status: int = 400, headers: Headers = (), cause: str = ""
+    ) -> None:
+        super().__init__(status, code, description, headers, cause)
 
 
 class RpcError(Exception):
@@ -288,6 +297,17 @@ def unb64url(text: str) -> bytes:
 def is_loopback_name(host: str | None) -> bool:
     """Returns whether a host, as spelled in a URL, can only mean this machine (RFC 8252 8.3)."""
     return host in ("localhost", "127.0.0.1", "::1", "[::1]")
+
+
+UNIX_PEER = "unix"  # stands for the peer of a Unix socket, which has no address
+
+
+def network_of(address: str, v4: int = 32, v6: int = 64) -> str:
+    """Returns whom an address is counted for: whoever has one IPv6 address has the other 2^64 of its network too."""
+    if address == UNIX_PEER or ":" not in address and v4 == 32:
+        return address
+    prefix = v6 if ":" in address else v4
+    return str(ipaddress.ip_network(f"{address.partition('%')[0]}/{prefix}", strict=False))
 
 
 # ======================================================================================================================
@@ -795,6 +815,13 @@ SETTINGS = (
         "refuse a login to which Forgejo granted other scopes than asked",
         reload=True,
     ),
+    Setting(
+        "log_addresses",
+        "log_addresses",
+        "full",
+        "addresses in the log: `full`, `network` (the first 24 bits, of IPv6 48), or `off`",
+        reload=True,
+    ),
     Setting("metrics_listen", "any_address", "", "address for GET /metrics; empty: none"),
     Setting("log_format", "log_format", "json", "`json`, or `text` for people"),
     Setting("debug", "switch", False, "log what children write to stderr, and each request", reload=True),
@@ -1116,6 +1143,7 @@ KINDS: dict[str, Callable[[object], object]] = {
     "size": _size,
     "switch": _switch,
     "log_format": _choice("json", "text"),
+    "log_addresses": _choice("full", "network", "off"),
 }
 
 
@@ -1186,6 +1214,7 @@ class Settings:
     strict_scopes: bool
     metrics_listen: tuple[str, int] | None
     log_format: str
+    log_addresses: str
     debug: bool
     tool_rules: tuple[ToolRule, ...]
     clients: tuple[ConfiguredClient, ...]
@@ -1422,14 +1451,250 @@ def find_configuration(environ: Mapping[str, str], is_to_be_made: bool = False) 
 
 
 # ======================================================================================================================
-# Log
-# Owns what leaves the program for operators: one line per event on stderr, and the counters of /metrics.
+# Log and metrics
+# Owns what leaves the program for operators: one line per event on stderr, and the numbers of /metrics.
 # Must not be handed a token, code, secret, cookie or tool argument; it escapes what it is given and judges nothing.
 # ======================================================================================================================
 
-
 # What the journal calls a level (sd-daemon(3)).
 PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
+RECORDS_A_MINUTE = 10
+RECORDS_IN_ALL = 600
+RECORD_OWNERS = 1000
+
+AUDIT_EVENTS = (
+    "client_registered client_removed consent_given consent_refused login account_opened token_issued token_refreshed"
+    " token_revoked reuse_detected logged_out_upstream suspended identity_changed access_refused session_opened"
+    " session_ended child_started child_stopped tool_called"
+).split()
+CALL_OUTCOMES = "ok tool_error error denied cancelled started unknown".split()
+CHILD_STATES = "starting idle busy stopping".split()
+FORGEJO_ENDPOINTS = "token userinfo introspection user users version".split()
+FORGEJO_OUTCOMES = "ok refused failed".split()
+CONNECT_STEPS = "discovery registered authorize consent login token first_call".split()
+
+# Why a request was turned away, by the endpoint at which that happens. Routine ones are records at debug.
+ROUTINE_REASONS = {
+    "no_token", "token_expired", "no_metadata", "method_not_allowed", "method_not_found", "unsupported_version",
+}  # fmt: skip
+_ANYWHERE = "misdirected_request method_not_allowed too_many_requests bad_request store_unavailable server_error other"
+_BODY = " content_too_large request_timeout temporarily_unavailable"
+_PAGE = " malformed two_cookies temporarily_unavailable"
+_AUTHORIZE = (
+    " repeated unknown_client unreadable_client redirect_uri no_pkce invalid_request unsupported_response_type"
+    " request_not_supported request_uri_not_supported invalid_target interaction_required"
+)
+_FORM = _BODY + " foreign_form malformed wrong_browser two_cookies expired"
+_CALLBACK = (
+    " malformed_answer expired wrong_browser not_logged_in access_denied forgejo_denied forgejo_failed forgejo_down"
+    " forgejo_misconfigured forgejo_refused account_refused"
+)
+_CLIENT = " invalid_request unknown_client invalid_client bad_assertion keys_unreadable"
+_TOKEN = (
+    " unsupported_grant_type invalid_target bad_code code_expired code_used bad_refresh_token login_ended login_expired"
+    " refresh_token_reused logged_out suspended clock_was_set invalid_grant"
+)
+_MCP = (
+    " forbidden_origin no_token token_expired bad_token logged_out suspended insufficient_scope parse_error"
+    " invalid_message invalid_params method_not_found unsupported_version header_mismatch missing_capability"
+    " session_not_found busy upstream_down starting_failed child_missing too_many_streams too_many_calls"
+)
+REASONS = {
+    endpoint: (_ANYWHERE + more).split()
+    for endpoint, more in {
+        "home": "",
+        "healthz": "",
+        "server_metadata": "",
+        "resource_metadata": "",
+        "register": _BODY + " invalid_request invalid_client_metadata invalid_redirect_uri",
+        "authorize": _PAGE + _AUTHORIZE,
+        "consent": _FORM + " undecided answered access_denied",
+        "callback": _PAGE + _CALLBACK,
+        "token": _BODY + _CLIENT + _TOKEN,
+        "revoke": _BODY + _CLIENT,
+        "account": _PAGE,
+        "account_login": _FORM,
+        "account_end": _FORM,
+        "mcp": _BODY + _MCP,
+        "other": " not_found no_metadata uri_too_long header_too_large request_timeout version_not_supported"
+        " expectation_failed not_implemented",
+    }.items()
+}
+
+# The clients that are counted by name: hosts of their metadata documents, and what their names and User-Agents begin with.
+KNOWN_CLIENTS = {
+    "claude": (("claude.ai", "claude.com"), ("claude",), ("claude",)),
+    "chatgpt": (("chatgpt.com", "openai.com"), ("chatgpt", "openai"), ("openai", "python/3.12 aiohttp")),
+    "codex": ((), ("codex",), ("codex",)),
+    "copilot": (("github.com",), ("github copilot", "copilot"), ("copilot", "github-copilot")),
+    "vscode": (("vscode.dev",), ("visual studio code", "vs code"), ("visual studio code", "vscode")),
+    "cursor": (("cursor.com", "cursor.sh"), ("cursor",), ("cursor",)),
+    "gemini": ((), ("gemini",), ("gemini",)),
+    "zed": (("zed.dev",), ("zed",), ("zed",)),
+    "goose": (("goose-docs.ai",), ("goose",), ("goose",)),
+    "opencode": (("opencode.ai",), ("opencode",), ("opencode",)),
+    "jetbrains": ((), ("jetbrains", "intellij", "junie"), ("jetbrains", "junie")),
+    "inspector": ((), ("mcp inspector",), ("mcp-inspector",)),
+    "mcp_remote": ((), ("mcp cli proxy", "mcp-remote"), ("mcp-remote",)),
+    "other": ((), (), ()),
+}
+# The client whose host is another's too, by the path of its document.
+CODEX_DOCUMENT = "https://chatgpt.com/oauth/codex/"
+
+
+def known_client(client_id: str = "", name: str = "", user_agent: str = "") -> str:
+    """Returns the word of KNOWN_CLIENTS under which a client is counted, `other` for one that is not known."""
+    if client_id.startswith(CODEX_DOCUMENT):
+        return "codex"
+    host = client_id[8:].partition("/")[0] if client_id.startswith("https://") else ""
+    for word, (hosts, names, agents) in KNOWN_CLIENTS.items():
+        is_known = host in hosts or name.lower().startswith(names) or user_agent.lower().startswith(agents)
+        if is_known:
+            return word
+    return "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A metric family: `labels` and the values of each, so that every series is there from the start; `buckets` of a histogram."""
+
+    name: str
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+    series: tuple[tuple[str, ...], ...] = ((),)
+    buckets: tuple[float, ...] = ()
+
+
+def _each(*values: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    return tuple(itertools.product(*values))
+
+
+_REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0)
+_CALL_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0, 120.0, 300.0)
+_START_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 20.0)
+_FORGEJO_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0)
+_REFUSALS = tuple((endpoint, reason) for endpoint, reasons in REASONS.items() for reason in reasons)
+# fmt: off
+FAMILIES = (
+    Family("fjmcp_build_info", "gauge", "The running version, and the git blob id of its file.", ("version", "git"), ()),
+    Family("fjmcp_sessions", "gauge", "Sessions that the store holds."),
+    Family("fjmcp_children", "gauge", "Children by state.", ("state",), _each(CHILD_STATES)),
+    Family("fjmcp_children_limit", "gauge", "Children that may be awake at once (max_sessions)."),
+    Family("fjmcp_connections", "gauge", "Open HTTP connections."),
+    Family("fjmcp_streams", "gauge", "Event streams that are being sent."),
+    Family("fjmcp_events_total", "counter", "Audit events.", ("event",), _each(AUDIT_EVENTS)),
+    Family("fjmcp_refusals_total", "counter", "Requests that were turned away.", ("endpoint", "reason"), _REFUSALS),
+    Family("fjmcp_connect_total", "counter", "Steps of connecting that succeeded.", ("client", "step"),
+        _each(KNOWN_CLIENTS, CONNECT_STEPS)),
+    Family("fjmcp_http_request_duration_seconds", "histogram", "Time until the head of an answer was sent, streams left out.",
+        ("endpoint",), _each(REASONS), _REQUEST_BUCKETS),
+    Family("fjmcp_tool_call_duration_seconds", "histogram", "Duration of tools/call.",
+        ("outcome",), _each(CALL_OUTCOMES), _CALL_BUCKETS),
+    Family("fjmcp_child_start_duration_seconds", "histogram", "Time until a started child has answered the handshake.",
+        buckets=_START_BUCKETS),
+    Family("fjmcp_forgejo_request_duration_seconds", "histogram", "Duration of requests to Forgejo.",
+        ("endpoint", "outcome"), _each(FORGEJO_ENDPOINTS, FORGEJO_OUTCOMES), _FORGEJO_BUCKETS),
+    Family("process_resident_memory_bytes", "gauge", "Resident memory size in bytes."),
+    Family("process_cpu_seconds_total", "counter", "Total user and system CPU time spent in seconds."),
+    Family("process_open_fds", "gauge", "Number of open file descriptors."),
+    Family("process_max_fds", "gauge", "Maximum number of open file descriptors."),
+    Family("process_start_time_seconds", "gauge", "Start time of the process since unix epoch in seconds."),
+)
+# fmt: on
+
+
+class Metrics:
+    """The counters and histograms of /metrics. Each has all its series from the start, so nothing grows with what comes in."""
+
+    def __init__(self) -> None:
+        self._families = {family.name: family for family in FAMILIES}
+        # Guards the numbers; a leaf.
+        self._lock = threading.Lock()
+        self._values: dict[tuple[str, tuple[str, ...]], float] = {
+            (family.name, labels): 0 for family in FAMILIES for labels in family.series if not family.buckets
+        }
+        # Of each series: how many observations fell into each bucket (the last: above all), and their sum.
+        self._observed: dict[tuple[str, tuple[str, ...]], tuple[list[int], list[float]]] = {
+            (family.name, labels): ([0] * (len(family.buckets) + 1), [0.0])
+            for family in FAMILIES
+            for labels in family.series
+            if family.buckets
+        }
+
+    def count(self, name: str, labels: tuple[str, ...] = (), by: int = 1) -> None:
+        """Adds to a counter. Labels that are no series of it count as the one whose last label is `other`, if there is one."""
+        with self._lock:
+            key = (name, labels)
+            if key not in self._values:
+                key = (name, (*labels[:-1], "other"))
+            if key in self._values:
+                self._values[key] += by
+
+    def observe(self, name: str, labels: tuple[str, ...], seconds: float) -> None:
+        """Adds an observation to a histogram."""
+        bucket = bisect.bisect_left(self._families[name].buckets, seconds)
+        with self._lock:
+            counts, total = self._observed[name, labels]
+            counts[bucket] += 1
+            total[0] += seconds
+
+    def value(self, name: str, labels: tuple[str, ...] = ()) -> float:
+        """Returns what a counter stands at, or how often a histogram was observed."""
+        with self._lock:
+            if (name, labels) in self._observed:
+                return sum(self._observed[name, labels][0])
+            return self._values[name, labels]
+
+    def text(self, gauges: Mapping[tuple[str, tuple[str, ...]], float]) -> bytes:
+        """Returns all families in Prometheus' text format 0.0.4; `gauges` are values that are read only now."""
+        with self._lock:
+            values = {**self._values, **gauges}
+            observed = {key: (list(counts), total[0]) for key, (counts, total) in self._observed.items()}
+        lines = []
+        for family in FAMILIES:
+            lines += [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"]
+            for (name, labels), number in values.items():
+                if name == family.name:
+                    lines.append(f"{name}{_shown(family.labels, labels)} {number}")
+            for (name, labels), (counts, total) in observed.items():
+                if name == family.name:
+                    lines += _histogram(family, labels, counts, total)
+        return ("\n".join(lines) + "\n").encode()
+
+
+def _shown(names: tuple[str, ...], values: tuple[str, ...]) -> str:
+    """Returns labels in Prometheus' text format. No value of ours needs escaping."""
+    return "{" + ",".join(f'{name}="{value}"' for name, value in zip(names, values)) + "}" if names else ""
+
+
+def _histogram(family: Family, labels: tuple[str, ...], counts: list[int], total: float) -> Iterator[str]:
+    """Yields the lines of a series of a histogram: its buckets count what is at most their bound."""
+    bounds = [*(f"{bound:g}" for bound in family.buckets), "+Inf"]
+    names = (*family.labels, "le")
+    for bound, count in zip(bounds, itertools.accumulate(counts)):
+        yield f"{family.name}_bucket{_shown(names, (*labels, bound))} {count}"
+    shown = _shown(family.labels, labels)
+    yield f"{family.name}_sum{shown} {total}"
+    yield f"{family.name}_count{shown} {sum(counts)}"
+
+
+def process_metrics() -> dict[tuple[str, tuple[str, ...]], float]:
+    """Returns what Prometheus' client libraries tell of their process (/proc/self; proc(5))."""
+    # The command's name, field 2, may contain blanks and brackets.
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    with open("/proc/stat", "rb") as file:
+        boot = next(int(line.split()[1]) for line in file if line.startswith(b"btime"))
+    ticks = os.sysconf("SC_CLK_TCK")
+    values = {
+        "process_resident_memory_bytes": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
+        "process_cpu_seconds_total": (int(fields[11]) + int(fields[12])) / ticks,
+        "process_open_fds": len(os.listdir("/proc/self/fd")),
+        "process_max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "process_start_time_seconds": boot + int(fields[19]) / ticks,
+    }
+    return {(name, ()): value for name, value in values.items()}
 
 
 def is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
@@ -1447,6 +1712,17 @@ def rfc3339(seconds: float) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+@dataclass(slots=True)
+class Burst:
+    """The records of one event and owner within a minute: how many were written, how many suppressed, and what they are about."""
+
+    since: float
+    level: str
+    fields: dict[str, object]
+    written: int = 0
+    suppressed: int = 0
+
+
 class Log:
     """Writes events as JSON objects (or text for people), one a line. Safe from any thread."""
 
@@ -1455,10 +1731,11 @@ class Log:
         self._stream = stream or sys.stderr
         self._clock = clock or Clock()
         self._to_journal = is_journal(self._stream, os.environ)
-        self._lock = threading.Lock()  # guards the stream; a leaf: nothing is taken while it is held
+        # Guards the stream and the bursts; a leaf.
+        self._lock = threading.Lock()
         self._request = threading.local()
-        self._bursts: dict[tuple[str, str], tuple[float, int, int]] = {}
-        self.counters: collections.Counter[str] = collections.Counter()
+        self._bursts: dict[tuple[str, str], Burst] = {}
+        self.metrics = Metrics()
 
     @contextlib.contextmanager
     def request(self, request_id: str) -> Iterator[None]:
@@ -1478,6 +1755,7 @@ class Log:
         if getattr(self._request, "id", None):
             known["request"] = self._request.id
         known.update((key, value) for key, value in fields.items() if value is not None)
+        self._hide_addresses(known)
         if self._settings.log_format == "text":
             rest = " ".join(f"{key}={json.dumps(value)}" for key, value in known.items())
             line = f"{time.strftime('%H:%M:%S', time.localtime(moment))} {level:7} {event} {rest}\n"
@@ -1489,25 +1767,78 @@ class Log:
             self._stream.write(line)
             self._stream.flush()
 
+    def _hide_addresses(self, fields: dict[str, object]) -> None:
+        """Says no more of addresses than `log_addresses` allows."""
+        allowed = self._settings.log_addresses
+        if allowed == "full":
+            return
+        for name in ("address", "peer"):
+            address = fields.pop(name, None)
+            if address is not None and allowed == "network":
+                fields[name] = network_of(str(address), 24, 48)
+
     def bounded(self, level: str, event: str, owner: str, **fields: object) -> None:
-        """Log an event that a child or a stranger causes: ten a minute for each owner; the next one says how many were `suppressed`."""
+        """Log an event that a child or a stranger causes: ten a minute for each owner, 600 for each event.
+
+        What was suppressed is a record with their number, when the minute is over (flush).
+        """
+        if level == "debug" and not self._settings.debug:
+            return
+        with self._lock:
+            due = self._is_due(level, event, owner, fields)
+        if due:
+            self.event(level, event, **fields)
+
+    def _is_due(self, level: str, event: str, owner: str, fields: dict[str, object]) -> bool:
+        """Whether one more record may be written; it is counted. Under the lock."""
+        now = time.monotonic()
+        of_event = self._bursts.setdefault((event, ""), Burst(now, level, {}))
+        burst = self._bursts.get((event, owner))
+        if burst is None and len(self._bursts) >= RECORD_OWNERS:
+            of_event.suppressed += 1
+            return False
+        if burst is None:
+            burst = self._bursts[event, owner] = Burst(now, level, fields)
+        if owner and burst.written >= RECORDS_A_MINUTE:
+            burst.suppressed += 1
+            return False
+        if of_event.written >= RECORDS_IN_ALL:
+            of_event.suppressed += 1
+            return False
+        of_event.written += 1
+        if burst is not of_event:
+            burst.written += 1
+        return True
+
+    def flush(self) -> None:
+        """Forget the minutes that are over, with a record of what was suppressed in each; the reaper calls this."""
         now = time.monotonic()
         with self._lock:
-            since, written, suppressed = self._bursts.pop((event, owner), (now, 0, 0))
-            if now - since >= 60:
-                since = now
-                written = 0
-            due = written < 10
-            self._bursts[event, owner] = (since, written + due, 0 if due else suppressed + 1)
-            if len(self._bursts) > 1000:
-                del self._bursts[next(iter(self._bursts))]  # the one unused for longest
-        if due:
-            self.event(level, event, suppressed=suppressed or None, **fields)
+            over = [(key, burst) for key, burst in self._bursts.items() if now - burst.since >= 60]
+            for key, _ in over:
+                del self._bursts[key]
+        for (event, _), burst in over:
+            if burst.suppressed:
+                self.event(burst.level, event, suppressed=burst.suppressed, **burst.fields)
 
     def audit(self, event: str, **fields: object) -> None:
         """Log a fact that someone may later have to prove: who did what through which client."""
-        self.counters[event] += 1
+        self.metrics.count("fjmcp_events_total", (event,))
         self.event("info", event, audit=True, **fields)
+
+    def refused(
+        self, endpoint: str, status: int, reason: str, address: str, who: Mapping[str, object]
+    ) -> None:
+        """Counts and logs that a request was turned away; `who`: client, client_name, user, user_agent as far as known."""
+        self.metrics.count("fjmcp_refusals_total", (endpoint, reason))
+        level = "debug" if reason in ROUTINE_REASONS else "info"
+        owner = f"{endpoint} {reason} {who.get('user') or who.get('client') or address}"
+        fields = {"endpoint": endpoint, "status": status, "reason": reason, **who, "address": address}
+        self.bounded(level, "refused", owner, **fields)
+
+    def connect_step(self, step: str, client_id: str = "", name: str = "", user_agent: str = "") -> None:
+        """Counts a step of connecting that a client has done (CONNECT_STEPS)."""
+        self.metrics.count("fjmcp_connect_total", (known_client(client_id, name, user_agent), step))
 
 
 class Allowance:
@@ -3503,7 +3834,8 @@ Default = TypeVar("Default")
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(pairs)
-    if len(value) != len(pairs):  # Python keeps the last, others the first: a difference to attack with
+    # Of two equal keys Python keeps the last, others the first: a difference to attack with.
+    if len(value) != len(pairs):
         raise ValueError("an object has the same key twice")
     return value
 
@@ -3528,9 +3860,8 @@ def _finite_or_null(text: str) -> float | None:
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
 _CHILD = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite_or_null)
 _LENIENT = json.JSONDecoder(strict=False)
-_ENCODER = json.JSONEncoder(
-    separators=(",", ":"), check_circular=False
-)  # made once: json.dumps would make one a call
+# Made once: json.dumps would make one a call.
+_ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False)
 
 
 def _structure(body: bytes) -> bytes:
@@ -3648,8 +3979,8 @@ class Message:
     kind: str
     id: object
     method: str
-    params: object
-    body: dict
+    params: dict[str, Any] | None
+    body: dict[str, Any]
 
 
 def is_absent(value: object) -> bool:
@@ -3657,37 +3988,44 @@ def is_absent(value: object) -> bool:
     return value is None or value == []
 
 
-def is_request_id(value):
-    """A string of up to 256 characters or an integer of up to 64 digits."""
+def is_request_id(value: object) -> bool:
+    """Whether a value is a string of up to 256 characters or an integer of up to 64 digits."""
     if isinstance(value, bool):
         return False
-    return (isinstance(value, str) and len(value) <= 256) or (isinstance(value, int) and abs(value) < 10**64)
+    if isinstance(value, str):
+        return len(value) <= 256
+    return isinstance(value, int) and abs(value) < 10**64
 
 
-def classify(value):
-    """The one decision what a JSON value is as a JSON-RPC message (JSON-RPC 2.0 4 and 5); ValueError says why it is none."""
+def classify(value: object) -> Message:
+    """Returns what a JSON value is as a JSON-RPC message (JSON-RPC 2.0 4 and 5); ValueError says why it is none."""
     if not isinstance(value, dict):
         raise ValueError("a message must be an object")
     if value.get("jsonrpc") != "2.0":
         raise ValueError('"jsonrpc" must be "2.0"')
     if "method" in value:
-        if not isinstance(value["method"], str) or "result" in value or "error" in value:
-            raise ValueError("a request has a method of text, and neither result nor error")
-        params = None if is_absent(value.get("params")) else value["params"]
-        if not isinstance(params, dict | None):
-            raise ValueError("params must be an object")
-        if "id" not in value:
-            return Message("notification", None, value["method"], params, value)
-        if not is_request_id(value["id"]):
-            raise ValueError("an id must be a string or an integer")
-        return Message("request", value["id"], value["method"], params, value)
+        return _classify_request(value)
     if ("result" in value) == ("error" in value) or not is_request_id(value.get("id")):
         raise ValueError("a response has an id, and either result or error")
-    if "error" in value and not (
-        isinstance(value["error"], dict) and isinstance(value["error"].get("code"), int)
-    ):
-        raise ValueError("an error must be an object with a code")
+    if "error" in value:
+        error = value["error"]
+        if not isinstance(error, dict) or not isinstance(error.get("code"), int):
+            raise ValueError("an error must be an object with a code")
     return Message("response", value["id"], "", None, value)
+
+
+def _classify_request(value: dict[str, Any]) -> Message:
+    method = value["method"]
+    if not isinstance(method, str) or "result" in value or "error" in value:
+        raise ValueError("a request has a method of text, and neither result nor error")
+    params = None if is_absent(value.get("params")) else value["params"]
+    if not isinstance(params, dict | None):
+        raise ValueError("params must be an object")
+    if "id" not in value:
+        return Message("notification", None, method, params, value)
+    if not is_request_id(value["id"]):
+        raise ValueError("an id must be a string or an integer")
+    return Message("request", value["id"], method, params, value)
 
 
 def classify_sloppy(value: object) -> Message:
@@ -3727,36 +4065,43 @@ def whole(number: object) -> object:
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
-def dump(value):
-    """A message as one line of bytes: ASCII, so that no character in it can end a line or a frame."""
+def dump(value: object) -> bytes:
+    """Returns a message as one line of bytes: ASCII, so that no character in it can end a line or a frame."""
     return _ENCODER.encode(value).encode()
 
 
-def asking(method, params, **more):
-    """What a request or notification says: its method, and params where there are any."""
-    return {**more, "method": method} | ({} if params is None else {"params": params})
+def asking(method: str, params: object, **more: object) -> dict[str, object]:
+    """Returns the body of a request or notification: its method, and params where there are any."""
+    body = {**more, "method": method}
+    if params is not None:
+        body["params"] = params
+    return body
 
 
-def without_meta(params, names):
-    """Params (or a result) whose `_meta` lacks these names; without a `_meta` when nothing is left of it."""
+def without_meta(params: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Returns params (or a result) whose `_meta` lacks these names; without a `_meta` when nothing is left of it."""
     meta = params.get("_meta")
     if not isinstance(meta, dict) or meta.keys().isdisjoint(names):
         return params
     left = {name: value for name, value in meta.items() if name not in names}
-    return {name: value for name, value in params.items() if name != "_meta"} | (
-        {"_meta": left} if left else {}
-    )
+    rest = {name: value for name, value in params.items() if name != "_meta"}
+    return {**rest, "_meta": left} if left else rest
 
 
-def result_message(request_id, result):
-    """A JSON-RPC result as bytes."""
+def result_message(request_id: object, result: object) -> bytes:
+    """Returns a JSON-RPC result as bytes."""
     return dump({"jsonrpc": "2.0", "id": request_id, "result": result})
 
 
-def error_message(request_id, code, message, data=None):
-    """A JSON-RPC error as bytes; without an id when none could be read, as MCP's schemas have it (JSON-RPC itself says null)."""
-    error = {"code": code, "message": message} | ({"data": data} if data is not None else {})
-    return dump({"jsonrpc": "2.0", **({} if request_id is None else {"id": request_id}), "error": error})
+def error_message(request_id: object, code: int, message: str, data: object = None) -> bytes:
+    """Returns a JSON-RPC error as bytes; without an id when none could be read, as MCP's schemas have it (JSON-RPC itself says null)."""
+    body: dict[str, object] = {"jsonrpc": "2.0"}
+    if request_id is not None:
+        body["id"] = request_id
+    error: dict[str, object] = {"code": code, "message": message}
+    if data is not None:
+        error["data"] = data
+    return dump({**body, "error": error})
 
 
 def escape_line_separators(line: bytes) -> bytes:
@@ -3767,39 +4112,42 @@ def escape_line_separators(line: bytes) -> bytes:
     return line
 
 
-def with_id(line, message, request_id, extra=None):
-    """A child's answer with its id replaced and `extra` members in its result; large ones keep their bytes, where the envelope leaves no doubt."""
+def with_id(
+    line: bytes, message: Message, request_id: object, extra: Mapping[str, object] | None = None
+) -> bytes:
+    """Returns a child's answer with its id replaced and `extra` members in its result.
+
+    A line whose envelope leaves no doubt keeps its bytes: a large result is not written anew.
+    """
     line = escape_line_separators(line)
     match = ENVELOPE.match(line)
-    if (
-        match
-        and int(match[1]) == message.id
-        and message.body.keys() <= {"jsonrpc", "id", "result", "error"}
-        and b"\r" not in line
-    ):
+    if match and _is_plain(line, message, match):
+        head = line[: match.start(1)] + dump(request_id)
         if not extra:
-            return line[: match.start(1)] + dump(request_id) + line[match.end(1) :]
+            return head + line[match.end(1) :]
         if match[2] == b'result":{':
-            more = dump(extra)[1:-1] + (b"," if message.body["result"] else b"")
-            return (
-                line[: match.start(1)]
-                + dump(request_id)
-                + line[match.end(1) : match.end()]
-                + more
-                + line[match.end() :]
-            )
+            more = dump(extra)[1:-1]
+            if message.body["result"]:
+                more += b","
+            return head + line[match.end(1) : match.end()] + more + line[match.end() :]
     body = {**message.body, "id": request_id}
-    return dump(body | {"result": {**body["result"], **extra}} if extra else body)
+    if extra:
+        body["result"] = {**body["result"], **extra}
+    return dump(body)
+
+
+def _is_plain(line: bytes, message: Message, envelope: re.Match[bytes]) -> bool:
+    """Whether the id that stands first in a line is the only one, and the message ends where the line does."""
+    members = {"jsonrpc", "id", "result", "error"}
+    return int(envelope[1]) == message.id and message.body.keys() <= members and b"\r" not in line
 
 
 # ======================================================================================================================
 # HTTP values
-# Owns what a handler is given and what it gives back: Request, Response, and Stream, the value of everything that waits; and what is
+# Owns what a handler is given and what it gives back: Request, Response, and EventStream, the value of everything that waits; and what is
 # counted for whom: Limiter (requests by the minute), Places (at once), Bodies (in bytes).
 # Must not know sockets, routes, or what the bytes mean.
 # ======================================================================================================================
-
-UNIX_PEER = "unix"  # stands for the peer of a Unix socket, which has no address
 
 
 def read_address(text: str) -> str:
@@ -3827,12 +4175,24 @@ def read_address(text: str) -> str:
     return str(getattr(address, "ipv4_mapped", None) or address)
 
 
-def network_of(address: str, v4: int = 32, v6: int = 64) -> str:
-    """Returns whom an address is counted for: whoever has one IPv6 address has the other 2^64 of its network too."""
-    if address == UNIX_PEER or ":" not in address and v4 == 32:
-        return address
-    prefix = v6 if ":" in address else v4
-    return str(ipaddress.ip_network(f"{address.partition('%')[0]}/{prefix}", strict=False))
+@dataclass(slots=True)
+class Context:
+    """What is learnt of a request while it is served, for the log and the metrics: where it went, and from whom it comes."""
+
+    endpoint: str = "other"
+    client: str | None = None
+    client_name: str | None = None
+    user: str | None = None
+    user_agent: str | None = None
+
+    def who(self) -> dict[str, object]:
+        """Returns from whom the request comes, as far as known."""
+        return {
+            "client": self.client and self.client[:200],
+            "client_name": self.client_name and self.client_name[:100],
+            "user": self.user,
+            "user_agent": self.user_agent and self.user_agent[:200],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -3847,30 +4207,39 @@ class Request:
     method: str
     path: str
     query: str
-    headers: dict
+    headers: dict[str, list[str]]
     address: str
     direct: bool
     is_proxy: bool
     id: str
-    read_body: object
-    seat: "Seat"
+    read_body: Callable[..., bytes]
+    seat: Seat
+    context: Context
 
-    def header(self, name, default=None):
-        """The value of a header that may stand once; HTTPError 400 when it stands twice."""
+    def header(self, name: str, default: str | None = None) -> str | None:
+        """Returns the value of a header that may stand once. Raises HTTPError 400 when it stands twice."""
         values = self.headers.get(name)
         if not values:
             return default
         if len(values) > 1:
-            raise HTTPError(400, "invalid_request", f"The header {name} may be sent only once.")
+            description = f"The header {name} may be sent only once."
+            raise HTTPError(400, "invalid_request", description, cause="bad_request")
         return values[0]
+
+    def first_header(self, name: str) -> str:
+        """Returns the first value of a header, empty when there is none."""
+        values = self.headers.get(name)
+        return values[0] if values else ""
 
 
 class Delivery(enum.Enum):
-    """How an answer that is still to come reaches the client."""
+    """How the messages of a stream reach the client."""
 
-    JSON = "json"  # as plain JSON, however long it takes: the client reads no event stream
-    JSON_THEN_SSE = "json_then_sse"  # as plain JSON if the last message comes first and within JSON_WAIT, else as an event stream
-    SSE = "sse"  # as an event stream
+    JSON = "json"  # its Accept admits no event stream: plain JSON, however long it takes
+    JSON_THEN_SSE = (
+        "json, then sse"  # plain JSON if the answer comes first and within JSON_WAIT, else an event stream
+    )
+    SSE = "sse"
 
 
 JSON_WAIT = 2.0  # seconds
@@ -3878,15 +4247,17 @@ JSON_WAIT = 2.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class StreamingResponse:
-    """An answer that is still to come: the connection's thread pumps `reader` (of a Stream) until its last item.
+    """An answer that is still to come: the connection's thread pumps `reader` (of an EventStream) until its last item.
 
-    `prime`: open an event stream with an empty event that carries an id (MCP 2025-11-25). `batch`: the answers form one JSON array.
-    `on_disconnect`: called when the client hangs up before the last item; events carry no ids then (MCP 2026-07-28 cancellation).
-    `quiet`: the event stream ends once nothing has come for so many seconds; without it a comment is sent every 15 s.
+    `event_ids`: the client can come back for what it missed; MCP 2026-07-28 has none. `prime`: open the event stream with an empty
+    event that carries an id (MCP 2025-11-25). `batch`: the answers form one JSON array. `on_disconnect` is called when the client
+    hangs up before the last item (MCP 2026-07-28 cancellation). `quiet`: the event stream ends once nothing has come for so many
+    seconds; without it a comment is sent every 15 s.
     """
 
-    reader: "Reader"
-    delivery: Delivery
+    reader: Reader
+    delivery: Delivery = Delivery.JSON_THEN_SSE
+    event_ids: bool = True
     prime: bool = False
     batch: bool = False
     on_disconnect: Callable[[], object] | None = None
@@ -3895,42 +4266,41 @@ class StreamingResponse:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One HTTP response: a status, headers as (name, value) pairs and a body of bytes, or a `later` that is pumped."""
+    """One HTTP response: a status, headers as (name, value) pairs and a body of bytes, or `streaming`, which is pumped.
+
+    `cause`, one of REASONS: the request was turned away, for the log and the metrics.
+    """
 
     status: int
     body: bytes = b""
     content_type: str = ""
-    headers: tuple = ()
-    later: StreamingResponse | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+    streaming: StreamingResponse | None = None
+    cause: str = ""
 
 
-def json_response(status, value, headers=()):
+def json_response(status: int, value: object, headers: Headers = (), cause: str = "") -> Response:
     """A JSON response."""
-    return Response(status, json.dumps(value).encode(), "application/json", tuple(headers))
+    return Response(status, json.dumps(value).encode(), "application/json", tuple(headers), cause=cause)
 
 
 NO_STORE = (("Cache-Control", "no-store"), ("Pragma", "no-cache"))
 
 
-def refusal_response(error, headers=()):
-    """A HTTPError as JSON, for programs."""
-    return json_response(
-        error.status,
-        {"error": error.code, "error_description": error.description},
-        (*error.headers, *headers),
-    )
+def error_response(error: HTTPError, headers: Headers = ()) -> Response:
+    """An HTTPError as JSON, for programs."""
+    body = {"error": error.code, "error_description": error.description}
+    return json_response(error.status, body, (*error.headers, *headers), error.cause)
 
 
-def redirect(location):
+def redirect(location: str) -> Response:
     """A 303: what follows a form must be a GET (RFC 9700 4.12), and a URL with a code in it must not be cached."""
-    return Response(
-        303,
-        headers=(("Location", location), ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer")),
-    )
+    headers = (("Location", location), ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"))
+    return Response(303, headers=headers)
 
 
 @dataclass(slots=True, eq=False)
-class Item:
+class Event:
     """One thing on a stream: a number, the bytes of a JSON-RPC message, whether it is an answer, and whether it is the last.
 
     `status` is that of the HTTP response, should the answer be all there is. `kept`: whether its owner is charged for it;
@@ -3954,7 +4324,7 @@ class Holder:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.items: collections.OrderedDict[Item, "Stream"] = collections.OrderedDict()
+        self.items: collections.OrderedDict[Event, EventStream] = collections.OrderedDict()
 
 
 @dataclass(frozen=True, slots=True)
@@ -3974,17 +4344,18 @@ class KeptBytes:
     `lock` guards everything; a leaf: no stream's lock is taken while it is held. Each operation is O(log n).
     """
 
-    def __init__(self, settings: "Settings", clock: Clock) -> None:
+    def __init__(self, settings: Settings, clock: SteadyClock) -> None:
         self._settings = settings
         self._clock = clock
         self.lock = threading.Condition()
         self.total = 0
         self.users: dict[str, Holder] = {}
         self.sessions: dict[int, Holder] = {}
-        self.ages: collections.OrderedDict[Item, tuple[float, Owner, "Stream"]] = collections.OrderedDict()
-        self._most: list[
-            tuple[int, str]
-        ] = []  # a heap of (-bytes, user); entries that are no longer true are skipped
+        self.ages: collections.OrderedDict[Event, tuple[float, Owner, EventStream]] = (
+            collections.OrderedDict()
+        )
+        # A heap of (-bytes, user); entries that are no longer true are skipped.
+        self._most: list[tuple[int, str]] = []
 
     def reserve(self, owner: Owner, size: int, patience: float, over: Callable[[], bool]) -> bool:
         """Charge an owner; False when there is no room and none was made within `patience` seconds, or before over()."""
@@ -4046,8 +4417,8 @@ class KeptBytes:
         return (user.bytes if user else 0) + size <= self._settings.kept_bytes // (len(self.users) + 1)
 
     def _charge(self, owner: Owner, size: int) -> None:
-        for holders, name in ((self.users, owner.user), (self.sessions, owner.session)):
-            holders.setdefault(name, Holder()).bytes += size
+        self.users.setdefault(owner.user, Holder()).bytes += size
+        self.sessions.setdefault(owner.session, Holder()).bytes += size
         self.total += size
         heapq.heappush(self._most, (-self.users[owner.user].bytes, owner.user))
         if len(self._most) > 4 * len(self.users) + 256:
@@ -4060,14 +4431,18 @@ class KeptBytes:
             self._release(owner, size)
 
     def _release(self, owner: Owner, size: int) -> None:
-        for holders, name in ((self.users, owner.user), (self.sessions, owner.session)):
-            holders[name].bytes -= size
-            if not holders[name].bytes:
-                del holders[name]
+        user = self.users[owner.user]
+        session = self.sessions[owner.session]
+        user.bytes -= size
+        session.bytes -= size
+        if not user.bytes:
+            del self.users[owner.user]
+        if not session.bytes:
+            del self.sessions[owner.session]
         self.total -= size
         self.lock.notify_all()
 
-    def keep(self, owner: Owner, stream: "Stream", item: Item) -> None:
+    def keep(self, owner: Owner, stream: EventStream, item: Event) -> None:
         """From now on an item (its bytes are charged) may be dropped: as the newest of its owner."""
         item.kept = True
         with self.lock:
@@ -4076,13 +4451,13 @@ class KeptBytes:
             self.users[owner.user].items[item] = stream
             self.sessions[owner.session].items[item] = stream
 
-    def _forget(self, owner: Owner, item: Item) -> None:
+    def _forget(self, owner: Owner, item: Event) -> None:
         self.ages.pop(item, None)
         for holder in (self.users.get(owner.user), self.sessions.get(owner.session)):
             if holder:
                 holder.items.pop(item, None)
 
-    def gone(self, owner: Owner, item: Item, size: int) -> None:
+    def gone(self, owner: Owner, item: Event, size: int) -> None:
         """An item was dropped, or is needed no more."""
         item.kept = False
         with self.lock:
@@ -4110,7 +4485,7 @@ class KeptBytes:
 SMALL_ANSWER = 16384  # one that a client waits for is charged only if it stays: in most calls that is never
 
 
-class Stream:
+class EventStream:
     """What the broker has to say on one POST or GET: numbered, bounded, resumable, with one reader at a time.
 
     Producers call put(); a reader takes items in order. Items stay for a client that resumes: events within `max_items` and
@@ -4138,7 +4513,7 @@ class Stream:
         self._lost = lost
         # Guards everything below; only the accountant's lock is taken while it is held.
         self._changed = threading.Condition()
-        self._items: dict[int, Item] = {}
+        self._items: dict[int, Event] = {}
         self._events = 0  # how many of the items are no answers; `_bytes` are theirs
         self._bytes = 0
         self._number = 0
@@ -4146,7 +4521,7 @@ class Stream:
         self._reader: Reader | None = None
         self._answers_left = answers
         self.named = kept is None
-        self.on_named: Callable[[Stream], None] | None = None
+        self.on_named: Callable[[EventStream], None] | None = None
         self._unwanted = False  # no client can come back for what is put on it
         self.finished = False
 
@@ -4177,7 +4552,7 @@ class Stream:
         if self._unwanted or not data:
             self._uncharge(charged, data)
         else:
-            item = Item(self._number, data, answer, self.finished, status, request_id)
+            item = Event(self._number, data, answer, self.finished, status, request_id)
             self._items[item.number] = item
             if charged and self._kept:
                 self._kept.keep(self._owner, self, item)
@@ -4213,27 +4588,26 @@ class Stream:
         """Charge the owner for a message. A client that reads lets its child wait; nobody else does, but for a large answer."""
         assert self._kept
         patience = self._stall if answer or self._reader else 0.0
-        over = lambda: self.finished or self._unwanted  # noqa: E731
-        return self._kept.reserve(self._owner, len(data), patience, over)
+        return self._kept.reserve(self._owner, len(data), patience, lambda: self.finished or self._unwanted)
 
     def _uncharge(self, charged: bool, data: bytes) -> None:
         if charged and self._kept:
             self._kept.release(self._owner, len(data))
 
-    def _remove(self, item: Item) -> None:
+    def _remove(self, item: Event) -> None:
         """An item goes: an event without a trace, an answer leaves word that it is gone. Under the lock."""
         if item.kept and self._kept:
             self._kept.gone(self._owner, item, len(item.data))
         if item.answer and self._lost and not self._unwanted and not item.dropped:
             word = self._lost(item.request_id)
-            self._items[item.number] = Item(item.number, word, True, item.last, dropped=True)
+            self._items[item.number] = Event(item.number, word, True, item.last, dropped=True)
             return
         del self._items[item.number]
         if not item.answer:
             self._events -= 1
             self._bytes -= len(item.data)
 
-    def drop(self, item: Item) -> None:
+    def drop(self, item: Event) -> None:
         """Let an item go that is not being read; one that is counts as new."""
         with self._changed:
             if self._items.get(item.number) is not item:
@@ -4255,7 +4629,7 @@ class Stream:
             elif not item.kept:
                 self._charge_late(item)
 
-    def _charge_late(self, item: Item) -> None:
+    def _charge_late(self, item: Event) -> None:
         assert self._kept
         has_room = self._kept.reserve(self._owner, len(item.data), 0.0, lambda: True)
         with self._changed:
@@ -4292,7 +4666,7 @@ class Stream:
             self.finished = True
             self._changed.notify_all()
 
-    def open(self, after: int | None = None) -> "Reader":
+    def open(self, after: int | None = None) -> Reader:
         """A Reader from the item after number `after` (default: what was not yet taken); it takes over from an older one."""
         with self._changed:
             if self._reader:
@@ -4301,7 +4675,7 @@ class Stream:
             self._changed.notify_all()
             return self._reader
 
-    def open_if_free(self) -> "Reader | None":
+    def open_if_free(self) -> Reader | None:
         """A Reader as open() gives it, None when there is one already."""
         with self._changed:
             if self._reader:
@@ -4329,14 +4703,14 @@ class Stream:
 
 
 class Reader:
-    """One client's reading of a Stream. take(timeout) -> Item, None on time-out; `ended` once there will be no more."""
+    """One client's reading of an EventStream. take(timeout) -> Event, None on time-out; `ended` once there will be no more."""
 
-    def __init__(self, stream: Stream, cursor: int) -> None:
+    def __init__(self, stream: EventStream, cursor: int) -> None:
         self.stream = stream
         self.cursor = cursor
         self.ended = False
 
-    def take(self, timeout: float, after: int = 0) -> Item | None:
+    def take(self, timeout: float, after: int = 0) -> Event | None:
         """The next item, waiting at most `timeout` seconds; None then, or when the reader has `ended`."""
         stream = self.stream
         with stream._changed:
@@ -4353,7 +4727,7 @@ class Reader:
                     return None
             return None
 
-    def taken(self, item: Item) -> None:
+    def ack(self, item: Event) -> None:
         """The item has been handed to the client's socket."""
         with self.stream._changed:
             self.cursor = item.number
@@ -4529,10 +4903,11 @@ class Bodies:
 class Limiter:
     """Token buckets by key: a burst of `rate` and `rate` a minute after that. HTTPError 429 with Retry-After when empty."""
 
-    def __init__(self, clock):
+    def __init__(self, clock: SteadyClock) -> None:
         self._clock = clock
+        # Guards the dict; a leaf.
         self._lock = threading.Lock()
-        self._buckets = {}  # the lock guards the dict; a leaf
+        self._buckets: dict[tuple[str, str | int], tuple[float, float]] = {}
 
     def is_spent(self, kind: str, key: str, rate: int) -> bool:
         """Returns whether spend() would refuse."""
@@ -6321,7 +6696,7 @@ def has_rate(request: Request) -> bool:
     return not (request.direct and (is_loopback_name(request.address) or request.address == UNIX_PEER))
 
 
-def spend(limiter: Limiter, settings: Settings, kind: str, request: Request) -> None:
+def rate_limit(limiter: Limiter, settings: Settings, kind: str, request: Request) -> None:
     """HTTPError 429 above the `rate_<kind>` of the request's address, or twenty times that of all together."""
     if has_rate(request):
         rate = getattr(settings, f"rate_{kind}")
@@ -6762,7 +7137,7 @@ class Clients:
 
     def register(self, request):
         """POST /oauth/register: dynamic registration (RFC 7591 3). Open to all, so nothing in it is believed."""
-        spend(self._limiter, self._settings, "register", request)
+        rate_limit(self._limiter, self._settings, "register", request)
         document = parse_json_object(self._registration(request), "invalid_client_metadata")
         uris = registrable_uris(document.get("redirect_uris"), self._settings.allowed_redirect_schemes, 10)
         method = document.get("token_endpoint_auth_method") or "client_secret_basic"
@@ -7036,7 +7411,7 @@ class Authorization:
 
     def authorize(self, request):
         """GET /oauth/authorize: validate, then show our own consent page. Nothing is stored and nothing goes to Forgejo yet."""
-        spend(self._limiter, self._settings, "authorize", request)
+        rate_limit(self._limiter, self._settings, "authorize", request)
         form = parse_form(request.query, ErrorPage("malformed"))
         client, redirect_uri = self._authorized_target(form, request)
         try:
@@ -7199,7 +7574,7 @@ class Authorization:
 
     def callback(self, request: Request) -> Response:
         """GET /oauth/callback: Forgejo's answer, taken once and only in the browser that consented."""
-        spend(self._limiter, self._settings, "authorize", request)
+        rate_limit(self._limiter, self._settings, "authorize", request)
         form = parse_form(request.query, ErrorPage("malformed_answer"))
         if (
             any(len(values) > 1 for values in form.values())
@@ -7342,7 +7717,7 @@ class Authorization:
 
     def account(self, request):
         """GET /account: what a user has connected; first a login, which is bound to this browser as every other is."""
-        spend(self._limiter, self._settings, "authorize", request)
+        rate_limit(self._limiter, self._settings, "authorize", request)
         cookie = self._cookie(request, self._cookie_name + "-account")
         user = self._store.account(token_hash(cookie), self._clock.now()) if cookie else None
         if user is None:
@@ -7470,7 +7845,7 @@ class Authorization:
             )  # many logins share a hosted client's address
             self._limiter.spend("grant", row.grant_id, GRANT_RATE)
         else:
-            spend(self._limiter, self._settings, "token", request)
+            rate_limit(self._limiter, self._settings, "token", request)
         return self._clients.authenticate(request, form), form, resources
 
     def _form_body(self, request: Request) -> bytes:
@@ -7485,7 +7860,7 @@ class Authorization:
             return request.read_body(self._settings.max_form, SPENT_PATIENCE)
         except HTTPError as error:
             if error.status == 408:
-                spend(self._limiter, self._settings, "token", request)
+                rate_limit(self._limiter, self._settings, "token", request)
             raise
 
     def _redeem(self, client, form):
@@ -7641,7 +8016,7 @@ class Authorization:
 
     def _posted(self, request, cookie_name, purpose):
         """(form, cookie) of a form that this browser was shown: its CSRF value fits the cookie, and no other site sent it (C03 to C05)."""
-        spend(self._limiter, self._settings, "authorize", request)
+        rate_limit(self._limiter, self._settings, "authorize", request)
         site = request.header("sec-fetch-site")
         if site not in (None, "same-origin") or (
             site is None and request.header("origin") not in (None, self._settings.public_url)
@@ -8662,7 +9037,7 @@ class Session:
 
     def new_stream(self, answers):
         """A stream to the client that ends with that many answers."""
-        return Stream(
+        return EventStream(
             self.settings.stream_events,
             self.settings.stream_bytes,
             self.settings.write_timeout + 5,
@@ -9031,6 +9406,15 @@ class Session:
     def keeps_nothing(self):
         """Whether it has no child and nothing that a client has not taken."""
         return not (self.link or self.draining or self.waking) and self.front.keeps_nothing
+
+    def state(self) -> str:
+        """Returns one of CHILD_STATES, or `asleep`."""
+        with self.lock:
+            if self.waking:
+                return "starting"
+            if not self.link:
+                return "asleep"
+            return "busy" if self._busy(self.link) else "idle"
 
     def idle_since(self, though_listening=False):
         """Since when (monotonic) the child has had nothing to do; None while it is busy or asleep."""
@@ -9803,7 +10187,9 @@ class LegacyFront:
         self.streams = collections.OrderedDict()
         self.get_stream = session.new_stream(0)
         self.get_stream.named = True
-        self._quiet: list[Stream] = []  # for who resumes what is not known any more; nothing is put on them
+        self._quiet: list[
+            EventStream
+        ] = []  # for who resumes what is not known any more; nothing is put on them
 
     @property
     def listening(self):
@@ -9825,7 +10211,7 @@ class LegacyFront:
             stream.holds_nothing for stream in (self.get_stream, *list(self.streams.values()), *self._quiet)
         )
 
-    def name_stream(self, stream: Stream) -> None:
+    def name_stream(self, stream: EventStream) -> None:
         """A client has been told an id of this stream, and may come back for what is on it."""
         with self._session.lock:
             self.streams[stream.key] = stream
@@ -10609,6 +10995,13 @@ class Registry:
         """Whether no child has a request in flight just now."""
         return not any((link := session.link) and link.pending for session in self.all())
 
+    def child_states(self) -> dict[str, int]:
+        """Returns how many children there are in each of CHILD_STATES."""
+        states = collections.Counter(session.state() for session in self.all())
+        counts = {state: states[state] for state in CHILD_STATES}
+        counts["stopping"] = max(0, sum(self.places.values()) - sum(counts.values()))
+        return counts
+
     def counts(self):
         """(sessions on file, children)."""
         return self.store.count_sessions(), sum(self.places.values())
@@ -11389,7 +11782,8 @@ class Endpoint:
         """Send requests of a session, or (None) of a client without one, to their child."""
         place = session or self._registry.lease(caller.sub, caller.client_id, {}, alone=False)
         over = once(lambda: None if session else self._registry.release(place))
-        streamable = takes_streams(request)
+        delivery = delivery_for(request)
+        streamable = delivery is not Delivery.JSON
         stream = place.new_stream(len(messages))
         reader = stream.open()
         asked = []
@@ -11401,15 +11795,9 @@ class Endpoint:
                 if message.method == "ping":
                     pings.append(reply)
                     continue
-                call = Call(
-                    message.method,
-                    message.params,
-                    reply,
-                    self._deadline(),
-                    after=remembers(place, message),
-                    capabilities=None if session else {},
-                    over=over,
-                )
+                call = Call(message.method, message.params, reply, self._deadline(), over=over)
+                call.after = remembers(place, message)
+                call.capabilities = None if session else {}
                 if session and message.method == "resources/subscribe":
                     uri = (message.params or {}).get("uri")
                     complaint = session.begin_subscription(uri)
@@ -11434,7 +11822,7 @@ class Endpoint:
             over()
         self._reaper.watch(reader, caller, True)
         prime = bool(session) and session.version == LEGACY_VERSIONS[0]
-        return Response(200, later=StreamingResponse(reader, delivery_for(request), prime=prime, batch=batch))
+        return Response(200, streaming=StreamingResponse(reader, delivery, prime=prime, batch=batch))
 
     # -- POST, modern
 
@@ -11497,9 +11885,10 @@ class Endpoint:
         self._reaper.watch(reader, caller, True)
         return Response(
             200,
-            later=StreamingResponse(
+            streaming=StreamingResponse(
                 reader,
                 delivery_for(request),
+                event_ids=False,
                 on_disconnect=lambda: place.cancel(call, {"reason": "the client hung up"}),
             ),
         )
@@ -11526,7 +11915,9 @@ class Endpoint:
                 over()
 
         self._reaper.watch(reader, caller, False)
-        return Response(200, later=StreamingResponse(reader, Delivery.SSE, on_disconnect=gone))
+        return Response(
+            200, streaming=StreamingResponse(reader, Delivery.SSE, event_ids=False, on_disconnect=gone)
+        )
 
     def _owner(self, caller: Caller, message: Message) -> str:
         """What a requestState is bound to: who asked, through which client, for what, however that is written."""
@@ -11667,7 +12058,7 @@ class Endpoint:
             request.header("last-event-id"), functools.partial(self._seat_of_stream, request, caller)
         )
         self._reaper.watch(reader, caller, False)
-        return Response(200, later=StreamingResponse(reader, Delivery.SSE))
+        return Response(200, streaming=StreamingResponse(reader, Delivery.SSE))
 
     def delete(self, request):
         """The client ends its session."""
@@ -11697,6 +12088,18 @@ class Endpoint:
         raise HTTPError(405, "method_not_allowed", "Use POST.", (("Allow", "POST, GET, DELETE"),))
 
 
+CAUSES = {
+    PARSE_ERROR: "parse_error",
+    INVALID_REQUEST: "invalid_message",
+    INVALID_PARAMS: "invalid_params",
+    METHOD_NOT_FOUND: "method_not_found",
+    SESSION_NOT_FOUND: "session_not_found",
+    UNSUPPORTED_VERSION: "unsupported_version",
+    HEADER_MISMATCH: "header_mismatch",
+    MISSING_CAPABILITY: "missing_capability",
+}
+
+
 def rpc_error_response(request_id, error, modern=False):
     """An RpcError as an HTTP answer; MCP 2026-07-28 has no use for the codes that earlier revisions allotted."""
     code = INTERNAL_ERROR if modern and error.code == SERVER_ERROR else error.code
@@ -11705,7 +12108,16 @@ def rpc_error_response(request_id, error, modern=False):
         error_message(request_id, code, error.message, error.data),
         "application/json",
         error.headers,
+        cause=cause_of(error),
     )
+
+
+def cause_of(error: RpcError) -> str:
+    """Returns one of REASONS for an error that turns a request away, empty for one that answers it."""
+    if error.status < 400:
+        return ""
+    reason = member(error.data, "reason", str, None)
+    return reason or CAUSES.get(error.code, "other")
 
 
 def takes_streams(request: Request) -> bool:
@@ -11934,9 +12346,10 @@ def is_number(text, number):
 # ======================================================================================================================
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]+) HTTP/([0-9]\.[0-9])")
-FIELD_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-FIELD_VALUE = re.compile(rb"[\t -~\x80-\xff]*")
+FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t -~\x80-\xff]*)")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
+ABSOLUTE_TARGET = re.compile(r"https?://([^/?#]+)(/.*)?", re.IGNORECASE | re.ASCII)
+HEADER_LINE = re.compile(r"[A-Za-z0-9-]+: [^\r\n\0]*")
 MAX_LINE = 8192
 MAX_HEAD = 32768
 MAX_HEADERS = 100
@@ -11949,48 +12362,60 @@ FAIR_SHARE = 8  # connections that an address may have more than another before 
 MAKING_ROOM = 64  # connections that have been told to end, and still do, at most
 URI_TOO_LONG = (414, "uri_too_long", "The request line is too long.")
 HEADER_TOO_LARGE = (431, "header_too_large", "The request's header is too large.")
+CHUNKED = -1  # stands for the length of a body that comes in chunks
+# Seconds in which a connection that was just used may bring one more request while the server drains.
+LAST_REQUEST = 0.3
+# The name (FileDescriptorName=) of a socket that the service manager holds for /metrics.
+METRICS = "metrics"
 
 
 class Gone(Exception):
     """The connection has ended, or must."""
 
 
-def bad_request(sentence):
+def bad_request(description: str) -> HTTPError:
     """400 for what is not strictly HTTP."""
-    return HTTPError(400, "bad_request", sentence)
+    return HTTPError(400, "bad_request", description)
 
 
-class Watcher(threading.Thread):
+def interrupt(sock: socket.socket, how: int) -> None:
+    """Wakes the thread that waits for a socket; a closed one stays closed."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(how)
+
+
+class DisconnectWatcher(threading.Thread):
     """One thread that notices for everybody that clients hung up while their answers are still to come."""
 
-    def __init__(self, log):
+    def __init__(self, log: Log) -> None:
         super().__init__(daemon=True, name="watcher")
         self._log = log
         self._epoll = select.epoll()
         self._wake = os.eventfd(0)
         self._ended = False
-        self._readers = {}
-        self._lock = threading.Lock()  # the lock guards the dict and what is registered; a leaf
+        # Guards the dict and what is registered; a leaf.
+        self._lock = threading.Lock()
+        self._readers: dict[int, Reader] = {}
         self._epoll.register(self._wake, select.EPOLLIN)
 
-    def close(self):
+    def close(self) -> None:
         """Watch no more."""
         self._ended = True
         os.eventfd_write(self._wake, 1)
 
-    def watch(self, sock, reader):
+    def watch(self, sock: socket.socket, reader: Reader) -> None:
         """Close the reader when the socket's peer hangs up. A half-closed connection counts as gone."""
         with self._lock:
             self._readers[sock.fileno()] = reader
             self._epoll.register(sock.fileno(), select.EPOLLRDHUP | select.EPOLLONESHOT)
 
-    def forget(self, sock):
+    def forget(self, sock: socket.socket) -> None:
         """The answer is done."""
         with self._lock:
             if self._readers.pop(sock.fileno(), None):
                 self._epoll.unregister(sock.fileno())
 
-    def run(self):
+    def run(self) -> None:
         """Close the readers of who hung up, until closed."""
         happened = select.poll()
         happened.register(self._epoll, select.POLLIN)
@@ -12008,35 +12433,35 @@ class Watcher(threading.Thread):
         os.close(self._wake)
 
 
-LAST_REQUEST = (
-    0.3  # seconds in which a connection that was just used may bring one more request while the server drains
-)
-METRICS = "metrics"  # the name (FileDescriptorName=) of a socket that the service manager holds for /metrics
-
-
 class Listeners:
     """Several listening sockets as one, for what accepts: whatever address a connection came to, it is counted together."""
 
     def __init__(self, sockets: Sequence[socket.socket]) -> None:
         self._sockets = {each.fileno(): each for each in sockets}
+        self._wake = os.eventfd(0)
         self._epoll = select.epoll()
+        self._epoll.register(self._wake, select.EPOLLIN)
         for number, each in self._sockets.items():
             each.setblocking(False)  # a process that shares it may be the faster one
             self._epoll.register(number, select.EPOLLIN)
 
-    def fileno(self) -> int:
-        """A descriptor that can be read when a connection waits."""
-        return self._epoll.fileno()
+    def accept(self) -> tuple[socket.socket, Any] | None:
+        """Returns the next connection and its peer, None once stopped. Raises OSError when a connection cannot be taken."""
+        while True:
+            number = self._epoll.poll(-1, 1)[0][0]
+            if number == self._wake:
+                return None
+            with contextlib.suppress(BlockingIOError):
+                return self._sockets[number].accept()
 
-    def accept(self) -> tuple[socket.socket, Any]:
-        """A connection and its peer. Raises BlockingIOError when none waits (any more)."""
-        for number, _ in self._epoll.poll(0, 1):
-            return self._sockets[number].accept()
-        raise BlockingIOError
+    def stop(self) -> None:
+        """Have accept() return None, now and later."""
+        os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
         """Close them all."""
         self._epoll.close()
+        os.close(self._wake)
         for each in self._sockets.values():
             each.close()
 
@@ -12049,82 +12474,99 @@ def address_of(listener: socket.socket) -> str:
     return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
 
 
-class Server(http.server.ThreadingHTTPServer):
+def listen_on(address: tuple[str, int]) -> socket.socket:
+    """Returns a socket that listens. Raises ConfigurationError where that is not possible."""
+    is_v6 = ":" in address[0]
+    family = socket.AF_INET6 if is_v6 else socket.AF_INET
+    try:
+        return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=is_v6)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno == errno.EPERM:  # SocketBindDeny=any of the shipped unit
+            reason += (
+                ". Under the shipped unit the service manager holds the sockets: enable a socket unit, such as"
+                f" fjmcp-broker-metrics.socket with FileDescriptorName={METRICS}"
+            )
+        raise ConfigurationError([f"cannot listen on {address[0]}:{address[1]}: {reason}"]) from None
+
+
+class Server:
     """Accepts connections within the limits and gives each a thread. `handle` makes a Response of a Request."""
 
-    def __init__(self, settings, handle, log, address, listeners=(), purpose="http"):
-        super().__init__(address, None, bind_and_activate=False)
-        self.socket.close()
+    def __init__(
+        self,
+        settings: Settings,
+        handle: Callable[[Request], Response],
+        log: Log,
+        address: tuple[str, int],
+        listeners: Sequence[socket.socket] = (),
+        purpose: str = "http",
+    ) -> None:
         self.purpose = purpose
         self.settings = settings
         self.handle = handle
         self.log = log
-        self.watcher = Watcher(log)
-        self._changed = threading.Condition()  # guards connections and draining; a leaf
-        self._connections = set()
-        self._making_room = 0  # how many of them were told to end so that others have a place
+        self.watcher = DisconnectWatcher(log)
         self.places = Places()
         self.bodies = Bodies(settings)
+        # Guards everything below; a leaf.
+        self._changed = threading.Condition()
+        self._connections: set[Connection] = set()
+        self._making_room = 0  # how many of them were told to end so that others have a place
         self._unheard_proxies = False  # whether it was logged that an X-Forwarded-For is not believed
+        self.streams = 0  # how many connections send an event stream
         self.draining = False
-        is_v6 = ":" in address[0]
-        try:
-            family = socket.AF_INET6 if is_v6 else socket.AF_INET
-            listeners = listeners or [
-                socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=is_v6)
-            ]
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            if error.errno == errno.EPERM:  # SocketBindDeny=any of the shipped unit
-                reason += (
-                    ". Under the shipped unit the service manager holds the sockets: enable a socket unit, such as"
-                    f" fjmcp-broker-metrics.socket with FileDescriptorName={METRICS}"
-                )
-            raise ConfigurationError([f"cannot listen on {address[0]}:{address[1]}: {reason}"]) from None
+        listeners = listeners or [listen_on(address)]
         self.addresses = [address_of(each) for each in listeners]
         self.ports = [0 if each.family == socket.AF_UNIX else each.getsockname()[1] for each in listeners]
         self.port = self.ports[0]
-        self.socket = Listeners(listeners)
+        self._listeners = Listeners(listeners)
+        self._acceptor = threading.Thread(target=self._accept, daemon=True, name="accept")
 
-    def start(self):
-        """Accept until `hurry`."""
+    def start(self) -> None:
+        """Accept until `drain`."""
         self.watcher.start()
-        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True, name="accept").start()
+        self._acceptor.start()
 
     @property
-    def open_connections(self):
+    def open_connections(self) -> int:
         """How many connections there are."""
         return len(self._connections)
 
-    def get_request(self):
-        """Accept; without file descriptors, wait until a connection ends, or a moment, instead of spinning (H16)."""
-        try:
-            return self.socket.accept()
-        except BlockingIOError:
-            raise
-        except OSError:
-            with self._changed:
-                self._changed.wait(0.05)
-            raise
+    def _accept(self) -> None:
+        while True:
+            try:
+                accepted = self._listeners.accept()
+            except OSError:
+                # No file descriptor is left (H16): until a connection ends, or for a moment, instead of spinning.
+                with self._changed:
+                    self._changed.wait(0.05)
+                continue
+            if accepted is None:
+                return
+            try:
+                self._admit(*accepted)
+            except Exception as error:  # one connection is lost, and the operator learns why
+                accepted[0].close()
+                self.log.event("error", "internal_error", error=type(error).__name__)
 
-    def process_request(self, sock, address):
+    def _admit(self, sock: socket.socket, address: Any) -> None:
         """Give a connection a thread, or drop it at once when there are too many."""
         peer = UNIX_PEER if sock.family == socket.AF_UNIX else read_address(address[0])
         connection = Connection(self, sock, peer)
         with self._changed:
-            if not self._has_room_for(connection):
-                return sock.close()
-            self._connections.add(connection)
+            has_room = self._has_room_for(connection)
+            if has_room:
+                self._connections.add(connection)
+        if not has_room:
+            sock.close()
+            return
         try:
             threading.Thread(target=self._serve, args=(connection,), daemon=True, name="connection").start()
         except RuntimeError:  # no thread to be had (H17)
             self._ended(connection)
 
-    def handle_error(self, request, client_address):
-        """One connection is lost, and the operator learns why; never a traceback on stderr."""
-        self.log.event("error", "internal_error", error=sys.exc_info()[0].__name__)
-
-    def _has_room_for(self, newcomer: "Connection") -> bool:
+    def _has_room_for(self, newcomer: Connection) -> bool:
         """Returns whether a connection may stay, room made for it if need be."""
         owner = newcomer.peer_owner
         held = sum(each.peer_owner == owner for each in self._connections) if owner else 0
@@ -12134,7 +12576,7 @@ class Server(http.server.ThreadingHTTPServer):
             return True
         return self._make_room(newcomer)
 
-    def _make_room(self, newcomer: "Connection") -> bool:
+    def _make_room(self, newcomer: Connection) -> bool:
         """Ends the oldest connection of the address that holds most, and much more than the newcomer's; returns whether there was one.
 
         Counted are connections that wait for a request, and requests without a valid token. So a few addresses that take every
@@ -12142,21 +12584,21 @@ class Server(http.server.ThreadingHTTPServer):
         """
         owned = collections.defaultdict(list)
         for connection in self._connections:
-            if not connection.evicted:
-                owned[connection.owner()].append(connection)
-        owned.pop(None, None)
+            owner = connection.owner()
+            if owner is not None and not connection.evicted:
+                owned[owner].append(connection)
         if not owned or self._making_room >= MAKING_ROOM:
             return False
         most = max(owned.values(), key=len)
-        if len(most) <= len(owned.get(newcomer.peer_owner, ())) + FAIR_SHARE:
+        if len(most) <= len(owned.get(newcomer.peer_owner or "", ())) + FAIR_SHARE:
             return False
         oldest = min(most, key=lambda connection: connection.since)
         oldest.evicted = True
         self._making_room += 1
-        oldest.interrupt(socket.SHUT_RDWR)
+        interrupt(oldest.sock, socket.SHUT_RDWR)
         return True
 
-    def _serve(self, connection):
+    def _serve(self, connection: Connection) -> None:
         try:
             connection.run()
         except (Gone, OSError):
@@ -12164,13 +12606,24 @@ class Server(http.server.ThreadingHTTPServer):
         finally:
             self._ended(connection)
 
-    def _ended(self, connection):
+    def _ended(self, connection: Connection) -> None:
         connection.sock.close()
         connection.seat.leave()
         with self._changed:
             self._connections.discard(connection)
             self._making_room -= connection.evicted
             self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def counted_stream(self) -> Iterator[None]:
+        """An event stream is counted while it is sent."""
+        with self._changed:
+            self.streams += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.streams -= 1
 
     def trusts(self, address: str) -> bool:
         """Returns whether a peer's X-Forwarded-For is believed."""
@@ -12190,13 +12643,15 @@ class Server(http.server.ThreadingHTTPServer):
                 advice="If this is your reverse proxy, add its address to trusted_proxies; until then all its clients count as one.",
             )
 
-    def hurry(self):
+    def drain(self) -> None:
         """Accept no more; idle connections and idle streams end now, the others with their answer.
 
         One that was used a moment ago may have its next request on the way, which a close would meet with a reset: it has a
         moment for it, and then `Connection: close`.
         """
-        self.shutdown()
+        self._listeners.stop()
+        if self._acceptor.ident:
+            self._acceptor.join()
         with self._changed:
             self.draining = True
             connections = list(self._connections)
@@ -12204,105 +12659,359 @@ class Server(http.server.ThreadingHTTPServer):
         waited_for = {each for each in connections if not each.busy and each.since > recently}
         for connection in connections:
             if connection not in waited_for:
-                connection.hurry()
+                connection.drain()
         with self._changed:
             self._changed.wait_for(lambda: not waited_for & self._connections, LAST_REQUEST)
         for connection in waited_for:
-            connection.hurry()
+            connection.drain()
 
-    def wait_for_connections(self, seconds):
-        """Until all connections have ended, or that long; those that are left."""
+    def wait_for_connections(self, seconds: float) -> list[Connection]:
+        """Waits until all connections have ended, or that long; returns those that are left."""
         with self._changed:
             self._changed.wait_for(lambda: not self._connections, seconds)
             return list(self._connections)
 
-    def close(self, seconds):
+    def close(self, seconds: float) -> None:
         """Give connections that long, then cut them."""
         for connection in self.wait_for_connections(seconds):
-            with contextlib.suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
+            interrupt(connection.sock, socket.SHUT_RDWR)
+        self._listeners.close()
         self.watcher.close()
 
 
-def write_head(status, headers):
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    """Returns a time as the Date header has it; formatted once a second."""
+    return email.utils.formatdate(second, usegmt=True)
+
+
+def write_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
     """The one place where headers are written. CR, LF and NUL are refused: nothing reflected can split a response (H12)."""
     lines = [
         f"HTTP/1.1 {status} {http.client.responses[status]}",
-        f"Date: {email.utils.formatdate(usegmt=True)}",
+        f"Date: {http_date(int(time.time()))}",
         "Server: fjmcp-broker",
         "X-Content-Type-Options: nosniff",
     ]
     for name, value in headers:
-        if not re.fullmatch(r"[A-Za-z0-9-]+", name) or re.search(r"[\r\n\0]", value):
+        line = f"{name}: {value}"
+        if not HEADER_LINE.fullmatch(line):
             raise ValueError("a header that would break the response")
-        lines.append(f"{name}: {value}")
+        lines.append(line)
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A request's line and header: HTTP/1.1 or 1.0 (`http11`), whether the connection may be kept, and Expect: 100-continue."""
+
+    method: str
+    target: str
+    headers: dict[str, list[str]]
+    http11: bool
+    keep_alive: bool
+    wants_continue: bool
+
+
+def read_fields(lines: Iterable[bytes]) -> dict[str, list[str]]:
+    """Returns header or trailer fields: lower-case names to the lists of their values. Raises HTTPError 400."""
+    fields: dict[str, list[str]] = {}
+    for line in lines:
+        match = FIELD.fullmatch(line)
+        if not match:
+            raise bad_request("A header line is malformed.")
+        fields.setdefault(match[1].decode().lower(), []).append(match[2].strip(b" \t").decode("latin-1"))
+    return fields
+
+
+class RequestReader:
+    """Reads the requests of one connection, strictly, one at a time. Gone when the connection has ended, or must."""
+
+    def __init__(self, sock: socket.socket, settings: Settings, bodies: Bodies, seat: Seat) -> None:
+        self._sock = sock
+        self._settings = settings
+        self._bodies = bodies
+        self._seat = seat
+        self._buffer = bytearray()
+        self._body: Body | None = None  # the body that is being read, if it is charged
+        self.unread = 0  # the body that is still to be read: its length, or CHUNKED
+        self.send_continue: Callable[[], None] | None = None
+
+    # -- bytes
+
+    def _receive(self, deadline: float, late: Exception | None = None) -> None:
+        left = deadline - time.monotonic()
+        try:
+            if left <= 0:
+                raise TimeoutError
+            self._sock.settimeout(left)
+            data = self._sock.recv(65536)
+        except TimeoutError:
+            raise late or HTTPError(408, "request_timeout", "The request did not arrive in time.") from None
+        if data:
+            self._buffer += data
+        if self._body:
+            self._bodies.grow(self._body, len(data))
+        if not data:
+            raise Gone
+
+    def discard(self, deadline: float) -> None:
+        """Reads what still comes and throws it away."""
+        while True:
+            self._receive(deadline)
+            self._buffer.clear()
+
+    def _exactly(self, size: int, deadline: float) -> bytes:
+        while len(self._buffer) < size:
+            self._receive(deadline)
+        data = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return data
+
+    def _line(self, deadline: float, limit: int, too_long: tuple[int, str, str]) -> bytes:
+        """The bytes before the next CR LF; a bare LF ends no line (RFC 9112 2.2)."""
+        searched = 0
+        while (end := self._buffer.find(b"\n", searched)) < 0 and len(self._buffer) < limit:
+            searched = len(self._buffer)
+            self._receive(deadline)
+        if not 0 <= end < limit:
+            raise HTTPError(*too_long)
+        line = self._exactly(end + 1, deadline)
+        if not line.endswith(b"\r\n"):
+            raise bad_request("Lines must end with CR LF.")
+        return line[:-2]
+
+    def _field_lines(self, deadline: float) -> Iterator[bytes]:
+        """Yields header or trailer lines up to the empty one, as they arrive."""
+        left = MAX_HEAD
+        for _ in range(MAX_HEADERS + 1):
+            line = self._line(deadline, left, HEADER_TOO_LARGE)
+            if not line:
+                return
+            yield line
+            left -= len(line) + 2
+        raise HTTPError(*HEADER_TOO_LARGE)
+
+    # -- heads
+
+    def read_head(self, patience: float) -> Head:
+        """Returns the next request's head; Gone when none begins in time, HTTPError for anything that is not strictly HTTP."""
+        self._await_request(time.monotonic() + patience)
+        first, fields = self._head_lines(time.monotonic() + self._settings.header_timeout)
+        match = REQUEST_LINE.fullmatch(first)
+        if not match:
+            raise bad_request("The request line is malformed.")
+        if match[3] not in (b"1.0", b"1.1"):
+            raise HTTPError(505, "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are served.")
+        http11 = match[3] == b"1.1"
+        headers = read_fields(fields)
+        hosts = len(headers.get("host", ()))
+        if hosts > 1 or http11 and not hosts:
+            raise bad_request("Exactly one Host header is needed.")
+        method = match[1].decode()
+        target = self._origin_form(method, match[2].decode(), headers)
+        self.unread = self._framing(headers, http11)
+        expect = [value.lower() for value in headers.get("expect", ())]
+        if expect not in ([], ["100-continue"]):
+            raise HTTPError(417, "expectation_failed", "Only Expect: 100-continue is understood.")
+        options = ",".join(headers.get("connection", ())).lower().split(",")
+        tokens = [option.strip() for option in options]
+        keep_alive = "close" not in tokens and (http11 or "keep-alive" in tokens)
+        return Head(method, target, headers, http11, keep_alive, bool(expect) and http11)
+
+    def _await_request(self, until: float) -> None:
+        """Wait for the first byte of a request, past one empty line (RFC 9112 2.2: some clients end a body with it); Gone after `until`."""
+        if not self._buffer:
+            self._receive(until, Gone())
+        if self._buffer == b"\r":
+            self._receive(until, Gone())
+        if self._buffer.startswith(b"\r\n"):
+            del self._buffer[:2]
+            if not self._buffer:
+                self._receive(until, Gone())
+
+    def _head_lines(self, deadline: float) -> tuple[bytes, Iterable[bytes]]:
+        """Returns the request line and the header's lines; those of a head that has arrived are cut at once."""
+        end = self._buffer.find(b"\r\n\r\n", 0, MAX_LINE)
+        if end < 0:
+            return self._line(deadline, MAX_LINE, URI_TOO_LONG), self._field_lines(deadline)
+        first, *fields = bytes(self._buffer[:end]).split(b"\r\n")
+        del self._buffer[: end + 4]
+        if len(fields) > MAX_HEADERS:
+            raise HTTPError(*HEADER_TOO_LARGE)
+        return first, fields
+
+    @staticmethod
+    def _origin_form(method: str, target: str, headers: dict[str, list[str]]) -> str:
+        """Returns the target as path and query; the host of one in absolute form is the request's (RFC 9112 3.2.2)."""
+        if target.startswith("/") or (method, target) == ("OPTIONS", "*"):
+            return target
+        absolute = ABSOLUTE_TARGET.fullmatch(target)
+        if not absolute:
+            raise bad_request("The request's target is malformed.")
+        headers["host"] = [absolute[1]]
+        return absolute[2] or "/"
+
+    @staticmethod
+    def _framing(headers: dict[str, list[str]], http11: bool) -> int:
+        """How the body is framed: a length, or CHUNKED; whatever could be read in two ways is refused (RFC 9112 6.3)."""
+        lengths = headers.get("content-length", ())
+        codings = [coding.lower() for coding in headers.get("transfer-encoding", ())]
+        if codings and (lengths or not http11):
+            raise bad_request("Transfer-Encoding cannot stand with Content-Length or in HTTP/1.0.")
+        if codings not in ([], ["chunked"]):
+            raise HTTPError(501, "not_implemented", "The only transfer coding understood is chunked.")
+        if codings:
+            return CHUNKED
+        if not lengths:
+            return 0
+        length = lengths[0]
+        if len(lengths) > 1 or not (length.isascii() and length.isdecimal() and len(length) <= 15):
+            raise bad_request("Content-Length must be one plain number.")
+        return int(length)
+
+    # -- bodies
+
+    def read_body(self, limit: int, seconds: float | None = None) -> bytes:
+        """Returns the request's body, read only now; 413 above `limit`, 408 when it is too slow, 400 when it is malformed, 503 when
+        bodies have no room and this one is the slowest of who holds most.
+        """
+        if not self.unread:
+            return b""
+        too_large = HTTPError(413, "content_too_large", f"The body may have at most {limit} bytes.")
+        if self.unread > limit:
+            raise too_large
+        if self.send_continue and not self._buffer:
+            self.send_continue()
+        now = time.monotonic()
+        deadline = now + min(self._settings.body_timeout, seconds or math.inf)
+        try:
+            if self.unread == CHUNKED or self.unread > Bodies.FREE:
+                end = functools.partial(interrupt, self._sock, socket.SHUT_RD)
+                self._body = Body(self._seat.owner, now, end)
+                self._bodies.grow(self._body, len(self._buffer))
+            if self.unread == CHUNKED:
+                body = self._chunks(limit, deadline, too_large)
+            else:
+                body = self._exactly(self.unread, deadline)
+        finally:
+            if self._body:
+                self._bodies.close(self._body)
+                self._body = None
+        self.unread = 0
+        return body
+
+    def _chunks(self, limit: int, deadline: float, too_large: HTTPError) -> bytes:
+        """A chunked body (RFC 9112 7.1). A chunk costs a few microseconds however small it is, so their number has a bound, too."""
+        body = bytearray()
+        for _ in range(MIN_CHUNKS + limit // 64):
+            line = self._line(deadline, MAX_LINE, (400, "bad_request", "A chunk's line is too long."))
+            match = CHUNK_LINE.fullmatch(line)
+            if not match:
+                raise bad_request("A chunk's size is malformed.")
+            size = int(match[1], 16)
+            if size == 0:
+                read_fields(self._field_lines(deadline))
+                return bytes(body)
+            if len(body) + size > limit:
+                raise too_large
+            chunk = self._exactly(size + 2, deadline)
+            if not chunk.endswith(b"\r\n"):
+                raise bad_request("A chunk does not end where it says.")
+            body += chunk[:-2]
+        raise bad_request("The body has too many chunks.")
+
+
 class Connection:
-    """One connection: reads requests strictly, one at a time, and writes their responses."""
+    """One connection: serves its requests, one at a time, and writes their responses."""
 
     def __init__(self, server: Server, sock: socket.socket, peer: str) -> None:
         self.server = server
         self.sock = sock
         self.peer = peer
+        self.settings = server.settings
         # Whose it is while it waits for a request: a proxy's may be anybody's.
         self.peer_owner = None if server.trusts(peer) else f"address {network_of(peer)}"
         self.since = time.monotonic()  # when it was opened, or last began or ended a request
         self.evicted = False  # ended by the server, to make room
         self.seat = Seat(server.places)
-        self.body: Body | None = None  # the body that is being read, if it is charged
-        self.settings = server.settings
-        self.buffer = bytearray()
+        self.reader = RequestReader(sock, server.settings, server.bodies, self.seat)
         self.busy = False
-        self.idle_reader = None
+        self.idle_reader: Reader | None = None
         self.close_after = False
+        # Of the request that is being served:
         self.http11 = True
-        self.unread = 0  # the body that is still to be read: its length, or "chunked"
+        self.is_head = False
+        self.request_id = ""
+        self.context = Context()
+        self._forwarded: tuple[object, object, tuple[str, bool, bool]] | None = None
 
-    def run(self):
+    def run(self) -> None:
         """Serve requests until the connection ends."""
         if self.peer != UNIX_PEER:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A client that does not read holds this much of the kernel's memory, and not what it grows a buffer to (4 MiB and more).
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        patience = (
-            self.settings.header_timeout
-        )  # a connection is worth keeping once a request has come over it
+        # A connection is worth keeping once a request has come over it.
+        patience = self.settings.header_timeout
         while not self.close_after:
+            self.request_id = os.urandom(6).hex()
+            self.context = Context()
+            self.is_head = False
             try:
-                request = self._read_request(patience)
+                request = self._request(self.reader.read_head(patience))
             except HTTPError as error:
-                self._send(refusal_response(error), True)
-                return self._linger()
+                self._refuse(error)
+                return
             self.since = time.monotonic()
             self.seat.owner = f"address {network_of(request.address)}"
             self.busy = True
             try:
-                self._respond(request)
+                with self.server.log.request(request.id):
+                    self._respond(request)
             finally:
                 self.seat.leave()
             self.busy = False
             self.since = time.monotonic()
-            # Looked at after `busy` is cleared: hurry() does it the other way round. An answer that began before the server
+            # Looked at after `busy` is cleared: drain() does it the other way round. An answer that began before the server
             # drained did not say `Connection: close`, so the client may have sent its next request; that one's answer will.
             patience = LAST_REQUEST if self.server.draining else self.settings.idle_timeout
 
-    def hurry(self):
+    def _request(self, head: Head) -> Request:
+        self.http11 = head.http11
+        self.is_head = head.method == "HEAD"
+        self.close_after |= not head.keep_alive
+        self.reader.send_continue = self._send_continue if head.wants_continue else None
+        path, _, query = head.target.partition("?")
+        return Request(
+            head.method,
+            path,
+            query,
+            head.headers,
+            *self._client_address(head.headers),
+            self.request_id,
+            self.reader.read_body,
+            self.seat,
+            self.context,
+        )
+
+    def _refuse(self, error: HTTPError) -> None:
+        """Answers what is not strictly HTTP; the connection ends."""
+        self.since = time.monotonic()
+        self.close_after = True
+        with self.server.log.request(self.request_id):
+            self.server.log.refused("other", error.status, error.cause, self.peer, {})
+            self._send(error_response(error))
+        self._linger()
+
+    def drain(self) -> None:
         """The server drains: an idle connection ends now, an idle stream too, anything else after its answer."""
         reader = self.idle_reader
-        if (
-            reader and not reader.stream.finished
-        ):  # one that is finished ends by itself, once all of it is sent
+        # One that is finished ends by itself, once all of it is sent.
+        if reader and not reader.stream.finished:
             reader.close()
         if not self.busy:  # what has arrived can still be read
-            self.interrupt(socket.SHUT_RD)
-
-    def interrupt(self, how: int) -> None:
-        """Wakes the connection's thread out of its socket; a closed one stays closed."""
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(how)
+            interrupt(self.sock, socket.SHUT_RD)
 
     def owner(self) -> str | None:
         """Returns whom this connection may be taken from to make room, None for nobody: a request with a good token is never cut.
@@ -12314,131 +13023,22 @@ class Connection:
             return owner if owner.startswith("address ") else None
         return self.peer_owner or owner or None
 
-    # -- reading
-
-    def _receive(self, deadline, late=None):
-        left = deadline - time.monotonic()
-        try:
-            if left <= 0:
-                raise TimeoutError
-            self.sock.settimeout(left)
-            data = self.sock.recv(65536)
-        except TimeoutError:
-            raise late or HTTPError(408, "request_timeout", "The request did not arrive in time.") from None
-        if data:
-            self.buffer += data
-        if self.body:
-            self.server.bodies.grow(self.body, len(data))
-        if not data:
-            raise Gone
-
-    def _exactly(self, size, deadline):
-        while len(self.buffer) < size:
-            self._receive(deadline)
-        data = bytes(self.buffer[:size])
-        del self.buffer[:size]
-        return data
-
-    def _line(self, deadline, limit, too_long):
-        """The bytes before the next CR LF; a bare LF ends no line (RFC 9112 2.2)."""
-        searched = 0
-        while (end := self.buffer.find(b"\n", searched)) < 0 and len(self.buffer) < limit:
-            searched = len(self.buffer)
-            self._receive(deadline)
-        if not 0 <= end < limit:
-            raise HTTPError(*too_long)
-        line = self._exactly(end + 1, deadline)
-        if not line.endswith(b"\r\n"):
-            raise bad_request("Lines must end with CR LF.")
-        return line[:-2]
-
-    def _fields(self, deadline):
-        """Header or trailer lines up to the empty one: lower-case names to the lists of their values."""
-        fields = {}
-        left = MAX_HEAD
-        for _ in range(MAX_HEADERS + 1):
-            line = self._line(deadline, left, HEADER_TOO_LARGE)
-            if not line:
-                return fields
-            name, colon, value = line.partition(b":")
-            if not (colon and FIELD_NAME.fullmatch(name) and FIELD_VALUE.fullmatch(value)):
-                raise bad_request("A header line is malformed.")
-            fields.setdefault(name.decode().lower(), []).append(value.strip(b" \t").decode("latin-1"))
-            left -= len(line) + 2
-        raise HTTPError(*HEADER_TOO_LARGE)
-
-    def _await_request(self, until: float) -> None:
-        """Wait for the first byte of a request, past one empty line (RFC 9112 2.2: some clients end a body with it); Gone after `until`."""
-        if not self.buffer:
-            self._receive(until, Gone())
-        if self.buffer == b"\r":
-            self._receive(until, Gone())
-        if self.buffer.startswith(b"\r\n"):
-            del self.buffer[:2]
-            if not self.buffer:
-                self._receive(until, Gone())
-
-    def _read_request(self, patience):
-        """The next request; Gone when none begins in time, HTTPError for anything that is not strictly HTTP."""
-        self._await_request(time.monotonic() + patience)
-        deadline = time.monotonic() + self.settings.header_timeout
-        match = REQUEST_LINE.fullmatch(self._line(deadline, MAX_LINE, URI_TOO_LONG))
-        if not match:
-            raise bad_request("The request line is malformed.")
-        if match[3] not in (b"1.0", b"1.1"):
-            raise HTTPError(505, "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are served.")
-        method = match[1].decode()
-        target = match[2].decode()
-        headers = self._fields(deadline)
-        self.http11 = match[3] == b"1.1"
-        hosts = len(headers.get("host", ()))
-        if hosts > 1 or self.http11 and not hosts:
-            raise bad_request("Exactly one Host header is needed.")
-        absolute = re.fullmatch(r"https?://([^/?#]+)(/.*)?", target, re.IGNORECASE | re.ASCII)
-        if absolute:
-            headers["host"] = [absolute[1]]
-            target = absolute[2] or "/"
-        if not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
-            raise bad_request("The request's target is malformed.")
-        self.unread = self._framing(headers)
-        expect = [value.lower() for value in headers.get("expect", ())]
-        if expect not in ([], ["100-continue"]):
-            raise HTTPError(417, "expectation_failed", "Only Expect: 100-continue is understood.")
-        self.wants_continue = bool(expect) and self.http11
-        tokens = {
-            token.strip().lower() for value in headers.get("connection", ()) for token in value.split(",")
-        }
-        self.close_after |= "close" in tokens or not self.http11 and "keep-alive" not in tokens
-        path, _, query = target.partition("?")
-        return Request(
-            method,
-            path,
-            query,
-            headers,
-            *self._client_address(headers),
-            os.urandom(6).hex(),
-            self._read_body,
-            self.seat,
-        )
-
-    def _framing(self, headers):
-        """How the body is framed: a length, or "chunked"; whatever could be read in two ways is refused (RFC 9112 6.3)."""
-        lengths = headers.get("content-length", ())
-        codings = [coding.lower() for coding in headers.get("transfer-encoding", ())]
-        if codings and (lengths or not self.http11):
-            raise bad_request("Transfer-Encoding cannot stand with Content-Length or in HTTP/1.0.")
-        if codings not in ([], ["chunked"]):
-            raise HTTPError(501, "not_implemented", "The only transfer coding understood is chunked.")
-        if len(lengths) > 1 or not all(re.fullmatch(r"[0-9]{1,15}", length) for length in lengths):
-            raise bad_request("Content-Length must be one plain number.")
-        return "chunked" if codings else int(lengths[0]) if lengths else 0
-
     def _client_address(self, headers: dict[str, list[str]]) -> tuple[str, bool, bool]:
         """Returns the client's address, whether no proxy spoke for it, and whether it is a trusted proxy's own.
 
-        X-Forwarded-For is read from the right, past trusted proxies; an entry that is no address ends the reading there.
+        A proxy's connection mostly brings one client's requests, so the last answer is remembered.
         """
         lines = headers.get("x-forwarded-for")
+        known = self._forwarded
+        trusted = self.settings.trusted_proxies
+        if known and known[0] == lines and known[1] is trusted:
+            return known[2]
+        found = self._read_client_address(lines)
+        self._forwarded = (lines, trusted, found)
+        return found
+
+    def _read_client_address(self, lines: list[str] | None) -> tuple[str, bool, bool]:
+        """X-Forwarded-For is read from the right, past trusted proxies; an entry that is no address ends the reading there."""
         trusted = self.server.trusts(self.peer)
         if lines is None or not trusted:
             if lines is not None:
@@ -12452,100 +13052,53 @@ class Connection:
                     return address, False, False
         return address, False, True
 
-    def _read_body(self, limit: int, seconds: float | None = None) -> bytes:
-        """Returns the request's body, read only now; 413 above `limit`, 408 when it is too slow, 400 when it is malformed, 503 when
-        bodies have no room and this one is the slowest of who holds most.
-        """
-        if not self.unread:
-            return b""
-        too_large = HTTPError(413, "content_too_large", f"The body may have at most {limit} bytes.")
-        if self.unread != "chunked" and self.unread > limit:
-            raise too_large
-        if self.wants_continue and not self.buffer:
-            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        now = time.monotonic()
-        deadline = now + min(self.settings.body_timeout, seconds or math.inf)
-        try:
-            if self.unread == "chunked" or self.unread > Bodies.FREE:
-                self.body = Body(self.seat.owner, now, functools.partial(self.interrupt, socket.SHUT_RD))
-                self.server.bodies.grow(self.body, len(self.buffer))
-            body = (
-                self._chunks(limit, deadline, too_large)
-                if self.unread == "chunked"
-                else self._exactly(self.unread, deadline)
-            )
-        finally:
-            if self.body:
-                self.server.bodies.close(self.body)
-                self.body = None
-        self.unread = 0
-        return body
-
-    def _chunks(self, limit: int, deadline: float, too_large: HTTPError) -> bytes:
-        """A chunked body (RFC 9112 7.1). A chunk costs a few microseconds however small it is, so their number has a bound, too."""
-        body = bytearray()
-        for _ in range(MIN_CHUNKS + limit // 64):
-            match = CHUNK_LINE.fullmatch(
-                self._line(deadline, MAX_LINE, (400, "bad_request", "A chunk's line is too long."))
-            )
-            if not match:
-                raise bad_request("A chunk's size is malformed.")
-            size = int(match[1], 16)
-            if size == 0:
-                self._fields(deadline)
-                return bytes(body)
-            if len(body) + size > limit:
-                raise too_large
-            chunk = self._exactly(size + 2, deadline)
-            if not chunk.endswith(b"\r\n"):
-                raise bad_request("A chunk does not end where it says.")
-            body += chunk[:-2]
-        raise bad_request("The body has too many chunks.")
-
     # -- writing
 
-    def _respond(self, request):
-        started = time.monotonic()
-        is_head = request.method == "HEAD"
-        with self.server.log.request(request.id):
-            try:
-                response = self.server.handle(request)
-                close = bool(self.close_after or self.unread or self.server.draining)
-                if not response.later:
-                    self._send(response, close, is_head)
-            except (Gone, OSError):
-                raise
-            except Exception as error:
-                place = traceback.extract_tb(error.__traceback__)[
-                    -1
-                ].lineno  # for the operator; the client learns a number only
-                self.server.log.event("error", "internal_error", error=type(error).__name__, line=place)
-                response = json_response(
-                    500, {"error": "server_error", "error_description": f"Internal error {request.id}."}
-                )
-                close = True
-                self._send(response, close, is_head)
-            if response.later:
-                self._pump(response, close)
-            self.server.log.event(
+    def _respond(self, request: Request) -> None:
+        """Has a request answered, and sends the answer."""
+        log = self.server.log
+        try:
+            response = self.server.handle(request)
+            self.close_after |= bool(self.reader.unread or self.server.draining)
+            if not response.streaming:
+                self._send(response)
+        except (Gone, OSError):
+            raise
+        except Exception as error:
+            # For the operator; the client learns a number only.
+            line = traceback.extract_tb(error.__traceback__)[-1].lineno
+            log.event("error", "internal_error", error=type(error).__name__, line=line)
+            log.refused(self.context.endpoint, 500, "server_error", request.address, self.context.who())
+            self.close_after = True
+            response = json_response(
+                500, {"error": "server_error", "error_description": f"Internal error {request.id}."}
+            )
+            self._send(response)
+        if response.streaming:
+            self._pump(response, response.streaming)
+        if self.settings.debug:
+            log.bounded(
                 "debug",
                 "request",
+                "",
                 method=request.method,
                 path=request.path[:200],
                 status=response.status,
-                ms=round((time.monotonic() - started) * 1000, 1),
+                ms=round((time.monotonic() - self.since) * 1000, 1),
                 address=request.address,
             )
-        self.close_after |= close
-        if self.unread:
+        if self.reader.unread:
             self._linger()
 
     def _write(self, data: bytes) -> None:
         """Sends data to a client that may be slow but must be steady: TimeoutError when it has not taken 64 KiB, or the rest, in time."""
         deadline = time.monotonic() + self.settings.write_timeout
         self.sock.settimeout(self.settings.write_timeout)
-        left = memoryview(data)[self.sock.send(data) :]
-        before = len(left) and self._untaken() + len(left)
+        sent = self.sock.send(data)
+        if sent == len(data):
+            return
+        left = memoryview(data)[sent:]
+        before = self._untaken() + len(left)
         while left:
             self.sock.settimeout(max(0.001, deadline - time.monotonic()))
             try:
@@ -12563,16 +13116,24 @@ class Connection:
         fcntl.ioctl(self.sock, termios.TIOCOUTQ, held)
         return held[0]
 
-    def _send(self, response, close, head_only=False):
-        headers = list(response.headers)
-        bare = response.status in (204, 304)
+    def _send_continue(self) -> None:
+        self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _send(self, response: Response) -> None:
+        """Sends a response that is all there."""
+        headers = [*response.headers, ("X-Request-Id", self.request_id)]
+        is_bare = response.status in (204, 304)
         if response.content_type:
             headers.append(("Content-Type", response.content_type))
-        if not bare:
+        if not is_bare:
             headers.append(("Content-Length", str(len(response.body))))
-        if close or not self.http11:
-            headers.append(("Connection", "close" if close else "keep-alive"))
-        self._write(write_head(response.status, headers) + (b"" if head_only or bare else response.body))
+        if self.close_after or not self.http11:
+            headers.append(("Connection", "close" if self.close_after else "keep-alive"))
+        head = write_head(response.status, headers)
+        self._write(head if is_bare or self.is_head else head + response.body)
+        seconds = time.monotonic() - self.since
+        endpoint = self.context.endpoint
+        self.server.log.metrics.observe("fjmcp_http_request_duration_seconds", (endpoint,), seconds)
 
     def _linger(self) -> None:
         """Reads what the client still sends for a moment, else the reset would take our answer with it; few at once of one owner."""
@@ -12580,127 +13141,133 @@ class Connection:
         with contextlib.suppress(OSError, HTTPError):
             self.seat.take("lingering", owner, LINGERING)
             self.sock.shutdown(socket.SHUT_WR)
-            deadline = time.monotonic() + 1
-            while True:
-                self._receive(deadline)
-                self.buffer.clear()
+            self.reader.discard(time.monotonic() + 1)
 
-    def _take(self, reader, timeout, after=0):
-        """The next item. The hang-up watch begins only once the wait is worth it, so that fast calls pay nothing."""
-        item = reader.take(min(0.05, timeout), after)
-        if item is None and not reader.ended and timeout > 0.05:
+    # -- what is still to come
+
+    def _take(self, reader: Reader, timeout: float, after: int = 0) -> Event | None:
+        """The next event. The hang-up watch begins only once the wait is worth it, so that fast calls pay nothing."""
+        event = reader.take(min(0.05, timeout), after)
+        if event is None and not reader.ended and timeout > 0.05:
             self.server.watcher.watch(self.sock, reader)
             try:
-                item = reader.take(timeout - 0.05, after)
+                event = reader.take(timeout - 0.05, after)
             finally:
                 self.server.watcher.forget(self.sock)
-        return item
+        return event
 
-    def _pump(self, response, close):
+    def _pump(self, response: Response, streaming: StreamingResponse) -> None:
         """Send what is still to come: as JSON when the answers are there in time, else as a stream of events."""
-        later = response.later
-        reader = response.later.reader
-        items = []
-        if later.delivery is Delivery.SSE:
-            self.idle_reader = reader
+        reader = streaming.reader
         try:
-            if later.delivery is not Delivery.SSE:
-                items = self._collect(later, reader)
-                if items and items[-1].last:
-                    body = (
-                        b"[" + b",".join(i.data for i in items if i.answer) + b"]"
-                        if later.batch
-                        else items[-1].data
-                    )
-                    status = response.status if later.batch else items[-1].status
-                    self._send(
-                        replace(response, status=status, body=body, content_type="application/json"), close
-                    )
-                    for item in items:
-                        reader.taken(item)
-                    return
-                if reader.ended:
-                    self._send(
-                        json_response(
-                            503,
-                            {
-                                "error": "unavailable",
-                                "error_description": "The answer is not to be had here.",
-                            },
-                        ),
-                        True,
-                    )
-                    self.close_after = True
-                    return
-            self._stream(response, reader, items, close)
+            if streaming.delivery is Delivery.SSE:
+                self.idle_reader = reader
+                self._stream(response, streaming)
+                return
+            events = self._collect(streaming)
+            if events:
+                self._send_collected(response, streaming, events)
+            elif reader.ended:
+                self.close_after = True
+                description = "The answer is not to be had here."
+                self._send(json_response(503, {"error": "unavailable", "error_description": description}))
+            else:
+                self._stream(response, streaming)
         finally:
             self.idle_reader = None
             reader.close()
-            if later.on_disconnect and not reader.has_all:
-                later.on_disconnect()
+            if streaming.on_disconnect and not reader.has_all:
+                streaming.on_disconnect()
 
-    def _collect(self, later, reader):
-        """Items until the last; for a client that can take a stream, only those that make plain JSON possible."""
+    def _collect(self, streaming: StreamingResponse) -> list[Event]:
+        """Returns the answers up to the last; none, for a client that can take a stream, when something else comes before it, or it is late."""
+        reader = streaming.reader
+        may_stream = streaming.delivery is Delivery.JSON_THEN_SSE
+        deadline = time.monotonic() + JSON_WAIT
         answers = []
         seen = reader.cursor
-        deadline = None if later.delivery is Delivery.JSON else time.monotonic() + JSON_WAIT
         while True:
-            item = self._take(
-                reader, 3600.0 if deadline is None else max(0.0, deadline - time.monotonic()), seen
-            )
-            if item is None:
-                if reader.ended or deadline is not None:
-                    break
+            timeout = max(0.0, deadline - time.monotonic()) if may_stream else 3600.0
+            event = self._take(reader, timeout, seen)
+            if event is None:
+                if reader.ended or may_stream:
+                    return []
                 continue
-            if deadline is not None and not item.answer:
-                break
-            seen = item.number
-            if deadline is None and not item.answer:
-                reader.taken(item)  # it cannot be sent; who puts it must not wait
-            if item.answer:
-                answers.append(item)
-            if item.last:
+            seen = event.number
+            if event.answer:
+                answers.append(event)
+            elif may_stream:
+                return []
+            else:
+                # It cannot be sent; who puts it must not wait.
+                reader.ack(event)
+            if event.last:
                 return answers
-        return []
 
-    def _stream(self, response, reader, items, close):
-        key = reader.stream.key
-        later = response.later
-        if not later.on_disconnect:
+    def _send_collected(
+        self, response: Response, streaming: StreamingResponse, answers: Sequence[Event]
+    ) -> None:
+        last = answers[-1]
+        if streaming.batch:
+            body = b"[" + b",".join(event.data for event in answers) + b"]"
+            self._send(Response(response.status, body, "application/json", response.headers))
+        else:
+            self._send(Response(last.status, last.data, "application/json", response.headers))
+        for event in answers:
+            streaming.reader.ack(event)
+
+    def _stream(self, response: Response, streaming: StreamingResponse) -> None:
+        """Sends an event stream, until its last event or for as long as there may be more."""
+        reader = streaming.reader
+        if streaming.event_ids:
             reader.stream.announce()
         headers = [
             *response.headers,
+            ("X-Request-Id", self.request_id),
             ("Content-Type", "text/event-stream"),
             ("Cache-Control", "no-store"),
             ("X-Accel-Buffering", "no"),
         ]
-        headers.append(("Transfer-Encoding", "chunked") if self.http11 else ("Connection", "close"))
-        if close and self.http11:
+        if self.http11:
+            headers.append(("Transfer-Encoding", "chunked"))
+        else:
+            self.close_after = True  # its end is the end of the stream
+        if self.close_after:
             headers.append(("Connection", "close"))
-        opening = (
-            f"id: {key}-{reader.cursor}\nretry: 1000\ndata: \n\n".encode() if later.prime else b": open\n\n"
-        )
-        self._write(write_head(response.status, headers) + self._framed(opening))
+        opening = b": open\n\n"
+        if streaming.prime:
+            opening = f"id: {reader.stream.key}-{reader.cursor}\nretry: 1000\ndata: \n\n".encode()
+        with self.server.counted_stream():
+            self._write(write_head(response.status, headers) + self._framed(opening))
+            self._send_events(streaming)
+
+    def _send_events(self, streaming: StreamingResponse) -> None:
+        reader = streaming.reader
         while True:
-            item = self._take(reader, later.quiet or 15.0)
-            if item is not None:
-                name = b"" if later.on_disconnect else f"id: {key}-{item.number}\n".encode()
-                frame = name + b"data: " + item.data.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n\n"
-                end = b"0\r\n\r\n" if item.last and self.http11 else b""
-                self._write(self._framed(frame) + end)
-                reader.taken(item)
-                if item.last:
-                    break
-            elif reader.ended or later.quiet:
+            event = self._take(reader, streaming.quiet or 15.0)
+            if event is not None:
+                frame = self._framed(self._frame(streaming, event))
+                if event.last and self.http11:
+                    frame += b"0\r\n\r\n"
+                self._write(frame)
+                reader.ack(event)
+                if event.last:
+                    return
+            elif reader.ended or streaming.quiet:
                 if self.http11:
                     self._write(b"0\r\n\r\n")
-                break
+                return
             else:
                 self._write(self._framed(b": keep-alive\n\n"))
-        if not self.http11:
-            self.close_after = True
 
-    def _framed(self, data):
+    @staticmethod
+    def _frame(streaming: StreamingResponse, event: Event) -> bytes:
+        """An event of an event stream (WHATWG HTML 9.2)."""
+        data = event.data.replace(b"\r", b" ").replace(b"\n", b" ")
+        name = f"id: {streaming.reader.stream.key}-{event.number}\n" if streaming.event_ids else ""
+        return name.encode() + b"data: " + data + b"\n\n"
+
+    def _framed(self, data: bytes) -> bytes:
         return b"%x\r\n%s\r\n" % (len(data), data) if self.http11 else data
 
 
@@ -12711,7 +13278,10 @@ class Connection:
 
 LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 LOOK_OUT = 600  # seconds between two looks whether client documents can be read, while none can
-EXPOSED = ("Access-Control-Expose-Headers", "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version")
+EXPOSED = (
+    "Access-Control-Expose-Headers",
+    "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version, X-Request-Id",
+)
 
 
 def other_forgejo(known: str, configured: str) -> str:
@@ -12722,19 +13292,58 @@ def other_forgejo(known: str, configured: str) -> str:
     )
 
 
+def open_store_of(settings: Settings, keyring: Keyring) -> Store:
+    """Returns the store. Raises ConfigurationError when its users are of another Forgejo."""
+    store = Store(settings.store_path, keyring)
+    known = store.bound_to(settings.forgejo_url)
+    if known != settings.forgejo_url:
+        store.close()
+        raise ConfigurationError([other_forgejo(known, settings.forgejo_url)])
+    return store
+
+
+def wrong_host(public_url: str) -> str:
+    """Returns the sentence that refuses a request for another host."""
+    return (
+        f"This server answers for {urlsplit(public_url).netloc}, not for that host name. "
+        "A proxy has to pass the client's Host header on, with its port (nginx: proxy_set_header Host $http_host)."
+    )
+
+
+Handler = Callable[[Request], Response]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What is served at a path: the endpoint's name, the kind (page, health, public, mcp), and a handler for each method."""
+
+    name: str
+    kind: str
+    methods: Mapping[str, Handler]
+
+
+NO_ROUTE = Route("other", "", {})
+
+
 class Broker:
     """The whole program but its command line: everything built from settings, ready to serve."""
 
-    def __init__(self, settings, *, clock=None, log=None, listener=None, web=None, sockets=()):
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        clock: Clock | None = None,
+        log: Log | None = None,
+        listener: socket.socket | None = None,
+        web: PublicWeb | None = None,
+        sockets: Sequence[tuple[str, socket.socket]] = (),
+    ) -> None:
         self.settings = settings
         machine = clock or Clock()
         self.clock = SteadyClock(machine)
         self.log = log or Log(settings, clock=machine)
         keyring = load_keyring(settings)
-        self.store = Store(settings.store_path, keyring)
-        if (known := self.store.bound_to(settings.forgejo_url)) != settings.forgejo_url:
-            self.store.close()
-            raise ConfigurationError([other_forgejo(known, settings.forgejo_url)])
+        self.store = open_store_of(settings, keyring)
         forgejo = Forgejo(settings, self.clock)
         self.upstream = Upstream(
             settings,
@@ -12754,8 +13363,20 @@ class Broker:
         clients = Clients(settings, self.store, self.log, self.clock, limiter, web or PublicWeb())
         self.documents = clients.documents
         self._stopping = threading.Event()
-        authorization = Authorization(
-            settings,
+        authorization = self._authorization(keyring, clients, forgejo, limiter)
+        endpoint = Endpoint(settings, self.store, keyring, self.registry, self.reaper, self.clock)
+        self.routes = self._routes(clients, authorization, endpoint)
+        self.is_activated = bool(sockets)
+        self.servers = self._listen([*sockets, *([("", listener)] if listener else [])])
+        self.server = self.servers[0]
+        self._hosts = own_hosts(settings.public_url, self.server.ports)
+        self._blob = git_blob_id(__file__)
+
+    def _authorization(
+        self, keyring: Keyring, clients: Clients, forgejo: Forgejo, limiter: Limiter
+    ) -> Authorization:
+        return Authorization(
+            self.settings,
             self.store,
             keyring,
             clients,
@@ -12766,17 +13387,6 @@ class Broker:
             limiter,
             lambda name: self.registry.forget([name], "ended by the user"),
         )
-        endpoint = Endpoint(settings, self.store, keyring, self.registry, self.reaper, self.clock)
-        self.routes = self._routes(clients, authorization, endpoint)
-        self.is_activated = bool(sockets)
-        self.servers = self._listen([*sockets, *([("", listener)] if listener else [])])
-        self.server = self.servers[0]
-        self._hosts = own_hosts(settings.public_url, self.server.ports)
-        self._wrong_host = (
-            f"This server answers for {urlsplit(settings.public_url).netloc}, not for that host name. "
-            "A proxy has to pass the client's Host header on, with its port (nginx: proxy_set_header Host $http_host)."
-        )
-        self._blob = git_blob_id(__file__)
 
     def _listen(self, sockets: Sequence[tuple[str, socket.socket]]) -> list[Server]:
         """The server of HTTP, and the one of /metrics if there is one: on the sockets handed over, else on those of the settings.
@@ -12803,43 +13413,35 @@ class Broker:
             servers.append(Server(settings, self.metrics, self.log, address, for_metrics, METRICS))
         return servers
 
-    def _routes(self, clients, authorization, endpoint):
+    def _routes(self, clients: Clients, authorization: Authorization, endpoint: Endpoint) -> dict[str, Route]:
+        """Returns what is served at each path; those at the root are for clients that ignore metadata."""
         server_metadata = "/.well-known/oauth-authorization-server"
         resource_metadata = "/.well-known/oauth-protected-resource"
-        table = (  # the paths at the root are for clients that ignore metadata
-            (
-                "page",
-                "GET HEAD",
-                lambda request: home_page(self.settings.public_url, self.settings.forgejo_url),
-                "/",
-            ),
-            ("health", "GET HEAD", self.health, "/healthz"),
-            (
-                "public",
-                "GET HEAD",
-                authorization.metadata,
-                server_metadata,
-                server_metadata + "/mcp",
-                "/mcp" + server_metadata,
-            ),
-            (
-                "public",
-                "GET HEAD",
-                authorization.resource_metadata,
-                resource_metadata,
-                resource_metadata + "/mcp",
-                resource_metadata + "/mcp/",
-            ),
-            ("page", "GET HEAD", authorization.authorize, "/oauth/authorize", "/authorize"),
-            ("page", "POST", authorization.consent, "/oauth/consent"),
-            ("page", "GET HEAD", authorization.callback, "/oauth/callback"),
-            ("page", "GET HEAD", authorization.account, "/account"),
-            ("page", "POST", authorization.account_login, "/account/login"),
-            ("page", "POST", authorization.account_end, "/account/end"),
-            ("public", "POST", clients.register, "/oauth/register", "/register"),
-            ("public", "POST", authorization.token, "/oauth/token", "/token"),
-            ("public", "POST", authorization.revoke, "/oauth/revoke", "/revoke"),
+        # fmt: off
+        table: tuple[tuple[str, str, str, Handler, tuple[str, ...]], ...] = (
+            ("home", "page", "GET HEAD", self._home, ("/",)),
+            ("healthz", "health", "GET HEAD", self.health, ("/healthz",)),
+            ("server_metadata", "public", "GET HEAD", authorization.metadata,
+                (server_metadata, server_metadata + "/mcp", "/mcp" + server_metadata)),
+            ("resource_metadata", "public", "GET HEAD", authorization.resource_metadata,
+                (resource_metadata, resource_metadata + "/mcp", resource_metadata + "/mcp/")),
+            ("authorize", "page", "GET HEAD", authorization.authorize, ("/oauth/authorize", "/authorize")),
+            ("consent", "page", "POST", authorization.consent, ("/oauth/consent",)),
+            ("callback", "page", "GET HEAD", authorization.callback, ("/oauth/callback",)),
+            ("account", "page", "GET HEAD", authorization.account, ("/account",)),
+            ("account_login", "page", "POST", authorization.account_login, ("/account/login",)),
+            ("account_end", "page", "POST", authorization.account_end, ("/account/end",)),
+            ("register", "public", "POST", clients.register, ("/oauth/register", "/register")),
+            ("token", "public", "POST", authorization.token, ("/oauth/token", "/token")),
+            ("revoke", "public", "POST", authorization.revoke, ("/oauth/revoke", "/revoke")),
         )
+        # fmt: on
+        routes: dict[str, Route] = {}
+        for name, kind, verbs, handler, paths in table:
+            methods = dict.fromkeys(verbs.split(), handler)
+            if kind == "public":
+                methods["OPTIONS"] = self._preflight
+            routes |= dict.fromkeys(paths, Route(name, kind, methods))
         mcp = {
             "POST": endpoint.post,
             "GET": endpoint.get,
@@ -12847,116 +13449,111 @@ class Broker:
             "HEAD": endpoint.head,
             "OPTIONS": self._preflight,
         }
-        routes = {
-            path: (
-                kind,
-                dict.fromkeys(verbs.split(), handler)
-                | ({"OPTIONS": self._preflight} if kind == "public" else {}),
-            )
-            for kind, verbs, handler, *paths in table
-            for path in paths
-        }
-        return routes | dict.fromkeys(("/mcp", "/mcp/"), ("mcp", mcp))
+        return routes | dict.fromkeys(("/mcp", "/mcp/"), Route("mcp", "mcp", mcp))
 
-    def handle(self, request):
+    def handle(self, request: Request) -> Response:
+        """Returns the answer to a request; one that turns it away is counted and logged."""
+        route = self.routes.get(request.path, NO_ROUTE)
+        context = request.context
+        context.endpoint = route.name
+        context.user_agent = request.first_header("user-agent")
+        response = self._answer(request, route)
+        if response.cause:
+            self.log.refused(route.name, response.status, response.cause, request.address, context.who())
+        elif route.name in ("server_metadata", "resource_metadata") and request.method == "GET":
+            self.log.connect_step("discovery", user_agent=context.user_agent)
+        return response
+
+    def _answer(self, request: Request, route: Route) -> Response:
         """Request -> Response, in the order of checks of design 3: Host, route, Origin, OPTIONS, bearer, method, body."""
-        (kind, methods) = self.routes.get(request.path, ("", {}))
-        cors = ()
+        cors: tuple[tuple[str, str], ...] = ()
         try:
-            if request.headers.get("host", [""])[0].lower() not in self._hosts and kind != "health":
-                raise HTTPError(421, "misdirected_request", self._wrong_host)
-            if not kind:
-                raise HTTPError(404, "not_found", "There is nothing at this address.")
-            cors = self._cors(request, kind)
-            if kind != "mcp":  # there the bearer tells whose it is
+            if request.first_header("host").lower() not in self._hosts and route.kind != "health":
+                raise HTTPError(421, "misdirected_request", wrong_host(self.settings.public_url))
+            if route is NO_ROUTE:
+                cause = "no_metadata" if request.path.startswith("/.well-known/") else "not_found"
+                raise HTTPError(404, "not_found", "There is nothing at this address.", cause=cause)
+            cors = self._cors(request, route.kind)
+            handler = route.methods.get(request.method)
+            if route.kind == "mcp":
+                # There the bearer tells whose it is, and comes before the method.
+                handler = handler or route.methods["HEAD"]
+            else:
                 seat_of_address(request, self.settings)
-            handler = methods.get(request.method) or (
-                methods["HEAD"] if kind == "mcp" else None
-            )  # there the bearer comes before the method
             if not handler:
-                raise HTTPError(
-                    405, "method_not_allowed", f"Use {next(iter(methods))}.", (("Allow", ", ".join(methods)),)
-                )
+                allowed = (("Allow", ", ".join(route.methods)),)
+                raise HTTPError(405, "method_not_allowed", f"Use {next(iter(route.methods))}.", allowed)
             response = handler(request)
         except ErrorPage as error:
-            response = error.response(request.id)
+            response = replace(error.response(request.id), cause=error.reason)
         except HTTPError as error:
-            if kind == "page" or error.status == 404 and is_page_request(request):
-                response = refusal_page(error, request.id)
+            if route.kind == "page" or error.status == 404 and is_page_request(request):
+                response = replace(refusal_page(error, request.id), cause=error.cause)
             else:
-                response = refusal_response(error, NO_STORE[:1])
+                response = error_response(error, NO_STORE[:1])
         return replace(response, headers=(*response.headers, *cors)) if cors else response
 
-    def _cors(self, request, kind):
+    def _cors(self, request: Request, kind: str) -> tuple[tuple[str, str], ...]:
         """The CORS headers of the answer; HTTPError 403 for a web origin that may not call. Forms are judged by who reads them."""
         if kind == "public":
             return ("Access-Control-Allow-Origin", "*"), EXPOSED
         origins = request.headers.get("origin", ()) if kind == "mcp" else ()
-        for origin in origins:
-            if len(origins) > 1 or not (
-                LOOPBACK_ORIGIN.fullmatch(origin)
-                or origin in (self.settings.public_url, *self.settings.allowed_origins)
-            ):
-                raise HTTPError(
-                    403,
-                    "forbidden_origin",
-                    "This web origin may not call this server; the operator can add it to allowed_origins.",
-                )
-            return ("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), EXPOSED
-        return ()
+        if not origins:
+            return ()
+        origin = origins[0]
+        is_listed = origin == self.settings.public_url or origin in self.settings.allowed_origins
+        if len(origins) > 1 or not (is_listed or LOOPBACK_ORIGIN.fullmatch(origin)):
+            description = (
+                "This web origin may not call this server; the operator can add it to allowed_origins."
+            )
+            raise HTTPError(403, "forbidden_origin", description)
+        return ("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), EXPOSED
 
-    def _preflight(self, request):
-        asked = re.sub(
-            r"[^A-Za-z0-9_, -]", "", request.headers.get("access-control-request-headers", [""])[0]
+    def _preflight(self, request: Request) -> Response:
+        asked = re.sub(r"[^A-Za-z0-9_, -]", "", request.first_header("access-control-request-headers"))
+        headers = (
+            ("Access-Control-Allow-Methods", ", ".join(self.routes[request.path].methods)),
+            ("Access-Control-Allow-Headers", asked),
+            ("Access-Control-Max-Age", "7200"),
         )
-        return Response(
-            204,
-            headers=(
-                ("Access-Control-Allow-Methods", ", ".join(self.routes[request.path][1])),
-                ("Access-Control-Allow-Headers", asked),
-                ("Access-Control-Max-Age", "7200"),
-            ),
-        )
+        return Response(204, headers=headers)
 
-    def health(self, request):
+    def _home(self, request: Request) -> Response:
+        return home_page(self.settings.public_url, self.settings.forgejo_url)
+
+    def health(self, request: Request) -> Response:
         """GET /healthz: 200, or 503 when the store fails. As an event stream it lasts a moment, which shows proxies that buffer."""
-        if request.method == "GET" and any(
-            "text/event-stream" in value for value in request.headers.get("accept", ())
-        ):
+        if request.method == "GET" and takes_streams(request):
             # No timer ends it: strangers would double the threads that they are allowed.
-            return Response(200, later=StreamingResponse(Stream().open(), Delivery.SSE, quiet=0.5))
-        ok = self.store.healthy()
-        sessions, children = self.registry.counts() if ok else (None, None)
-        return json_response(
-            200 if ok else 503,
-            {
-                "status": "ok" if ok else "failing",
-                "version": __version__,
-                "git": self._blob,
-                "store": "ok" if ok else "failing",
-                "sessions": sessions,
-                "children": children,
-            },
-            NO_STORE[:1],
-        )
+            return Response(200, streaming=StreamingResponse(EventStream().open(), Delivery.SSE, quiet=0.5))
+        is_ok = self.store.healthy()
+        sessions, children = self.registry.counts() if is_ok else (None, None)
+        state = {
+            "status": "ok" if is_ok else "failing",
+            "version": __version__,
+            "git": self._blob,
+            "store": "ok" if is_ok else "failing",
+            "sessions": sessions,
+            "children": children,
+        }
+        return json_response(200 if is_ok else 503, state, NO_STORE[:1])
 
-    def metrics(self, request):
+    def metrics(self, request: Request) -> Response:
         """GET /metrics on its own listener: Prometheus text, counts without names."""
         if request.path != "/metrics":
-            return refusal_response(HTTPError(404, "not_found", "Only /metrics is here."))
-        sessions, children = self.registry.counts()
-        lines = [
-            f"fjmcp_sessions {sessions}",
-            f"fjmcp_children {children}",
-            f"fjmcp_connections {self.server.open_connections}",
-        ]
-        lines += [
-            f'fjmcp_events_total{{event="{event}"}} {count}'
-            for event, count in sorted(self.log.counters.items())
-        ]
-        return Response(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
+            return json_response(404, {"error": "not_found", "error_description": "Only /metrics is here."})
+        gauges: dict[tuple[str, tuple[str, ...]], float] = process_metrics()
+        gauges["fjmcp_build_info", (__version__, self._blob)] = 1
+        gauges["fjmcp_children_limit", ()] = self.settings.max_sessions
+        gauges["fjmcp_connections", ()] = self.server.open_connections
+        gauges["fjmcp_streams", ()] = self.server.streams
+        with contextlib.suppress(StoreUnavailable):
+            gauges["fjmcp_sessions", ()] = self.store.count_sessions()
+        for state, number in self.registry.child_states().items():
+            gauges["fjmcp_children", (state,)] = number
+        return Response(200, self.log.metrics.text(gauges), "text/plain; version=0.0.4; charset=utf-8")
 
-    def start(self):
+    def start(self) -> None:
         """Serve and reap in daemon threads."""
         threading.Thread(target=self.reaper.run, daemon=True, name="reaper").start()
         for server in self.servers:
@@ -12987,12 +13584,12 @@ class Broker:
 
         threading.Thread(target=watch, daemon=True, name="look out").start()
 
-    def stop(self, seconds=10.0):
+    def stop(self, seconds: float = 10.0) -> None:
         """Answer what was read, with an error what takes longer; stop the children, close the store."""
         self._stopping.set()
         self.registry.end_streams()
         for server in self.servers:
-            server.hurry()
+            server.drain()
         self.server.wait_for_connections(seconds - 1)
         self.registry.close("broker stopping")
         for server in self.servers:
@@ -13020,7 +13617,9 @@ def own_hosts(public_url: str, ports: Sequence[int]) -> set[str]:
     A Unix socket has no port (0), and so none in a Host header.
     """
     parts = urlsplit(public_url)
-    name = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    name = parts.hostname or ""
+    if ":" in name:
+        name = f"[{name}]"
     public = f"{name}:{parts.port or {'https': 443, 'http': 80}[parts.scheme]}"
     local = {
         f"{name}:{port}" if port else name for port in ports for name in ("localhost", "127.0.0.1", "[::1]")
@@ -13028,7 +13627,7 @@ def own_hosts(public_url: str, ports: Sequence[int]) -> set[str]:
     return {parts.netloc, public, *local}
 
 
-def git_blob_id(path):
+def git_blob_id(path: str) -> str:
     """The id git gives the running file, so that an operator can tell which revision answers."""
     with open(path, "rb") as file:
         data = file.read()

@@ -298,7 +298,9 @@ def test_metrics_are_served_on_their_own_address_only(make_installation):
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     assert (
-        "fjmcp_children 1" in text and 'fjmcp_events_total{event="login"} 1' in text and "alice" not in text
+        'fjmcp_children{state="idle"} 1' in text
+        and 'fjmcp_events_total{event="login"} 1' in text
+        and "alice" not in text
     )
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(installation.url + "/metrics", timeout=10)

@@ -157,7 +157,7 @@ def echo(request):
     try:
         body = request.read_body(1 << 16)
     except fjmcp_broker.HTTPError as error:
-        return fjmcp_broker.refusal_response(error)
+        return fjmcp_broker.error_response(error)
     target = request.path + ("?" + request.query if request.query else "")
     return fjmcp_broker.json_response(200, [request.method, target, request.headers, body.hex()])
 
@@ -176,7 +176,7 @@ def shared():
     server = fjmcp_broker.Server(made, echo, log, ("127.0.0.1", 0))
     server.start()
     yield types.SimpleNamespace(broker=types.SimpleNamespace(server=server), log=log)
-    server.hurry()
+    server.drain()
     server.close(5)
 
 

@@ -501,7 +501,7 @@ def test_a_bug_reaches_the_client_as_a_number_and_the_operator_as_a_place(make_r
     def broken(request):
         raise KeyError("canary")
 
-    rig.broker.routes["/"][1]["GET"] = broken
+    rig.broker.routes["/"].methods["GET"] = broken
     answer = ask(rig, get(rig, "/"))
     assert answer.status == 500 and b"canary" not in answer.body and b"Traceback" not in answer.body
     seen = rig.log.wait("internal_error")[0]
@@ -608,7 +608,7 @@ def test_B10_origins_of_the_list_may_call_and_others_are_refused(shared, origin,
     assert answer.status == (401 if listed else 403)
     if listed:
         assert answer.header("access-control-allow-origin") == origin and answer.header("vary") == "Origin"
-        assert {"WWW-Authenticate", "Mcp-Session-Id", "MCP-Protocol-Version"} == set(
+        assert {"WWW-Authenticate", "Mcp-Session-Id", "MCP-Protocol-Version", "X-Request-Id"} == set(
             answer.header("access-control-expose-headers").split(", ")
         )
     else:

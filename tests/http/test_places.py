@@ -221,8 +221,7 @@ def test_no_place_is_kept_however_a_request_ends(make_rig, monkeypatch):
     rig = make_rig(max_requests_per_user=2, body_timeout="500ms", write_timeout="500ms")
     mcp = rig.session()
     bearer = f"Authorization: Bearer {mcp.token}"
-    broken = rig.broker.routes["/"][1]
-    rig.broker.routes["/"] = ("page", {**broken, "GET": lambda request: 1 / 0})
+    rig.broker.routes["/"].methods["GET"] = lambda request: 1 / 0
     big = {
         **PING,
         "method": "tools/call",
@@ -524,7 +523,7 @@ def test_the_peer_of_a_Unix_socket_is_a_trusted_proxy(make_rig, tmp_path):
                 assert client.recv(100).startswith(b"HTTP/1.1 201")
             assert rig.log.named("client_registered")[-1]["address"] == address
     finally:
-        server.hurry()
+        server.drain()
         server.close(5)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fjmcp_broker
-from fjmcp_broker import KeptBytes, Owner, Stream
+from fjmcp_broker import EventStream, KeptBytes, Owner
 from rigs.busy_clients import same
 from rigs.heard import answer_of
 from rigs.processes import in_thread
@@ -28,7 +28,7 @@ def accountant(**values):
 
 
 def stream_of(kept, user="alice", session=1, *, named=True, answers=1, stall=0.0):
-    stream = Stream(256, 1 << 20, stall, answers, kept, Owner(user, session), lost)
+    stream = EventStream(256, 1 << 20, stall, answers, kept, Owner(user, session), lost)
     stream.named = named
     return stream
 
@@ -49,7 +49,7 @@ def read(stream):
     found = []
     while (item := reader.take(0.0)) is not None:
         found.append(item.data)
-        reader.taken(item)
+        reader.ack(item)
     reader.close()
     return found
 
@@ -99,7 +99,7 @@ def test_what_is_being_read_is_never_dropped_and_who_wants_to_add_waits_for_it()
     assert waiting.take(0.3) is None
     item = reader.take(0.0)
     assert item.data.startswith(b"a")
-    reader.taken(item)
+    reader.ack(item)
     reader.close()
     join()
     assert waiting.take(10).data.startswith(b"a")
@@ -176,14 +176,14 @@ def test_a_small_answer_that_a_client_waits_for_is_never_charged():
     reader = stream.open()
     answered(stream, KIB)
     assert kept.total == 0
-    reader.taken(reader.take(0.0))
+    reader.ack(reader.take(0.0))
     reader.close()
     assert kept.total == 0
 
 
 def test_events_keep_their_own_bound_and_answers_are_not_pushed_out_by_them():
     kept, _ = accountant(kept_bytes=1 << 24, kept_bytes_per_session=1 << 20)
-    stream = Stream(10, 1 << 20, 0.0, 2, kept, Owner("alice", 1), lost)
+    stream = EventStream(10, 1 << 20, 0.0, 2, kept, Owner("alice", 1), lost)
     stream.named = True
     answered(stream, 100)
     for number in range(50):
@@ -222,7 +222,7 @@ def test_whatever_happens_the_sums_are_right_and_no_bound_is_passed(steps):
         elif number in readers and what == "take":
             item = readers[number].take(0.0)
             if item:
-                readers[number].taken(item)
+                readers[number].ack(item)
         elif number in readers:
             readers.pop(number).close()
         charged = [item for stream in streams for item in stream._items.values() if item.kept]

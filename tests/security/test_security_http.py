@@ -334,7 +334,7 @@ def test_H12_reflected_values_come_back_escaped_or_not_at_all(shared):
 
 def test_H12_a_header_that_would_split_the_answer_becomes_a_500(make_rig):
     rig = make_rig()
-    rig.broker.routes["/"][1]["GET"] = lambda request: fjmcp_broker.Response(
+    rig.broker.routes["/"].methods["GET"] = lambda request: fjmcp_broker.Response(
         200, b"x", "text/plain", (("X-Reflected", "a\r\nEvil: 1"),)
     )
     answer = ask(rig, get(rig, "/"))

@@ -16,8 +16,6 @@ HEADING = re.compile(r"^# =+\n# (.+)\n(?:# .*\n)+# =+$", re.MULTILINE)
 
 # What is not so yet. These lists only shrink: an entry that is no longer needed fails the test.
 LONG_FUNCTIONS: set[str] = {
-    "Broker.__init__",
-    "Broker._routes",
     "check_forgejo",
     "examine",
     "fetch",
@@ -25,7 +23,6 @@ LONG_FUNCTIONS: set[str] = {
 }
 LONG_CLASSES: set[str] = {
     "Authorization",
-    "Connection",
     "Endpoint",
     "Registry",
     "Session",

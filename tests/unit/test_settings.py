@@ -298,7 +298,10 @@ def test_defaults_are_those_of_the_contract(name, default):
 
 
 TYPES = {
-    **dict.fromkeys(("text", "path", "origin", "base_url", "any_url", "forgejo_scopes", "log_format"), "str"),
+    **dict.fromkeys(
+        ("text", "path", "origin", "base_url", "any_url", "forgejo_scopes", "log_format", "log_addresses"),
+        "str",
+    ),
     **dict.fromkeys(("list", "names"), "tuple[str, ...]"),
     **dict.fromkeys(("count", "rate", "size"), "int"),
     "duration": "float",

@@ -169,7 +169,7 @@ def test_a_stream_whose_grant_ended_while_it_was_let_in_ends(rig):
     )
     store.end_grant(row.grant_id, "test", rig.clock.now())
     rig.tick()
-    reader = fjmcp_broker.Stream().open()
+    reader = fjmcp_broker.EventStream().open()
     reaper.watch(reader, caller, True)
     rig.tick()
     assert reader.ended
@@ -243,7 +243,7 @@ def test_requests_without_a_session_that_get_no_child_leave_no_lease(rig, monkey
 
 
 def test_a_batch_with_large_answers_loses_none_when_the_last_comes_after_the_wait_for_plain_json(monkeypatch):
-    stream = fjmcp_broker.Stream(256, 1 << 20, 35.0, answers=3)
+    stream = fjmcp_broker.EventStream(256, 1 << 20, 35.0, answers=3)
     reader, written, due = stream.open(), [], [b'{"id":1}', b'{"id":2}', b'{"id":3}']
     take = reader.take
 
@@ -261,17 +261,12 @@ def test_a_batch_with_large_answers_loses_none_when_the_last_comes_after_the_wai
 
     monkeypatch.setattr(reader, "take", take_and_go_on)
     put_next()
-    server = unittest.mock.Mock(settings=None)
-    server.trusts.return_value = True
-    connection = fjmcp_broker.Connection(server, None, "x")
+    server = unittest.mock.MagicMock()
+    connection = fjmcp_broker.Connection(server, None, "192.0.2.1")
     monkeypatch.setattr(connection, "_write", written.append)
     monkeypatch.setattr(fjmcp_broker, "JSON_WAIT", 0.0)
-    connection._pump(
-        fjmcp_broker.Response(
-            200, later=fjmcp_broker.StreamingResponse(reader, fjmcp_broker.Delivery.JSON_THEN_SSE, batch=True)
-        ),
-        False,
-    )
+    response = fjmcp_broker.Response(200, streaming=fjmcp_broker.StreamingResponse(reader, batch=True))
+    connection._pump(response, response.streaming)
     assert all(b'{"id":%d}' % number in b"".join(written) for number in (1, 2, 3))
 
 

@@ -16,7 +16,7 @@ from rigs.rig import Rig, text_of
 
 WAIT = 20
 DELIVERIES = (
-    (fjmcp_broker.Stream, "put"),
+    (fjmcp_broker.EventStream, "put"),
     (fjmcp_broker.Child, "send"),
     (fjmcp_broker.LegacyReply, "answer"),
     (fjmcp_broker.ModernReply, "answer"),
