@@ -1881,8 +1881,8 @@ class Allowance:
 MAGIC = b"FJ1"
 
 
-def hkdf(key, salt, info, length=64):
-    """HKDF-SHA256 (RFC 5869)."""
+def hkdf(key: bytes, salt: bytes, info: bytes, length: int = 64) -> bytes:
+    """Returns `length` bytes of HKDF-SHA256 (RFC 5869)."""
     pseudo_random_key = hmac.digest(salt, key, "sha256")
     blocks = b""
     block = b""
@@ -1892,26 +1892,27 @@ def hkdf(key, salt, info, length=64):
     return blocks[:length]
 
 
-def _xor_stream(key, data):
-    stream = b"".join(
-        hmac.digest(key, counter.to_bytes(8, "big"), "sha256") for counter in range(-(-len(data) // 32))
-    )
-    return (int.from_bytes(data, "big") ^ int.from_bytes(stream[: len(data)], "big")).to_bytes(
-        len(data), "big"
-    )
+def _xor_stream(key: bytes, data: bytes) -> bytes:
+    blocks = -(-len(data) // 32)
+    stream = b"".join(hmac.digest(key, counter.to_bytes(8, "big"), "sha256") for counter in range(blocks))
+    mixed = int.from_bytes(data, "big") ^ int.from_bytes(stream[: len(data)], "big")
+    return mixed.to_bytes(len(data), "big")
 
 
-def _key_id(key):
+def _key_id(key: bytes) -> bytes:
     return hmac.digest(key, b"fjmcp/v1/kid", "sha256")[:4]
 
 
-def _tag(mac_key, *parts):
+def _tag(mac_key: bytes, *parts: bytes) -> bytes:
     framed = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
     return hmac.digest(mac_key, framed, "sha256")
 
 
-def seal_with(key, purpose, owner, plain, salt=None):
-    """A box holding `plain` (bytes, at most 64 KiB) that opens only with the same key, purpose and owner (text)."""
+def seal_with(key: bytes, purpose: str, owner: str, plain: bytes, salt: bytes | None = None) -> bytes:
+    """Returns a box with `plain` (at most 64 KiB) in it, which opens only with the same key, purpose and owner.
+
+    Raises ValueError for a longer one.
+    """
     if len(plain) > 65536:
         raise ValueError("too long to seal")
     # A fresh salt gives each box keys of its own, so the counter may start at 0 every time.
@@ -1922,8 +1923,8 @@ def seal_with(key, purpose, owner, plain, salt=None):
     return header + sealed + _tag(keys[32:], header, purpose.encode(), owner.encode(), sealed)
 
 
-def unseal_with(key, purpose, owner, box):
-    """The inverse of seal_with; ValueError for every kind of failure, before anything is decrypted."""
+def unseal_with(key: bytes, purpose: str, owner: str, box: bytes) -> bytes:
+    """Returns what is in a box. Raises ValueError for every kind of failure, before anything is decrypted."""
     header = box[:39]
     sealed = box[39:-32]
     tag = box[-32:]
@@ -1935,55 +1936,62 @@ def unseal_with(key, purpose, owner, box):
     return _xor_stream(keys[:32], sealed)
 
 
-def put_file(path, fill, over=None):
-    """Make a file that only its owner can read, whole or not at all: `fill` is its text, or fills the file whose name it is given.
+@contextlib.contextmanager
+def new_file(path: str, expected: bytes | None = None) -> Iterator[str]:
+    """Makes a file that only its owner can read, whole or not at all: yields the name under which it is to be filled.
 
-    FileExistsError unless there is what `over` says (bytes; None: nothing). On disk, with its name, when the call returns.
+    Raises FileExistsError unless the file's content is `expected` (None: it must not exist). The file is on disk, with its
+    name, when the block has ended.
     """
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
     fresh = f"{path}.new"
     try:
-        fcntl.flock(
-            folder, fcntl.LOCK_EX
-        )  # two at once would each make a key, and the one whose key is replaced would have sealed with it
-        if (read_file(path) if os.path.lexists(path) else None) != over:
+        # Two at once would each make a key, and the one whose key is replaced would have sealed with it.
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if (read_file(path) if os.path.lexists(path) else None) != expected:
             raise FileExistsError(errno.EEXIST, "is there already", path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(fresh)
-        with os.fdopen(
-            os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
-        ) as file:
-            fill(fresh) if callable(fill) else file.write(fill)
-            file.flush()
-            if over is not None:
+        file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            yield fresh
+            if expected is not None:
                 os.chown(fresh, os.stat(path).st_uid, os.stat(path).st_gid)
-            os.fsync(file.fileno())
+            os.fsync(file)
+        finally:
+            os.close(file)
         os.replace(fresh, path)
         os.fsync(folder)
     finally:
         os.close(folder)
 
 
-def new_key():
-    """A sealing key, as a line of a key file."""
+def put_file(path: str, text: str, expected: bytes | None = None) -> None:
+    """Makes a file with this text, as new_file does. Raises FileExistsError."""
+    with new_file(path, expected) as fresh:
+        with open(fresh, "w", encoding="utf-8") as file:
+            file.write(text)
+
+
+def new_key() -> str:
+    """Returns a new sealing key, as a line of a key file."""
     return base64.b64encode(os.urandom(32)).decode() + "\n"
 
 
 class Keyring:
-    """The sealing keys, newest first: the first seals, every one opens what names it."""
+    """The sealing keys, newest first: the first seals, every one opens the boxes that name it."""
 
-    def __init__(self, keys, path=None):
+    def __init__(self, keys: Iterable[bytes], path: str | None = None) -> None:
         self._keys = tuple(keys)
         self._path = path
-        self._seen = None
+        self._seen: tuple[int, int] | None = None
 
     @property
-    def keys(self):
+    def keys(self) -> tuple[bytes, ...]:
         """The keys; those of a file are read again when rotate-key has changed it."""
         if self._path:
-            with contextlib.suppress(
-                OSError, ValueError
-            ):  # a file that is gone or wrong is told at the next start
+            # A file that is gone or wrong is told at the next start.
+            with contextlib.suppress(OSError, ValueError):
                 status = os.stat(self._path)
                 if self._seen != (status.st_ino, status.st_mtime_ns):
                     self._keys = Keyring.parse(decode_text(read_file(self._path)))._keys
@@ -1991,8 +1999,8 @@ class Keyring:
         return self._keys
 
     @classmethod
-    def parse(cls, text, path=None):
-        """A keyring from lines (or comma-separated) of base64 keys of 32 bytes; ValueError says what is wrong."""
+    def parse(cls, text: str, path: str | None = None) -> Keyring:
+        """Returns a keyring of the base64 keys of 32 bytes in these lines (or between commas). Raises ValueError."""
         keys = []
         for line in filter(None, map(str.strip, re.split(r"[\n,]", text))):
             try:
@@ -2005,29 +2013,32 @@ class Keyring:
             raise ValueError("there is no sealing key")
         return cls(keys, path)
 
-    def is_newest(self, box):
-        """Whether a box was sealed with the newest key."""
+    def is_newest(self, box: bytes) -> bool:
+        """Returns whether a box was sealed with the newest key."""
         return bytes(box[3:7]) == _key_id(self.keys[0])
 
-    def seal(self, purpose, owner, value):
-        """A box holding a JSON value, padded so that its length says little."""
+    def seal(self, purpose: str, owner: str, value: object) -> bytes:
+        """Returns a box with a JSON value in it, padded so that its length says little."""
         plain = json.dumps(value, separators=(",", ":")).encode()
         return seal_with(self.keys[0], purpose, owner, plain + b" " * (-len(plain) % 256))
 
-    def unseal(self, purpose, owner, box):
-        """The JSON value of a box; ValueError when no key opens it for this purpose and owner."""
+    def unseal(self, purpose: str, owner: str, box: bytes) -> Any:
+        """Returns the JSON value in a box. Raises ValueError when no key opens it for this purpose and owner."""
         for key in self.keys:
             if bytes(box[3:7]) == _key_id(key):
                 return json.loads(unseal_with(key, purpose, owner, bytes(box)))
         raise ValueError("box of an unknown key")
 
-    def chained(self, token):
-        """For each key, the keyring that only the holder of `token` can use: for a rotated token's successor."""
+    def chained(self, token: str) -> Keyring:
+        """Returns the keyring that only the holder of `token` has, one key for each: for a rotated token's successor."""
         return Keyring(hkdf(token.encode(), key, b"fjmcp/v1/grace", 32) for key in self.keys)
 
 
 def file_trouble(path: str, error: Exception) -> str:
-    """What keeps a file or a database from being used, for the operator, with the remedy; only damage calls for a backup."""
+    """Returns what keeps a file or a database from being used, for the operator, with the remedy.
+
+    Only damage calls for a backup.
+    """
     number = getattr(error, "errno", None)
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     said = getattr(error, "strerror", None) or str(error)
@@ -2035,7 +2046,8 @@ def file_trouble(path: str, error: Exception) -> str:
     with contextlib.suppress(OSError):
         disk = os.statvfs(os.path.dirname(os.path.abspath(path)))
         free = disk.f_bavail * disk.f_frsize
-    is_unclear = code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)  # a full disk is one of their causes
+    # A full disk is one of the causes of these two.
+    is_unclear = code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
     if number in (errno.ENOSPC, errno.EDQUOT) or code == sqlite3.SQLITE_FULL or is_unclear and free < 65536:
         return f"the disk is full ({said}). Free some space there; nothing is lost, and no backup is needed"
     if number == errno.EROFS or code == sqlite3.SQLITE_READONLY:
@@ -2056,13 +2068,13 @@ def file_trouble(path: str, error: Exception) -> str:
     return said
 
 
-def key_path(settings):
-    """Where the sealing keys are, if they are not given as `key`."""
+def key_path(settings: Settings) -> str:
+    """Returns where the sealing keys are, if they are not given as `key`."""
     return settings.key_file or settings.store_path + ".key"
 
 
-def load_keyring(settings):
-    """The keyring from `key`, `key_file` or the file beside the store, which is made when neither it nor the store exists.
+def load_keyring(settings: Settings) -> Keyring:
+    """Returns the keyring of `key`, `key_file` or the file beside the store, which is made when neither it nor the store exists.
 
     A key is never made for an existing store: it could open nothing in it. Raises ConfigurationError.
     """
@@ -2077,7 +2089,8 @@ def load_keyring(settings):
                         f"key_file: {path} is missing, and {settings.store_path} was sealed with it. Put the key back"
                     ]
                 )
-            with contextlib.suppress(FileExistsError):  # somebody else is starting, too
+            # The file exists now where another process is starting, too.
+            with contextlib.suppress(FileExistsError):
                 put_file(path, new_key())
         return Keyring.parse(decode_text(read_file(path)), path)
     except OSError as error:
@@ -4958,60 +4971,68 @@ class Fetched:
     """An answer: status, headers by lower-case name, and the body."""
 
     status: int
-    headers: dict
+    headers: Mapping[str, str]
     body: bytes
 
-    def json(self):
-        """The JSON object in a body that says it is JSON, else None."""
+    def json(self) -> dict[str, object] | None:
+        """Returns the JSON object in a body that says it is JSON, else None."""
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not re.fullmatch(r"application/([a-z0-9.-]+\+)?json", kind):
             return None
-        with contextlib.suppress(ValueError):
+        try:
             value = read_json(self.body)
-            return value if isinstance(value, dict) else None
+        except ValueError:
+            return None
+        return value if isinstance(value, dict) else None
 
 
-def _time_left(deadline):
+def _time_left(deadline: float) -> float:
+    """Returns the seconds until a deadline. Raises TimeoutError after it."""
     left = deadline - time.monotonic()
-    if (
-        left <= 0
-    ):  # asked even when data is there: an answer that never ends would never let a time-out happen
+    # Asked even when data is there: an answer that never ends would never let a time-out happen.
+    if left <= 0:
         raise TimeoutError("the answer took too long")
     return left
 
 
 class _Socket(io.RawIOBase):
-    """A socket for http.client, with one deadline over a whole answer: a time-out per read would start anew at each byte."""
+    """A socket for http.client with one deadline over a whole answer: a time-out per read would start anew at each byte."""
 
-    def __init__(self, sock, deadline):
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
         self._sock = sock
         self._deadline = deadline
 
-    def makefile(self, mode):
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """Returns what http.client reads the answer from."""
         return io.BufferedReader(self)
 
-    def readable(self):
+    def readable(self) -> bool:
+        """Returns True: io.BufferedReader asks."""
         return True
 
-    def readinto(self, buffer):
+    def readinto(self, buffer: Any) -> int:
+        """Reads what is there. Raises TimeoutError at the deadline."""
         self._sock.settimeout(_time_left(self._deadline))
         return self._sock.recv_into(buffer)
 
-    def sendall(self, data):
+    def sendall(self, data: bytes) -> None:
+        """Sends all of the data. Raises TimeoutError at the deadline."""
         self._sock.settimeout(_time_left(self._deadline))
         self._sock.sendall(data)
 
-    def close(self):
-        """Nothing: http.client closes before the answer is read; fetch() closes after."""
+    def close(self) -> None:
+        """Does nothing: http.client closes before the answer is read; fetch() closes after."""
 
 
-LOOKUPS = threading.BoundedSemaphore(64)  # names of ours that are being looked up
-STRANGERS_LOOKUPS = threading.BoundedSemaphore(64)  # names that strangers named: theirs must not hold up ours
-MAX_ADDRESSES = 16  # of a name, that are tried
+# Names of ours that are being looked up; and names that strangers named, which must not hold up ours.
+LOOKUPS = threading.BoundedSemaphore(64)
+STRANGERS_LOOKUPS = threading.BoundedSemaphore(64)
+# Addresses of a name that are tried.
+MAX_ADDRESSES = 16
 
 
 def resolve_name(host: str) -> list[str]:
-    """The addresses of a host name, as texts. Raises OSError, or ValueError for what is no name."""
+    """Returns the addresses of a host name, as texts. Raises OSError, or ValueError for what is no name."""
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
@@ -5019,7 +5040,7 @@ def resolve_name(host: str) -> list[str]:
 def resolve_until(
     end: float, host: str, resolve: Callable[[str], list[str]], places: threading.BoundedSemaphore
 ) -> list[str]:
-    """The addresses of a name. Raises FetchFailed when there is none, or none is known at `end` (monotonic).
+    """Returns the addresses of a name. Raises FetchFailed when there is none, or none is known at `end` (monotonic).
 
     getaddrinfo(3) has no deadline: a name server that says nothing holds it for as long as the resolver tries. So it runs in a
     thread of its own, one of as many as there are `places`.
@@ -5064,14 +5085,15 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
 def open_socket(
     parts: SplitResult, addresses: list[str], end: float, ca_file: str, connect: Callable[..., socket.socket]
 ) -> socket.socket:
-    """A socket to the first of these addresses that takes it, with TLS where the URL is https. Raises FetchFailed, ssl.SSLError.
+    """Returns a socket to the first of these addresses that accepts, with TLS where the URL is https.
 
+    Raises FetchFailed, or ssl.SSLCertVerificationError.
     No address but the last may use up the time until `end` (monotonic): each gets its share. Wherever it leads, the
     certificate must be of the URL's name.
     """
     context = tls_context(ca_file) if parts.scheme == "https" else None
     trouble: Exception = OSError("no address")
-    port = parts.port or {"https": 443, "http": 80}[parts.scheme]
+    port = parts.port or DEFAULT_PORTS[parts.scheme]
     tried = addresses[:MAX_ADDRESSES]
     for number, address in enumerate(tried):
         left = len(tried) - number
@@ -5084,61 +5106,70 @@ def open_socket(
         except OSError as error:
             if sock:
                 sock.close()
-            if isinstance(
-                error, ssl.SSLCertVerificationError
-            ):  # somebody is there who is not the name's owner
+            # The server there is not the name's owner: no other address is tried.
+            if isinstance(error, ssl.SSLCertVerificationError):
                 raise
             trouble = error
     raise FetchFailed(f"{type(trouble).__name__}: {trouble}", away=True)
 
 
-def fetch(
-    method,
-    url,
-    *,
-    headers=(),
-    body=b"",
-    deadline=15.0,
-    cap=262144,
-    ca_file="",
-    addresses=(),
-    connect=socket.create_connection,
-    on_data=None,
-):
-    """One HTTP request without proxies or redirects, all of it within `deadline` seconds and `cap` bytes; FetchFailed otherwise.
+def _exchange(
+    connection: http.client.HTTPConnection,
+    method: str,
+    parts: SplitResult,
+    headers: Headers,
+    body: bytes,
+    cap: int,
+    on_data: Callable[[], None] | None,
+) -> Fetched:
+    """Sends a request and returns the answer. Raises FetchFailed for one above `cap` bytes."""
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    ours = {
+        "Host": parts.netloc,
+        "User-Agent": f"fjmcp-broker/{__version__}",
+        "Accept": "application/json",
+        "Accept-Encoding": "identity",
+        "Connection": "close",
+    }
+    connection.request(method, target, body or None, {**ours, **dict(headers)})
+    response = connection.getresponse()
+    data = response.read(1)
+    if on_data:
+        on_data()
+    data += response.read(cap)
+    if len(data) > cap:
+        raise FetchFailed("the answer is too large")
+    return Fetched(response.status, {name.lower(): value for name, value in response.getheaders()}, data)
 
-    `addresses` are used instead of the name's; TLS and Host stay the name's. `on_data` is called when the body begins.
+
+def fetch(
+    method: str,
+    url: str,
+    *,
+    headers: Headers = (),
+    body: bytes = b"",
+    deadline: float = 15.0,
+    cap: int = 262144,
+    ca_file: str = "",
+    addresses: Sequence[str] = (),
+    connect: Callable[..., socket.socket] = socket.create_connection,
+    on_data: Callable[[], None] | None = None,
+) -> Fetched:
+    """Returns the answer to one HTTP request, without proxies or redirects, within `deadline` seconds and `cap` bytes.
+
+    Raises FetchFailed. `addresses` are used instead of the name's; TLS and Host stay the name's. `on_data` is called when
+    the body begins.
     """
     parts = urlsplit(url)
+    host = parts.hostname or ""
     end = time.monotonic() + deadline
-    connection = http.client.HTTPConnection(parts.hostname, parts.port)
+    connection = http.client.HTTPConnection(host, parts.port)
     sock = None
     try:
-        reached = addresses or resolve_until(end, parts.hostname, resolve_name, LOOKUPS)
+        reached = list(addresses) or resolve_until(end, host, resolve_name, LOOKUPS)
         sock = open_socket(parts, reached, end, ca_file, connect)
         connection.sock = _Socket(sock, end)
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request(
-            method,
-            target,
-            body or None,
-            {
-                "Host": parts.netloc,
-                "User-Agent": f"fjmcp-broker/{__version__}",
-                "Accept": "application/json",
-                "Accept-Encoding": "identity",
-                "Connection": "close",
-                **dict(headers),
-            },
-        )
-        response = connection.getresponse()
-        data = response.read(1)
-        if on_data:
-            on_data()
-        data += response.read(cap)
-        if len(data) > cap:
-            raise FetchFailed("the answer is too large")
-        return Fetched(response.status, {name.lower(): value for name, value in response.getheaders()}, data)
+        return _exchange(connection, method, parts, headers, body, cap, on_data)
     except (OSError, http.client.HTTPException, ValueError) as error:
         away = isinstance(error, (ConnectionError, TimeoutError))
         raise FetchFailed(f"{type(error).__name__}: {error}", away) from None
@@ -5148,21 +5179,19 @@ def fetch(
 
 
 # An explicit list, because `is_global` lets NAT64, 6to4, site-local and multicast addresses through. Of IPv6 only 2000::/3 is in use.
-NOT_PUBLIC = tuple(
-    map(
-        ipaddress.ip_network,
-        (
-            "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16"
-            " 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3 ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 2002::/16 3fff::/20"
-        ).split(),
-    )
-)
+# fmt: off
+NOT_PUBLIC = tuple(map(ipaddress.ip_network, (
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
+    "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
+    "224.0.0.0/3", "::/3", "4000::/2", "8000::/1", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20",
+)))
+# fmt: on
 
 
-def is_public(address):
-    """Whether an IP address, as text, is one of the public internet."""
-    address = ipaddress.ip_address(address)
-    return not any(address in network for network in NOT_PUBLIC)
+def is_public(address: str) -> bool:
+    """Returns whether an IP address, as text, is one of the public internet."""
+    parsed = ipaddress.ip_address(address)
+    return not any(parsed in network for network in NOT_PUBLIC)
 
 
 class PublicWeb:
@@ -5181,7 +5210,7 @@ class PublicWeb:
         self._ca_file = ca_file
 
     def get(self, url: str, cap: int) -> Fetched:
-        """A Fetched of at most `cap` bytes within 5 s, resolving included; FetchFailed otherwise.
+        """Returns an answer of at most `cap` bytes within 5 s, resolving included. Raises FetchFailed.
 
         One bad address among a name's refuses them all. Those that were checked are connected to, one after the other: a
         name that resolves anew may resolve otherwise (DNS rebinding).
@@ -5202,8 +5231,8 @@ class PublicWeb:
         )
 
 
-def with_query(url, parameters):
-    """A URL with these parameters added to those it has."""
+def with_query(url: str, parameters: Mapping[str, str]) -> str:
+    """Returns a URL with these parameters added to those it has."""
     return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote)
 
 
@@ -5361,9 +5390,9 @@ class Forgejo:
         authorization: str | None = None,
         deadline: float = 15.0,
     ) -> Fetched:
-        headers = {"Authorization": authorization} if authorization else {}
+        headers = [("Authorization", authorization)] if authorization else []
         if form:
-            headers["Content-Type"] = "application/x-www-form-urlencoded"
+            headers.append(("Content-Type", "application/x-www-form-urlencoded"))
         try:
             return fetch(
                 method,
@@ -14650,7 +14679,8 @@ def backup(arguments):
     path = arguments.word
     try:
         with open_store(arguments) as (_, _, store), acting_as(os.getuid(), os.getgid()):
-            put_file(path, store.backup)
+            with new_file(path) as fresh:
+                store.backup(fresh)
     except FileExistsError:
         raise ConfigurationError([f"{path} is there already"]) from None
     print(f"wrote {path}; it opens only with the sealing key, which is not in it")
@@ -14670,7 +14700,7 @@ def rotate_key(arguments):
                 with contextlib.suppress(
                     FileExistsError
                 ):  # another rotate-key was faster: this one goes on with its key
-                    put_file(key_path(settings), new_key() + decode_text(before), over=before)
+                    put_file(key_path(settings), new_key() + decode_text(before), expected=before)
                 keyring = load_keyring(settings)
         for purpose, owner, box in store.boxes():
             if not keyring.is_newest(box):

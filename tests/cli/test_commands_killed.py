@@ -339,19 +339,16 @@ def test_the_guide_says_what_a_restored_backup_brings_back():
 def test_a_key_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "key"
 
-    def fails(name):
+    with pytest.raises(KeyboardInterrupt), fjmcp_broker.new_file(str(path)) as name:
         Path(name).write_text("half")
         raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fjmcp_broker.put_file(str(path), fails)
     assert not path.exists()
     fjmcp_broker.put_file(str(path), "one")
     with pytest.raises(FileExistsError):
         fjmcp_broker.put_file(str(path), "two")
     with pytest.raises(FileExistsError):
-        fjmcp_broker.put_file(str(path), "two", over=b"another")
-    fjmcp_broker.put_file(str(path), "two", over=b"one")
+        fjmcp_broker.put_file(str(path), "two", expected=b"another")
+    fjmcp_broker.put_file(str(path), "two", expected=b"one")
     assert (
         path.read_text() == "two"
         and stat.S_IMODE(path.stat().st_mode) == 0o600

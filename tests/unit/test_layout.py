@@ -18,7 +18,6 @@ HEADING = re.compile(r"^# =+\n# (.+)\n(?:# .*\n)+# =+$", re.MULTILINE)
 LONG_FUNCTIONS: set[str] = {
     "check_forgejo",
     "examine",
-    "fetch",
     "init",
 }
 LONG_CLASSES: set[str] = {
