@@ -5266,30 +5266,48 @@ class LoggedOut(Exception):
 class NotAllowed(Exception):
     """The user is not among those that may use this broker."""
 
-    def __init__(self, sub, login, reason):
+    def __init__(self, sub: str, login: str, reason: str) -> None:
         super().__init__(reason)
         self.sub = sub
         self.login = login
         self.reason = reason
 
 
-def jwt_claims(token: str) -> dict[str, object]:
-    """The claims of a JWT, unverified: Forgejo's came straight over TLS, a client's are checked later. {} when it is none."""
+def jwt_claims(token: object) -> dict[str, object]:
+    """Returns the claims of a JWT, unverified: Forgejo's came straight over TLS, a client's are checked later. {} for no JWT."""
     try:
-        claims = read_json(unb64url(token.split(".")[1]))
-        return claims if isinstance(claims, dict) else {}
+        claims = read_json(unb64url(str(token).split(".")[1]))
     except (ValueError, IndexError):
         return {}
+    return claims if isinstance(claims, dict) else {}
 
 
-def _claim(claims, name):
-    value = claims.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62 else 0
+def _number(claims: Mapping[str, object], name: str) -> int:
+    """Returns a claim that counts something, 0 where there is none."""
+    value = member(claims, name, int, 0)
+    return value if 0 <= value < 2**62 else 0
+
+
+def _token_life(answer: Mapping[str, object]) -> float:
+    """Returns how many seconds the access token of a token answer lives; an hour where the answer does not say."""
+    life: float = member(answer, "expires_in", int, 0) or member(answer, "expires_in", float, 0.0)
+    said = member(answer, "expires_in", str, "")
+    if re.fullmatch(r"[0-9]{1,9}", said):
+        life = float(said)
+    if not 0 < life < 366 * 86400:
+        life = 3600.0
+    claims = jwt_claims(answer.get("access_token"))
+    expires = _number(claims, "exp")
+    issued = _number(claims, "iat")
+    # By the token's own clock, so that a skew does not matter.
+    if expires and issued and 0 < expires - issued < life:
+        return expires - issued
+    return life
 
 
 @dataclass(frozen=True)
 class Credential:
-    """What Forgejo gave for a user. `grant` and `count` are its own numbers, by which newer is told from older; 0: unreadable."""
+    """Forgejo's tokens for a user. `grant` and `count` are its own numbers, by which newer is told from older; 0: unreadable."""
 
     access: str
     refresh: str
@@ -5297,42 +5315,28 @@ class Credential:
     obtained_at: float
     grant: int
     count: int
-    subject: object
-    login: object
+    subject: str | None
+    login: str | None
 
     @classmethod
-    def from_answer(cls, answer, now, old_refresh=""):
-        """From a token answer; UpstreamDown when it is not one."""
-        access = answer.get("access_token")
+    def from_answer(cls, answer: Mapping[str, object], now: float, old_refresh: str = "") -> Credential:
+        """Returns the credential in a token answer. Raises UpstreamDown when it is not one."""
+        access = member(answer, "access_token", str, "")
         refresh = answer.get("refresh_token") or old_refresh
-        if (
-            not isinstance(access, str)
-            or not access
-            or not isinstance(refresh, str)
-            or str(answer.get("token_type")).lower() != "bearer"
-        ):
+        token_type = str(answer.get("token_type")).lower()
+        if not access or not isinstance(refresh, str) or token_type != "bearer":
             raise UpstreamDown("Forgejo's token answer is incomplete")
-        life = answer.get("expires_in")
-        if isinstance(life, str) and re.fullmatch(r"[0-9]{1,9}", life):
-            life = int(life)
-        if not isinstance(life, (int, float)) or isinstance(life, bool) or not 0 < life < 366 * 86400:
-            life = 3600.0
-        expires, issued = (_claim(jwt_claims(access), name) for name in ("exp", "iat"))
-        if (
-            expires and issued and 0 < expires - issued < life
-        ):  # by the token's own clock, so that a skew does not matter
-            life = expires - issued
         claims = jwt_claims(refresh)
-        identity = jwt_claims(answer["id_token"]) if isinstance(answer.get("id_token"), str) else {}
+        identity = jwt_claims(member(answer, "id_token", str, ""))
         return cls(
             access,
             refresh,
-            now + life,
+            now + _token_life(answer),
             now,
-            _claim(claims, "gnt"),
-            _claim(claims, "cnt"),
-            identity.get("sub"),
-            identity.get("preferred_username"),
+            _number(claims, "gnt"),
+            _number(claims, "cnt"),
+            member(identity, "sub", str, None),
+            member(identity, "preferred_username", str, None),
         )
 
 
@@ -5343,7 +5347,7 @@ class UserInfo:
     sub: str
     login: str
     name: str
-    groups: tuple
+    groups: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -5355,11 +5359,11 @@ class Account:
     created: float | None
 
     @classmethod
-    def from_answer(cls, value: Mapping[str, Any] | None) -> Account | None:
+    def from_answer(cls, value: Mapping[str, object] | None) -> Account | None:
         """Returns the account in an answer of the API, None when there is none in it."""
-        number = value.get("id") if value else None
-        login = value.get("login") if value else None
-        if not isinstance(number, int) or isinstance(number, bool) or not isinstance(login, str) or not value:
+        number = member(value, "id", int, None)
+        login = member(value, "login", str, None)
+        if value is None or number is None or login is None:
             return None
         created = None
         with contextlib.suppress(ValueError, OverflowError, TypeError):
@@ -5372,7 +5376,7 @@ class Account:
 class Forgejo:
     """What this broker asks of Forgejo (reference: Forgejo's OAuth2 provider)."""
 
-    def __init__(self, settings, clock):
+    def __init__(self, settings: Settings, clock: SteadyClock) -> None:
         self._settings = settings
         self._clock = clock
         base = settings.forgejo_internal_url or settings.forgejo_url
@@ -5405,8 +5409,8 @@ class Forgejo:
         except FetchFailed as error:
             raise UpstreamDown(str(error)) from None
 
-    def authorize_url(self, state, challenge):
-        """Where the browser goes to log in. PKCE is sent but not relied on: older Forgejo drops the challenge."""
+    def authorize_url(self, state: str, challenge: str) -> str:
+        """Returns where the browser logs in. PKCE is sent but not relied on: older Forgejo drops the challenge."""
         query = {
             "response_type": "code",
             "client_id": self._settings.forgejo_oauth_client_id,
@@ -5433,16 +5437,16 @@ class Forgejo:
         value = answer.json()
         if answer.status == 200 and value is not None:
             return Credential.from_answer(value, self._clock.now(), old_refresh)
-        error = value.get("error") if value and answer.status in (400, 401) else None
-        description = str(value.get("error_description"))[:200] if value else ""
+        error = member(value, "error", str, "") if answer.status in (400, 401) else ""
+        description = str(member(value, "error_description", object, None))[:200]
         if error == "invalid_client" or error == "unauthorized_client" and "client secret" in description:
             raise UpstreamMisconfigured(f"{error}: {description}")
         if error in ("invalid_grant", "unauthorized_client"):
             raise UpstreamRefused(f"{error}: {description}")
         raise UpstreamDown(f"the token endpoint answers {unexpected(answer)}")
 
-    def exchange(self, code, verifier):
-        """A Credential for an authorization code."""
+    def exchange(self, code: str, verifier: str) -> Credential:
+        """Returns the Credential for an authorization code. Raises as _grant does."""
         return self._grant(
             {
                 "grant_type": "authorization_code",
@@ -5452,8 +5456,8 @@ class Forgejo:
             }
         )
 
-    def refresh(self, refresh_token):
-        """A Credential for a refresh token, which is spent by this."""
+    def refresh(self, refresh_token: str) -> Credential:
+        """Returns the Credential for a refresh token, which is spent by this. Raises as _grant does."""
         return self._grant({"grant_type": "refresh_token", "refresh_token": refresh_token}, refresh_token)
 
     def probe(self) -> None:
@@ -5476,21 +5480,12 @@ class Forgejo:
         value = answer.json() if answer.status == 200 else None
         if value is None:
             raise UpstreamDown(f"userinfo answers {unexpected(answer)}")
-        sub = value.get("sub")
-        login = value.get("preferred_username")
-        name = value.get("name")
-        groups = value.get("groups") or []
-        if (
-            not isinstance(sub, str)
-            or not re.fullmatch(r"[1-9][0-9]{0,18}", sub)
-            or not isinstance(login, str)
-            or not login
-        ):
+        sub = member(value, "sub", str, "")
+        login = member(value, "preferred_username", str, "")
+        if not re.fullmatch(r"[1-9][0-9]{0,18}", sub) or not login:
             raise UpstreamDown("userinfo names nobody")
-        groups = (
-            tuple(group for group in groups if isinstance(group, str)) if isinstance(groups, list) else ()
-        )
-        return UserInfo(sub, login, name if isinstance(name, str) else "", groups)
+        groups = (group for group in member(value, "groups", list, []) if isinstance(group, str))
+        return UserInfo(sub, login, member(value, "name", str, ""), tuple(groups))
 
     def account(self, access: str) -> Account | None:
         """Returns the account behind an access token as /api/v1/user shows it, None where that cannot be read.
@@ -5538,12 +5533,11 @@ class Forgejo:
         value = answer.json() if answer.status == 200 else None
         if value is None:
             raise UpstreamDown(f"introspection answers {unexpected(answer)}")
-        scope = value.get("scope")
-        return scope if value.get("active") is True and isinstance(scope, str) else None
+        return member(value, "scope", str, None) if value.get("active") is True else None
 
 
 def unexpected(answer: Fetched) -> str:
-    """Returns what an operator has to know of an answer that Forgejo does not give: status, kind, where a redirect leads."""
+    """Returns an answer that is not Forgejo's, in words for the operator: status, kind, where a redirect leads."""
     target = answer.headers.get("location", "")
     if 300 <= answer.status < 400 and target:
         parts = urlsplit(target)
@@ -5558,9 +5552,8 @@ def unexpected(answer: Fetched) -> str:
 
 def _prohibition(answer: Fetched, access: str) -> str:
     """Returns the first sentence of the 403 that a user gets who may not sign in, else "". A 403 that names a scope is about the token."""
-    value = answer.json() if answer.status == 403 else None
-    message = value.get("message") if value else None
-    if not isinstance(message, str) or not message.strip() or "scope" in message.lower():
+    message = member(answer.json() if answer.status == 403 else None, "message", str, "")
+    if not message.strip() or "scope" in message.lower():
         return ""
     first = re.split(r"(?<=[.!?])\s", message.strip().replace(access, "[token]"), maxsplit=1)[0]
     return "".join(character for character in first if character.isprintable())[:200]
@@ -5571,8 +5564,8 @@ def missing_scopes(asked: str, granted: str) -> list[str]:
     has = set(granted.split())
 
     def granted_by(scope: str) -> bool:
-        api = ":" in scope
-        return bool(has & {scope, scope.replace("read:", "write:")}) or api and "all" in has
+        is_api_scope = ":" in scope
+        return bool(has & {scope, scope.replace("read:", "write:")}) or is_api_scope and "all" in has
 
     return [scope for scope in asked.split() if not granted_by(scope)]
 
@@ -5584,14 +5577,14 @@ def missing_scopes(asked: str, granted: str) -> list[str]:
 # ======================================================================================================================
 
 
-def same_person(user: Any, login: str, created: float | None) -> bool:
+def same_person(user: UserRow, login: str, created: float | None) -> bool:
     """Returns whether a number of Forgejo still means the user on file: by when the account was made, else by the login.
 
     A Forgejo that was restored or made anew gives numbers again.
     """
     if created is not None and user.account_created is not None:
-        return bool(created == user.account_created)
-    return bool(login.casefold() == user.login.casefold())
+        return created == user.account_created
+    return login.casefold() == user.login.casefold()
 
 
 def allowed(settings: Settings, info: UserInfo) -> bool:
@@ -5605,20 +5598,160 @@ def allowed(settings: Settings, info: UserInfo) -> bool:
 
 @dataclass(frozen=True)
 class Refused:
-    """A refresh that Forgejo refused while callbacks were under way: it counts if `seq` is still stored once these have ended."""
+    """A refresh that Forgejo refused while callbacks were under way.
 
-    user: Any
+    It counts if the user's credential is still the stored one once these have ended.
+    """
+
+    user: UserRow
     reason: str
     callbacks: frozenset[object]
 
 
-class Upstream:
+class TroubleLog:
+    """Logs Forgejo's failures, so that the log says why people cannot log in: once a minute for each kind."""
+
+    def __init__(self, log: Log, clock: SteadyClock) -> None:
+        self._log = log
+        self._warned = Seldom(clock, 60.0)
+
+    def warn(self, event: str, where: str, error: object, level: str = "warning", **fields: object) -> None:
+        """Logs an event, at most once a minute for each event, place and kind of error."""
+        if self._warned.due((event, where, type(error), *fields.values())):
+            self._log.event(level, event, where=where, reason=str(error), **fields)
+
+    def failure(self, where: str, error: Exception) -> None:
+        """Logs that Forgejo cannot be asked, refuses a user's token or code, or refuses this broker."""
+        if isinstance(error, UpstreamMisconfigured):
+            self.warn("forgejo_refuses_client", where, error, "error")
+        elif isinstance(error, UpstreamRefused):
+            self.warn("forgejo_refused", where, error)
+        else:
+            self.warn("forgejo_cannot_be_asked", where, error)
+
+    def missing_scopes(self, info: UserInfo, missing: Sequence[str]) -> None:
+        """Logs which scopes a login lacks, and the remedy."""
+        if missing:
+            self.warn(
+                "login_lacks_scopes",
+                "login",
+                "Forgejo keeps the scopes of the first login",
+                user=info.sub,
+                login=info.login,
+                missing=" ".join(missing),
+                remedy="remove the application in Forgejo's settings, then connect again",
+            )
+
+
+class Admission:
+    """Ends what a user may do here, on file and in the audit log."""
+
+    def __init__(
+        self, store: Store, log: Log, clock: SteadyClock, person_ended: Callable[[str], None]
+    ) -> None:
+        self._store = store
+        self._log = log
+        self._clock = clock
+        # Called with a number that has come to mean another person.
+        self._person_ended = person_ended
+
+    def claim(self, sub: str, login: str, created: float | None) -> None:
+        """Ends all logins of a number that means another person than the one on file."""
+        user = self._store.user(sub)
+        if user and not same_person(user, login, created):
+            self.end_person(user, login)
+
+    def end_person(self, user: UserRow, login: str) -> None:
+        """Ends all logins of a user whose number means another person now, with this login."""
+        ended = self._store.end_person(user.sub, "identity changed", self._clock.now())
+        self._person_ended(user.sub)
+        self._log.audit("identity_changed", user=user.sub, was=user.login, login=login, grants=len(ended))
+
+    def suspend(self, user: UserRow | None, sentence: str) -> None:
+        """Notes that Forgejo keeps a user out, unless a login came meanwhile. Nothing is deleted: a suspension may be lifted."""
+        if user and self._store.set_user_status(user.sub, "suspended", user.credential_seq, sentence):
+            self._log.audit("suspended", user=user.sub, login=user.login, reason=sentence)
+
+    def deny_access(self, sub: str, state: str, reason: str) -> None:
+        """Ends the logins of a user who is not among the allowed ones."""
+        if self._store.set_user_status(sub, state):
+            self._log.audit("access_refused", user=sub, reason=reason)
+        now = self._clock.now()
+        for grant in self._store.grants_of(sub, now):
+            self._store.end_grant(grant.grant_id, reason, now)
+
+
+class Wait(NamedTuple):
+    """When a user's next attempt is due (monotonic), how long that is after the last one, and how that one failed."""
+
+    not_before: float
+    seconds: float
+    error: Exception
+
+
+class RefreshWaits:
+    """When a refresh that failed may be tried again: after 1 s, doubling to 60 s, or once Forgejo answers again."""
+
+    PROBE_EVERY = 3.0  # with the probe's own 4 s, a Forgejo that answers again is known to within 10 s
+
+    def __init__(self, forgejo: Forgejo, log: Log, clock: SteadyClock) -> None:
+        self._forgejo = forgejo
+        self._log = log
+        self._clock = clock
+        # Guards the two below; a leaf.
+        self._lock = threading.Lock()
+        self._waits: dict[str, Wait] = {}
+        self._last_probe_failed = False
+        self._probed = Seldom(clock, self.PROBE_EVERY)
+
+    def check(self, sub: str) -> None:
+        """Raises the last attempt's error while a user's next one is not due."""
+        with self._lock:
+            wait = self._waits.get(sub)
+        if wait and self._clock.monotonic() < wait.not_before:
+            raise anew(wait.error)
+
+    def failed(self, sub: str, error: UpstreamDown | UpstreamMisconfigured) -> None:
+        """Notes a failed attempt: the next one is due after twice the last wait."""
+        with self._lock:
+            last = self._waits.get(sub)
+            seconds = min(60.0, last.seconds * 2) if last else 1.0
+            self._waits[sub] = Wait(self._clock.monotonic() + seconds, seconds, anew(error))
+
+    def forget(self, sub: str) -> None:
+        """Ends a user's wait: there is another credential, or none."""
+        with self._lock:
+            self._waits.pop(sub, None)
+
+    def probe_due(self) -> bool:
+        """Returns whether refreshes wait for a Forgejo that may answer again; the probe is then to be made, now."""
+        now = self._clock.monotonic()
+        with self._lock:
+            is_waiting = any(wait.not_before > now for wait in self._waits.values())
+        return is_waiting and self._probed.due("")
+
+    def probe(self) -> None:
+        """Ends every wait once the token endpoint answers again: sessions come back within 10 s, however long it was away."""
+        try:
+            self._forgejo.probe()
+        except UpstreamDown:
+            with self._lock:
+                self._last_probe_failed = True
+            return
+        with self._lock:
+            is_back = self._last_probe_failed
+            self._last_probe_failed = False
+            if is_back:
+                self._waits.clear()
+        if is_back:
+            self._log.event("info", "forgejo_answers_again")
+
+
+class ForgejoCredentials:
     """The one credential of each user at Forgejo: refreshed by one thread at a time, saved before it is used, shared by all clients.
 
     Forgejo keeps one refresh token per user and application, and every exchange or refresh kills the older one.
     """
-
-    PROBE_EVERY = 3.0  # with the probe's own 4 s, a Forgejo that answers again is known to within 10 s
 
     def __init__(
         self,
@@ -5636,42 +5769,28 @@ class Upstream:
         self._forgejo = forgejo
         self._log = log
         self._clock = clock
-        self._person_ended = person_ended  # called with a number that has come to mean another person
-        self._lock = threading.Lock()  # guards the five below; a leaf
+        # Guards the three below; a leaf.
+        self._lock = threading.Lock()
         # A user's lock allows one refresh at a time; the only lock held across the network, taken before any other.
         self._user_locks: dict[str, threading.Lock] = {}
-        self._retry: dict[str, tuple[float, float]] = {}
         self._refused: dict[str, Refused] = {}
         self._callbacks: set[object] = set()
-        self._away = False  # the last probe failed
-        self._asked = Seldom(clock, 60.0)  # of whom the API was asked
-        self._forced = Seldom(clock, 600.0)  # whose token was refreshed because the API refused it
-        self._warned = Seldom(clock, 60.0)
-        self._probed = Seldom(clock, self.PROBE_EVERY)
+        self.waits = RefreshWaits(forgejo, log, clock)
+        self._trouble = TroubleLog(log, clock)
+        self._admission = Admission(store, log, clock, person_ended)
+        # Users of whom the API was asked, and whose token was refreshed because the API refused it.
+        self._asked = Seldom(clock, 60.0)
+        self._forced = Seldom(clock, 600.0)
 
     def _user_lock(self, sub: str) -> threading.Lock:
         with self._lock:
             return self._user_locks.setdefault(sub, threading.Lock())
 
-    def _warn(self, event: str, where: str, error: object, level: str = "warning", **fields: object) -> None:
-        """Logs what is wrong with Forgejo, at most once a minute for each event, place and kind of error."""
-        if self._warned.due((event, where, type(error), *fields.values())):
-            self._log.event(level, event, where=where, reason=str(error), **fields)
-
-    def _trouble(self, where: str, error: Exception) -> None:
-        """Logs Forgejo's failure: who reads the log learns why people cannot log in."""
-        if isinstance(error, UpstreamMisconfigured):
-            self._warn("forgejo_refuses_client", where, error, "error")
-        elif isinstance(error, UpstreamRefused):
-            self._warn("forgejo_refused", where, error)
-        else:
-            self._warn("forgejo_cannot_be_asked", where, error)
-
     # -- logins
 
     @contextlib.contextmanager
     def callback(self) -> Iterator[None]:
-        """While a login is being exchanged: a refusal seen meanwhile may be of the token which that login replaced."""
+        """Lasts while a login is exchanged: a refusal seen meanwhile may be of the token that the login replaces."""
         this = object()
         with self._lock:
             self._callbacks.add(this)
@@ -5685,7 +5804,8 @@ class Upstream:
                 ]
                 believed = [self._refused.pop(sub) for sub in settled]
             for refused in believed:
-                with contextlib.suppress(StoreUnavailable):  # then the next refresh is refused again
+                # Without the store the next refresh is refused again.
+                with contextlib.suppress(StoreUnavailable):
                     self._logged_out(refused.user, refused.reason)
 
     def login(self, code: str, verifier: str) -> UserInfo:
@@ -5697,7 +5817,7 @@ class Upstream:
         try:
             return self._login(code, verifier)
         except (UpstreamDown, UpstreamRefused, UpstreamMisconfigured) as error:
-            self._trouble("login", error)
+            self._trouble.failure("login", error)
             raise
 
     def _login(self, code: str, verifier: str) -> UserInfo:
@@ -5706,10 +5826,10 @@ class Upstream:
         info, created = self._identify(credential, began)
         known = self._store.user(info.sub) is not None
         if known:
-            self._claim(info.sub, info.login, created)
+            self._admission.claim(info.sub, info.login, created)
             self._save(info.sub, credential, began)
         if not allowed(self._settings, info):
-            self._shut_out(info.sub, "refused", "not among the allowed users and groups")
+            self._admission.deny_access(info.sub, "refused", "not among the allowed users and groups")
             raise NotAllowed(info.sub, info.login, "This account may not use this server")
         scope = self._granted(credential.access)
         asked = self._settings.forgejo_oauth_scopes
@@ -5720,7 +5840,8 @@ class Upstream:
             self._save(info.sub, credential, began)
         self._store.set_upstream_scope(info.sub, scope)
         self._store.set_user_status(info.sub, "active")
-        self._compare_scopes(info, asked, scope)
+        if scope is not None:
+            self._trouble.missing_scopes(info, missing_scopes(asked, scope))
         return info
 
     def _identify(self, credential: Credential, began: int) -> tuple[UserInfo, float | None]:
@@ -5749,7 +5870,7 @@ class Upstream:
         user = self._store.user(info.sub)
         if user and same_person(user, info.login, None):
             self._save(info.sub, credential, began)
-            self._suspend(self._store.user(info.sub), sentence)
+            self._admission.suspend(self._store.user(info.sub), sentence)
         return NotAllowed(info.sub, info.login, f"Forgejo says: {sentence}")
 
     def _save_for_known(self, credential: Credential, account: Account | None, began: int) -> None:
@@ -5760,37 +5881,13 @@ class Upstream:
         if user and isinstance(login, str) and same_person(user, login, account.created if account else None):
             self._save(user.sub, credential, began)
 
-    def _claim(self, sub: str, login: str, created: float | None) -> None:
-        """Ends all logins of a number that means another person than the one on file."""
-        user = self._store.user(sub)
-        if user and not same_person(user, login, created):
-            self._end_person(user, login)
-
-    def _end_person(self, user: Any, login: str) -> None:
-        ended = self._store.end_person(user.sub, "identity changed", self._clock.now())
-        self._person_ended(user.sub)
-        self._log.audit("identity_changed", user=user.sub, was=user.login, login=login, grants=len(ended))
-
     def _granted(self, access: str) -> str | None:
         """Returns the scopes that Forgejo granted, None when it does not say: the login goes on."""
         try:
             return self._forgejo.introspect(access)
         except UpstreamDown as error:
-            self._trouble("introspection", error)
+            self._trouble.failure("introspection", error)
             return None
-
-    def _compare_scopes(self, info: UserInfo, asked: str, granted: str | None) -> None:
-        missing = missing_scopes(asked, granted) if granted is not None else []
-        if missing:
-            self._warn(
-                "login_lacks_scopes",
-                "login",
-                "Forgejo keeps the scopes of the first login",
-                user=info.sub,
-                login=info.login,
-                missing=" ".join(missing),
-                remedy="remove the application in Forgejo's settings, then connect again",
-            )
 
     # -- the stored credential
 
@@ -5798,13 +5895,12 @@ class Upstream:
         box = self._keyring.seal(
             "upstream", f"user:{sub}", {"access": credential.access, "refresh": credential.refresh}
         )
-        with self._lock:
-            self._retry.pop(sub, None)
+        self.waits.forget(sub)
         return self._store.save_credential(
             sub, box, credential.grant, credential.count, credential.expires_at, credential.obtained_at, began
         )
 
-    def _opened(self, sub: str, states: tuple[str, ...] = ("active",)) -> tuple[Any, dict[str, str]]:
+    def _opened(self, sub: str, states: tuple[str, ...] = ("active",)) -> tuple[UserRow, dict[str, str]]:
         """Returns a user's row and credential. Raises LoggedOut without one, or in another state."""
         user = self._store.user(sub)
         if user is None or user.status not in states or user.credential is None:
@@ -5814,11 +5910,11 @@ class Upstream:
         except ValueError:
             raise LoggedOut(sub) from None
 
-    def _left(self, user: Any) -> tuple[float, float]:
+    def _left(self, user: UserRow) -> tuple[float, float]:
         return user.access_expires_at - self._clock.now(), user.access_expires_at - user.obtained_at
 
-    def outlook(self, sub: str) -> tuple[int | None, bool]:
-        """(sequence number, whether it should be refreshed ahead of need) of a user's credential; (None, False) when logged out."""
+    def needs_refresh(self, sub: str) -> tuple[int | None, bool]:
+        """Returns (sequence number of a user's credential, whether it is to be refreshed ahead of need); (None, False) if logged out."""
         user = self._store.user(sub)
         if user is None or user.status != "active":
             return None, False
@@ -5826,7 +5922,10 @@ class Upstream:
         return user.credential_seq, left < min(300, life / 4)
 
     def credential(self, sub: str) -> tuple[str, int, float]:
-        """(access token, sequence number, time to ask again) for a request; LoggedOut, UpstreamDown or UpstreamMisconfigured."""
+        """Returns (access token, sequence number, time to ask again) for a request.
+
+        Raises LoggedOut, UpstreamDown or UpstreamMisconfigured.
+        """
         user, box = self._opened(sub)
         left, life = self._left(user)
         if left < min(60, life / 8):
@@ -5850,39 +5949,31 @@ class Upstream:
             user, box = self._opened(sub, ("active", "suspended"))
             if user.credential_seq != seen:
                 return False
-            wait = self._await_turn(user)
+            self._check_turn(user)
             began = self._store.credential_order()
             self._store.refresh_started(sub, self._clock.now())
             try:
                 credential = self._forgejo.refresh(box["refresh"])
             except UpstreamRefused as error:
-                return self._refresh_refused(user, str(error), wait)
+                return self._refresh_refused(user, str(error))
             except (UpstreamDown, UpstreamMisconfigured) as error:
-                self._trouble("refresh", error)
-                self._back_off(sub, wait)
+                self._trouble.failure("refresh", error)
+                self.waits.failed(sub, error)
                 raise
             self._save(sub, credential, began)
             self._log.event("info", "upstream_refreshed", user=sub)
         self._check_again(user, credential.access)
         return True
 
-    def _await_turn(self, user: Any) -> float:
-        """Returns the last wait between two attempts. Raises UpstreamDown while the next is not due, or logins decide about a refusal."""
+    def _check_turn(self, user: UserRow) -> None:
+        """Raises UpstreamDown while the next attempt is not due, or callbacks decide about a refusal."""
         with self._lock:
-            not_before, wait = self._retry.get(user.sub, (0.0, 0.0))
             refused = self._refused.get(user.sub)
         if refused and refused.user.credential_seq == user.credential_seq:
             raise UpstreamDown("a login may be replacing this credential")
-        if wait and self._clock.monotonic() < not_before:
-            raise UpstreamDown("waiting to try again")
-        return wait
+        self.waits.check(user.sub)
 
-    def _back_off(self, sub: str, wait: float) -> None:
-        wait = min(60.0, wait * 2 or 1.0)
-        with self._lock:
-            self._retry[sub] = (self._clock.monotonic() + wait, wait)
-
-    def _refresh_refused(self, user: Any, reason: str, wait: float) -> bool:
+    def _refresh_refused(self, user: UserRow, reason: str) -> bool:
         """Believes a refusal if no login is under way that may have caused it, and no login came first.
 
         Returns False if one did. Raises LoggedOut, or UpstreamDown until the callbacks that are under way now have ended.
@@ -5892,70 +5983,49 @@ class Upstream:
             if callbacks:
                 self._refused[user.sub] = Refused(user, reason, callbacks)
         if callbacks:
-            self._back_off(user.sub, wait)
-            raise UpstreamDown("a login may be replacing this credential")
+            undecided = UpstreamDown("a login may be replacing this credential")
+            self.waits.failed(user.sub, undecided)
+            raise undecided
         if not self._logged_out(user, reason):
             return False
         raise LoggedOut(user.sub)
 
-    def _logged_out(self, user: Any, reason: str) -> bool:
+    def _logged_out(self, user: UserRow, reason: str) -> bool:
         """Notes that a user has to log in again, unless another credential is stored than the one refused. Returns whether it did."""
         if not self._store.set_user_status(user.sub, "logged_out", user.credential_seq):
             return False
-        with self._lock:
-            self._retry.pop(user.sub, None)
-        interrupted = user.refreshing_since is not None  # a crash of ours may have lost the answer
+        self.waits.forget(user.sub)
+        # A crash of ours may have lost the answer.
+        interrupted = user.refreshing_since is not None
         self._log.audit("logged_out_upstream", user=user.sub, reason=reason, interrupted=interrupted)
         return True
 
-    # -- after an outage
-
-    def probe_due(self) -> bool:
-        """Returns whether refreshes wait for a Forgejo that may answer again; the probe is then to be made, now."""
-        now = self._clock.monotonic()
-        with self._lock:
-            waits = any(not_before > now for not_before, _ in self._retry.values())
-        return waits and self._probed.due("")
-
-    def probe(self) -> None:
-        """Ends every wait once the token endpoint answers again: sessions come back within 10 s, however long it was away."""
-        try:
-            self._forgejo.probe()
-        except UpstreamDown:
-            with self._lock:
-                self._away = True
-            return
-        with self._lock:
-            back = self._away
-            self._away = False
-            if back:
-                self._retry.clear()
-        if back:
-            self._log.event("info", "forgejo_answers_again")
-
     # -- may this user be here
 
-    def _check_again(self, user: Any, access: str) -> None:
-        """After each refresh: is this still the same person, one who may be here, and not suspended?"""
+    def _check_again(self, user: UserRow, access: str) -> None:
+        """Acts, after each refresh, on whether the token is the same person's, who is allowed here and not suspended."""
         sub = user.sub
         try:
             info = self._forgejo.userinfo(access)
         except (UpstreamDown, UpstreamRefused) as error:
-            self._trouble("userinfo", error)
+            self._trouble.failure("userinfo", error)
         else:
             if not self._still_the_same(user, info, access):
                 return
             if not allowed(self._settings, info):
-                self._shut_out(sub, "refused", "no longer among the allowed users and groups")
+                self._admission.deny_access(sub, "refused", "no longer among the allowed users and groups")
                 return
             self._store.update_user(sub, info.login, info.name, info.groups, self._clock.now())
         self._asked.due(sub)
         self._judge(sub, access)
 
-    def _still_the_same(self, user: Any, info: UserInfo, access: str) -> bool:
-        """Returns whether the token is still that person's, whose logins end otherwise: a restored Forgejo may give a grant's number again."""
+    def _still_the_same(self, user: UserRow, info: UserInfo, access: str) -> bool:
+        """Returns whether the token is still that person's: a restored Forgejo may give a grant's number again.
+
+        If it is not, that person's logins end.
+        """
         if info.sub != user.sub:
-            self._end_person(user, info.login)
+            self._admission.end_person(user, info.login)
             return False
         if info.login.casefold() != user.login.casefold():
             try:
@@ -5963,7 +6033,7 @@ class Upstream:
             except Suspended:
                 return True
             if account and not same_person(user, info.login, account.created):
-                self._end_person(user, info.login)
+                self._admission.end_person(user, info.login)
                 return False
         return True
 
@@ -5973,31 +6043,21 @@ class Upstream:
         try:
             word = self._forgejo.standing(access)
         except Suspended as error:
-            self._suspend(user, str(error))
+            self._admission.suspend(user, str(error))
             return "suspended"
         if word == "good" and user and user.status == "suspended":
             if self._store.set_user_status(sub, "active", user.credential_seq):
                 self._log.event("info", "suspension_ended", user=sub, login=user.login)
         return word
 
-    def _suspend(self, user: Any, sentence: str) -> None:
-        """Notes that Forgejo keeps a user out, unless a login came meanwhile. Nothing is deleted: a suspension may be lifted."""
-        if user and self._store.set_user_status(user.sub, "suspended", user.credential_seq, sentence):
-            self._log.audit("suspended", user=user.sub, login=user.login, reason=sentence)
-
-    def _shut_out(self, sub: str, state: str, reason: str) -> None:
-        if self._store.set_user_status(sub, state):
-            self._log.audit("access_refused", user=sub, reason=reason)
-        now = self._clock.now()
-        for grant in self._store.grants_of(sub, now):
-            self._store.end_grant(grant.grant_id, reason, now)
-
     def may_ask(self, sub: str) -> bool:
         """Returns whether the API may be asked (again) about a user's token: at most once a minute. It counts as asked."""
         return self._asked.due(sub)
 
     def examine(self, sub: str) -> str:
-        """Finds out what Forgejo has against a user's token: returns `good`, `refused`, `unknown`, `suspended` or `logged out`.
+        """Asks Forgejo about a user's token.
+
+        Returns `good`, `refused`, `suspended`, `logged out`, `misconfigured` (Forgejo refuses this broker) or `unknown`.
 
         A 401 says only that this access token is no good: a refresh decides, at most once in ten minutes.
         """
@@ -6010,7 +6070,9 @@ class Upstream:
                 self.refresh(sub, user.credential_seq)
         except LoggedOut:
             return "logged out"
-        except (UpstreamDown, UpstreamMisconfigured):
+        except UpstreamMisconfigured:
+            return "misconfigured"
+        except UpstreamDown:
             return "unknown"
         return word
 
@@ -10620,7 +10682,13 @@ class PoolFront:
         session = self._session
         known = session.server or session.registry.known_program()
         if uris or known is None:
-            session.awake()
+            try:
+                session.awake()
+            except RpcError as error:
+                if uris or member(error.data, "reason", str, "") != "upstream_down":
+                    raise
+                # A client that is refused may never listen again, and the next start of a child tells which lists changed.
+                return {"capabilities": {kind: {"listChanged": True} for _, kind in LISTS.values()}}
             known = session.server
         return known
 
@@ -11108,7 +11176,7 @@ class Registry:
     # -- what a session needs of the world
 
     def credential(self, sub):
-        """What Upstream.credential gives; RpcError or HTTPError when there is none to be had."""
+        """What ForgejoCredentials.credential gives; RpcError or HTTPError when there is none to be had."""
         try:
             return self.upstream.credential(sub)
         except LoggedOut:
@@ -11116,12 +11184,17 @@ class Registry:
         except UpstreamDown:
             raise self.upstream_down() from None
         except UpstreamMisconfigured:  # logged where it was seen
-            raise unavailable("upstream_down", NOT_ACCEPTED, wait=60) from None
+            raise self.upstream_misconfigured() from None
 
     @staticmethod
     def upstream_down():
         """Forgejo cannot be reached."""
         return unavailable("upstream_down", "Forgejo cannot be reached just now; try again in a moment.")
+
+    @staticmethod
+    def upstream_misconfigured() -> RpcError:
+        """Returns the error of a broker whose client id or secret Forgejo refuses, which only its operator can mend."""
+        return unavailable("upstream_misconfigured", NOT_ACCEPTED, wait=60)
 
     def spawn(self, access, sub, link):
         """Start a child for a link; RpcError when the binary is missing or cannot be run."""
@@ -11217,6 +11290,8 @@ class Registry:
         found = self.upstream.examine(sub)
         if found in ("suspended", "logged out"):
             return invalid_token(self.settings, "Forgejo refuses this login; log in again.")
+        if found == "misconfigured":
+            return self.upstream_misconfigured()
         return self.upstream_down() if found == "unknown" else self._starting_failed()
 
     def tool_refused(self, sub):
@@ -11467,7 +11542,7 @@ class Reaper:
             if session.link:
                 awake[session.sub].append(session)
         for sub, sessions in awake.items():
-            seq, due = self._upstream.outlook(sub)
+            seq, due = self._upstream.needs_refresh(sub)
             if due:
                 self._refresh_in_background(sub)
             for session in sessions:
@@ -11476,9 +11551,9 @@ class Reaper:
                     session.sleep("logged out", though_listening=True)
                 elif link and link.seq != seq:
                     session.replace()
-        if self._upstream.probe_due():
+        if self._upstream.waits.probe_due():
             with contextlib.suppress(RuntimeError):  # no thread to be had: it is due again
-                threading.Thread(target=self._upstream.probe, daemon=True, name="probe").start()
+                threading.Thread(target=self._upstream.waits.probe, daemon=True, name="probe").start()
         if self._clock.monotonic() >= self._next_refresh:
             self._next_refresh = self._clock.monotonic() + 600
             for sub in self._store.users_to_refresh(now - 10 * 86400, now):
@@ -13374,7 +13449,7 @@ class Broker:
         keyring = load_keyring(settings)
         self.store = open_store_of(settings, keyring)
         forgejo = Forgejo(settings, self.clock)
-        self.upstream = Upstream(
+        self.upstream = ForgejoCredentials(
             settings,
             self.store,
             keyring,

@@ -129,6 +129,22 @@ def test_a_listener_before_any_child_starts_one_to_know(rig):
         assert awake(rig) == 0
 
 
+def test_a_listener_while_Forgejo_is_down_is_acknowledged_though_nothing_is_known_of_the_program(rig):
+    mcp = connect(rig)
+    rig.forgejo.down()
+    with listening(mcp, toolsListChanged=True, promptsListChanged=False) as (honoured, _, _):
+        assert honoured == {"toolsListChanged": True}
+        rig.forgejo.up()
+        assert who(connect(rig, oauth=mcp.oauth)) == "alice"
+
+
+def test_a_listener_to_a_resource_is_refused_while_Forgejo_is_down(rig):
+    mcp = connect(rig)
+    rig.forgejo.down()
+    wanted = {"notifications": {"resourceSubscriptions": ["file:///a"], "toolsListChanged": True}}
+    assert refused(mcp, "subscriptions/listen", wanted)[0] == 503
+
+
 def test_logins_that_listen_to_everything_leave_a_place_for_the_next_person(make_rig):
     rig = make_rig(max_sessions=2, max_sessions_per_user=1)
     alice, bob = connect(rig), connect(rig, "bob")

@@ -109,7 +109,7 @@ def test_the_first_persons_pooled_child_serves_the_other_person_nothing(rig):
     answer = McpClient(rig.url + "/mcp", mcp.oauth.tokens["access_token"]).post(CALL)
     assert '\\"login\\": \\"victim\\"' in answer.text
     reasons = [r["reason"] for r in rig.log.named("child_stopped")]
-    assert "identity_changed" in reasons
+    assert "identity changed" in reasons
 
 
 def test_the_account_page_of_the_first_person_is_closed(rig):

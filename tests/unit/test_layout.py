@@ -25,7 +25,6 @@ LONG_CLASSES: set[str] = {
     "Endpoint",
     "Registry",
     "Session",
-    "Upstream",
 }
 WIDE_CONSTRUCTORS: set[str] = {
     "Authorization",
