@@ -1497,7 +1497,7 @@ _TOKEN = (
 _MCP = (
     " forbidden_origin no_token token_expired bad_token logged_out suspended insufficient_scope parse_error"
     " invalid_message invalid_params method_not_found unsupported_version header_mismatch missing_capability"
-    " session_not_found busy upstream_down starting_failed child_missing too_many_streams too_many_calls"
+    " session_not_found busy upstream_down upstream_misconfigured starting_failed child_missing"
 )
 REASONS = {
     endpoint: (_ANYWHERE + more).split()
@@ -5376,15 +5376,23 @@ class Account:
 class Forgejo:
     """What this broker asks of Forgejo (reference: Forgejo's OAuth2 provider)."""
 
-    def __init__(self, settings: Settings, clock: SteadyClock) -> None:
+    def __init__(self, settings: Settings, clock: SteadyClock, metrics: Metrics | None = None) -> None:
         self._settings = settings
         self._clock = clock
+        self._metrics = metrics or Metrics()
         base = settings.forgejo_internal_url or settings.forgejo_url
         self._authorize = settings.forgejo_authorize_url or settings.forgejo_url + "/login/oauth/authorize"
         self._token = settings.forgejo_token_url or base + "/login/oauth/access_token"
         self._userinfo = settings.forgejo_userinfo_url or base + "/login/oauth/userinfo"
         self._introspection = settings.forgejo_introspection_url or base + "/login/oauth/introspect"
         self._api = base + "/api/v1"
+        self._names = {
+            self._token: "token",
+            self._userinfo: "userinfo",
+            self._introspection: "introspection",
+            self._api + "/user": "user",
+            self._api + "/version": "version",
+        }
 
     def _fetch(
         self,
@@ -5397,8 +5405,10 @@ class Forgejo:
         headers = [("Authorization", authorization)] if authorization else []
         if form:
             headers.append(("Content-Type", "application/x-www-form-urlencoded"))
+        began = time.monotonic()
+        outcome = "failed"
         try:
-            return fetch(
+            answer = fetch(
                 method,
                 url,
                 ca_file=self._settings.forgejo_ca_file,
@@ -5406,8 +5416,15 @@ class Forgejo:
                 headers=headers,
                 deadline=deadline,
             )
+            if answer.status < 500:
+                outcome = "ok" if answer.status < 400 else "refused"
+            return answer
         except FetchFailed as error:
             raise UpstreamDown(str(error)) from None
+        finally:
+            labels = (self._names.get(url, "users"), outcome)
+            seconds = time.monotonic() - began
+            self._metrics.observe("fjmcp_forgejo_request_duration_seconds", labels, seconds)
 
     def authorize_url(self, state: str, challenge: str) -> str:
         """Returns where the browser logs in. PKCE is sent but not relied on: older Forgejo drops the challenge."""
@@ -6915,9 +6932,10 @@ def freshness(answer):
     )
 
 
-def temporarily(sentence, seconds):
+def temporarily(sentence: str, seconds: int, cause: str = "") -> HTTPError:
     """The refusal of what may well work after these seconds."""
-    return HTTPError(503, "temporarily_unavailable", sentence, (("Retry-After", str(seconds)),))
+    headers = (("Retry-After", str(seconds)),)
+    return HTTPError(503, "temporarily_unavailable", sentence, headers, cause)
 
 
 class ClientMetadataDocuments:
@@ -7133,7 +7151,7 @@ class ClientMetadataDocuments:
         names = [key[0] for key in kept["keys"]]
         if not kept["ok"] and (stale or not names or kid not in (None, *names)):
             # Our trouble, or their origin's, must not look like the client's fault.
-            raise temporarily("The client's keys cannot be read just now.", self.RETRY)
+            raise temporarily("The client's keys cannot be read just now.", self.RETRY, "keys_unreadable")
         return kept["keys"]
 
     def _keys_due(self, kept: dict[str, Any], url: str, kid: object) -> bool:
@@ -7241,11 +7259,7 @@ class Clients:
         grant_types = choose(document, "grant_types", ("authorization_code", "refresh_token"))
         response_types = choose(document, "response_types", ("code",))
         # Whatever scope was asked, a later login decides; what is echoed is all that clients read (clients.md 10, 11).
-        scope = (
-            document["scope"]
-            if isinstance(document.get("scope"), str) and document["scope"]
-            else " ".join(SCOPES)
-        )
+        scope = member(document, "scope", str, "") or " ".join(SCOPES)
         client_id = new_secret("fjd_")[:36]
         secret = None if method == "none" else new_secret("fjs_")
         now = self._clock.now()
@@ -7272,6 +7286,7 @@ class Clients:
             now,
         )
         self._log.audit("client_registered", client=client_id, name=name, address=request.address)
+        self._log.connect_step("registered", name=name)
         answer = {"client_id": client_id, "client_id_issued_at": int(now), **metadata}
         if secret:
             answer.update(client_secret=secret, client_secret_expires_at=0)
@@ -7307,6 +7322,7 @@ class Clients:
             offered = [(jwt_claims(assertion).get("sub"), None)]
         if not isinstance(offered[0][0], str) or not offered[0][0]:
             raise OAuthError("invalid_request", "client_id is missing.")
+        request.context.client = offered[0][0]
         for client_id, secret in offered:
             client = self.find(client_id) if client_id.isascii() else None
             # A public client that sends a stray secret is let pass: it proves nothing and hurts nothing.
@@ -7319,7 +7335,9 @@ class Clients:
         else:
             if not any(self.find(client_id) for client_id, _ in offered if client_id.isascii()):
                 raise self._refused(
-                    basic, "This client is not registered here (any more); register it again."
+                    basic,
+                    "This client is not registered here (any more); register it again.",
+                    "unknown_client",
                 )
             raise self._refused(basic, "The client's secret is missing or wrong.")
         if assertion or client.auth_method == "private_key_jwt":
@@ -7335,12 +7353,14 @@ class Clients:
                 raise ValueError("the client has a secret, or client_assertion_type is not jwt-bearer")
             self._documents.check_assertion(client, assertion)
         except ValueError as error:
-            raise self._refused(False, f"The client's assertion is missing or wrong: {error}.") from None
+            raise self._refused(
+                False, f"The client's assertion is missing or wrong: {error}.", "bad_assertion"
+            ) from None
 
     @staticmethod
-    def _refused(basic, sentence):
+    def _refused(basic: bool, sentence: str, cause: str = "") -> OAuthError:
         headers = (("WWW-Authenticate", 'Basic realm="fjmcp-broker"'),) if basic else ()
-        return OAuthError("invalid_client", sentence, 401, headers)
+        return OAuthError("invalid_client", sentence, 401, headers, cause)
 
     def _basic(self, authorization: str, form: dict[str, str]) -> list[tuple[str, str]]:
         """The readings (client_id, secret) of an Authorization header: form-encoded as RFC 6749 2.3.1 wants, and as it stands.
@@ -7382,12 +7402,16 @@ ACCOUNT_LIFETIME = 1800  # seconds a browser stays logged in to the account page
 MAX_SHOWN_SESSIONS = 100  # on the account page
 
 
+NO_PKCE = "PKCE is required: code_challenge with code_challenge_method=S256"
+
+
 class AuthorizationError(Exception):
     """An error that goes back to the client's validated redirect_uri (RFC 6749 4.1.2.1)."""
 
-    def __init__(self, error, description):
+    def __init__(self, error: str, description: str, cause: str = "") -> None:
         super().__init__(error)
         self.answer = {"error": error, "error_description": description}
+        self.cause = cause or error
 
 
 def parse_form(raw: bytes | str, refusal: Exception) -> dict[str, list[str]]:
@@ -7508,9 +7532,9 @@ class Authorization:
         try:
             login = self._authorization_request(form, client, redirect_uri)
         except AuthorizationError as error:
-            return self._to_client(
-                {"redirect_uri": redirect_uri, "state": form.get("state", [None])[0]}, **error.answer
-            )
+            login = {"redirect_uri": redirect_uri, "state": form.get("state", [None])[0]}
+            return replace(self._to_client(login, **error.answer), cause=error.cause)
+        self._log.connect_step("authorize", client.client_id, client.name)
         cookie, headers = self._marked_browser(request)
         # The way to Forgejo is in the form, so that the same decision sent twice is answered twice alike.
         login |= {"expires": self._clock.now() + self._settings.login_lifetime, **self._way_to_forgejo()}
@@ -7536,9 +7560,11 @@ class Authorization:
         if len(form.get("client_id", ())) > 1 or len(form.get("redirect_uri", ())) > 1:
             raise ErrorPage("repeated")
         client_id = form.get("client_id", [""])[0]
+        request.context.client = client_id
         client = self._clients.for_login(client_id, request)
         if client is None:
             raise ErrorPage("unreadable_client" if client_id.startswith("https://") else "unknown_client")
+        request.context.client_name = client.name
         redirect_uri = form.get("redirect_uri", [""])[0]
         if not any(redirect_matches(registered, redirect_uri) for registered in client.redirect_uris):
             raise ErrorPage("redirect_uri")
@@ -7561,7 +7587,7 @@ class Authorization:
             (not one.get("response_type"), "invalid_request", "response_type is missing"),
             (one.get("response_type") != "code", "unsupported_response_type", "response_type must be code"),
             (one.get("response_mode", "query") != "query", "invalid_request", "response_mode must be query"),
-            (not pkce, "invalid_request", "PKCE is required: code_challenge with code_challenge_method=S256"),
+            (not pkce, "invalid_request", NO_PKCE),
             (
                 not canonical_resource(form.get("resource", ()), self._settings),
                 "invalid_target",
@@ -7575,7 +7601,7 @@ class Authorization:
             ("none" in one.get("prompt", "").split(), "interaction_required", "A person has to consent"),
         ):
             if wrong:
-                raise AuthorizationError(error, description)
+                raise AuthorizationError(error, description, "no_pkce" if description == NO_PKCE else "")
         return {
             "client": client.client_id,
             "redirect_uri": redirect_uri,
@@ -7594,6 +7620,7 @@ class Authorization:
             )
         except ValueError:
             raise ErrorPage("wrong_browser") from None
+        request.context.client = login["client"]
         decision = form.get("decision")
         access = form.get("access")
         if decision not in ("approve", "deny") or (decision == "approve" and access not in ("full", "read")):
@@ -7608,8 +7635,11 @@ class Authorization:
                 client=login["client"],
                 scope=" ".join(granted),
             )
+            if not denied:
+                self._count_step("consent", login["client"])
         if denied:
-            return self._to_client(login, error="access_denied", error_description="The person refused")
+            response = self._to_client(login, error="access_denied", error_description="The person refused")
+            return replace(response, cause="access_denied")
         return self._to_forgejo(login, cookie)
 
     def _decided(self, cookie: str, box: str, login: dict[str, Any], decided: str) -> bool:
@@ -7690,6 +7720,7 @@ class Authorization:
                 login = self._keyring.unseal("login", state_hash.hex(), taken.sealed)
             except ValueError:
                 raise ErrorPage("expired") from None
+            request.context.client = login.get("client")
             return self._finished(taken.kind, login, form, state_hash)
 
     @contextlib.contextmanager
@@ -7742,7 +7773,7 @@ class Authorization:
         except AuthorizationError as error:
             if kind == "account":
                 raise ErrorPage("not_logged_in", error.answer["error_description"] + ".") from None
-            response = self._to_client(login, **error.answer)
+            response = replace(self._to_client(login, **error.answer), cause=error.cause)
         with contextlib.suppress(StoreUnavailable):  # this answer is good; only a repetition would find none
             self._store.answer_login(state_hash, self._answer_box(state_hash, response))
         return response
@@ -7754,24 +7785,27 @@ class Authorization:
             raise AuthorizationError(
                 "access_denied" if denied else "server_error",
                 "The login at Forgejo was refused" if denied else "Forgejo could not log the person in",
+                "forgejo_denied" if denied else "forgejo_failed",
             )
         try:
             with self._upstream.callback():
                 return self._upstream.login(form["code"][0], verifier)
         except UpstreamDown:
             raise AuthorizationError(
-                "temporarily_unavailable", "Forgejo cannot be reached just now"
+                "temporarily_unavailable", "Forgejo cannot be reached just now", "forgejo_down"
             ) from None
         except UpstreamMisconfigured:
-            raise AuthorizationError("server_error", NOT_ACCEPTED.rstrip(".")) from None
+            raise AuthorizationError(
+                "server_error", NOT_ACCEPTED.rstrip("."), "forgejo_misconfigured"
+            ) from None
         except UpstreamRefused:
             raise AuthorizationError(
-                "server_error", "Forgejo refused the login; the operator's log says why"
+                "server_error", "Forgejo refused the login; the operator's log says why", "forgejo_refused"
             ) from None
         except NotAllowed as error:
             self._log.audit("access_refused", user=error.sub, login=error.login, reason=error.reason)
             signed_in = f" (you are signed in at Forgejo as {error.login})" if error.login else ""
-            raise AuthorizationError("access_denied", error.reason + signed_in) from None
+            raise AuthorizationError("access_denied", error.reason + signed_in, "account_refused") from None
 
     def _client_answered(
         self, login: dict[str, Any], info: UserInfo, now: float, state_hash: bytes
@@ -7802,6 +7836,7 @@ class Authorization:
             grant=grant_id,
             scope=" ".join(login["granted"]),
         )
+        self._count_step("login", login["client"])
         return response
 
     # -- account
@@ -7983,11 +8018,13 @@ class Authorization:
                 self._end(row, "code replayed", "reuse_detected")
             sentence = "The code is unknown, expired or used, or belongs to another request. Start again."
             if row and row.used_at is None and row.expires_at <= now:
-                raise self._expired(row.expires_at, now, sentence)
-            raise OAuthError("invalid_grant", sentence)
+                raise self._expired(row.expires_at, now, sentence, "code_expired")
+            used = row is not None and row.used_at is not None
+            raise OAuthError("invalid_grant", sentence, cause="code_used" if used else "bad_code")
         self._log.audit(
             "token_issued", user=grant.sub, client=client.client_id, grant=grant.grant_id, scope=grant.scope
         )
+        self._log.connect_step("token", client.client_id, client.name)
         return self._pair_answer(pair, grant.scope, self._settings.access_token_lifetime)
 
     def _refresh(self, client, form):
@@ -8003,12 +8040,16 @@ class Authorization:
             if (
                 row is None or row.client_id != client.client_id
             ):  # another client's mistake must not end our client's grant
-                raise OAuthError("invalid_grant", "The refresh token is unknown. Log in again.")
+                raise OAuthError(
+                    "invalid_grant", "The refresh token is unknown. Log in again.", cause="bad_refresh_token"
+                )
             scope = self._narrowed(form.get("scope", ""), row.scope)
             if row.ended_at is not None:
-                raise OAuthError("invalid_grant", "The login has ended. Log in again.")
+                raise OAuthError("invalid_grant", "The login has ended. Log in again.", cause="login_ended")
             if row.expires_at <= now:
-                raise self._expired(row.expires_at, now, "The login has ended. Log in again.")
+                raise self._expired(
+                    row.expires_at, now, "The login has ended. Log in again.", "login_expired"
+                )
             self._check_user(row)
             if row.rotated_at is None:
                 pair = self._new_pair()
@@ -8030,23 +8071,25 @@ class Authorization:
             ]  # the newest pair has another scope than this request asks for: it is rotated
         raise OAuthError("invalid_grant", "The refresh token is too old. Log in again.")
 
-    def _expired(self, expires_at: float, now: float, sentence: str) -> HTTPError:
+    def _expired(self, expires_at: float, now: float, sentence: str, cause: str) -> HTTPError:
         """Returns the refusal of a code or token that has expired; what only a step of the wall clock expires may be good again soon."""
         if now - self._clock.leap() < expires_at:
-            return temporarily(CLOCK_WAS_SET, 60)
-        return OAuthError("invalid_grant", sentence)
+            return temporarily(CLOCK_WAS_SET, 60, "clock_was_set")
+        return OAuthError("invalid_grant", sentence, cause=cause)
 
     def _check_user(self, row: Any) -> None:
         """Raises OAuthError while Forgejo does not let a token's user in; a suspended one may be let in again by now."""
         if row.status == "suspended" and self._upstream.readmitted(row.sub):
             return
         if row.status != "active":
-            raise OAuthError("invalid_grant", LOGGED_OUT)
+            raise OAuthError(
+                "invalid_grant", LOGGED_OUT, cause="suspended" if row.status == "suspended" else "logged_out"
+            )
 
     def _successor(self, token, row, now):
         grace_ends = row.rotated_at + REFRESH_GRACE
         if grace_ends < now <= grace_ends + self._clock.leap():
-            raise temporarily(CLOCK_WAS_SET, 60)
+            raise temporarily(CLOCK_WAS_SET, 60, "clock_was_set")
         if now > grace_ends:
             self._end(row, "refresh token re-used", "reuse_detected")
         else:
@@ -8054,7 +8097,9 @@ class Authorization:
                 return self._keyring.chained(token).unseal(
                     "successor", str(row.grant_id), row.successor or b""
                 )
-        raise OAuthError("invalid_grant", "The refresh token was used before. Log in again.")
+        raise OAuthError(
+            "invalid_grant", "The refresh token was used before. Log in again.", cause="refresh_token_reused"
+        )
 
     @staticmethod
     def _narrowed(asked: str, granted: str) -> str:
@@ -8145,6 +8190,11 @@ class Authorization:
 
     def _set_cookie(self, name, value, seconds):
         return "Set-Cookie", f"{name}={value}; Max-Age={int(seconds)}{self._cookie_flags}"
+
+    def _count_step(self, step: str, client_id: str) -> None:
+        """Counts a step of connecting for a client that is known by its id only."""
+        client = self._clients.find(client_id)
+        self._log.connect_step(step, client_id, client.name if client else "")
 
     def _to_client(self, login, **answer):
         """The authorization response: to the validated URI, with `iss` always (RFC 9207 2) and `state` byte for byte."""
@@ -9399,6 +9449,7 @@ class Session:
         replay = self.version is not None
         self.registry.take_place(self, modest)
         link = Link(self, seq, fresh_until)
+        began = time.monotonic()
         try:  # a child that was started gives its place back when it ends, whatever becomes of this start
             link.child = self.registry.spawn(access, self.sub, link)
         except BaseException:
@@ -9412,6 +9463,8 @@ class Session:
             if server:
                 self._settle(link, server, replay)
                 link.serves = True
+                seconds = time.monotonic() - began
+                self.log.metrics.observe("fjmcp_child_start_duration_seconds", (), seconds)
                 return link
         except BaseException:
             link.failed = True
@@ -11180,7 +11233,9 @@ class Registry:
         try:
             return self.upstream.credential(sub)
         except LoggedOut:
-            raise invalid_token(self.settings, "Forgejo ended this login; log in again.") from None
+            raise invalid_token(
+                self.settings, "Forgejo ended this login; log in again.", "logged_out"
+            ) from None
         except UpstreamDown:
             raise self.upstream_down() from None
         except UpstreamMisconfigured:  # logged where it was seen
@@ -11289,7 +11344,7 @@ class Registry:
         """
         found = self.upstream.examine(sub)
         if found in ("suspended", "logged out"):
-            return invalid_token(self.settings, "Forgejo refuses this login; log in again.")
+            return invalid_token(self.settings, "Forgejo refuses this login; log in again.", "logged_out")
         if found == "misconfigured":
             return self.upstream_misconfigured()
         return self.upstream_down() if found == "unknown" else self._starting_failed()
@@ -11339,11 +11394,10 @@ def binary_fingerprint(command):
     return hashlib.sha256(json.dumps([command, files]).encode()).hexdigest()
 
 
-def invalid_token(settings, sentence):
+def invalid_token(settings: Settings, description: str, cause: str) -> HTTPError:
     """401 for a presented token that is not good (RFC 6750 3.1)."""
-    return HTTPError(
-        401, "invalid_token", sentence, (("WWW-Authenticate", challenge_header(settings, "invalid_token")),)
-    )
+    headers = (("WWW-Authenticate", challenge_header(settings, "invalid_token")),)
+    return HTTPError(401, "invalid_token", description, headers, cause)
 
 
 def challenge_header(settings, error=None, scope=" ".join(SCOPES)):
@@ -11371,10 +11425,12 @@ class Trimmer:
     GROWN = 4 << 20  # bytes that make it worth the while
 
     def __init__(self) -> None:
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+        if self._trim:
+            self._trim(0)  # what compiling this file left
         self._floor = self._level = resident_bytes()
         self._last = 0.0
         self._pause = self.EVERY
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
 
     def tick(self, now: float, is_quiet: Callable[[], bool]) -> None:
         """Trim if there is more than at the best of times, the more seldom the less it helps; `now` is monotonic."""
@@ -11439,6 +11495,7 @@ class Reaper:
         A step that fails, for one session or for all, is logged and done again by the next round; the other steps go on.
         """
         self._step(self._compare_clocks)
+        self._step(self._log.flush)
         now = self._clock.now()
         self._step(self._registry.tick_children)
         for session in self._registry.all():
@@ -11733,6 +11790,7 @@ class Endpoint:
                 "unauthorized",
                 "Log in first: see WWW-Authenticate.",
                 (("WWW-Authenticate", challenge_header(self._settings)),),
+                "no_token",
             )
         scheme, _, token = authorization.partition(" ")
         token = token.strip()
@@ -11741,12 +11799,22 @@ class Endpoint:
             row = self._store.bearer(token_hash(token), self._clock.now())
         if row is None or row.resource != self._settings.resource:
             seat_of_address(request, self._settings)
-            raise invalid_token(self._settings, "The access token is unknown, expired or revoked.")
+            known = self._store.access_token(token_hash(token))
+            has_expired = known is not None and known.expires_at <= self._clock.now()
+            raise invalid_token(
+                self._settings,
+                "The access token is unknown, expired or revoked.",
+                "token_expired" if has_expired else "bad_token",
+            )
+        request.context.user = row.sub
+        request.context.client = row.client_id
         if row.status != "active":
             seat_of_address(request, self._settings)
             if not self._readmitted(row):
                 raise invalid_token(
-                    self._settings, "Forgejo does not let this user in at present; log in again."
+                    self._settings,
+                    "Forgejo does not let this user in at present; log in again.",
+                    "suspended" if row.status == "suspended" else "logged_out",
                 )
         request.seat.take("requests", f"user {row.sub}", self._settings.max_requests_per_user)
         return Caller(
@@ -13448,7 +13516,7 @@ class Broker:
         self.log = log or Log(settings, clock=machine)
         keyring = load_keyring(settings)
         self.store = open_store_of(settings, keyring)
-        forgejo = Forgejo(settings, self.clock)
+        forgejo = Forgejo(settings, self.clock, self.log.metrics)
         self.upstream = ForgejoCredentials(
             settings,
             self.store,

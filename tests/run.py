@@ -41,6 +41,7 @@ DEBIAN_PARTS = {
     "nginx": "nginx",
     "chromium": "chromium",
     "systemd-analyze": "systemd",
+    "promtool": "prometheus",
 }  # program: its package
 DESKTOP_PACKAGE = "xdg-utils"
 MAVEN_COPY = "org.apache.maven.plugins:maven-dependency-plugin:3.7.0:copy-dependencies"
