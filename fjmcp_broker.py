@@ -2101,7 +2101,8 @@ def load_keyring(settings: Settings) -> Keyring:
 
 # ======================================================================================================================
 # Store
-# Owns all SQL: what survives a crash. One method is one static batch that takes and returns plain values (docs/storage.md).
+# Owns all SQL: what survives a crash (docs/storage.md). A method is one static batch that takes and returns plain values. Database runs
+# batches; ClientStore, UserStore, LoginStore, TokenStore and SessionStore hold the statements of an entity each; Store is all of them.
 # Must not know what a box holds, nor decide anything between two statements.
 # ======================================================================================================================
 
@@ -2304,7 +2305,7 @@ class DecisionRow(NamedTuple):
 
 
 class GrantRow(NamedTuple):
-    """A grant, and what it allows."""
+    """A grant and its scope."""
 
     grant_id: int
     sub: str
@@ -2381,7 +2382,7 @@ class ProgramRow(NamedTuple):
 
 
 class BoxRow(NamedTuple):
-    """A sealed box with what it was sealed for."""
+    """A sealed box with the purpose and the owner that it was sealed for."""
 
     purpose: str
     owner: str
@@ -2411,11 +2412,13 @@ def user_row(row: Values) -> UserRow:
     return user
 
 
-# What is used by more than one statement. SQLite's own words stand here, and in `ON CONFLICT … excluded`, which PostgreSQL shares.
+# Parts of statements. Of these, three are SQLite's own words: another database says them otherwise.
 LIVE_GRANT = "ended_at IS NULL AND expires_at > :now"
 ALL_BUT = "LIMIT -1 OFFSET"  # the rows after the first so many
-# The values of a JSON list.
-IN_LIST = "(SELECT value FROM json_each(:listed))"
+IN_LIST = "(SELECT value FROM json_each(:listed))"  # the values of a JSON list
+SESSION_NAME = "substr(lower(hex(hash)), 1, 12)"  # the beginning of a session's hash, for people
+
+# Statements that are used more than once, or for each request.
 ACCESS_TOKEN = """
     SELECT
       t.grant_id,
@@ -2476,9 +2479,9 @@ LISTINGS = {
         WHERE {LIVE_GRANT}
         ORDER BY grant_id
     """,
-    "sessions": """
+    "sessions": f"""
         SELECT
-          substr(lower(hex(hash)), 1, 12) AS session,
+          {SESSION_NAME} AS session,
           login,
           client_id,
           protocol_version,
@@ -2605,11 +2608,11 @@ class Database:
 
     def _open(self, path: str) -> sqlite3.Connection:
         connection = self._connect(path)
-        self._opened.callback(self._checkpoint, connection)
+        self._opened.callback(self._close_connection, connection)
         return connection
 
     @staticmethod
-    def _checkpoint(connection: sqlite3.Connection) -> None:
+    def _close_connection(connection: sqlite3.Connection) -> None:
         with contextlib.suppress(sqlite3.Error):
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         connection.close()
@@ -3216,7 +3219,6 @@ MAKE_CODE = """
     INSERT INTO codes (hash, grant_id, client_id, redirect_uri, challenge, expires_at)
     SELECT :code_hash, max(grant_id), :client_id, :redirect_uri, :challenge, :code_expires_at
     FROM grants
-    WHERE sub = :sub AND client_id = :client_id
     RETURNING grant_id
 """
 
@@ -3795,7 +3797,7 @@ class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore):
         return self._all(
             BoxRow._make,
             """
-            SELECT 'probe', 'store', value FROM meta WHERE name = 'key_probe'
+            SELECT 'probe' AS purpose, 'store' AS owner, value AS box FROM meta WHERE name = 'key_probe'
             UNION ALL
             SELECT 'upstream', 'user:' || sub, credential FROM users WHERE credential IS NOT NULL
             """,

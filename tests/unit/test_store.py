@@ -331,6 +331,23 @@ def test_G15_SQL_is_built_from_the_programs_own_words_only():
     assert len(found) > 80 and {type(text) for _, text in found} == {str}
 
 
+ROWS_OF = {"client_row": fjmcp_broker.ClientRow, "user_row": fjmcp_broker.UserRow}
+
+
+def test_the_fields_of_a_row_are_the_columns_of_its_statement(store):
+    compared = set()
+    for node in ast.walk(ast.parse(inspect.getsource(fjmcp_broker))):
+        if is_call_of_self(node) and node.func.attr in ("_all", "_one"):
+            make = ast.unparse(node.args[0])
+            row = ROWS_OF.get(make) or getattr(fjmcp_broker, make.removesuffix("._make"), None)
+            for statement in values_of(node.args[1]) if hasattr(row, "_fields") else ():
+                nothing = dict.fromkeys(re.findall(r":(\w+)", statement), 0)
+                columns, _ = store._read(statement, nothing)
+                assert tuple(column[0] for column in columns) == row._fields, statement
+                compared.add(row)
+    assert len(compared) > 12
+
+
 def test_G13_a_wrong_key_refuses_to_start_and_names_the_store(path):
     Store(path, KEYS).close()
     with pytest.raises(ConfigurationError, match="does not belong to"):
