@@ -184,7 +184,7 @@ def person_environment(
     for tool in tools:
         if not (programs / tool.name).exists():
             (programs / tool.name).symlink_to(tool)
-    person = str(programs / "xdg-open") + " %s" + (" &" if background else "")
+    person = str(programs / "xdg-open") + (" %s &" if background else "")
     return {
         **{name: os.environ[name] for name in KEPT if name in os.environ},
         "PATH": os.pathsep.join([str(programs), os.environ.get("PATH", ""), os.defpath]),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from rigs.assistants import Assistant, ClaudeCode, Codex, CopilotCli
 from rigs.client_rig import (
     CLIENTS,
     ClientFailed,
@@ -262,6 +263,11 @@ def go_client(name: str) -> Callable[[Parts, str, Path], ByLine]:
     return lambda parts, url, folder: ByLine([Path(parts("go-clients")).parent / name, url], folder)
 
 
+def assistant(kind: type[Assistant]) -> Callable[[Parts, str, Path], Assistant]:
+    """Starts an assistant."""
+    return lambda parts, url, folder: kind(Path(parts("assistants")).parents[1], url, folder)
+
+
 def fastmcp(parts: Parts, url: str, folder: Path) -> ByLine:
     """Starts FastMCP's client."""
     words: list[object] = [parts("fastmcp"), CLIENTS / "fastmcp_client.py", url]
@@ -270,20 +276,23 @@ def fastmcp(parts: Parts, url: str, folder: Path) -> ByLine:
 
 @dataclass(frozen=True)
 class Entry:
-    """One client: the real parts it needs, how it starts, whether it is second of its kind, and what it can do."""
+    """One client: the real parts it needs, how it starts, whether it is second of its kind or an assistant, and what it can do."""
 
     parts: tuple[str, ...]
     start: Callable[[Parts, str, Path], Client]
     second: bool = False
+    assistant: bool = False
     progress: bool = True
     question: bool = True
+    # Whether it gives a server up whose stream broke, when that does not come back at once: until it is started anew.
+    gives_up: bool = False
     # After a revocation: "asks" its person and goes on; "asks, may lose its session": it asks, but keeps naming the session that ended with
     # the login, until it is started anew; "says so": it tells its user to log in.
     revoked: str = field(default="asks")
 
 
 TABLE: dict[str, Entry] = {
-    "Python SDK 1": Entry(("mcp1",), python_sdk(1), second=True),
+    "Python SDK 1": Entry(("mcp1",), python_sdk(1), second=True, revoked="asks, may lose its session"),
     "Python SDK 2": Entry(("mcp2",), python_sdk(2)),
     "TypeScript SDK 1": Entry(
         ("npm",), typescript_sdk(1, "legacy"), second=True, revoked="asks, may lose its session"
@@ -297,13 +306,16 @@ TABLE: dict[str, Entry] = {
         lambda parts, url, folder: ByLine([parts("java-client"), url], folder),
         revoked="asks, may lose its session",
     ),
-    "FastMCP": Entry(("fastmcp",), fastmcp, second=True),
+    "FastMCP": Entry(("fastmcp",), fastmcp, second=True, revoked="asks, may lose its session"),
     "TypeScript SDK in a page": Entry(
         ("npm", "chromium"),
         lambda parts, url, folder: PageClient(parts("npm"), parts("chromium"), url, folder),
     ),
     "mcp-remote": Entry(
-        ("npm",), lambda parts, url, folder: McpRemote(parts("npm"), url, folder), second=True
+        ("npm",),
+        lambda parts, url, folder: McpRemote(parts("npm"), url, folder),
+        second=True,
+        revoked="asks, may lose its session",
     ),
     "mcpc": Entry(
         ("npm",),
@@ -316,6 +328,7 @@ TABLE: dict[str, Entry] = {
         ("npm", "chromium"),
         lambda parts, url, folder: InspectorPage(parts("npm"), parts("chromium"), url, folder),
         second=True,
+        revoked="asks, may lose its session",
     ),
     "Inspector's command line": Entry(
         ("npm",),
@@ -324,4 +337,17 @@ TABLE: dict[str, Entry] = {
         progress=False,
         question=False,
     ),
+    # Without a person at a terminal assistants decline questions, and show progress to nobody.
+    **{
+        name: Entry(
+            ("assistants",),
+            assistant(kind),
+            assistant=True,
+            progress=False,
+            question=False,
+            gives_up=kind is CopilotCli,
+            revoked="says so",
+        )
+        for name, kind in (("Codex", Codex), ("Claude Code", ClaudeCode), ("Copilot CLI", CopilotCli))
+    },
 }
