@@ -2343,7 +2343,7 @@ class RefreshTokenRow(NamedTuple):
 
 
 class AccessTokenRow(NamedTuple):
-    """An access token with its grant and user; the scope is the token's own."""
+    """An access token with its grant and user; the scope is the token's own, `groups` are JSON."""
 
     grant_id: int
     sub: str
@@ -2354,6 +2354,7 @@ class AccessTokenRow(NamedTuple):
     resource: str
     ended_at: float | None
     login: str
+    groups: str
     status: str
     expires_at: float
 
@@ -2430,6 +2431,7 @@ ACCESS_TOKEN = """
       g.resource,
       g.ended_at,
       u.login,
+      u.groups,
       u.status,
       t.expires_at
     FROM access_tokens t
@@ -9129,6 +9131,9 @@ class Session:
     `lock` guards link, draining, waking, questions, the links' maps and the front's; it is never held across a spawn, a send or a wait.
     """
 
+    _rights: Rights | None = None  # what the operator's rules left of it when they were last looked at
+    _rights_noted = False
+
     def __init__(
         self,
         registry,
@@ -9736,6 +9741,20 @@ class Session:
                     return tools
         return None
 
+    def note_rights(self, rights: Rights | None) -> None:
+        """Tells the client of its lists when the operator's rules leave it another part of them than before; ends what it may not hear."""
+        with self.lock:
+            is_new = self._rights_noted and self._rights != rights
+            self._rights_noted = True
+            self._rights = rights
+        if is_new:
+            for kind in ("tools", "prompts", "resources"):
+                self.front.heard(None, f"notifications/{kind}/list_changed", {}, listened=True)
+        if rights is not None and not rights.resources and self.subscriptions:
+            self.front.forget_resources()
+            with contextlib.suppress(RuntimeError):  # no thread to be had: nobody hears of them anyway
+                threading.Thread(target=self.watch, daemon=True, name="watch").start()
+
     def note_task(self, tool: str, result: object) -> None:
         """Keep which tool a task belongs to (MCP 2025-11-25 tasks; the tasks extension of 2026-07-28), for who may touch only some."""
         task = result.get("task", result) if isinstance(result, dict) else None
@@ -10342,6 +10361,11 @@ class LegacyFront:
         """Whether somebody waits for news of a resource: that keeps the child awake; an open stream alone does not."""
         return bool(self._session.subscriptions) and self.get_stream.is_open
 
+    def forget_resources(self) -> None:
+        """Ends all subscriptions to resources."""
+        for uri in list(self._session.subscriptions):
+            self._session.remember(unsubscribe=uri)
+
     @property
     def hears(self) -> bool:
         """Whether a new child must be told that somebody listens."""
@@ -10816,6 +10840,16 @@ class PoolFront:
             for uri in refused.intersection(counted):
                 session.remember(unsubscribe=uri)
         return refused
+
+    def forget_resources(self) -> None:
+        """Ends all subscriptions to resources; who has one listens on to the rest."""
+        with self._session.lock:
+            listeners = {key: each for key, each in self._listeners.items() if each.uris}
+            for key, listener in listeners.items():
+                self._listeners[key] = replace(listener, uris=frozenset())
+        for listener in listeners.values():
+            for uri in listener.uris:
+                self._session.remember(unsubscribe=uri)
 
     def unlisten(self, stream):
         """The client listens no more."""
@@ -11740,17 +11774,32 @@ MAY_BE_ABSENT = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the gate says of a request: `refuse` answers it by its reply (None: it may go to the child); `listing` is what it went by."""
+    """What the gate says of a request: `refuse` answers it by its reply (None: it may go to the child); `listing` is what it went by.
+
+    `outcome` is what a refusal is on record as.
+    """
 
     refuse: Callable[[Any], None] | None = None
     listing: dict[str, Tool] | None = None
+    outcome: str = "denied"
 
 
 ADMITTED = Verdict()
 NOT_SERVED = Verdict(
     lambda reply: reply.fail(METHOD_NOT_FOUND, "This method is not served to a read-only connection", None)
 )
-NO_SUCH_TOOL = Verdict(lambda reply: reply.fail(METHOD_NOT_FOUND, "There is no tool of this name", None))
+NOT_ALLOWED = Verdict(lambda reply: reply.fail(METHOD_NOT_FOUND, "The operator does not allow this", None))
+TOOL_NOT_ALLOWED = Verdict(
+    lambda reply: reply.give(
+        {
+            "content": [{"type": "text", "text": "The operator of this server does not allow this tool."}],
+            "isError": True,
+        }
+    )
+)
+NO_SUCH_TOOL = Verdict(
+    lambda reply: reply.fail(METHOD_NOT_FOUND, "There is no tool of this name", None), outcome="error"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -11764,6 +11813,7 @@ class Caller:
     scope: str
     asked: str
     expires_at: float
+    groups: tuple[str, ...] = ()
 
     @property
     def may_write(self):
@@ -11820,7 +11870,14 @@ class Endpoint:
                 )
         request.seat.take("requests", f"user {row.sub}", self._settings.max_requests_per_user)
         return Caller(
-            row.sub, row.login, row.client_id, row.grant_id, row.scope, row.requested_scope, row.expires_at
+            row.sub,
+            row.login,
+            row.client_id,
+            row.grant_id,
+            row.scope,
+            row.requested_scope,
+            row.expires_at,
+            tuple(json.loads(row.groups)),
         )
 
     def _readmitted(self, row: Any) -> bool:
@@ -11921,8 +11978,9 @@ class Endpoint:
         if len(dump(params)) > self._settings.max_form:  # they are kept, and replayed to each child
             raise RpcError(INVALID_PARAMS, "The params of initialize are too large.", None, 400)
         session_id, server = self._registry.open(caller.sub, caller.client_id, params)
+        shown = server_left(self._rights(caller), server)
         return Response(
-            200, result_message(message.id, server), "application/json", (("Mcp-Session-Id", session_id),)
+            200, result_message(message.id, shown), "application/json", (("Mcp-Session-Id", session_id),)
         )
 
     def _session(self, request: Request, caller: Caller, use: bool = True) -> Session | None:
@@ -12026,7 +12084,9 @@ class Endpoint:
             raise
 
     def _called(self, request, caller, message, place, meta, over):
-        if message.method == "tools/call":
+        # The headers of a tool that the rules deny say nothing of it: it is refused below.
+        is_allowed = self._rights(caller) is None or self._judge(caller, place, message).refuse is None
+        if message.method == "tools/call" and is_allowed:
             check_parameter_headers(request, message.params, place)
         reply = ModernReply(
             place,
@@ -12049,7 +12109,7 @@ class Endpoint:
         )
         reader = reply.stream.open()
         if message.method == "server/discover":
-            reply.give(place.front.discover())
+            reply.give(server_left(self._rights(caller), place.front.discover()))
             over()
         elif not self._submit(caller, place, [(message, call)]):
             over()
@@ -12079,7 +12139,9 @@ class Endpoint:
             raise RpcError(INVALID_PARAMS, complaint, None, 400)
 
     def _listening(self, caller, message, place, over):
-        stream = place.front.listen(message.id, message.params["notifications"])
+        rights = self._rights(caller)
+        place.note_rights(rights)
+        stream = place.front.listen(message.id, news_left(rights, message.params["notifications"]))
         reader = stream.open()
 
         def gone() -> None:
@@ -12134,16 +12196,46 @@ class Endpoint:
                 INVALID_PARAMS, "requestState was used before, or its call has ended; send the request anew."
             )
         try:
+            if self._rights(caller) is not None:
+                verdict = self._judge(caller, reply.place, message)
+                if verdict.refuse:
+                    return self._retry_denied(request, caller, message, reply, verdict)
             reader = reply.retried(message.id, member(message.params, "inputResponses", dict, {}))
         except BaseException:  # no other retry can find it now
             reply.place.cancel(reply.call, {"reason": "the retry failed"})
             raise
         return self._pumped(request, caller, reader, reply.place, reply.call)
 
+    def _retry_denied(self, request, caller, message, reply, verdict):
+        """The rules have changed since the call was held: it ends, and its retry is answered as a new call would be."""
+        reply.place.cancel(reply.call, {"reason": "the operator does not allow it any more"})
+        answer = ModernReply(
+            reply.place, message.id, message.method, functools.partial(self._hold, caller, message)
+        )
+        reader = answer.stream.open()
+        verdict.refuse(answer)
+        return self._pumped(request, caller, reader, reply.place, reply.call)
+
     # -- what a token may do
+
+    def _rights(self, caller: Caller) -> Rights | None:
+        """Returns what the operator's rules, as they are now, leave to a caller; None without rules."""
+        return rights_of(self._settings.tool_rules, caller.sub, caller.login, caller.groups, caller.client_id)
+
+    def rules_changed(self) -> None:
+        """Tells every session in memory what the rules leave of its lists now."""
+        with contextlib.suppress(StoreUnavailable):  # then each is told when its client calls next
+            for session in self._registry.all():
+                user = self._store.user(session.sub)
+                if user:
+                    rights = rights_of(
+                        self._settings.tool_rules, user.sub, user.login, user.groups, session.client_id
+                    )
+                    session.note_rights(rights)
 
     def _submit(self, caller: Caller, place: Session, asked: list[tuple[Message, Call]]) -> bool:
         """Send those requests that this caller may make, and answer the others; whether any went out. HTTPError as of _judge."""
+        place.note_rights(self._rights(caller))
         for _ in range(3):
             verdicts = [self._judge(caller, place, message) for message, _ in asked]
             admitted = []
@@ -12166,10 +12258,12 @@ class Endpoint:
     def _judge(self, caller: Caller, place: Session, message: Message) -> Verdict:
         """Whether this caller may make this request; HTTPError 403 leads to a step-up, RpcError when the child does not say what it lists.
 
-        Everything that a token's scope forbids is forbidden here. Only what is known to read passes: a method of the specification,
-        a tool that the child lists under exactly this name, a task of such a tool.
+        Everything that the operator's rules or a token's scope forbid is forbidden here. Under a rule, or without forgejo:write, only
+        what is known passes: a reading method of the specification, a tool that the child lists under exactly this name, a task of such
+        a tool.
         """
-        if caller.may_write:
+        rights = self._rights(caller)
+        if caller.may_write and rights is None:
             return ADMITTED
         params = message.params or {}
         if message.method == "tools/call":
@@ -12177,17 +12271,29 @@ class Endpoint:
         if message.method in TASK_CHANGES:
             task_id = params.get("taskId")
             tool = place.tasks.get(task_id) if isinstance(task_id, str) else None
-            return NOT_SERVED if tool is None else self._judge_tool(caller, place, tool)
-        return ADMITTED if message.method in READING_METHODS else NOT_SERVED
+            verdict = NOT_SERVED if tool is None else self._judge_tool(caller, place, tool)
+            return NOT_ALLOWED if verdict is TOOL_NOT_ALLOWED else verdict
+        if message.method not in READING_METHODS:
+            return NOT_SERVED
+        return ADMITTED if rights is None or serves(rights, message) else NOT_ALLOWED
 
     def _judge_tool(self, caller: Caller, place: Session, name: object) -> Verdict:
         if not isinstance(name, str):
-            return Verdict(lambda reply: reply.fail(INVALID_PARAMS, "params.name must be a text", None))
+            return Verdict(
+                lambda reply: reply.fail(INVALID_PARAMS, "params.name must be a text", None), outcome="error"
+            )
+        rights = self._rights(caller)
+        if rights is not None and not rights.admits(name):
+            return TOOL_NOT_ALLOWED
         listing = place.listing()
         if listing is None:
             raise unavailable("busy", "The tool process does not say which tools it has.")
         tool = listing.get(name)
-        if name_reads(name, self._settings) or (tool and tool.reads):
+        is_reading = name_reads(name, self._settings) or bool(tool and tool.reads)
+        rights = self._rights(caller)  # the child may have taken long
+        if rights is not None and not (rights.admits(name) and (is_reading or not rights.reads_only)):
+            return TOOL_NOT_ALLOWED
+        if is_reading or caller.may_write:
             return Verdict(None, listing) if tool else NO_SUCH_TOOL
         if WRITE not in caller.asked.split():
             raise HTTPError(
@@ -12202,22 +12308,14 @@ class Endpoint:
             lambda reply: reply.give({"content": [{"type": "text", "text": text}], "isError": True})
         )
 
-    def _change(self, caller, message):
-        """What is done to a result before this caller sees it, or None: without forgejo:write, tools that write are left out."""
-        return self._only_reading if message.method == "tools/list" and not caller.may_write else None
-
-    def _only_reading(self, result):
-        if not isinstance(result.get("tools"), list):
-            return result
-        return {
-            **result,
-            "tools": [
-                tool
-                for tool in result["tools"]
-                if isinstance(tool, dict)
-                and (name_reads(str(tool.get("name")), self._settings) or hint_reads(tool))
-            ],
-        }
+    def _change(
+        self, caller: Caller, message: Message
+    ) -> Callable[[dict[str, object]], dict[str, object]] | None:
+        """Returns what is done to a result before this caller sees it, or None: tools that it may not call are left out."""
+        rights = self._rights(caller)
+        if message.method != "tools/list" or caller.may_write and rights is None:
+            return None
+        return functools.partial(tools_left, rights, caller.may_write, self._settings)
 
     # -- GET and DELETE
 
@@ -12313,6 +12411,70 @@ def once(function):
 def name_reads(name, settings):
     """Whether a tool's name is one of `read_only_tools`."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.read_only_tools)
+
+
+# -- what the operator's rules leave
+
+
+COMPLETED = Names("_meta", "ref", "argument", "context")
+REFERRED = Names("type", "name", "uri", "title")
+
+
+def serves(rights: Rights, message: Message) -> bool:
+    """Returns whether a request that calls no tool is served."""
+    if message.method == "completion/complete":
+        params = message.params or {}
+        ref = member(params, "ref", dict, {})
+        is_plain = not COMPLETED.disguised(params) and not REFERRED.disguised(ref)
+        kind = member(ref, "type", str, "") if is_plain else ""
+        return {"ref/prompt": rights.prompts, "ref/resource": rights.resources}.get(
+            kind, rights.prompts and rights.resources
+        )
+    kind = message.method.partition("/")[0]
+    return {"prompts": rights.prompts, "resources": rights.resources}.get(kind, True)
+
+
+def server_left(rights: Rights | None, server: dict[str, object]) -> dict[str, object]:
+    """Returns what a server says of itself, without the capabilities that a caller may not use."""
+    if rights is None:
+        return server
+    gone = {"prompts": not rights.prompts, "resources": not rights.resources}
+    gone["completions"] = all(gone.values())
+    capabilities = member(server, "capabilities", dict, {})
+    return {
+        **server,
+        "capabilities": {name: value for name, value in capabilities.items() if not gone.get(name, False)},
+    }
+
+
+def news_left(rights: Rights | None, wanted: dict[str, object]) -> dict[str, object]:
+    """Returns what a listener wants to hear of, without what it may not use."""
+    if rights is None:
+        return wanted
+    gone = {
+        "promptsListChanged": not rights.prompts,
+        "resourcesListChanged": not rights.resources,
+        "resourceSubscriptions": not rights.resources,
+    }
+    return {name: value for name, value in wanted.items() if not gone.get(name, False)}
+
+
+def tools_left(
+    rights: Rights | None, may_write: bool, settings: Settings, result: dict[str, object]
+) -> dict[str, object]:
+    """Returns a result of tools/list without the tools that a caller may not call."""
+    tools = member(result, "tools", list, None)
+    if tools is None:
+        return result if rights is None else {**result, "tools": []}
+    may_write = may_write and not (rights and rights.reads_only)
+    left = []
+    for tool in tools:
+        name = member(tool, "name", object, None)
+        is_allowed = rights is None or isinstance(name, str) and rights.admits(name)
+        if isinstance(tool, dict) and is_allowed:
+            if may_write or name_reads(str(name), settings) or hint_reads(tool):
+                left.append(tool)
+    return {**result, "tools": left}
 
 
 def remembers(place: Session, message: Message) -> Callable[[object], None] | None:
@@ -13538,8 +13700,8 @@ class Broker:
         self.documents = clients.documents
         self._stopping = threading.Event()
         authorization = self._authorization(keyring, clients, forgejo, limiter)
-        endpoint = Endpoint(settings, self.store, keyring, self.registry, self.reaper, self.clock)
-        self.routes = self._routes(clients, authorization, endpoint)
+        self.endpoint = Endpoint(settings, self.store, keyring, self.registry, self.reaper, self.clock)
+        self.routes = self._routes(clients, authorization, self.endpoint)
         self.is_activated = bool(sockets)
         self.servers = self._listen([*sockets, *([("", listener)] if listener else [])])
         self.server = self.servers[0]
@@ -14995,6 +15157,7 @@ def serve(arguments):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: None)
     broker.start()
+    warn_of_rules(broker)
     broker.look_out()
     broker.log.event(
         "info",
@@ -15029,11 +15192,19 @@ def serve(arguments):
             return 0
 
 
+def warn_of_rules(broker: Broker) -> None:
+    """Logs what is doubtful in the tool rules; `check` knows the child's tools too."""
+    for sentence in rule_warnings(broker.settings.tool_rules):
+        broker.log.event("warning", "tool_rules_doubtful", problem=sentence)
+
+
 def reload(broker, arguments):
     """SIGHUP: take over what may change, name what may not, keep everything when the new settings are wrong."""
     try:
         refused = broker.settings.reload(arguments.settings())
         broker.log.event("info", "settings_reloaded", needs_restart=refused or None)
+        broker.endpoint.rules_changed()
+        warn_of_rules(broker)
     except ConfigurationError as error:
         broker.log.event("error", "settings_not_reloaded", problems=error.problems)
 

@@ -1,8 +1,6 @@
 """What the child reads is what the gate has read: spellings of members, requests in disguise, tools and methods of a login that may not write."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -14,13 +12,12 @@ from rigs import mcp_client
 from rigs.busy_clients import same
 from rigs.client_rig import Program
 from rigs.heard import INITIALIZE, Heard
+from rigs.listing import READER, WRITER, Listing, called, request, tool
 from rigs.mcp_client import META, MODERN, McpClient
 from rigs.modern_requests import ALL_INPUT, call, connect, refused, retry_of
 from rigs.processes import in_thread
 from rigs.rig import Rig, json_of, text_of
 
-LISTING_CHILD = Path(__file__).resolve().parent.parent / "rigs" / "listing_child.py"
-READER, WRITER = "get_my_user_info", "delete_repo"
 MODERN_META = {META + "protocolVersion": MODERN, META + "clientCapabilities": {}}
 # What lenient parsers fold into an ASCII letter, and what looks as if they did (no Go program does).
 TWINS = {"k": "K\u212a", "s": "S\u017f"}
@@ -53,10 +50,6 @@ PLACES = sorted(
 )
 disguises = st.sampled_from(PLACES).flatmap(lambda place: st.tuples(st.just(place[0]), spellings(place[1])))
 meta_disguises = st.sampled_from(sorted(KNOWN_META._exact)).flatmap(spellings)
-
-
-def request(method, params, request_id=1):
-    return {"jsonrpc": "2.0", "id": request_id, "method": method, "params": params}
 
 
 def notification(method, params):
@@ -511,48 +504,10 @@ def test_a_ping_to_a_session_on_file_finds_it_after_a_restart(rig):
 # -- Tools and methods of a login that may not write
 
 
-class Listing:
-    """A read-only login before a child whose tools a test chooses."""
-
-    def __init__(self, make_rig, folder):
-        self.tools, self._heard = folder / "tools.json", folder / "heard"
-        self._heard.touch()
-        self.say([tool(READER)])
-        binary = ",".join((sys.executable, str(LISTING_CHILD), str(self.tools), str(self._heard)))
-        self.rig = make_rig(forgejo_mcp_binary=binary)
-        self.oauth = self.rig.login(access="read")
-        self.pool = McpClient(self.rig.url + "/mcp", self.oauth.tokens["access_token"])
-
-    def say(self, *pages):
-        self.tools.write_text(json.dumps(pages))
-
-    def session(self, protocol="2025-11-25"):
-        mcp = McpClient(self.rig.url + "/mcp", self.oauth.tokens["access_token"], protocol=protocol)
-        mcp.initialize()
-        return mcp
-
-    def heard(self, method):
-        """The params of what the children were sent of a method."""
-        messages = map(json.loads, self._heard.read_text().splitlines())
-        return [message.get("params") for message in messages if message.get("method") == method]
-
-
-def tool(name, reads=False):
-    return {"name": name, "inputSchema": {"type": "object"}, "annotations": {"readOnlyHint": reads}}
-
-
 @pytest.fixture
 def listing(make_rig, tmp_path, monkeypatch):
     monkeypatch.setattr(mcp_client, "judge", None)  # its results are not what a schema wants
     return Listing(make_rig, tmp_path)
-
-
-def called(mcp, name, **params):
-    """("ran" or "refused" or an error's code) of a call."""
-    answer = mcp.post(request("tools/call", {"name": name, **params})).messages()[-1]
-    if "error" in answer:
-        return answer["error"]["code"]
-    return "refused" if answer["result"].get("isError") else "ran"
 
 
 @pytest.mark.parametrize("where", ["session", "pool"])
