@@ -5078,8 +5078,16 @@ def resolve_until(
 
 
 def tls_context(ca_file: str) -> ssl.SSLContext:
-    """Returns a context that verifies a server by the system's authorities, or by those in `ca_file`."""
-    context = ssl.create_default_context(cafile=ca_file or None)
+    """Returns a context that verifies a server by the system's authorities, or by those in `ca_file`.
+
+    Raises FetchFailed for a file that cannot be read or holds no certificate.
+    """
+    try:
+        context = ssl.create_default_context(cafile=ca_file or None)
+    except ssl.SSLError:
+        raise FetchFailed(f"{ca_file} holds no certificate in PEM") from None
+    except OSError as error:
+        raise FetchFailed(f"cannot read the certificate authorities in {ca_file}: {error.strerror}") from None
     if ca_file:
         # Python 3.13 asks for extensions that home-made certificates lack; curl, Go and older Pythons do not.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
@@ -8368,7 +8376,9 @@ def authorities_file(settings: Settings) -> str:
     """
     system = os.environ.get("SSL_CERT_FILE") or next(filter(os.path.isfile, AUTHORITIES), "")
     with contextlib.suppress(OSError):
-        wanted = b"\n".join(read_file(path) for path in (system, settings.forgejo_ca_file) if path)
+        paths = [path for path in (system, settings.forgejo_ca_file) if path]
+        # Go finds no certificate behind a byte order mark.
+        wanted = b"\n".join(read_file(path).removeprefix(codecs.BOM_UTF8) for path in paths)
         folder = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"fjmcp-broker-{os.geteuid()}")
         if not is_own_folder(folder):
             folder = os.path.dirname(os.path.abspath(settings.store_path))

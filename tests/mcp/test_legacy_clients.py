@@ -61,7 +61,7 @@ def test_a_child_is_told_the_address_of_Forgejo_that_works_from_here(rig):
 @pytest.mark.parametrize("given", ["SSL_CERT_FILE", None])
 def test_a_child_trusts_the_systems_authorities_and_the_operators(make_rig, tmp_path, monkeypatch, given):
     own = tmp_path / "ca.pem"
-    own.write_text("the operator's\n")
+    own.write_text("\ufeffthe operator's\n")
     system = tmp_path / "system.pem"
     system.write_text("the system's\n")
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -675,3 +675,18 @@ def test_a_home_made_authority_is_trusted_though_its_certificates_lack_extension
         assert fjmcp_broker.fetch("GET", url, ca_file=str(tmp_path / "ca.pem")).status == 200
         join()
     assert not fjmcp_broker.tls_context(str(tmp_path / "ca.pem")).verify_flags & ssl.VERIFY_X509_STRICT
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [(None, "No such file"), ("rubbish\n", "holds no certificate"), ("", "holds no certificate")],
+)
+def test_a_forgejo_ca_file_that_cannot_be_used_is_named(tmp_path, content, said):
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_text(content)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/"
+        with pytest.raises(fjmcp_broker.FetchFailed) as error:
+            fjmcp_broker.fetch("GET", url, ca_file=str(path))
+    assert str(path) in str(error.value) and said in str(error.value)

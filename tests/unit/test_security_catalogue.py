@@ -23,7 +23,7 @@ CASES = {
     "T": 22,
     "U": 12,
     "X": 14,
-    "Y": 49,
+    "Y": 50,
 }
 ROWS = re.findall(r"^\| ([A-Z][0-9]{2}) \| (.*?) \| (.*) \|$", PAGE, re.MULTILINE)
 NUMBERED_OTHERWISE = {"test_clients.py"}  # its numbers are those of what clients need
