@@ -13,7 +13,7 @@ Four ideas carry the design:
   4. Nothing is lost and no one gets in: consent in the same browser, hashed tokens, sealed credentials, commit before answer.
 
 Contents, in dependency order; a section names only what stands above it:
-  Vocabulary · Settings · Log · Seal · Store · Messages · HTTP values · Outgoing HTTP · Forgejo · Forgejo credentials · Pages ·
+  Vocabulary · Settings · Log and metrics · Seal · Store · Messages · HTTP values · Outgoing HTTP · Forgejo · Forgejo credentials · Pages ·
   Clients · Authorization · Child · Session · Eras · Registry and reaper · Gate and /mcp · HTTP server · Broker · Commands
 """
 
@@ -11472,8 +11472,6 @@ class Trimmer:
 
     def __init__(self) -> None:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-        if self._trim:
-            self._trim(0)  # what compiling this file left
         self._floor = self._level = resident_bytes()
         self._last = 0.0
         self._pause = self.EVERY
