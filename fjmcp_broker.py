@@ -6710,6 +6710,19 @@ def home_page(public_url: str, forgejo_url: str) -> Response:
 # redirect URIs, client authentication. Must not know users, tokens or Forgejo.
 # ======================================================================================================================
 
+
+@dataclass(frozen=True, slots=True)
+class OAuthServices:
+    """What the OAuth endpoints share; there is one of each in a broker."""
+
+    settings: Settings
+    store: Store
+    keyring: Keyring
+    log: Log
+    clock: SteadyClock
+    limiter: Limiter
+
+
 AUTH_METHODS = ("none", "client_secret_post", "client_secret_basic")
 URI_CHARACTERS = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]{1,2000}")
 # What a browser and Python disagree on (user names, odd ports and hosts) is refused, not interpreted.
@@ -6721,12 +6734,17 @@ KEPT_AS_COLUMNS = {"redirect_uris", "client_name", "token_endpoint_auth_method"}
 RESERVED_PARAMETERS = {"code", "state", "iss", "error", "error_description"}
 
 
+NEVER_ALLOWED_SCHEMES = frozenset(
+    "javascript data file vbscript blob about view-source ws wss ftp".split()
+)  # whatever allowed_redirect_schemes says
+
+
 class UnusableScheme(ValueError):
     """A redirect URI with a private-use scheme that is not allowed here; harmless, so it may be left out of a set."""
 
 
-def check_redirect_uri(uri, schemes):
-    """ValueError, with the reason, unless the URI may be registered: https, http on loopback, or an allowed private-use scheme."""
+def check_redirect_uri(uri: object, schemes: Collection[str]) -> str:
+    """Returns a URI that may be registered: https, http on loopback, or an allowed private-use scheme; ValueError with the reason."""
     if not isinstance(uri, str) or not URI_CHARACTERS.fullmatch(uri):
         raise ValueError("is not a URI of at most 2,000 plain characters")
     if "#" in uri:
@@ -6737,27 +6755,17 @@ def check_redirect_uri(uri, schemes):
     if RESERVED_PARAMETERS & {name for name, _ in parse_qsl(urlsplit(uri).query, keep_blank_values=True)}:
         raise ValueError("has a query parameter of our answer's names (code, state, iss, error)")
     if scheme not in ("http", "https"):
-        if scheme in (
-            "javascript",
-            "data",
-            "file",
-            "vbscript",
-            "blob",
-            "about",
-            "view-source",
-            "ws",
-            "wss",
-            "ftp",
-        ):
+        if scheme in NEVER_ALLOWED_SCHEMES:
             raise ValueError(f"has the scheme {scheme}, which is never allowed")
         if scheme not in schemes:
             raise UnusableScheme(f"has the scheme {scheme}, which is not among allowed_redirect_schemes")
-        return
+        return uri
     match = WEB_URI.fullmatch(uri)
     if not match or (match[2] and not 0 < int(match[2]) < 65536):
         raise ValueError("has no plain host and port")
     if scheme == "http" and not is_loopback_name(match[1].lower()):
         raise ValueError("is http, which is for loopback only; use https")
+    return uri
 
 
 LOOPBACK_URI = re.compile(
@@ -6766,8 +6774,8 @@ LOOPBACK_URI = re.compile(
 )
 
 
-def redirect_matches(registered, asked):
-    """Exact, but for loopback: any port, its three names alike, and an empty path is `/` (RFC 8252 7.3)."""
+def redirect_matches(registered: str, asked: str) -> bool:
+    """Returns whether a redirect URI is a registered one. Exact, but for loopback: any port, its three names alike, and an empty path is `/` (RFC 8252 7.3)."""
     if registered == asked:
         return True
     ours = LOOPBACK_URI.fullmatch(registered)
@@ -6777,16 +6785,15 @@ def redirect_matches(registered, asked):
     return (ours[2] or "/", ours[3]) == (theirs[2] or "/", theirs[3])
 
 
-def registrable_uris(uris, schemes, limit):
-    """Of a client's redirect URIs those that may be used here; OAuthError when there is none, or one that deceives."""
+def registrable_uris(uris: object, schemes: Collection[str], limit: int) -> list[str]:
+    """Returns those of a client's redirect URIs that may be used here; OAuthError when there is none, or one that deceives."""
     if not isinstance(uris, list) or not 1 <= len(uris) <= limit:
         raise OAuthError("invalid_redirect_uri", f"redirect_uris must be a list of 1 to {limit} URIs.")
     usable = []
     unusable = None
     for uri in uris:
         try:
-            check_redirect_uri(uri, schemes)
-            usable.append(uri)
+            usable.append(check_redirect_uri(uri, schemes))
         except UnusableScheme as error:  # one such must not cost Cursor the other two of its set
             unusable = error
         except ValueError as error:
@@ -6796,8 +6803,8 @@ def registrable_uris(uris, schemes, limit):
     return usable
 
 
-def choose(document, key, supported):
-    """What is served of a list that was asked for; the first that is supported must be among it, and is the default."""
+def choose(document: Mapping[str, object], key: str, supported: tuple[str, ...]) -> list[str]:
+    """Returns what is served of a list that was asked for; OAuthError unless it has the first supported one, which is the default."""
     values = document.get(key) or [supported[0]]  # null and an empty list are what some send for nothing
     if (
         not isinstance(values, list)
@@ -6832,8 +6839,11 @@ DOCUMENT_URL = re.compile(
 SHA256_PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")  # DigestInfo of RFC 8017 9.2 note 1
 
 
-def verify_rs256(message, signature, n, e):
-    """Whether a signature is RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017 8.2.2). The whole block is compared, never parsed."""
+RsaKey = tuple[str | None, int, int]  # kid, n, e
+
+
+def verify_rs256(message: bytes, signature: bytes, n: int, e: int) -> bool:
+    """Returns whether a signature is RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017 8.2.2). The whole block is compared, never parsed."""
     size = (n.bit_length() + 7) // 8
     number = int.from_bytes(signature, "big")
     if len(signature) != size or number >= n:
@@ -6843,17 +6853,18 @@ def verify_rs256(message, signature, n, e):
     return hmac.compare_digest(pow(number, e, n).to_bytes(size, "big"), block)
 
 
-def public_rsa_keys(jwks):
-    """[(kid, n, e)] of the usable keys of a JWK set (RFC 7517): RSA, 2048 to 4096 bits. ValueError for a secret or private one."""
-    keys = jwks.get("keys") if isinstance(jwks, dict) else None
-    if not isinstance(keys, list) or not all(isinstance(key, dict) for key in keys):
+def public_rsa_keys(jwks: object) -> list[RsaKey]:
+    """Returns the usable keys of a JWK set (RFC 7517): RSA, 2048 to 4096 bits. ValueError for a secret or private one."""
+    keys = member(jwks, "keys", list, None)
+    if keys is None or not all(isinstance(key, dict) for key in keys):
         raise ValueError("the keys are no JWK set")
     if any("d" in key or "k" in key for key in keys):
         raise ValueError("a private or symmetric key is published")
     usable = []
     for key in keys[:20]:
         if key.get("kty") == "RSA" and key.get("use", "sig") == "sig" and key.get("alg", "RS256") == "RS256":
-            n, e = (int.from_bytes(unb64url(str(key.get(part, ""))), "big") for part in "ne")
+            n = int.from_bytes(unb64url(str(key.get("n", ""))), "big")
+            e = int.from_bytes(unb64url(str(key.get("e", ""))), "big")
             if 2048 <= n.bit_length() <= 4096 and n % 2 and 3 <= e < 2**32 and e % 2:
                 usable.append((str(key["kid"]) if "kid" in key else None, n, e))
     return usable
@@ -6935,17 +6946,17 @@ def read_client_document(
     )
 
 
-def freshness(answer):
-    """Seconds for which a document may be used, by its Cache-Control: an hour if that is silent, at least a minute, at most a day."""
+def freshness(answer: Fetched) -> float:
+    """Returns the seconds for which a document may be used, by its Cache-Control: an hour if that is silent, a minute to a day."""
     control = answer.headers.get("cache-control", "").lower()
+    if re.search("no-store|no-cache", control):
+        return 60
     age = re.search(r"(?<![a-z-])max-age=\"?([0-9]{1,9})", control)
-    return (
-        60 if re.search("no-store|no-cache", control) else min(86400, max(60, int(age[1]))) if age else 3600
-    )
+    return min(86400, max(60, int(age[1]))) if age else 3600
 
 
 def temporarily(sentence: str, seconds: int, cause: str = "") -> HTTPError:
-    """The refusal of what may well work after these seconds."""
+    """Returns the refusal of what may well work after these seconds."""
     headers = (("Retry-After", str(seconds)),)
     return HTTPError(503, "temporarily_unavailable", sentence, headers, cause)
 
@@ -6965,21 +6976,19 @@ class ClientMetadataDocuments:
     ADVERTISED = 1800  # seconds that documents are advertised while none can be read
     SLOT_WAIT = 8  # seconds; a slot is held for no more than PublicWeb.SECONDS
 
-    def __init__(
-        self, settings: Settings, store: Store, log: Log, clock: Clock, limiter: Limiter, web: PublicWeb
-    ) -> None:
-        self._settings = settings
-        self._store = store
-        self._log = log
-        self._clock = clock
-        self._limiter = limiter
+    def __init__(self, services: OAuthServices, web: PublicWeb) -> None:
+        self._settings = services.settings
+        self._store = services.store
+        self._log = services.log
+        self._clock = services.clock
+        self._limiter = services.limiter
         self._web = web
         # Strangers' documents never hold up those of applications that people have logged in to, nor one stranger's another's.
         self._slots = [threading.BoundedSemaphore(4) for in_use in (False, True)]
         self._shares: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         self._flights: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()  # guards the two dicts; a leaf
-        self._failing_since = store.documents_failing_since()
+        self._failing_since = services.store.documents_failing_since()
         self._unread: str | None = (
             ""  # why a login's document could not be read, None once one was read; one assignment each
         )
@@ -7021,29 +7030,28 @@ class ClientMetadataDocuments:
             self._store.documents_fail(None)
             self._log.event("info", "client_documents_readable")
 
-    def may_be_one(self, client_id):
-        """Whether a client_id is the URL of a document that we would fetch: not our own host's, nor Forgejo's."""
-        match = (
-            DOCUMENT_URL.fullmatch(client_id)
-            if len(client_id) <= 2000 and self._settings.client_documents
-            else None
-        )
+    def may_be_one(self, client_id: str) -> bool:
+        """Returns whether a client_id is the URL of a document that we would fetch: not our own host's, nor Forgejo's."""
+        settings = self._settings
+        if len(client_id) > 2000 or not settings.client_documents:
+            return False
+        match = DOCUMENT_URL.fullmatch(client_id)
         ours = (
-            self._settings.public_url,
-            self._settings.forgejo_url,
-            self._settings.forgejo_internal_url or self._settings.forgejo_url,
+            settings.public_url,
+            settings.forgejo_url,
+            settings.forgejo_internal_url or settings.forgejo_url,
         )
-        return bool(match) and match[1] not in {urlsplit(url).hostname for url in ours}
+        return match is not None and match[1] not in {urlsplit(url).hostname for url in ours}
 
-    def client(self, url: str, owner: str | None = None) -> Any:
-        """The client's row for a login, fetched if need be; None when its document cannot be used.
+    def client(self, url: str, owner: str | None = None) -> ClientRow | None:
+        """Returns the client's row for a login, fetched if need be; None when its document cannot be used.
 
         `owner` is whose request it is: one's fetches do not hold up another's. Its `fetched_at` is later than `confirmed_at`
         where the last good document serves because its origin fails.
         """
         row = self._store.client(url)
         if self._is_due(row):
-            with self._turn(url, row and row.in_use, owner):
+            with self._turn(url, row is not None and row.in_use, owner):
                 if self._is_due(self._store.client(url)):
                     self._fetch(url)
             row = self._store.client(url)
@@ -7053,19 +7061,19 @@ class ClientMetadataDocuments:
         # A moment to come was written before the clock was set back.
         return abs(self._clock.now() - fetched_at) >= self.RETRY
 
-    def _is_due(self, row):
+    def _is_due(self, row: ClientRow | None) -> bool:
         return row is None or row.fresh_until <= self._clock.now() and self._is_old(row.fetched_at)
 
     @contextlib.contextmanager
     def _turn(self, url: str, in_use: bool, owner: str | None = None) -> Iterator[None]:
         """One fetch of a URL at a time, few of all, and a stranger's not too often from one host: nobody is flooded through us."""
         if not in_use:
-            self._limiter.spend("document", urlsplit(url).hostname, 60)
+            self._limiter.spend("document", urlsplit(url).hostname or "", 60)
         with self._lock:
-            waits = [(self._flights.setdefault(url, threading.Lock()), 15)]
+            waits: list[tuple[Any, int]] = [(self._flights.setdefault(url, threading.Lock()), 15)]
             if not in_use and owner is not None:
                 waits.append((self._shares.setdefault(owner, threading.BoundedSemaphore(2)), self.SLOT_WAIT))
-        waits.append((self._slots[bool(in_use)], self.SLOT_WAIT))
+        waits.append((self._slots[in_use], self.SLOT_WAIT))
         with contextlib.ExitStack() as held:
             for lock, seconds in waits:
                 if not lock.acquire(timeout=seconds):
@@ -7094,41 +7102,21 @@ class ClientMetadataDocuments:
                 "info", "client_document_refused", client=url, reason=str(error), last_good_serves=until > now
             )
 
-    def check_assertion(self, client, assertion):
-        """ValueError, with the reason, unless a JWT proves that the client made it, for us, just now (RFC 7523 3; RS256 only)."""
-        try:
-            signed, _, signature = assertion.rpartition(".")
-            header, claims = (read_json(unb64url(part)) for part in signed.split("."))
-            kid = header.get("kid")
-            now = self._clock.now()
-            url = self._settings.public_url
-            audience = claims.get("aud")
-            expires = claims.get("exp")
-            begins = claims.get("nbf", 0)
-            audiences = set([audience] if isinstance(audience, str) else audience or ())
-            are_numbers = all(isinstance(moment, (int, float)) for moment in (expires, begins))
-            for wrong, reason in (
-                (
-                    header.get("alg") != "RS256" or "crit" in header or len(assertion) > 8192,
-                    "it is not signed with RS256",
-                ),
-                (
-                    (claims.get("iss"), claims.get("sub")) != (client.client_id, client.client_id),
-                    "iss and sub are not the client_id",
-                ),
-                (
-                    not audiences or not audiences <= {url, url + "/oauth/token", url + "/token"},
-                    "aud is not this server",
-                ),
-                (
-                    not are_numbers or not now < expires <= now + 3660 or begins > now + 60,
-                    "it has expired, is not valid yet, or lasts for more than an hour",
-                ),
-            ):
-                if wrong:
-                    raise ValueError(reason)
-        except (AttributeError, TypeError):
-            raise ValueError("it is not a JWT") from None
+    def check_assertion(self, client: ClientRow, assertion: str) -> None:
+        """Raises ValueError, with the reason, unless a JWT proves that the client made it, for us, just now (RFC 7523 3; RS256 only)."""
+        signed, _, signature = assertion.rpartition(".")
+        parts = signed.split(".")
+        if len(parts) != 2:
+            raise ValueError("it is not a JWT")
+        header, claims = (read_json(unb64url(part)) for part in parts)
+        if not isinstance(header, dict) or not isinstance(claims, dict):
+            raise ValueError("it is not a JWT")
+        if header.get("alg") != "RS256" or "crit" in header or len(assertion) > 8192:
+            raise ValueError("it is not signed with RS256")
+        expires = self._check_claims(client, claims)
+        kid = header.get("kid")
+        if kid is not None and not isinstance(kid, str):
+            raise ValueError("its kid is no text")
         if not any(
             verify_rs256(signed.encode(), unb64url(signature), n, e)
             for name, n, e in self._keys(client, kid)
@@ -7136,16 +7124,32 @@ class ClientMetadataDocuments:
         ):
             raise ValueError("its signature is not the client's")
         # Without a jti what was signed stands for it; the signature could be spelled in two ways.
-        if not self._store.spend_assertion(
-            token_hash(
-                f"{client.client_id} {json.dumps(claims.get('jti')) if claims.get('jti') else signed}"
-            ),
-            expires,
-        ):
+        unique = json.dumps(claims["jti"]) if claims.get("jti") else signed
+        if not self._store.spend_assertion(token_hash(f"{client.client_id} {unique}"), expires):
             raise ValueError("it was used before")
 
-    def _keys(self, client, kid):
-        """The client's keys; from its jwks_uri anew when `kid` is none of them, or after an hour, but at most once a minute."""
+    def _check_claims(self, client: ClientRow, claims: dict[str, object]) -> float:
+        """Returns when an assertion expires; ValueError unless it is the client's, for this server, and valid now."""
+        now = self._clock.now()
+        url = self._settings.public_url
+        audience = claims.get("aud")
+        audiences = audience if isinstance(audience, list) else [audience]
+        expires = claims.get("exp")
+        begins = claims.get("nbf", 0)
+        if (claims.get("iss"), claims.get("sub")) != (client.client_id, client.client_id):
+            raise ValueError("iss and sub are not the client_id")
+        if not audiences or any(
+            each not in (url, url + "/oauth/token", url + "/token") for each in audiences
+        ):
+            raise ValueError("aud is not this server")
+        if not isinstance(expires, (int, float)) or not isinstance(begins, (int, float)):
+            raise ValueError("exp or nbf is no number")
+        if not now < expires <= now + 3660 or begins > now + 60:
+            raise ValueError("it has expired, is not valid yet, or lasts for more than an hour")
+        return expires
+
+    def _keys(self, client: ClientRow, kid: str | None) -> list[RsaKey]:
+        """Returns the client's keys; from its jwks_uri anew when `kid` is none of them, or after an hour, but at most once a minute."""
         if "jwks" in client.metadata:
             return public_rsa_keys(client.metadata["jwks"])
         url = client.metadata.get("jwks_uri")
@@ -7154,20 +7158,19 @@ class ClientMetadataDocuments:
         kept = client.keys
         if self._keys_due(kept, url, kid):
             with self._turn(url, client.in_use):
-                kept = (
-                    self._store.client(client.client_id) or client
-                ).keys  # another may have fetched them meanwhile
+                # Another may have fetched them meanwhile.
+                kept = (self._store.client(client.client_id) or client).keys
                 if self._keys_due(kept, url, kid):
                     kept = self._fetch_keys(client, url, kept)
+        keys = [(name, n, e) for name, n, e in kept["keys"]]
         stale = self._clock.now() - kept.get("good", 0) >= self.KEYS_UNCONFIRMED
-        names = [key[0] for key in kept["keys"]]
-        if not kept["ok"] and (stale or not names or kid not in (None, *names)):
+        if not kept["ok"] and (stale or not keys or kid not in (None, *(name for name, _, _ in keys))):
             # Our trouble, or their origin's, must not look like the client's fault.
             raise temporarily("The client's keys cannot be read just now.", self.RETRY, "keys_unreadable")
-        return kept["keys"]
+        return keys
 
-    def _keys_due(self, kept: dict[str, Any], url: str, kid: object) -> bool:
-        """Whether a client's keys are to be asked for: at most once a minute."""
+    def _keys_due(self, kept: dict[str, Any], url: str, kid: str | None) -> bool:
+        """Returns whether a client's keys are to be asked for: at most once a minute."""
         if kept.get("uri") != url:
             return True
         # A moment to come was written before the clock was set back.
@@ -7175,8 +7178,8 @@ class ClientMetadataDocuments:
         known = kid in (None, *(key[0] for key in kept["keys"]))
         return age >= self.RETRY and (age >= self.KEYS_FRESH or not kept["ok"] or not known)
 
-    def _fetch_keys(self, client: Any, url: str, kept: dict[str, Any]) -> dict[str, Any]:
-        """The client's keys, asked for and kept; where their origin only fails, the last good ones for a day."""
+    def _fetch_keys(self, client: ClientRow, url: str, kept: dict[str, Any]) -> dict[str, Any]:
+        """Returns the client's keys, asked for and kept; where their origin only fails, the last good ones for a day."""
         now = self._clock.now()
         try:
             answer = refuse_failing_origin(self._web.get(url, MAX_KEY_SET))
@@ -7192,8 +7195,8 @@ class ClientMetadataDocuments:
         return kept
 
 
-def check_configured_clients(settings):
-    """ConfigurationError for redirect URIs that no client may have; any private-use scheme is the operator's to choose."""
+def check_configured_clients(settings: Settings) -> None:
+    """Raises ConfigurationError for redirect URIs that no client may have; any private-use scheme is the operator's to choose."""
     problems = []
     for client in settings.clients:
         for uri in client.redirect_uris:
@@ -7209,13 +7212,15 @@ def check_configured_clients(settings):
 class Clients:
     """Finds, registers and authenticates clients."""
 
-    def __init__(self, settings, store, log, clock, limiter, web):
+    def __init__(self, services: OAuthServices, web: PublicWeb) -> None:
+        settings = services.settings
+        store = services.store
         self._settings = settings
         self._store = store
-        self._log = log
-        self._clock = clock
-        self._limiter = limiter
-        self._documents = ClientMetadataDocuments(settings, store, log, clock, limiter, web)
+        self._log = services.log
+        self._clock = services.clock
+        self._limiter = services.limiter
+        self._documents = ClientMetadataDocuments(services, web)
         check_configured_clients(settings)
         store.drop_configured_clients(client.client_id for client in settings.clients)
         for client in settings.clients:
@@ -7228,11 +7233,11 @@ class Clients:
                 token_hash(secret) if secret else None,
                 "client_secret_basic" if secret else "none",
                 {},
-                clock.now(),
+                services.clock.now(),
             )
 
-    def find(self, client_id):
-        """The client of an id as it was last known, or None. Nothing is fetched."""
+    def find(self, client_id: str) -> ClientRow | None:
+        """Returns the client of an id as it was last known, or None. Nothing is fetched."""
         client = self._store.client(client_id)
         usable = (
             client
@@ -7246,8 +7251,8 @@ class Clients:
         """The clients that describe themselves at a URL of their own."""
         return self._documents
 
-    def for_login(self, client_id: str, request: Request) -> Any:
-        """The client of an id, its document fetched if it has one that is due; None when it is unknown or cannot be used."""
+    def for_login(self, client_id: str, request: Request) -> ClientRow | None:
+        """Returns the client of an id, its document fetched if it has one that is due; None when it is unknown or cannot be used."""
         client = self.find(client_id)
         if client and client.kind != "document":
             return client
@@ -7256,13 +7261,13 @@ class Clients:
         owner = network_of(request.address) if has_rate(request) else None
         return self._documents.client(client_id, owner)
 
-    def register(self, request):
+    def register(self, request: Request) -> Response:
         """POST /oauth/register: dynamic registration (RFC 7591 3). Open to all, so nothing in it is believed."""
         rate_limit(self._limiter, self._settings, "register", request)
         document = parse_json_object(self._registration(request), "invalid_client_metadata")
         uris = registrable_uris(document.get("redirect_uris"), self._settings.allowed_redirect_schemes, 10)
         method = document.get("token_endpoint_auth_method") or "client_secret_basic"
-        if method not in AUTH_METHODS:
+        if not isinstance(method, str) or method not in AUTH_METHODS:
             raise OAuthError(
                 "invalid_client_metadata",
                 f"token_endpoint_auth_method must be one of {', '.join(AUTH_METHODS)}.",
@@ -7276,7 +7281,7 @@ class Clients:
         secret = None if method == "none" else new_secret("fjs_")
         now = self._clock.now()
         name = clean_name(document.get("client_name"))
-        metadata = {
+        metadata: dict[str, object] = {
             "redirect_uris": uris,
             "client_name": name,
             "token_endpoint_auth_method": method,
@@ -7285,13 +7290,14 @@ class Clients:
             "response_types": response_types,
         }
         for key in ("application_type", "software_id", "software_version"):
-            if isinstance(document.get(key), str) and 0 < len(document[key]) <= 200:
-                metadata[key] = document[key]
+            value = member(document, key, str, "")
+            if 0 < len(value) <= 200:
+                metadata[key] = value
         self._store.register_client(
             client_id,
             name,
             uris,
-            secret and token_hash(secret),
+            token_hash(secret) if secret else None,
             method,
             {key: metadata[key] for key in metadata.keys() - KEPT_AS_COLUMNS},
             network_of(request.address, 24, 48),
@@ -7317,8 +7323,8 @@ class Clients:
                 "invalid_client_metadata", f"A registration may have at most {limit} bytes."
             ) from None
 
-    def authenticate(self, request: Request, form: dict[str, str]) -> Any:
-        """The client's row that speaks on /token or /revoke (RFC 6749 2.3.1): by Basic, post, an assertion, or its id alone.
+    def authenticate(self, request: Request, form: dict[str, str]) -> ClientRow:
+        """Returns the client that speaks on /token or /revoke (RFC 6749 2.3.1): by Basic, post, an assertion, or its id alone.
 
         Raises OAuthError `invalid_client` for one that is unknown, or whose secret or assertion is wrong.
         """
@@ -7356,7 +7362,8 @@ class Clients:
             self._check_assertion(client, form, assertion)
         return client
 
-    def _check_assertion(self, client, form, assertion):
+    def _check_assertion(self, client: ClientRow, form: dict[str, str], assertion: str) -> None:
+        """Raises OAuthError `invalid_client` unless the assertion in the form is the client's (RFC 7521 4.2)."""
         try:
             if (
                 form.get("client_assertion_type") != "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
@@ -7371,6 +7378,7 @@ class Clients:
 
     @staticmethod
     def _refused(basic: bool, sentence: str, cause: str = "") -> OAuthError:
+        """Returns the refusal of a client that did not prove who it is; to Basic it names the scheme (RFC 6749 5.2)."""
         headers = (("WWW-Authenticate", 'Basic realm="fjmcp-broker"'),) if basic else ()
         return OAuthError("invalid_client", sentence, 401, headers, cause)
 
@@ -7422,6 +7430,7 @@ class AuthorizationError(Exception):
 
     def __init__(self, error: str, description: str, cause: str = "") -> None:
         super().__init__(error)
+        self.description = description
         self.answer = {"error": error, "error_description": description}
         self.cause = cause or error
 
@@ -7443,13 +7452,13 @@ def parse_form(raw: bytes | str, refusal: Exception) -> dict[str, list[str]]:
     return values
 
 
-def known_scopes(asked):
-    """Of the scopes asked for, those that exist."""
+def known_scopes(asked: str) -> list[str]:
+    """Returns those of the scopes asked for that exist."""
     return [scope for scope in SCOPES if scope in asked.split()]
 
 
-def canonical_resource(values, settings):
-    """Whether every `resource` means our MCP endpoint, as real clients spell it; none given means it too (RFC 8707 2)."""
+def is_our_resource(values: Iterable[str], settings: Settings) -> bool:
+    """Returns whether every `resource` means our MCP endpoint, as real clients spell it; none given means it too (RFC 8707 2)."""
     accepted = {settings.resource, settings.resource + "/", settings.public_url, settings.public_url + "/"}
     for value in values:
         scheme, separator, rest = value.partition("://")
@@ -7460,227 +7469,146 @@ def canonical_resource(values, settings):
     return True
 
 
-class Authorization:
-    """The authorization server. Its handlers take a Request and give a Response."""
+AnyGrant = (
+    GrantRow | AccountGrantRow | CodeRow | RefreshTokenRow
+)  # rows that name a grant, its user and client
 
-    def __init__(
-        self, settings, store, keyring, clients, upstream, forgejo, log, clock, limiter, session_ended
-    ):
-        self._settings = settings
-        self._store = store
-        self._keyring = keyring
-        self._clients = clients
-        self._session_ended = session_ended  # called with the name of a session whose row is gone
-        self._upstream = upstream
-        self._forgejo = forgejo
-        self._log = log
-        self._clock = clock
-        self._limiter = limiter
-        # One callback of a state at a time: a second one (a double click, a reload) waits for the first one's answer. The first
-        # lock guards the map and is a leaf; a state's own is held across the network, and taken before a user's.
-        self._finishing_lock = threading.Lock()
-        self._finishing: weakref.WeakValueDictionary[bytes, threading.Lock] = weakref.WeakValueDictionary()
-        secure = settings.public_url.startswith("https:")
-        self._cookie_name = "__Host-fjmcp" if secure else "fjmcp"
-        self._cookie_flags = f"; Path=/; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}"
-        self._forgejo_host = urlsplit(settings.forgejo_url).netloc
 
-    # -- metadata
+def end_grant(services: OAuthServices, row: AnyGrant, reason: str, event: str = "token_revoked") -> None:
+    """Ends a grant with all its tokens, with an audit record unless it had ended before."""
+    if services.store.end_grant(row.grant_id, reason, services.clock.now()):
+        services.log.audit(event, user=row.sub, client=row.client_id, grant=row.grant_id, reason=reason)
 
-    def metadata(self, request):
-        """RFC 8414: what this authorization server offers."""
-        url = self._settings.public_url
-        methods = {"methods_supported": list(AUTH_METHODS)}
-        if self._settings.client_documents:
-            methods = {
-                "methods_supported": [*AUTH_METHODS, "private_key_jwt"],
-                "signing_alg_values_supported": ["RS256"],
-            }
-        return json_response(
-            200,
-            {
-                "issuer": url,
-                "authorization_endpoint": url + "/oauth/authorize",
-                "token_endpoint": url + "/oauth/token",
-                "registration_endpoint": url + "/oauth/register",
-                "revocation_endpoint": url + "/oauth/revoke",
-                "scopes_supported": [*SCOPES, "offline_access"],
-                "response_types_supported": ["code"],
-                "response_modes_supported": ["query"],
-                "grant_types_supported": ["authorization_code", "refresh_token"],
-                "code_challenge_methods_supported": ["S256"],
-                **{
-                    f"{endpoint}_endpoint_auth_{name}": values
-                    for endpoint in ("token", "revocation")
-                    for name, values in methods.items()
-                },
-                "authorization_response_iss_parameter_supported": True,
-                "client_id_metadata_document_supported": self._clients.documents.advertised,
-            },
-            (("Cache-Control", "public, max-age=300"),),
-        )
 
-    def resource_metadata(self, request):
-        """RFC 9728: which authorization server guards the MCP endpoint."""
-        return json_response(
-            200,
-            {
-                "resource": self._settings.resource,
-                "authorization_servers": [self._settings.public_url],
-                "scopes_supported": list(SCOPES),
-                "bearer_methods_supported": ["header"],
-                "resource_name": "Forgejo",
-            },
-            (("Cache-Control", "public, max-age=300"),),
-        )
-
-    # -- authorize and consent
-
-    def authorize(self, request):
-        """GET /oauth/authorize: validate, then show our own consent page. Nothing is stored and nothing goes to Forgejo yet."""
-        rate_limit(self._limiter, self._settings, "authorize", request)
-        form = parse_form(request.query, ErrorPage("malformed"))
-        client, redirect_uri = self._authorized_target(form, request)
-        try:
-            login = self._authorization_request(form, client, redirect_uri)
-        except AuthorizationError as error:
-            login = {"redirect_uri": redirect_uri, "state": form.get("state", [None])[0]}
-            return replace(self._to_client(login, **error.answer), cause=error.cause)
-        self._log.connect_step("authorize", client.client_id, client.name)
-        cookie, headers = self._marked_browser(request)
-        # The way to Forgejo is in the form, so that the same decision sent twice is answered twice alike.
-        login |= {"expires": self._clock.now() + self._settings.login_lifetime, **self._way_to_forgejo()}
-        box = b64url(self._keyring.seal("login", token_hash(cookie).hex(), login))
-        question = ConsentQuestion(
-            client_name=client.name,
-            client_id=client.client_id,
-            client_host=urlsplit(client.client_id).hostname if client.kind == "document" else None,
-            unconfirmed_since=client.confirmed_at if client.fetched_at != client.confirmed_at else None,
-            redirect_uri=redirect_uri,
-            may_write=WRITE in login["scope"],
-            forgejo_scopes=self._settings.forgejo_oauth_scopes,
-            forgejo_url=self._settings.forgejo_url,
-            account_url=self._settings.public_url + "/account",
-            lifetime=self._settings.refresh_token_lifetime,
-            login_box=box,
-            csrf=self._csrf(cookie, "consent:" + box),
-        )
-        return consent_page(question, headers)
-
-    def _authorized_target(self, form: dict[str, list[str]], request: Request) -> tuple[Any, str]:
-        """The client and its validated redirect URI; before these are known, errors are shown and never redirected."""
-        if len(form.get("client_id", ())) > 1 or len(form.get("redirect_uri", ())) > 1:
-            raise ErrorPage("repeated")
-        client_id = form.get("client_id", [""])[0]
-        request.context.client = client_id
-        client = self._clients.for_login(client_id, request)
-        if client is None:
-            raise ErrorPage("unreadable_client" if client_id.startswith("https://") else "unknown_client")
-        request.context.client_name = client.name
-        redirect_uri = form.get("redirect_uri", [""])[0]
-        if not any(redirect_matches(registered, redirect_uri) for registered in client.redirect_uris):
-            raise ErrorPage("redirect_uri")
-        return client, redirect_uri
-
-    def _authorization_request(self, form, client, redirect_uri):
-        """Everything else about an authorization request, checked in one place; AuthorizationError says what is wrong."""
-        one = {name: values[0] for name, values in form.items()}
-        pkce = one.get("code_challenge_method") == "S256" and re.fullmatch(
-            r"[A-Za-z0-9_-]{43}", one.get("code_challenge", "")
-        )
-        for wrong, error, description in (
-            (
-                any(len(values) > 1 for name, values in form.items() if name != "resource"),
-                "invalid_request",
-                "A parameter is given more than once",
-            ),
-            ("request" in one, "request_not_supported", "Request objects are not supported"),
-            ("request_uri" in one, "request_uri_not_supported", "Request objects are not supported"),
-            (not one.get("response_type"), "invalid_request", "response_type is missing"),
-            (one.get("response_type") != "code", "unsupported_response_type", "response_type must be code"),
-            (one.get("response_mode", "query") != "query", "invalid_request", "response_mode must be query"),
-            (not pkce, "invalid_request", NO_PKCE),
-            (
-                not canonical_resource(form.get("resource", ()), self._settings),
-                "invalid_target",
-                f"resource must be {self._settings.resource}",
-            ),
-            (
-                len(one.get("state", "")) > 2048 or len(one.get("scope", "")) > 4096,
-                "invalid_request",
-                "state or scope is too long",
-            ),
-            ("none" in one.get("prompt", "").split(), "interaction_required", "A person has to consent"),
-        ):
-            if wrong:
-                raise AuthorizationError(error, description, "no_pkce" if description == NO_PKCE else "")
-        return {
-            "client": client.client_id,
-            "redirect_uri": redirect_uri,
-            "state": one.get("state"),
-            "challenge": one["code_challenge"],
-            "scope": known_scopes(one.get("scope", "")) or list(SCOPES),
+def server_metadata(settings: Settings, advertised: bool) -> Response:
+    """Returns what this authorization server offers (RFC 8414)."""
+    url = settings.public_url
+    methods: dict[str, list[str]] = {"methods_supported": list(AUTH_METHODS)}
+    if settings.client_documents:
+        methods = {
+            "methods_supported": [*AUTH_METHODS, "private_key_jwt"],
+            "signing_alg_values_supported": ["RS256"],
         }
+    return json_response(
+        200,
+        {
+            "issuer": url,
+            "authorization_endpoint": url + "/oauth/authorize",
+            "token_endpoint": url + "/oauth/token",
+            "registration_endpoint": url + "/oauth/register",
+            "revocation_endpoint": url + "/oauth/revoke",
+            "scopes_supported": [*SCOPES, "offline_access"],
+            "response_types_supported": ["code"],
+            "response_modes_supported": ["query"],
+            "grant_types_supported": ["authorization_code", "refresh_token"],
+            "code_challenge_methods_supported": ["S256"],
+            **{
+                f"{endpoint}_endpoint_auth_{name}": values
+                for endpoint in ("token", "revocation")
+                for name, values in methods.items()
+            },
+            "authorization_response_iss_parameter_supported": True,
+            "client_id_metadata_document_supported": advertised,
+        },
+        (("Cache-Control", "public, max-age=300"),),
+    )
 
-    def consent(self, request: Request) -> Response:
-        """POST /oauth/consent: the person's decision, believed only from the browser that was shown the page (C02 to C05)."""
-        form, cookie = self._posted(request, self._cookie_name, "consent:")
-        box = form.get("login", "")
-        try:
-            login = self._way_to_forgejo() | self._keyring.unseal(
-                "login", token_hash(cookie).hex(), unb64url(box)
-            )
-        except ValueError:
-            raise ErrorPage("wrong_browser") from None
-        request.context.client = login["client"]
-        decision = form.get("decision")
-        access = form.get("access")
-        if decision not in ("approve", "deny") or (decision == "approve" and access not in ("full", "read")):
-            raise ErrorPage("undecided")
-        # Reading is less than writing, so read only is a narrower grant even where only forgejo:write was asked.
-        granted = login["scope"] if access == "full" and WRITE in login["scope"] else [READ]
-        denied = decision == "deny"
-        decided = "deny" if denied else " ".join(granted)
-        if self._decided(cookie, box, {**login, "granted": granted}, decided):
-            self._log.audit(
-                "consent_refused" if denied else "consent_given",
-                client=login["client"],
-                scope=" ".join(granted),
-            )
-            if not denied:
-                self._count_step("consent", login["client"])
-        if denied:
-            response = self._to_client(login, error="access_denied", error_description="The person refused")
-            return replace(response, cause="access_denied")
-        return self._to_forgejo(login, cookie)
 
-    def _decided(self, cookie: str, box: str, login: dict[str, Any], decided: str) -> bool:
-        """Keeps the decision on a form; whether it is the first, False for the same one sent again while its login lives.
+def resource_metadata(settings: Settings) -> Response:
+    """Returns which authorization server guards the MCP endpoint (RFC 9728)."""
+    return json_response(
+        200,
+        {
+            "resource": settings.resource,
+            "authorization_servers": [settings.public_url],
+            "scopes_supported": list(SCOPES),
+            "bearer_methods_supported": ["header"],
+            "resource_name": "Forgejo",
+        },
+        (("Cache-Control", "public, max-age=300"),),
+    )
 
-        Raises ErrorPage for another decision than the first (C05), or a form that is too old.
+
+class BrowserForms:
+    """The cookies of the pages, and the forms that are believed only from the browser that was shown them."""
+
+    def __init__(self, settings: Settings, limiter: Limiter) -> None:
+        self._settings = settings
+        self._limiter = limiter
+        secure = settings.public_url.startswith("https:")
+        self.name = "__Host-fjmcp" if secure else "fjmcp"
+        self.account_name = self.name + "-account"
+        self._flags = f"; Path=/; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}"
+
+    def posted(self, request: Request, cookie_name: str, purpose: str) -> tuple[dict[str, str], str]:
+        """Returns (form, cookie) of a form that this browser was shown; ErrorPage otherwise (C03 to C05).
+
+        Its CSRF value fits the cookie, and no other site sent it.
         """
-        now = self._clock.now()
-        form_hash = token_hash(box)
-        earlier = self._store.answered_form(form_hash, now)
-        if earlier is None:
-            if login["expires"] <= now:
-                raise ErrorPage("expired")
-            if self._keep_login("client", login, cookie, form_hash, decided):
-                return True
-            earlier = self._store.answered_form(form_hash, now)  # the other click was faster
-        if earlier is None or (earlier.state_hash, earlier.decision) != (token_hash(login["way"]), decided):
-            raise ErrorPage("answered")
-        return False
+        rate_limit(self._limiter, self._settings, "authorize", request)
+        site = request.header("sec-fetch-site")
+        if site not in (None, "same-origin") or (
+            site is None and request.header("origin") not in (None, self._settings.public_url)
+        ):
+            raise ErrorPage("foreign_form")
+        values = parse_form(request.read_body(self._settings.max_form), ErrorPage("malformed"))
+        form = {name: items[0] for name, items in values.items() if len(items) == 1}
+        cookie = self.cookie(request, cookie_name)
+        if not cookie or not hmac.compare_digest(
+            self.csrf(cookie, purpose + form.get("login", "")).encode(), form.get("csrf", "").encode()
+        ):
+            raise ErrorPage("wrong_browser")
+        return form, cookie
 
     @staticmethod
-    def _way_to_forgejo() -> dict[str, str]:
-        """A new state and PKCE verifier for a login at Forgejo."""
+    def csrf(cookie: str, purpose: str) -> str:
+        """Returns the value that a form for this purpose carries in this browser."""
+        return b64url(hmac.digest(cookie.encode(), purpose.encode(), "sha256"))
+
+    def cookie(self, request: Request, wanted: str) -> str | None:
+        """Returns the value of a cookie, None when it is absent or not one we made; two of the name are an attack (C16)."""
+        values = [
+            value
+            for line in request.headers.get("cookie", ())
+            for name, _, value in (pair.strip().partition("=") for pair in line.split(";"))
+            if name == wanted
+        ]
+        if len(values) > 1:
+            raise ErrorPage("two_cookies")
+        return values[0] if values and re.fullmatch(r"[A-Za-z0-9_-]{43}", values[0]) else None
+
+    def mark(self, request: Request) -> tuple[str, Headers]:
+        """Returns (the browser's cookie, made now if it has none, the headers that set it); several tabs share one (C07)."""
+        cookie = self.cookie(request, self.name) or new_secret()
+        return cookie, (self.set_cookie(self.name, cookie, self._settings.login_lifetime),)
+
+    def set_cookie(self, name: str, value: str, seconds: float) -> tuple[str, str]:
+        """Returns the header that sets a cookie for so long."""
+        return "Set-Cookie", f"{name}={value}; Max-Age={int(seconds)}{self._flags}"
+
+
+class ForgejoLogins:
+    """Logins at Forgejo: kept for the browser that began them, sent there, and finished with the code that comes back."""
+
+    def __init__(
+        self, services: OAuthServices, upstream: ForgejoCredentials, forgejo: Forgejo, forms: BrowserForms
+    ) -> None:
+        self._settings = services.settings
+        self._store = services.store
+        self._keyring = services.keyring
+        self._log = services.log
+        self._clock = services.clock
+        self._upstream = upstream
+        self._forgejo = forgejo
+        self._forms = forms
+
+    @staticmethod
+    def way() -> dict[str, str]:
+        """Returns a new state and PKCE verifier for a login at Forgejo."""
         return {"way": new_secret(), "verifier": new_secret()}
 
-    def _keep_login(
-        self, kind: str, login: dict[str, Any], cookie: str, form_hash: bytes, decided: str
-    ) -> bool:
-        """Keeps a login that only this browser can finish; False when its form was answered before."""
+    def keep(self, kind: str, login: dict[str, Any], cookie: str, form_hash: bytes, decided: str) -> bool:
+        """Keeps a login that only this browser can finish. Returns False when its form was answered before."""
         now = self._clock.now()
         state_hash = token_hash(login["way"])
         denied = decided == "deny"
@@ -7696,102 +7624,15 @@ class Authorization:
             decided,
         )
 
-    def _to_forgejo(self, login: dict[str, Any], cookie: str) -> Response:
-        """The redirect to Forgejo's login; the browser's mark lives as long as the login that was just kept."""
+    def redirect(self, login: dict[str, Any], cookie: str) -> Response:
+        """Returns the redirect to Forgejo's login; the browser's mark lives as long as the login that was just kept."""
         challenge = b64url(hashlib.sha256(login["verifier"].encode()).digest())
         response = redirect(self._forgejo.authorize_url(login["way"], challenge))
-        mark = self._set_cookie(self._cookie_name, cookie, self._settings.login_lifetime)
+        mark = self._forms.set_cookie(self._forms.name, cookie, self._settings.login_lifetime)
         return replace(response, headers=(*response.headers, mark))
 
-    # -- callback
-
-    def callback(self, request: Request) -> Response:
-        """GET /oauth/callback: Forgejo's answer, taken once and only in the browser that consented."""
-        rate_limit(self._limiter, self._settings, "authorize", request)
-        form = parse_form(request.query, ErrorPage("malformed_answer"))
-        if (
-            any(len(values) > 1 for values in form.values())
-            or not form.get("state")
-            or ("code" in form) == ("error" in form)
-            or form.get("iss", [self._settings.forgejo_url])[0].rstrip("/") != self._settings.forgejo_url
-        ):  # RFC 9207 2.4
-            raise ErrorPage("malformed_answer")
-        state = form["state"][0]
-        state_hash = token_hash(state)
-        row = self._store.login(state_hash, self._clock.now())
-        if row is None:
-            raise ErrorPage("expired")
-        cookie = self._cookie(request, self._cookie_name)
-        if not cookie or not hmac.compare_digest(token_hash(cookie), row.browser_hash):
-            raise ErrorPage("wrong_browser")
-        with self._turn(state_hash):
-            taken = self._store.take_login(state_hash, self._clock.now())
-            if taken is None:
-                return self._answered_before(state_hash)
-            try:
-                login = self._keyring.unseal("login", state_hash.hex(), taken.sealed)
-            except ValueError:
-                raise ErrorPage("expired") from None
-            request.context.client = login.get("client")
-            return self._finished(taken.kind, login, form, state_hash)
-
-    @contextlib.contextmanager
-    def _turn(self, state_hash: bytes) -> Iterator[None]:
-        """One callback of a state at a time; a later one waits for the answer of the first."""
-        with self._finishing_lock:
-            lock = self._finishing.setdefault(state_hash, threading.Lock())
-        if not lock.acquire(timeout=FINISH_WAIT):
-            raise temporarily("Forgejo takes long to answer; try again in a moment.", 5)
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def _answered_before(self, state_hash: bytes) -> Response:
-        """The answer to a callback that comes again: the first one's while it is of use, then a page."""
-        now = self._clock.now()
-        row = self._store.login(state_hash, now)
-        try:
-            answer = self._keyring.unseal("answer", state_hash.hex(), row.answer)
-        except (ValueError, TypeError, AttributeError):  # none: refused by the person, or lost in a crash
-            raise ErrorPage("expired") from None
-        code = self._store.code(token_hash(answer["code"])) if answer["code"] else None
-        if code and code.used_at is not None:
-            return connected_page()
-        if answer["code"] and (code is None or code.expires_at <= now or code.ended_at is not None):
-            raise ErrorPage("expired")
-        response = redirect(answer["location"])
-        return replace(response, headers=(*response.headers, *map(tuple, answer["headers"])))
-
-    def _answer_box(self, state_hash: bytes, response: Response, code: str = "") -> bytes:
-        """The answer of a callback, sealed, as `_answered_before` reads it."""
-        headers = dict(response.headers)
-        location = headers.pop("Location")
-        kept = [(name, value) for name, value in headers.items() if name == "Set-Cookie"]
-        return self._keyring.seal(
-            "answer", state_hash.hex(), {"location": location, "headers": kept, "code": code}
-        )
-
-    def _finished(
-        self, kind: str, login: dict[str, Any], form: dict[str, list[str]], state_hash: bytes
-    ) -> Response:
-        """The answer to the callback of a login that was just taken; kept for the same callback sent again."""
-        now = self._clock.now()
-        try:
-            info = self._logged_in(form, login["verifier"])
-            if kind != "account":
-                return self._client_answered(login, info, now, state_hash)
-            response = self._account_opened(info, now)
-        except AuthorizationError as error:
-            if kind == "account":
-                raise ErrorPage("not_logged_in", error.answer["error_description"] + ".") from None
-            response = replace(self._to_client(login, **error.answer), cause=error.cause)
-        with contextlib.suppress(StoreUnavailable):  # this answer is good; only a repetition would find none
-            self._store.answer_login(state_hash, self._answer_box(state_hash, response))
-        return response
-
-    def _logged_in(self, form, verifier):
-        """Who logged in at Forgejo; AuthorizationError with the error of RFC 6749 4.1.2.1 otherwise, in our words: Forgejo's are not shown."""
+    def finish(self, form: dict[str, list[str]], verifier: str) -> UserInfo:
+        """Returns who logged in at Forgejo; AuthorizationError otherwise, in our words: Forgejo's are not shown."""
         if "error" in form:
             denied = form["error"][0] == "access_denied"
             raise AuthorizationError(
@@ -7818,6 +7659,365 @@ class Authorization:
             self._log.audit("access_refused", user=error.sub, login=error.login, reason=error.reason)
             signed_in = f" (you are signed in at Forgejo as {error.login})" if error.login else ""
             raise AuthorizationError("access_denied", error.reason + signed_in, "account_refused") from None
+
+
+class AccountPages:
+    """The account page: what a user has connected, seen and ended by that user alone."""
+
+    def __init__(
+        self,
+        services: OAuthServices,
+        forms: BrowserForms,
+        logins: ForgejoLogins,
+        session_ended: Callable[[bytes], object],
+    ) -> None:
+        self._services = services
+        self._settings = services.settings
+        self._store = services.store
+        self._log = services.log
+        self._clock = services.clock
+        self._limiter = services.limiter
+        self._forms = forms
+        self._logins = logins
+        self._session_ended = session_ended  # called with the hash of a session whose row is gone
+        self._forgejo_host = urlsplit(services.settings.forgejo_url).netloc
+
+    def show(self, request: Request) -> Response:
+        """GET /account: what a user has connected; first a login, which is bound to this browser as every other is."""
+        rate_limit(self._limiter, self._settings, "authorize", request)
+        cookie = self._forms.cookie(request, self._forms.account_name)
+        user = self._store.account(token_hash(cookie), self._clock.now()) if cookie else None
+        if cookie is None or user is None:
+            browser, headers = self._forms.mark(request)
+            return account_login_page(self._forgejo_host, self._forms.csrf(browser, "account login"), headers)
+        row = self._store.user(user.sub)
+        granted = row.upstream_scope if row else None
+        missing = missing_scopes(self._settings.forgejo_oauth_scopes, granted) if granted is not None else []
+        return account_page(
+            user.login,
+            self._forgejo_host,
+            self._settings.resource,
+            self._applications(user.sub),
+            self._forms.csrf(cookie, "account"),
+            missing_rights(missing, self._settings.forgejo_url),
+        )
+
+    def _applications(self, sub: str) -> list[Application]:
+        """Returns what a user has connected, the last used first; several logins of one application are one to people."""
+        grants: dict[str, list[AccountGrantRow]] = {}
+        for grant in self._store.grants_of(sub, self._clock.now()):
+            grants.setdefault(grant.client_id, []).append(grant)
+        sessions: dict[str, list[OpenSession]] = {}
+        for row in self._store.sessions_of(sub)[:MAX_SHOWN_SESSIONS]:
+            session = OpenSession(row.hash.hex(), row.created_at, row.used_at)
+            sessions.setdefault(row.client_id, []).append(session)
+        return [
+            Application(
+                client_id=client_id,
+                name=logins[0].name or client_id,
+                may_write=any(WRITE in grant.scope.split() for grant in logins),
+                destinations=self._destinations(client_id),
+                used=max(grant.used_at for grant in logins),
+                sessions=sessions.get(client_id, []),
+            )
+            for client_id, logins in grants.items()
+        ]
+
+    def _destinations(self, client_id: str) -> str:
+        """Returns where an application's answers go, for people."""
+        client = self._store.client(client_id)
+        places = dict.fromkeys(map(destination, client.redirect_uris if client else ()))
+        return ", ".join(places) or "an address that is no longer registered"
+
+    def login(self, request: Request) -> Response:
+        """POST /account/login: to Forgejo, and back to the account page."""
+        _, cookie = self._forms.posted(request, self._forms.name, "account login")
+        login = self._logins.way()
+        self._logins.keep("account", login, cookie, token_hash(new_secret()), "")
+        return self._logins.redirect(login, cookie)
+
+    def open(self, info: UserInfo, now: float) -> Response:
+        """Returns the redirect of a browser to its account page, which it may see from now on."""
+        cookie = new_secret()  # a new one at each login: one that somebody planted before is worth nothing
+        self._store.open_account(token_hash(cookie), info.sub, now + ACCOUNT_LIFETIME)
+        self._log.audit("account_opened", user=info.sub, login=info.login)
+        response = redirect(self._settings.public_url + "/account")
+        return replace(
+            response,
+            headers=(
+                *response.headers,
+                self._forms.set_cookie(self._forms.account_name, cookie, ACCOUNT_LIFETIME),
+            ),
+        )
+
+    def end(self, request: Request) -> Response:
+        """POST /account/end: ends all grants, one application's, one session, or this login; nothing but the user's own."""
+        form, cookie = self._forms.posted(request, self._forms.account_name, "account")
+        now = self._clock.now()
+        user = self._store.account(token_hash(cookie), now)
+        if user is None:
+            raise ErrorPage("expired")
+        for grant in self._store.grants_of(user.sub, now):
+            if form.get("all") or grant.client_id == form.get("client"):
+                end_grant(self._services, grant, "ended by the user")
+        for session in self._store.sessions_of(user.sub):
+            if session.hash.hex() == form.get("session") and self._store.end_session(session.hash):
+                self._session_ended(session.hash)
+        if form.get("leave"):
+            self._store.close_account(token_hash(cookie))
+        return redirect(self._settings.public_url + "/account")
+
+
+class AuthorizationEndpoint:
+    """The authorization endpoint (RFC 6749 3.1): consent on our own page, the login at Forgejo, and the answer to the client."""
+
+    def __init__(
+        self,
+        services: OAuthServices,
+        clients: Clients,
+        forms: BrowserForms,
+        logins: ForgejoLogins,
+        accounts: AccountPages,
+    ) -> None:
+        self._settings = services.settings
+        self._store = services.store
+        self._keyring = services.keyring
+        self._log = services.log
+        self._clock = services.clock
+        self._limiter = services.limiter
+        self._clients = clients
+        self._forms = forms
+        self._logins = logins
+        self._accounts = accounts
+        # One callback of a state at a time: a second one (a double click, a reload) waits for the first one's answer. The first
+        # lock guards the map and is a leaf; a state's own is held across the network, and taken before a user's.
+        self._finishing_lock = threading.Lock()
+        self._finishing: weakref.WeakValueDictionary[bytes, threading.Lock] = weakref.WeakValueDictionary()
+
+    def authorize(self, request: Request) -> Response:
+        """GET /oauth/authorize: validate, then show our own consent page. Nothing is stored and nothing goes to Forgejo yet."""
+        rate_limit(self._limiter, self._settings, "authorize", request)
+        form = parse_form(request.query, ErrorPage("malformed"))
+        client, redirect_uri = self._authorized_target(form, request)
+        try:
+            login = self._authorization_request(form, client, redirect_uri)
+        except AuthorizationError as error:
+            login = {"redirect_uri": redirect_uri, "state": form.get("state", [None])[0]}
+            return replace(self._to_client(login, **error.answer), cause=error.cause)
+        self._log.connect_step("authorize", client.client_id, client.name)
+        cookie, headers = self._forms.mark(request)
+        # The way to Forgejo is in the form, so that the same decision sent twice is answered twice alike.
+        login |= {"expires": self._clock.now() + self._settings.login_lifetime, **self._logins.way()}
+        box = b64url(self._keyring.seal("login", token_hash(cookie).hex(), login))
+        question = ConsentQuestion(
+            client_name=client.name,
+            client_id=client.client_id,
+            client_host=urlsplit(client.client_id).hostname if client.kind == "document" else None,
+            unconfirmed_since=client.confirmed_at if client.fetched_at != client.confirmed_at else None,
+            redirect_uri=redirect_uri,
+            may_write=WRITE in login["scope"],
+            forgejo_scopes=self._settings.forgejo_oauth_scopes,
+            forgejo_url=self._settings.forgejo_url,
+            account_url=self._settings.public_url + "/account",
+            lifetime=self._settings.refresh_token_lifetime,
+            login_box=box,
+            csrf=self._forms.csrf(cookie, "consent:" + box),
+        )
+        return consent_page(question, headers)
+
+    def _authorized_target(self, form: dict[str, list[str]], request: Request) -> tuple[ClientRow, str]:
+        """The client and its validated redirect URI; before these are known, errors are shown and never redirected."""
+        if len(form.get("client_id", ())) > 1 or len(form.get("redirect_uri", ())) > 1:
+            raise ErrorPage("repeated")
+        client_id = form.get("client_id", [""])[0]
+        request.context.client = client_id
+        client = self._clients.for_login(client_id, request)
+        if client is None:
+            raise ErrorPage("unreadable_client" if client_id.startswith("https://") else "unknown_client")
+        request.context.client_name = client.name
+        redirect_uri = form.get("redirect_uri", [""])[0]
+        if not any(redirect_matches(registered, redirect_uri) for registered in client.redirect_uris):
+            raise ErrorPage("redirect_uri")
+        return client, redirect_uri
+
+    def _authorization_request(
+        self, form: dict[str, list[str]], client: ClientRow, redirect_uri: str
+    ) -> dict[str, Any]:
+        """Everything else about an authorization request, checked in one place; AuthorizationError says what is wrong."""
+        one = {name: values[0] for name, values in form.items()}
+        pkce = one.get("code_challenge_method") == "S256" and re.fullmatch(
+            r"[A-Za-z0-9_-]{43}", one.get("code_challenge", "")
+        )
+        for wrong, error, description in (
+            (
+                any(len(values) > 1 for name, values in form.items() if name != "resource"),
+                "invalid_request",
+                "A parameter is given more than once",
+            ),
+            ("request" in one, "request_not_supported", "Request objects are not supported"),
+            ("request_uri" in one, "request_uri_not_supported", "Request objects are not supported"),
+            (not one.get("response_type"), "invalid_request", "response_type is missing"),
+            (one.get("response_type") != "code", "unsupported_response_type", "response_type must be code"),
+            (one.get("response_mode", "query") != "query", "invalid_request", "response_mode must be query"),
+            (not pkce, "invalid_request", NO_PKCE),
+            (
+                not is_our_resource(form.get("resource", ()), self._settings),
+                "invalid_target",
+                f"resource must be {self._settings.resource}",
+            ),
+            (
+                len(one.get("state", "")) > 2048 or len(one.get("scope", "")) > 4096,
+                "invalid_request",
+                "state or scope is too long",
+            ),
+            ("none" in one.get("prompt", "").split(), "interaction_required", "A person has to consent"),
+        ):
+            if wrong:
+                raise AuthorizationError(error, description, "no_pkce" if description == NO_PKCE else "")
+        return {
+            "client": client.client_id,
+            "redirect_uri": redirect_uri,
+            "state": one.get("state"),
+            "challenge": one["code_challenge"],
+            "scope": known_scopes(one.get("scope", "")) or list(SCOPES),
+        }
+
+    def consent(self, request: Request) -> Response:
+        """POST /oauth/consent: the person's decision, believed only from the browser that was shown the page (C02 to C05)."""
+        form, cookie = self._forms.posted(request, self._forms.name, "consent:")
+        box = form.get("login", "")
+        try:
+            login = self._logins.way() | self._keyring.unseal(
+                "login", token_hash(cookie).hex(), unb64url(box)
+            )
+        except ValueError:
+            raise ErrorPage("wrong_browser") from None
+        request.context.client = login["client"]
+        decision = form.get("decision")
+        access = form.get("access")
+        if decision not in ("approve", "deny") or (decision == "approve" and access not in ("full", "read")):
+            raise ErrorPage("undecided")
+        # Reading is less than writing, so read only is a narrower grant even where only forgejo:write was asked.
+        granted = login["scope"] if access == "full" and WRITE in login["scope"] else [READ]
+        denied = decision == "deny"
+        decided = "deny" if denied else " ".join(granted)
+        if self._decided(cookie, box, {**login, "granted": granted}, decided):
+            self._log.audit(
+                "consent_refused" if denied else "consent_given",
+                client=login["client"],
+                scope=" ".join(granted),
+            )
+            if not denied:
+                self._count_step("consent", login["client"])
+        if denied:
+            response = self._to_client(login, error="access_denied", error_description="The person refused")
+            return replace(response, cause="access_denied")
+        return self._logins.redirect(login, cookie)
+
+    def _decided(self, cookie: str, box: str, login: dict[str, Any], decided: str) -> bool:
+        """Keeps the decision on a form; whether it is the first, False for the same one sent again while its login lives.
+
+        Raises ErrorPage for another decision than the first (C05), or a form that is too old.
+        """
+        now = self._clock.now()
+        form_hash = token_hash(box)
+        earlier = self._store.answered_form(form_hash, now)
+        if earlier is None:
+            if login["expires"] <= now:
+                raise ErrorPage("expired")
+            if self._logins.keep("client", login, cookie, form_hash, decided):
+                return True
+            earlier = self._store.answered_form(form_hash, now)  # the other click was faster
+        if earlier is None or (earlier.state_hash, earlier.decision) != (token_hash(login["way"]), decided):
+            raise ErrorPage("answered")
+        return False
+
+    def callback(self, request: Request) -> Response:
+        """GET /oauth/callback: Forgejo's answer, taken once and only in the browser that consented."""
+        rate_limit(self._limiter, self._settings, "authorize", request)
+        form = parse_form(request.query, ErrorPage("malformed_answer"))
+        if (
+            any(len(values) > 1 for values in form.values())
+            or not form.get("state")
+            or ("code" in form) == ("error" in form)
+            or form.get("iss", [self._settings.forgejo_url])[0].rstrip("/") != self._settings.forgejo_url
+        ):  # RFC 9207 2.4
+            raise ErrorPage("malformed_answer")
+        state = form["state"][0]
+        state_hash = token_hash(state)
+        row = self._store.login(state_hash, self._clock.now())
+        if row is None:
+            raise ErrorPage("expired")
+        cookie = self._forms.cookie(request, self._forms.name)
+        if not cookie or not hmac.compare_digest(token_hash(cookie), row.browser_hash):
+            raise ErrorPage("wrong_browser")
+        with self._turn(state_hash):
+            taken = self._store.take_login(state_hash, self._clock.now())
+            if taken is None:
+                return self._answered_before(state_hash)
+            try:
+                login = self._keyring.unseal("login", state_hash.hex(), taken.sealed or b"")
+            except ValueError:
+                raise ErrorPage("expired") from None
+            request.context.client = login.get("client")
+            return self._finished(taken.kind, login, form, state_hash)
+
+    @contextlib.contextmanager
+    def _turn(self, state_hash: bytes) -> Iterator[None]:
+        """One callback of a state at a time; a later one waits for the answer of the first."""
+        with self._finishing_lock:
+            lock = self._finishing.setdefault(state_hash, threading.Lock())
+        if not lock.acquire(timeout=FINISH_WAIT):
+            raise temporarily("Forgejo takes long to answer; try again in a moment.", 5)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _answered_before(self, state_hash: bytes) -> Response:
+        """The answer to a callback that comes again: the first one's while it is of use, then a page."""
+        now = self._clock.now()
+        row = self._store.login(state_hash, now)
+        if row is None or row.answer is None:  # refused by the person, or lost in a crash
+            raise ErrorPage("expired")
+        try:
+            answer = self._keyring.unseal("answer", state_hash.hex(), row.answer)
+        except ValueError:
+            raise ErrorPage("expired") from None
+        code = self._store.code(token_hash(answer["code"])) if answer["code"] else None
+        if code and code.used_at is not None:
+            return connected_page()
+        if answer["code"] and (code is None or code.expires_at <= now or code.ended_at is not None):
+            raise ErrorPage("expired")
+        response = redirect(answer["location"])
+        return replace(response, headers=(*response.headers, *map(tuple, answer["headers"])))
+
+    def _answer_box(self, state_hash: bytes, response: Response, code: str = "") -> bytes:
+        """The answer of a callback, sealed, as `_answered_before` reads it."""
+        headers = dict(response.headers)
+        location = headers.pop("Location")
+        kept = [(name, value) for name, value in headers.items() if name == "Set-Cookie"]
+        return self._keyring.seal(
+            "answer", state_hash.hex(), {"location": location, "headers": kept, "code": code}
+        )
+
+    def _finished(
+        self, kind: str, login: dict[str, Any], form: dict[str, list[str]], state_hash: bytes
+    ) -> Response:
+        """The answer to the callback of a login that was just taken; kept for the same callback sent again."""
+        now = self._clock.now()
+        try:
+            info = self._logins.finish(form, login["verifier"])
+            if kind != "account":
+                return self._client_answered(login, info, now, state_hash)
+            response = self._accounts.open(info, now)
+        except AuthorizationError as error:
+            if kind == "account":
+                raise ErrorPage("not_logged_in", error.description + ".") from None
+            response = replace(self._to_client(login, **error.answer), cause=error.cause)
+        with contextlib.suppress(StoreUnavailable):  # this answer is good; only a repetition would find none
+            self._store.answer_login(state_hash, self._answer_box(state_hash, response))
+        return response
 
     def _client_answered(
         self, login: dict[str, Any], info: UserInfo, now: float, state_hash: bytes
@@ -7851,94 +8051,33 @@ class Authorization:
         self._count_step("login", login["client"])
         return response
 
-    # -- account
+    def _count_step(self, step: str, client_id: str) -> None:
+        """Counts a step of connecting for a client that is known by its id only."""
+        client = self._clients.find(client_id)
+        self._log.connect_step(step, client_id, client.name if client else "")
 
-    def account(self, request):
-        """GET /account: what a user has connected; first a login, which is bound to this browser as every other is."""
-        rate_limit(self._limiter, self._settings, "authorize", request)
-        cookie = self._cookie(request, self._cookie_name + "-account")
-        user = self._store.account(token_hash(cookie), self._clock.now()) if cookie else None
-        if user is None:
-            browser, headers = self._marked_browser(request)
-            return account_login_page(self._forgejo_host, self._csrf(browser, "account login"), headers)
-        granted = self._store.user(user.sub).upstream_scope
-        missing = missing_scopes(self._settings.forgejo_oauth_scopes, granted) if granted is not None else []
-        return account_page(
-            user.login,
-            self._forgejo_host,
-            self._settings.resource,
-            self._applications(user.sub),
-            self._csrf(cookie, "account"),
-            missing_rights(missing, self._settings.forgejo_url),
-        )
+    def _to_client(self, login: dict[str, Any], **answer: str) -> Response:
+        """The authorization response: to the validated URI, with `iss` always (RFC 9207 2) and `state` byte for byte."""
+        if login["state"] is not None:
+            answer["state"] = login["state"]
+        return redirect(with_query(login["redirect_uri"], {**answer, "iss": self._settings.public_url}))
 
-    def _applications(self, sub: int) -> list[Application]:
-        """Returns what a user has connected, the last used first; several logins of one application are one to people."""
-        grants: dict[str, list[Any]] = {}
-        for grant in self._store.grants_of(sub, self._clock.now()):
-            grants.setdefault(grant.client_id, []).append(grant)
-        sessions: dict[str, list[OpenSession]] = {}
-        for row in self._store.sessions_of(sub)[:MAX_SHOWN_SESSIONS]:
-            session = OpenSession(row.hash.hex(), row.created_at, row.used_at)
-            sessions.setdefault(row.client_id, []).append(session)
-        return [
-            Application(
-                client_id=client_id,
-                name=logins[0].name or client_id,
-                may_write=any(WRITE in grant.scope.split() for grant in logins),
-                destinations=self._destinations(client_id),
-                used=max(grant.used_at for grant in logins),
-                sessions=sessions.get(client_id, []),
-            )
-            for client_id, logins in grants.items()
-        ]
 
-    def _destinations(self, client_id: str) -> str:
-        """Returns where an application's answers go, for people."""
-        client = self._store.client(client_id)
-        places = dict.fromkeys(map(destination, client.redirect_uris if client else ()))
-        return ", ".join(places) or "an address that is no longer registered"
+class TokenEndpoint:
+    """The token endpoint (RFC 6749 3.2) and the revocation endpoint (RFC 7009): the rules of grants and tokens."""
 
-    def account_login(self, request: Request) -> Response:
-        """POST /account/login: to Forgejo, and back to the account page."""
-        _, cookie = self._posted(request, self._cookie_name, "account login")
-        login = self._way_to_forgejo()
-        self._keep_login("account", login, cookie, token_hash(new_secret()), "")
-        return self._to_forgejo(login, cookie)
+    def __init__(self, services: OAuthServices, clients: Clients, upstream: ForgejoCredentials) -> None:
+        self._services = services
+        self._settings = services.settings
+        self._store = services.store
+        self._keyring = services.keyring
+        self._log = services.log
+        self._clock = services.clock
+        self._limiter = services.limiter
+        self._clients = clients
+        self._upstream = upstream
 
-    def _account_opened(self, info, now):
-        cookie = new_secret()  # a new one at each login: one that somebody planted before is worth nothing
-        self._store.open_account(token_hash(cookie), info.sub, now + ACCOUNT_LIFETIME)
-        self._log.audit("account_opened", user=info.sub, login=info.login)
-        response = redirect(self._settings.public_url + "/account")
-        return replace(
-            response,
-            headers=(
-                *response.headers,
-                self._set_cookie(self._cookie_name + "-account", cookie, ACCOUNT_LIFETIME),
-            ),
-        )
-
-    def account_end(self, request):
-        """POST /account/end: ends all grants, one application's, one session, or this login; nothing but the user's own."""
-        form, cookie = self._posted(request, self._cookie_name + "-account", "account")
-        now = self._clock.now()
-        user = self._store.account(token_hash(cookie), now)
-        if user is None:
-            raise ErrorPage("expired")
-        for grant in self._store.grants_of(user.sub, now):
-            if form.get("all") or grant.client_id == form.get("client"):
-                self._end(grant, "ended by the user")
-        for session in self._store.sessions_of(user.sub):
-            if session.hash.hex() == form.get("session") and self._store.end_session(session.hash):
-                self._session_ended(session.hash)
-        if form.get("leave"):
-            self._store.close_account(token_hash(cookie))
-        return redirect(self._settings.public_url + "/account")
-
-    # -- token
-
-    def token(self, request):
+    def token(self, request: Request) -> Response:
         """POST /oauth/token (RFC 6749 4.1.3 and 6)."""
         client, form, resources = self._authenticated(request, "code", "refresh_token")
         grant_types = {"authorization_code": self._redeem, "refresh_token": self._refresh}
@@ -7948,12 +8087,14 @@ class Authorization:
             raise OAuthError(
                 "unsupported_grant_type", "grant_type must be authorization_code or refresh_token."
             )
-        if not canonical_resource(resources, self._settings):
+        if not is_our_resource(resources, self._settings):
             raise OAuthError("invalid_target", f"resource must be {self._settings.resource}.")
         return json_response(200, grant_types[form["grant_type"]](client, form), NO_STORE)
 
-    def _authenticated(self, request, *token_names):
-        """(client, form, resources) of a request with a token in one of these fields.
+    def _authenticated(
+        self, request: Request, *token_names: str
+    ) -> tuple[ClientRow, dict[str, str], list[str]]:
+        """Returns (client, form, resources) of a request with a token in one of these fields.
 
         Whoever holds a token that we issued is limited by its grant, whatever address they share; all others by their address.
         """
@@ -7966,7 +8107,7 @@ class Authorization:
                 "invalid_request", "Send the parameters in the body; secrets do not belong in a URL."
             )
         values = parse_form(self._form_body(request), OAuthError("invalid_request", "The body is malformed."))
-        resources = values.get("resource", ())
+        resources = values.get("resource", [])
         form = {name: items[0] for name, items in values.items()}
         for name, items in values.items():
             if len(items) > 1 and name != "resource":
@@ -8001,7 +8142,8 @@ class Authorization:
                 rate_limit(self._limiter, self._settings, "token", request)
             raise
 
-    def _redeem(self, client, form):
+    def _redeem(self, client: ClientRow, form: dict[str, str]) -> dict[str, object]:
+        """Returns the tokens for an authorization code, which is used up (RFC 6749 4.1.3, RFC 7636 4.6)."""
         verifier = form.get("code_verifier", "")
         code = form.get("code", "")
         if not code:
@@ -8027,7 +8169,7 @@ class Authorization:
             # A code that comes twice was stolen from one of the two: what the first made ends (RFC 6749 4.1.2).
             row = self._store.code(token_hash(code))  # read anew: the first may have come since
             if row and row.used_at is not None and row.client_id == client.client_id:
-                self._end(row, "code replayed", "reuse_detected")
+                end_grant(self._services, row, "code replayed", "reuse_detected")
             sentence = "The code is unknown, expired or used, or belongs to another request. Start again."
             if row and row.used_at is None and row.expires_at <= now:
                 raise self._expired(row.expires_at, now, sentence, "code_expired")
@@ -8039,8 +8181,8 @@ class Authorization:
         self._log.connect_step("token", client.client_id, client.name)
         return self._pair_answer(pair, grant.scope, self._settings.access_token_lifetime)
 
-    def _refresh(self, client, form):
-        """Rotate a refresh token, or answer with the newest pair of its chain.
+    def _refresh(self, client: ClientRow, form: dict[str, str]) -> dict[str, object]:
+        """Returns a rotated refresh token with its access token, or the newest pair of its chain.
 
         A client that lost an answer, or two of its processes, re-send a token shortly after its rotation: within 120 s
         that is answered with the newest pair. Later it is theft, and the grant ends (RFC 9700 4.14.2).
@@ -8072,11 +8214,11 @@ class Authorization:
                     )
                     return self._pair_answer(pair, scope, self._settings.access_token_lifetime)
                 continue  # another request was faster: the next look finds what it made
-            pair = self._successor(token, row, now)
+            pair = self._successor(token, row, row.rotated_at, now)
             newer = self._store.refresh_token(token_hash(pair["refresh"]))
             access = self._store.access_token(token_hash(pair["access"]))
-            usable = newer and newer.rotated_at is None and access and access.expires_at > now
-            if usable and access.scope == scope:
+            usable = newer is not None and newer.rotated_at is None
+            if usable and access and access.expires_at > now and access.scope == scope:
                 return self._pair_answer(pair, scope, access.expires_at - now)
             token = pair[
                 "refresh"
@@ -8089,7 +8231,7 @@ class Authorization:
             return temporarily(CLOCK_WAS_SET, 60, "clock_was_set")
         return OAuthError("invalid_grant", sentence, cause=cause)
 
-    def _check_user(self, row: Any) -> None:
+    def _check_user(self, row: CodeRow | RefreshTokenRow) -> None:
         """Raises OAuthError while Forgejo does not let a token's user in; a suspended one may be let in again by now."""
         if row.status == "suspended" and self._upstream.readmitted(row.sub):
             return
@@ -8098,12 +8240,13 @@ class Authorization:
                 "invalid_grant", LOGGED_OUT, cause="suspended" if row.status == "suspended" else "logged_out"
             )
 
-    def _successor(self, token, row, now):
-        grace_ends = row.rotated_at + REFRESH_GRACE
+    def _successor(self, token: str, row: RefreshTokenRow, rotated_at: float, now: float) -> dict[str, str]:
+        """Returns the pair that a rotated token was answered with; reuse after the grace ends the grant (RFC 9700 4.14.2)."""
+        grace_ends = rotated_at + REFRESH_GRACE
         if grace_ends < now <= grace_ends + self._clock.leap():
             raise temporarily(CLOCK_WAS_SET, 60, "clock_was_set")
         if now > grace_ends:
-            self._end(row, "refresh token re-used", "reuse_detected")
+            end_grant(self._services, row, "refresh token re-used", "reuse_detected")
         else:
             with contextlib.suppress(ValueError):
                 return self._keyring.chained(token).unseal(
@@ -8122,17 +8265,17 @@ class Authorization:
         return " ".join(scope for scope in known_scopes(asked) if scope in granted.split()) or granted
 
     @staticmethod
-    def _new_pair():
+    def _new_pair() -> dict[str, str]:
         return {"access": new_secret("fja_"), "refresh": new_secret("fjr_")}
 
-    def _hashed(self, pair, now):
+    def _hashed(self, pair: dict[str, str], now: float) -> tuple[tuple[bytes, float], tuple[bytes, float]]:
         return (
             (token_hash(pair["access"]), now + self._settings.access_token_lifetime),
             (token_hash(pair["refresh"]), now + self._settings.refresh_token_lifetime),
         )
 
     @staticmethod
-    def _pair_answer(pair, scope, expires_in):
+    def _pair_answer(pair: dict[str, str], scope: str, expires_in: float) -> dict[str, object]:
         return {
             "access_token": pair["access"],
             "token_type": "Bearer",
@@ -8141,11 +8284,7 @@ class Authorization:
             "scope": scope,
         }
 
-    def _end(self, row, reason, event="token_revoked"):
-        if self._store.end_grant(row.grant_id, reason, self._clock.now()):
-            self._log.audit(event, user=row.sub, client=row.client_id, grant=row.grant_id, reason=reason)
-
-    def revoke(self, request):
+    def revoke(self, request: Request) -> Response:
         """POST /oauth/revoke (RFC 7009): a refresh token ends its grant, an access token only itself; always 200."""
         client, form, _ = self._authenticated(request, "token")
         token = form.get("token", "")
@@ -8154,65 +8293,47 @@ class Authorization:
         refresh = self._store.refresh_token(token_hash(token))
         access = self._store.access_token(token_hash(token))
         if refresh and refresh.client_id == client.client_id:
-            self._end(refresh, "revoked by client")
+            end_grant(self._services, refresh, "revoked by client")
         elif access and access.client_id == client.client_id:
             self._store.drop_access_token(token_hash(token))
             self._log.audit("token_revoked", client=client.client_id)
         return json_response(200, {}, NO_STORE)
 
-    # -- shared
 
-    def _posted(self, request, cookie_name, purpose):
-        """(form, cookie) of a form that this browser was shown: its CSRF value fits the cookie, and no other site sent it (C03 to C05)."""
-        rate_limit(self._limiter, self._settings, "authorize", request)
-        site = request.header("sec-fetch-site")
-        if site not in (None, "same-origin") or (
-            site is None and request.header("origin") not in (None, self._settings.public_url)
-        ):
-            raise ErrorPage("foreign_form")
-        values = parse_form(request.read_body(self._settings.max_form), ErrorPage("malformed"))
-        form = {name: items[0] for name, items in values.items() if len(items) == 1}
-        cookie = self._cookie(request, cookie_name)
-        if not cookie or not hmac.compare_digest(
-            self._csrf(cookie, purpose + form.get("login", "")).encode(), form.get("csrf", "").encode()
-        ):
-            raise ErrorPage("wrong_browser")
-        return form, cookie
+class Authorization:
+    """The authorization server: its endpoints, each a function from Request to Response."""
 
-    @staticmethod
-    def _csrf(cookie, purpose):
-        return b64url(hmac.digest(cookie.encode(), purpose.encode(), "sha256"))
+    def __init__(
+        self,
+        services: OAuthServices,
+        clients: Clients,
+        upstream: ForgejoCredentials,
+        forgejo: Forgejo,
+        session_ended: Callable[[bytes], object],
+    ) -> None:
+        self._settings = services.settings
+        self._clients = clients
+        forms = BrowserForms(services.settings, services.limiter)
+        logins = ForgejoLogins(services, upstream, forgejo, forms)
+        accounts = AccountPages(services, forms, logins, session_ended)
+        endpoint = AuthorizationEndpoint(services, clients, forms, logins, accounts)
+        tokens = TokenEndpoint(services, clients, upstream)
+        self.authorize = endpoint.authorize
+        self.consent = endpoint.consent
+        self.callback = endpoint.callback
+        self.account = accounts.show
+        self.account_login = accounts.login
+        self.account_end = accounts.end
+        self.token = tokens.token
+        self.revoke = tokens.revoke
 
-    def _cookie(self, request, wanted):
-        """The value of a cookie, None when it is absent or not one we made; two of the name are an attack (C16)."""
-        values = [
-            value
-            for line in request.headers.get("cookie", ())
-            for name, _, value in (pair.strip().partition("=") for pair in line.split(";"))
-            if name == wanted
-        ]
-        if len(values) > 1:
-            raise ErrorPage("two_cookies")
-        return values[0] if values and re.fullmatch(r"[A-Za-z0-9_-]{43}", values[0]) else None
+    def metadata(self, request: Request) -> Response:
+        """GET /.well-known/oauth-authorization-server."""
+        return server_metadata(self._settings, self._clients.documents.advertised)
 
-    def _marked_browser(self, request):
-        """(the browser's cookie, made now if it has none, the headers that set it): several tabs share one (C07)."""
-        cookie = self._cookie(request, self._cookie_name) or new_secret()
-        return cookie, (self._set_cookie(self._cookie_name, cookie, self._settings.login_lifetime),)
-
-    def _set_cookie(self, name, value, seconds):
-        return "Set-Cookie", f"{name}={value}; Max-Age={int(seconds)}{self._cookie_flags}"
-
-    def _count_step(self, step: str, client_id: str) -> None:
-        """Counts a step of connecting for a client that is known by its id only."""
-        client = self._clients.find(client_id)
-        self._log.connect_step(step, client_id, client.name if client else "")
-
-    def _to_client(self, login, **answer):
-        """The authorization response: to the validated URI, with `iss` always (RFC 9207 2) and `state` byte for byte."""
-        if login["state"] is not None:
-            answer["state"] = login["state"]
-        return redirect(with_query(login["redirect_uri"], {**answer, "iss": self._settings.public_url}))
+    def resource_metadata(self, request: Request) -> Response:
+        """GET /.well-known/oauth-protected-resource."""
+        return resource_metadata(self._settings)
 
 
 # ======================================================================================================================
@@ -13704,10 +13825,17 @@ class Broker:
             settings, self.store, self.upstream, forgejo, self.guardian, self.log, self.clock
         )
         self.reaper = Reaper(settings, self.store, self.registry, self.upstream, self.log, self.clock)
-        clients = Clients(settings, self.store, self.log, self.clock, limiter, web or PublicWeb())
+        oauth = OAuthServices(settings, self.store, keyring, self.log, self.clock, limiter)
+        clients = Clients(oauth, web or PublicWeb())
         self.documents = clients.documents
         self._stopping = threading.Event()
-        authorization = self._authorization(keyring, clients, forgejo, limiter)
+        authorization = Authorization(
+            oauth,
+            clients,
+            self.upstream,
+            forgejo,
+            lambda name: self.registry.forget([name], "ended by the user"),
+        )
         self.endpoint = Endpoint(settings, self.store, keyring, self.registry, self.reaper, self.clock)
         self.routes = self._routes(clients, authorization, self.endpoint)
         self.is_activated = bool(sockets)
@@ -13715,22 +13843,6 @@ class Broker:
         self.server = self.servers[0]
         self._hosts = own_hosts(settings.public_url, self.server.ports)
         self._blob = git_blob_id(__file__)
-
-    def _authorization(
-        self, keyring: Keyring, clients: Clients, forgejo: Forgejo, limiter: Limiter
-    ) -> Authorization:
-        return Authorization(
-            self.settings,
-            self.store,
-            keyring,
-            clients,
-            self.upstream,
-            forgejo,
-            self.log,
-            self.clock,
-            limiter,
-            lambda name: self.registry.forget([name], "ended by the user"),
-        )
 
     def _listen(self, sockets: Sequence[tuple[str, socket.socket]]) -> list[Server]:
         """The server of HTTP, and the one of /metrics if there is one: on the sockets handed over, else on those of the settings.

@@ -21,13 +21,11 @@ LONG_FUNCTIONS: set[str] = {
     "init",
 }
 LONG_CLASSES: set[str] = {
-    "Authorization",
     "Endpoint",
     "Registry",
     "Session",
 }
 WIDE_CONSTRUCTORS: set[str] = {
-    "Authorization",
     "Call",
     "Session",
 }
