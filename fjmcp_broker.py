@@ -6373,7 +6373,7 @@ SCOPE_MEANINGS = {
 
 
 def rights_in_words(scopes: str, *, may_write: bool) -> list[str]:
-    """Returns what Forgejo's scopes allow in plain words: what can be changed (if `may_write`), then what can only be seen.
+    """Returns what Forgejo's scopes allow in plain words, a line each: what can be changed (if `may_write`), then what can be seen.
 
     Scopes that only say who somebody is (openid, profile) allow nothing and are left out.
     """
@@ -6386,9 +6386,9 @@ def rights_in_words(scopes: str, *, may_write: bool) -> list[str]:
         if colon:
             areas = changed if may_write and level == "write" else seen
             areas.append(SCOPE_MEANINGS.get(area, area))
-    seen = [area for area in dict.fromkeys(seen) if area not in changed]
-    rights = (("see and change", changed), ("see", seen))
-    return [f"{verb} {', '.join(dict.fromkeys(areas))}" for verb, areas in rights if areas]
+    rights = [f"see and change {area}" for area in changed]
+    rights += [f"see {area}" for area in seen if area not in changed]
+    return list(dict.fromkeys(rights))
 
 
 @dataclass(frozen=True)
@@ -6396,7 +6396,7 @@ class ConsentQuestion:
     """What the consent page asks and tells.
 
     `client_host`: where the client's own description stands, if it has one; `unconfirmed_since`: since when that could not be read.
-    `lifetime`: seconds without use after which the access ends. `login_box`, `csrf`: what the form carries.
+    `account`: the address of the account page. `lifetime`: seconds without use after which the access ends. `login_box`, `csrf`: what the form carries.
     """
 
     client_name: str
@@ -6407,7 +6407,7 @@ class ConsentQuestion:
     may_write: bool
     forgejo_scopes: str
     forgejo_url: str
-    account_url: str
+    account: str
     lifetime: float
     login_box: str
     csrf: str
@@ -6425,7 +6425,7 @@ CONSENT_TEMPLATE = """
 <input type="hidden" name="login" value="{q.login_box}"><input type="hidden" name="csrf" value="{q.csrf}">
 <fieldset><legend>What may it do?</legend>{choices}</fieldset>
 <p>You connect the account that is signed in at {host} in this browser; if none is, you sign in there next. The access lasts
-until you end it at <code>{q.account_url}</code>, or until it has not been used for {lifetime}.</p>
+until you end it at <code>{q.account}</code>, or until it has not been used for {lifetime}.</p>
 <div class="row reach"><button name="decision" value="deny" formnovalidate>Refuse</button>
 <button class="main" name="decision" value="approve">Allow</button></div>
 </form><p class="quiet">To connect another account, first <a href="{q.forgejo_url}" target="_blank" rel="noopener">sign out at
@@ -7818,7 +7818,7 @@ class AuthorizationEndpoint:
             may_write=WRITE in login["scope"],
             forgejo_scopes=self._settings.forgejo_oauth_scopes,
             forgejo_url=self._settings.forgejo_url,
-            account_url=self._settings.public_url + "/account",
+            account=urlsplit(self._settings.public_url).netloc + "/account",
             lifetime=self._settings.refresh_token_lifetime,
             login_box=box,
             csrf=self._forms.csrf(cookie, "consent:" + box),

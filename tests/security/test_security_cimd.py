@@ -816,11 +816,9 @@ def test_S16_token_and_refresh_fetch_nothing_and_go_on_while_the_document_is_awa
 def test_S17_all_failures_look_alike(cimd, web):
     web.names |= {"private.app.example": ["10.0.0.1"], "gone.app.example": []}
     web.answers["https://cut.app.example/c"] = lambda connection: None
-    pages = {
-        ask(cimd, f"https://{host}.app.example/c").text
-        for host in ("private", "gone", "cut", "missing", "forbidden")
-    }
-    assert len(pages) == 1
+    hosts = ("private", "gone", "cut", "missing", "forbidden")
+    pages = [ask(cimd, f"https://{host}.app.example/c") for host in hosts]
+    assert len({page.text.replace(page.headers["X-Request-Id"], "") for page in pages}) == 1
 
 
 def test_S18_switched_off_a_url_is_an_unknown_client_and_nothing_is_advertised(make_rig, web):
