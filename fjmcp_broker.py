@@ -6935,7 +6935,7 @@ def read_client_document(
     also = document.get("token_endpoint_auth_methods_supported")
     if isinstance(also, list) and "none" in also:
         method = "none"
-    kept = {name: document[name] for name in ("jwks", "jwks_uri") if name in document}
+    kept: dict[str, Any] = {name: document[name] for name in ("jwks", "jwks_uri") if name in document}
     if "jwks" in kept:
         public_rsa_keys(kept["jwks"])
     return (
@@ -8249,9 +8249,10 @@ class TokenEndpoint:
             end_grant(self._services, row, "refresh token re-used", "reuse_detected")
         else:
             with contextlib.suppress(ValueError):
-                return self._keyring.chained(token).unseal(
+                pair: dict[str, str] = self._keyring.chained(token).unseal(
                     "successor", str(row.grant_id), row.successor or b""
                 )
+                return pair
         raise OAuthError(
             "invalid_grant", "The refresh token was used before. Log in again.", cause="refresh_token_reused"
         )
