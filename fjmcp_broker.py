@@ -77,7 +77,7 @@ import unicodedata
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple, TextIO, TypeVar
+from typing import Any, Final, IO, NamedTuple, Protocol, TextIO, TypeVar
 from urllib.parse import SplitResult, parse_qsl, quote, unquote_plus, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -117,6 +117,9 @@ QUESTION_GRACE = 10
 PLACE_WAIT = 20
 
 Headers = Iterable[tuple[str, str]]
+
+
+AnyError = TypeVar("AnyError", bound=Exception)
 
 
 class HTTPError(Exception):
@@ -164,7 +167,7 @@ class RpcError(Exception):
         self.headers = tuple(headers)
 
 
-def anew(error: Exception) -> Exception:
+def anew(error: AnyError) -> AnyError:
     """Returns a copy of an exception without its traceback, cause and context.
 
     An exception that is kept is kept like this, and raised like this: each `raise` adds the frames of its thread, with all that
@@ -822,6 +825,7 @@ SETTINGS = (
         "addresses in the log: `full`, `network` (the first 24 bits, of IPv6 48), or `off`",
         reload=True,
     ),
+    Setting("audit_calls", "switch", True, "write an audit record for each call of a tool", reload=True),
     Setting("metrics_listen", "any_address", "", "address for GET /metrics; empty: none"),
     Setting("log_format", "log_format", "json", "`json`, or `text` for people"),
     Setting("debug", "switch", False, "log what children write to stderr, and each request", reload=True),
@@ -1210,6 +1214,7 @@ class Settings:
     rate_authorize: int
     rate_token: int
     child_keeps_state: bool
+    audit_calls: bool
     client_documents: bool
     strict_scopes: bool
     metrics_listen: tuple[str, int] | None
@@ -1462,6 +1467,7 @@ RECORDS_A_MINUTE = 10
 RECORDS_IN_ALL = 600
 RECORD_OWNERS = 1000
 
+NULLABLE = ("session",)  # fields that are null where others are left out
 AUDIT_EVENTS = (
     "client_registered client_removed consent_given consent_refused login account_opened token_issued token_refreshed"
     " token_revoked reuse_detected logged_out_upstream suspended identity_changed access_refused session_opened"
@@ -1754,7 +1760,7 @@ class Log:
         known: dict[str, object] = {}
         if getattr(self._request, "id", None):
             known["request"] = self._request.id
-        known.update((key, value) for key, value in fields.items() if value is not None)
+        known.update((key, value) for key, value in fields.items() if value is not None or key in NULLABLE)
         self._hide_addresses(known)
         if self._settings.log_format == "text":
             rest = " ".join(f"{key}={json.dumps(value)}" for key, value in known.items())
@@ -8338,7 +8344,7 @@ class Authorization:
 
 
 # ======================================================================================================================
-# Child
+# Child process
 # Owns processes: how a child is started, spoken to, stopped and reaped, and that none outlives the broker.
 # Must not know JSON-RPC, sessions or users.
 # ======================================================================================================================
@@ -8389,17 +8395,16 @@ class Guardian:
     """
 
     def __init__(self) -> None:
-        self._lock = (
-            threading.Lock()
-        )  # guards the pipe and the sets, and that no process of ours starts meanwhile; a leaf
+        # Guards the pipe and the sets, and that no process of ours starts meanwhile; a leaf.
+        self._lock = threading.Lock()
         self._known: set[int | str] = set()
         self._ending: set[int] = set()  # forgotten, but not yet reaped by the thread that has to
         self._process: subprocess.Popen[bytes] | None = None
 
-    def _tell(self, line):
+    def _tell(self, line: str) -> None:
         """Send a line; a guardian that has died is started anew and told everything. Under the lock."""
         with contextlib.suppress(OSError):
-            if self._process and self._process.poll() is None:
+            if self._process and self._process.stdin and self._process.poll() is None:
                 self._process.stdin.write(line.encode())
                 return
         self._process = subprocess.Popen(
@@ -8412,15 +8417,16 @@ class Guardian:
             bufsize=0,
             env={"PATH": os.defpath},
         )
+        assert self._process.stdin
         self._process.stdin.write("".join(f"+ {each}\n" for each in self._known).encode())
 
-    def watch(self, child):
+    def watch(self, child: int | str) -> None:
         """Kill this one if the broker dies; OSError when no guardian can be had."""
         with self._lock:
             self._known.add(child)
             self._tell(f"+ {child}\n")
 
-    def forget(self, child):
+    def forget(self, child: int | str) -> None:
         """It is gone; told before a group's leader is reaped, so that a re-used number is never killed."""
         with self._lock, contextlib.suppress(OSError):
             if child in self._known and isinstance(child, int):
@@ -8450,7 +8456,7 @@ class Guardian:
                     continue
                 os.waitpid(found.si_pid, 0)
 
-    def close(self):
+    def close(self) -> None:
         """The broker ends in order and has stopped its children; what is left is killed."""
         with self._lock:
             if self._process:
@@ -8556,18 +8562,16 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def child_command(settings):
+def child_command(settings: Settings) -> list[str]:
     """A child's arguments, from the configuration alone (P08); ChildMissing when the program cannot be found."""
     command = settings.forgejo_mcp_binary
     name = command if isinstance(command, str) else command[0]
     path = shutil.which(name)
     if path is None:
         raise ChildMissing(f"{name} is not an executable program")
-    return (
-        [path, "--transport", "stdio", "--url", settings.forgejo_internal_url or settings.forgejo_url]
-        if isinstance(command, str)
-        else [path, *command[1:]]
-    )
+    if not isinstance(command, str):
+        return [path, *command[1:]]
+    return [path, "--transport", "stdio", "--url", settings.forgejo_internal_url or settings.forgejo_url]
 
 
 SHOWN_LINES = 50  # lines of stderr that are logged at once, at debug
@@ -8584,7 +8588,17 @@ class Child:
     `too_long` is the beginning of the line above `max_line` that ended it.
     """
 
-    def __init__(self, command, environment, label, guardian, settings, log, on_line, on_end):
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: dict[str, str],
+        label: str,
+        guardian: Guardian,
+        settings: Settings,
+        log: Log,
+        on_line: Callable[[bytes], object],
+        on_end: "Callable[[Child], object]",
+    ) -> None:
         self._guardian = guardian
         self._settings = settings
         self._log = log
@@ -8592,16 +8606,17 @@ class Child:
         self._on_line = on_line
         self._on_end = on_end
         self._write_lock = threading.Lock()  # one whole line at a time; guards _stdin
-        self._lock = (
-            threading.Lock()
-        )  # guards reason, _kill_at, and that nobody signals a number given back; a leaf
-        self.reason = None
-        self._kill_at = float("inf")
+        # Guards reason, _kill_at, and that nobody signals a number given back; a leaf.
+        self._lock = threading.Lock()
+        self.reason: str | None = None
+        self._kill_at = math.inf
         self.ended = threading.Event()
-        self.pid = self._process = self._stdin = self._exit = None
-        self._token = (
-            environment.get("FORGEJO_ACCESS_TOKEN", "").encode() or b"\n"
-        )  # no line has a line feed in it
+        self.pid = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stdin: int | None = None
+        self._exit: int | None = None
+        # No line has a line feed in it.
+        self._token = environment.get("FORGEJO_ACCESS_TOKEN", "").encode() or b"\n"
         self._last_words: collections.deque[str] = collections.deque(maxlen=LAST_WORDS)
         self.too_long = b""
         self.asked = False  # whether it was stopped because nobody needs it any more
@@ -8618,7 +8633,7 @@ class Child:
                 f"{command[0]}: {getattr(error, 'strerror', None) or error}"
             ) from None
 
-    def _start(self, command, environment):
+    def _start(self, command: Sequence[str], environment: dict[str, str]) -> None:
         stdin, self._stdin = os.pipe()
         announced = f"stdin:{os.fstat(stdin).st_ino}"
         try:
@@ -8643,11 +8658,11 @@ class Child:
         threading.Thread(target=self._run, daemon=True, name=f"stdout-{self.pid}").start()
 
     @property
-    def alive(self):
+    def alive(self) -> bool:
         """Whether it runs and has not been told to stop."""
         return self.reason is None
 
-    def send(self, line, deadline=10.0):
+    def send(self, line: bytes, deadline: float = 10.0) -> bool:
         """Write a line; False when the child is gone or does not read. Half a line cannot be taken back, so that ends the child."""
         data = memoryview(line + b"\n")
         end = time.monotonic() + deadline
@@ -8686,34 +8701,35 @@ class Child:
         poll.register(self._exit, select.POLLIN)
         return bool(poll.poll(0))
 
-    def kill(self, reason):
+    def kill(self, reason: str) -> None:
         """End it now."""
         with self._lock:
             self.reason = self.reason or reason
             self._kill_at = 0.0
         self._signal(signal.SIGKILL)
 
-    def tick(self):
+    def tick(self) -> None:
         """Advance the end: SIGKILL when SIGTERM was not enough."""
         if time.monotonic() >= self._kill_at:
             self._signal(signal.SIGKILL)
 
-    def _signal(self, number):
+    def _signal(self, number: int) -> None:
         """Signal the whole group; its number cannot be another's, since the leader is reaped last."""
         with self._lock, contextlib.suppress(ProcessLookupError, PermissionError):
             if not self.ended.is_set():
                 os.killpg(self.pid, number)
 
-    def _close_stdin(self):
+    def _close_stdin(self) -> None:
         with self._write_lock:
             if self._stdin is not None:
                 os.close(self._stdin)
                 self._stdin = None
 
-    def _chunks(self, pipe):
+    def _chunks(self, pipe: IO[bytes] | None) -> Iterator[bytes]:
         """What comes out of a pipe, until its end or a second after the process's: then only a grandchild holds it open."""
+        assert pipe and self._exit is not None
         poll = select.poll()
-        until = None
+        until: float | None = None
         poll.register(pipe, select.POLLIN)
         poll.register(self._exit, select.POLLIN)
         while until is None or time.monotonic() < until:
@@ -8731,6 +8747,7 @@ class Child:
     def _read_stdout(self) -> None:
         parts: list[bytes] = []
         size = 0
+        assert self._process
         for chunk in self._chunks(self._process.stdout):
             pieces = chunk.split(b"\n")
             for number, piece in enumerate(pieces, 1):
@@ -8749,7 +8766,7 @@ class Child:
 
     def hold_back(self, seconds: float) -> None:
         """Wait so long, or until the process has ended; in a reader's thread, so that the child waits at its full pipe."""
-        if seconds > 0:
+        if seconds > 0 and self._exit is not None:
             poll = select.poll()
             poll.register(self._exit, select.POLLIN)
             poll.poll(math.ceil(seconds * 1000))
@@ -8762,6 +8779,7 @@ class Child:
         limit = STDERR_LINE + len(self._token)
         flood = Allowance(FLOOD_BURST, FLOOD_RATE)
         kept = b""
+        assert self._process
         for chunk in self._chunks(self._process.stderr):
             *ended, rest = chunk.split(b"\n")
             if len(ended) > 2 * SHOWN_LINES:
@@ -8821,7 +8839,7 @@ class Child:
 
     def _release(self) -> int:
         """Reap the process and give back what it had of ours; its exit status (0 when it was never started)."""
-        if self.pid is not None:
+        if self.pid:
             self._guardian.forget(self.pid)
         with self._lock:
             self.ended.set()
@@ -8831,7 +8849,8 @@ class Child:
         if self._process is None:
             return 0
         for pipe in (self._process.stdout, self._process.stderr):
-            pipe.close()
+            if pipe:
+                pipe.close()
         try:
             return self._process.wait()
         finally:
@@ -8839,15 +8858,35 @@ class Child:
 
 
 # ======================================================================================================================
-# Session
-# Owns calls on their way through a child, and the life of the child that serves now: wake, replay, replace, sleep, end.
-# Must not know HTTP, tokens or eras: it is given a front, which speaks with the client, and edges, which speak with children.
+# Calls
+# Owns one request on its way to a child: what it asks, its states, its deadline and its one end, which is on record.
+# Must not know eras, children or sessions; where an answer goes is for its subclasses to say.
 # ======================================================================================================================
 
+MAX_LOGGED_NAME = 128  # characters of a tool's name in its record
+UNKNOWN_TOOL = "(unknown)"
 
-MAX_LISTING = 1 << 20  # bytes of what is kept of a child's list of tools
-MAX_TOOL_PAGES = 100
-MAX_TASKS = 256  # of a session
+
+def unavailable(reason: str, sentence: str, status: int = 503, wait: int = 5) -> RpcError:
+    """An RpcError for what cannot be had just now: nothing was done, the client may try again after `wait` seconds (design 5)."""
+    data = {"reason": reason, "outcome_unknown": False, "retryable": True}
+    return RpcError(SERVER_ERROR, sentence, data, status, (("Retry-After", str(wait)),))
+
+
+def session_not_found() -> RpcError:
+    """The answer for a session that has ended, expired, is somebody else's or never was: always the same."""
+    return RpcError(SESSION_NOT_FOUND, "Session not found. Start a new one with initialize.", None, 404)
+
+
+def answer_dropped(request_id: object, code: int = SERVER_ERROR) -> bytes:
+    """What a client is told that comes back for an answer which went because nobody came in time (design 5)."""
+    data = {"reason": "answer_dropped", "outcome_unknown": False, "retryable": False}
+    return error_message(request_id, code, "The answer was given up; nobody came for it in time.", data)
+
+
+def modern_answer_dropped(request_id: object) -> bytes:
+    """The same in the words of MCP 2026-07-28, which has no use for the code of the legacy era."""
+    return answer_dropped(request_id, INTERNAL_ERROR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -8862,61 +8901,128 @@ class ListChanged(Exception):
     """The child's list of tools is not the one any more by which a call was judged."""
 
 
-class Call:
-    """One request on its way through a child, in the form both eras share: `params` without what only one era says.
+class ToolCallRecord:
+    """The audit record of one tools/call: written once, by whatever ends the call.
 
-    `reply` takes what comes back: notify(body), answer(line, message), fail(code, sentence, data). `capabilities`, `client`, `level`
-    are what this request says of its client; None: what the session says. `over` is called once when nothing more can come.
-    `listing` is the child's list of tools by which the call was judged; None: it was not.
+    `is_listed` is asked when the record is written: a name that no child lists is a client's free text, and not logged.
     """
 
-    __slots__ = (
-        "method",
-        "params",
-        "reply",
-        "deadline",
-        "token",
-        "capabilities",
-        "client",
-        "level",
-        "after",
-        "over",
-        "paused_at",
-        "undeclared",
-        "answers",
-        "state",
-        "listing",
+    def __init__(self, who: Mapping[str, object], tool: str, write: Callable[..., object]) -> None:
+        self.tool = tool
+        self.session: str | None = None  # as operators see its name
+        self.is_listed: Callable[[str], bool] = lambda name: False
+        self.is_written = False
+        self._who = who
+        self._write = write
+        self._began = time.monotonic()
+
+    def write(self, outcome: str) -> None:
+        """Writes the record, unless it is written."""
+        if self.is_written:
+            return
+        self.is_written = True
+        tool = self.tool[:MAX_LOGGED_NAME] if self.is_listed(self.tool) else UNKNOWN_TOOL
+        fields = {**self._who, "session": self.session, "tool": tool}
+        self._write(outcome, time.monotonic() - self._began, fields)
+
+
+class CallState(enum.Enum):
+    """Where a call is."""
+
+    NEW = "new"  # not sent yet
+    SENT = "sent"  # its child works on it
+    WAITING_FOR_CLIENT = "waiting for client"  # its child has asked the client something; the clock stands
+    SUSPENDED = (
+        "suspended"  # a modern client has `input_required` for an answer; its retry goes on with the call
     )
+    DONE = "done"  # answered, be it with an error
+    CANCELLED = "cancelled"  # its client wants no answer any more
+    TIMED_OUT = "timed out"  # its child, or its client, did not answer in time
+
+
+# fmt: off
+ENDED = frozenset((CallState.DONE, CallState.CANCELLED, CallState.TIMED_OUT))
+NEXT_STATES: dict[CallState, frozenset[CallState]] = {
+    CallState.NEW:                ENDED | {CallState.SENT},
+    CallState.SENT:               ENDED | {CallState.WAITING_FOR_CLIENT, CallState.SENT},
+    CallState.WAITING_FOR_CLIENT: ENDED | {CallState.SENT, CallState.SUSPENDED},
+    CallState.SUSPENDED:          ENDED | {CallState.SENT, CallState.WAITING_FOR_CLIENT},
+    CallState.DONE:               frozenset(),
+    CallState.CANCELLED:          frozenset(),
+    CallState.TIMED_OUT:          frozenset(),
+}
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMeta:
+    """What a request says of its client (MCP 2026-07-28 `_meta`); None: what its session said."""
+
+    capabilities: dict[str, object] | None = None
+    client_info: dict[str, object] | None = None
+    log_level: str | None = None
+
+
+SESSION_META = RequestMeta()
+
+
+class Call:
+    """One request in the form that both eras share: `params` without its era's own fields.
+
+    A subclass knows where answers go: notify(), answer(), give(), error(), refuse() and close() put them there, and finish() is the
+    only one that lets them. `on_success` is called with the result before it is delivered, `on_done` once when nothing more can
+    come. `listing` is the child's list of tools by which the call was judged; None: it was not judged by one.
+    """
+
+    is_internal = False
+    may_be_cut_off = False
 
     def __init__(
-        self,
-        method,
-        params,
-        reply,
-        deadline,
-        *,
-        capabilities=None,
-        client=None,
-        level=None,
-        after=None,
-        over=None,
-    ):
+        self, method: str, params: dict[str, object] | None, deadline: float, meta: RequestMeta = SESSION_META
+    ) -> None:
         self.method = method
         self.params = params
-        self.reply = reply
         self.deadline = deadline
-        self.capabilities = capabilities
-        self.client = client
-        self.level = level
-        self.after = after
-        self.over = over
-        meta = (params or {}).get("_meta")
-        self.token = meta.get("progressToken") if isinstance(meta, dict) else None
-        self.paused_at = None  # since when its client owes an answer: the clock stands
-        self.undeclared = {}  # what the child asked of a client that cannot do it
-        self.answers = {}
-        self.state = None  # of a child of the modern era: what goes into the retry
+        self.meta = meta
+        self.progress_token = member(member(params, "_meta", dict, None), "progressToken", object, None)
+        self.state = CallState.NEW
+        self.waiting_since: float | None = None  # since when the client owes an answer: the clock stands
+        self.undeclared: dict[str, object] = {}  # what the child asked of a client that cannot do it
+        self.input_responses: dict[str, object] = {}
+        self.request_state: object = None  # of a modern child: what goes into the retry
         self.listing: dict[str, Tool] | None = None
+        self.on_success: Callable[[object], object] | None = None
+        self.on_done: Callable[[], object] | None = None
+        self.record: ToolCallRecord | None = None
+        self.outcome = "error"
+        self.ended_suspended = False  # whether it ended while its client was to retry
+        self._state_lock = threading.Lock()  # guards the state: one end; a leaf
+
+    # -- where what comes back goes
+
+    def notify(self, body: dict[str, object]) -> None:
+        """Passes a notification on that belongs to this call."""
+
+    def answer(self, line: bytes, message: Message) -> None:
+        """Delivers the child's answer."""
+        raise NotImplementedError
+
+    def give(self, result: dict[str, object]) -> None:
+        """Delivers a result of the broker's own."""
+        raise NotImplementedError
+
+    def error(self, code: int, text: str, data: object) -> None:
+        """Delivers an error."""
+        raise NotImplementedError
+
+    def refuse(self, error: dict[str, object], undeclared: dict[str, object]) -> None:
+        """Delivers an error of a child or a client; `undeclared`: what the client should have declared."""
+        self.error(
+            member(error, "code", int, INTERNAL_ERROR), str(error.get("message", "")), error.get("data")
+        )
+
+    def close(self) -> None:
+        """Lets go of a client to which nothing can be delivered."""
 
     def fail(
         self,
@@ -8927,13 +9033,13 @@ class Call:
         outcome_unknown: bool = True,
         code: int = SERVER_ERROR,
     ) -> None:
-        """Answer with an error of the broker's own (design 5: the table of cases)."""
-        self.reply.fail(
-            code, sentence, {"reason": reason, "outcome_unknown": outcome_unknown, "retryable": retryable}
-        )
+        """Delivers an error of the broker's own (design 5: the table of cases)."""
+        data = {"reason": reason, "outcome_unknown": outcome_unknown, "retryable": retryable}
+        self.error(code, sentence, data)
+        self.outcome = "unknown" if outcome_unknown else "error"
 
     def fail_undelivered(self) -> None:
-        """Answer a call whose answer, or question, cannot be passed on."""
+        """Answers a call whose answer, or question, cannot be passed on."""
         self.fail(
             "bad_answer",
             "The tool's answer could not be passed on; whether it did anything is not known.",
@@ -8941,74 +9047,345 @@ class Call:
             code=INTERNAL_ERROR,
         )
 
-    def finish(self, log: Log, deliver: Callable[[], object]) -> None:
-        """Deliver the end of a call that nobody finds in `pending` any more, and tell who waits for it. Raises nothing.
+    # -- states
+
+    def enter(self, state: CallState) -> bool:
+        """Changes the state; returns False, changing nothing, where the table has no way there."""
+        with self._state_lock:
+            if state not in NEXT_STATES[self.state]:
+                return False
+            self.state = state
+            return True
+
+    def stop_clock(self) -> None:
+        """The client owes an answer from now on."""
+        if self.state is CallState.SENT:
+            self.enter(CallState.WAITING_FOR_CLIENT)
+        if self.waiting_since is None:
+            self.waiting_since = time.monotonic()
+
+    def start_clock(self) -> None:
+        """The client owes nothing any more: its deadline moves by the time it took."""
+        if self.waiting_since is not None:
+            self.deadline += time.monotonic() - self.waiting_since
+            self.waiting_since = None
+        if self.state is CallState.WAITING_FOR_CLIENT:
+            self.enter(CallState.SENT)
+
+    def finish(
+        self,
+        log: Log,
+        deliver: Callable[[], object] | None,
+        state: CallState = CallState.DONE,
+        outcome: str = "",
+    ) -> None:
+        """Ends the call, once: delivers its end (None: nobody waits), calls `on_done`, writes its record. Raises nothing.
 
         A delivery that raises would leave its client waiting for ever, since no deadline covers the call now: an error goes instead.
         """
+        with self._state_lock:
+            if self.state in ENDED:
+                return
+            self.ended_suspended = self.state is CallState.SUSPENDED
+            self.state = state
         try:
-            deliver()
+            if deliver:
+                deliver()
         except Exception as error:
             log.event("error", "delivery_failed", method=self.method, error=type(error).__name__)
             try:
                 self.fail_undelivered()
             except Exception as again:
                 log.event("error", "delivery_failed", method=self.method, error=type(again).__name__)
-                self.reply.close()
+                self.close()
         finally:
-            self.release(log)
+            self._release(log)
+            if self.record:
+                self.record.write(outcome or ("cancelled" if state is CallState.CANCELLED else self.outcome))
 
-    def release(self, log: Log) -> None:
-        """Call `over`. Raises nothing."""
+    def _release(self, log: Log) -> None:
         try:
-            if self.over:
-                self.over()
+            if self.on_done:
+                self.on_done()
         except Exception as error:
             log.event("error", "release_failed", method=self.method, error=type(error).__name__)
 
 
-class Waiting:
-    """The reply to a call of the broker's own: wait(seconds) gives the answer's body, or None."""
+def outcome_of(message: Message) -> str:
+    """What a child's answer to tools/call says became of the call."""
+    result = member(message.body, "result", dict, None)
+    if result is None:
+        return "error"
+    task = member(result, "task", dict, result if result.get("resultType") == "task" else None)
+    if member(task, "taskId", str, ""):
+        return "started"
+    return "tool_error" if result.get("isError") is True else "ok"
 
-    def __init__(self):
+
+class InternalCall(Call):
+    """A call of the broker's own: wait(seconds) returns the answer's body, or None."""
+
+    is_internal = True
+
+    def __init__(self, method: str, params: dict[str, object] | None, seconds: float) -> None:
+        super().__init__(method, params, time.monotonic() + seconds)
+        self.may_be_cut_off = False  # whether its child may be put to sleep meanwhile
         self._done = threading.Event()
-        self.body = None
+        self.body: dict[str, object] | None = None
 
-    def notify(self, body):
-        """Nobody listens."""
-
-    def answer(self, line, message):
-        """Keep the child's answer."""
+    def answer(self, line: bytes, message: Message) -> None:
+        """Keeps the child's answer."""
         self.body = message.body
         self._done.set()
 
-    def fail(self, code, sentence, data):
+    def error(self, code: int, text: str, data: object) -> None:
         """There will be no answer."""
         self._done.set()
 
     def close(self) -> None:
-        """Nothing can be said of it."""
+        """There will be no answer."""
         self._done.set()
 
-    def wait(self, seconds):
-        """The answer's body, or None when there was none in time."""
+    def wait(self, seconds: float) -> dict[str, object] | None:
+        """Returns the answer's body, or None when there was none in time."""
         self._done.wait(seconds)
         return self.body
 
 
-# Questions of one session's children that may wait for the client at once, and their bytes.
-MAX_QUESTIONS = 64
-MAX_QUESTION_BYTES = 1 << 20
+# ======================================================================================================================
+# Dialects
+# Owns how a child of each era is spoken to: a call becomes a line, and a line one of four events. Legacy is 2025-11-25 and before
+# (initialize), modern 2026-07-28 (metadata in each request). Must not know children, sessions or clients; it takes no lock.
+# ======================================================================================================================
+
+META = "io.modelcontextprotocol/"
+META_CLIENT = META + "clientInfo"
+META_CAPABILITIES = META + "clientCapabilities"
+META_LEVEL = META + "logLevel"
+META_SERVER = META + "serverInfo"
+META_SUBSCRIPTION = META + "subscriptionId"
+MODERN_META = {META_VERSION, META_CLIENT, META_CAPABILITIES, META_LEVEL}
+LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
+ASKS = {"elicitation/create": "elicitation", "sampling/createMessage": "sampling", "roots/list": "roots"}
+NO_SUBSCRIPTION = -1  # a number that no stream of ours has
+LEGACY_ONLY = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The child's answer to a call: `line` is `message` as bytes."""
+
+    number: int | None
+    line: bytes
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
-    """What a child asks its client in the middle of a call. `key` is its name where the child gave one, else its request id."""
+    """What a child asks its client: (key, method, params) of each thing.
 
-    __slots__ = ("link", "key", "method", "params", "call", "deadline", "size")
+    `number` is the call it belongs to, None where the child does not say; `request_state` is for the child to read again.
+    """
 
-    def __init__(self, link, key, method, params, call=None):
+    number: int | None
+    requests: tuple[tuple[object, str, dict[str, object] | None], ...]
+    request_state: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """News of a call that goes on."""
+
+    number: int | None
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Any other notification; `subscription` is the number of the stream it came on, None where the child does not say."""
+
+    message: Message
+    subscription: int | None = None
+
+
+ChildEvent = Answer | Question | Progress | Notice
+
+
+def call_number(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _decode_common(line: bytes, message: Message) -> ChildEvent | None:
+    """What means the same in both eras."""
+    if message.kind == "response":
+        return Answer(call_number(message.id), line, message)
+    if message.method == "notifications/progress" and message.kind == "notification":
+        return Progress(member(message.params, "progressToken", int, None), message)
+    return None
+
+
+def encode_message(body: dict[str, object]) -> bytes:
+    """A message as a line."""
+    return dump({"jsonrpc": "2.0", **body})
+
+
+def encode_cancellation(number: int, params: dict[str, object] | None) -> bytes:
+    """Tells the child that nobody waits for a call any more, with what the client said of that."""
+    return encode_message(
+        {"method": "notifications/cancelled", "params": {**(params or {}), "requestId": number}}
+    )
+
+
+class LegacyDialect:
+    """Of a child that was initialized: what it asks are requests of its own, in the middle of a call."""
+
+    is_modern = False
+
+    def __init__(self) -> None:
+        self._level: str | None = None
+
+    def level_before(self, call: Call) -> str | None:
+        """The log level that the child has to be set to before this call; None when it has it."""
+        if call.meta.log_level in (None, self._level):
+            return None
+        self._level = call.meta.log_level
+        return self._level
+
+    def encode(self, number: int, call: Call) -> bytes:
+        """A call as a line."""
+        params = call.params
+        if call.progress_token is not None and params is not None:
+            params = {**params, "_meta": {**member(params, "_meta", dict, {}), "progressToken": number}}
+        return dump(asking(call.method, params, jsonrpc="2.0", id=number))
+
+    def encode_answer(self, key: object, result: object, error: dict[str, object] | None) -> bytes:
+        """The client's answer to a question, as a line."""
+        return encode_message({"id": key} | ({"error": error} if error else {"result": result}))
+
+    def decode(self, line: bytes, message: Message) -> ChildEvent:
+        """What a line of the child says."""
+        if message.kind == "request":
+            return Question(None, ((message.id, message.method, message.params),))
+        return _decode_common(line, message) or Notice(message)
+
+
+class ModernDialect:
+    """Of a child that takes its client's metadata with each request, and asks by answering `input_required`.
+
+    `initialize` is what the client of the session said of itself, for calls that say nothing.
+    """
+
+    is_modern = True
+
+    def __init__(self, initialize: dict[str, object]) -> None:
+        self._initialize = initialize
+        self.log_level: str | None = None  # of the session: it goes with each request
+
+    def level_before(self, call: Call) -> str | None:
+        """None: the level goes with the call."""
+        return None
+
+    def encode(self, number: int, call: Call) -> bytes:
+        """A call as a line, with what its client says of itself; after a question with the answers."""
+        params = dict(call.params or {})
+        if call.input_responses:
+            params["inputResponses"] = call.input_responses
+        if call.request_state:
+            params["requestState"] = call.request_state
+        meta = self._metadata(params, call.meta)
+        level = call.meta.log_level or self.log_level
+        if level:
+            meta[META_LEVEL] = level
+        if call.progress_token is not None:
+            meta["progressToken"] = number
+        return encode_message({"id": number, "method": call.method, "params": {**params, "_meta": meta}})
+
+    def encode_listen(self, number: int, wanted: dict[str, object]) -> bytes:
+        """A request for a stream of notifications, as a line."""
+        params = {"notifications": wanted, "_meta": self._metadata({}, SESSION_META)}
+        return encode_message({"id": number, "method": "subscriptions/listen", "params": params})
+
+    def _metadata(self, params: dict[str, object], meta: RequestMeta) -> dict[str, object]:
+        declared = meta.capabilities or member(self._initialize, "capabilities", dict, {})
+        capabilities = {
+            name: {} if name == "roots" else value
+            for name, value in declared.items()
+            if name in ("experimental", "extensions", *ASKS.values()) and isinstance(value, dict)
+        }
+        client_info = meta.client_info or self._initialize.get("clientInfo")
+        return {
+            **member(params, "_meta", dict, {}),
+            META_VERSION: FIRST_MODERN_VERSION,
+            META_CLIENT: client_info or {"name": "fjmcp-broker", "version": __version__},
+            META_CAPABILITIES: capabilities,
+        }
+
+    def decode(self, line: bytes, message: Message) -> ChildEvent:
+        """What a line of the child says."""
+        result = member(message.body, "result", dict, {})
+        if message.kind == "response" and result.get("resultType") == "input_required":
+            return Question(call_number(message.id), input_requests(result), result.get("requestState"))
+        common = _decode_common(line, message)
+        if common:
+            return common
+        meta = member(message.params, "_meta", dict, {})
+        if META_SUBSCRIPTION not in meta:
+            return Notice(message)
+        return Notice(message, call_number(meta[META_SUBSCRIPTION]) or NO_SUBSCRIPTION)
+
+
+Dialect = LegacyDialect | ModernDialect
+
+
+def input_requests(result: dict[str, object]) -> tuple[tuple[object, str, dict[str, object] | None], ...]:
+    """What a result of `input_required` asks of the client, as far as a client can be asked (MCP 2026-07-28 patterns/mrtr)."""
+    requests = member(result, "inputRequests", dict, {})
+    return tuple(
+        (key, method, member(request, "params", dict, None))
+        for key, request in requests.items()
+        if (method := member(request, "method", str, "")) in ASKS
+    )
+
+
+# ======================================================================================================================
+# Backend
+# Owns a child together with its dialect and what is under way on it: the calls it works on, and what it is subscribed to.
+# Must not know clients, HTTP or who else has a child; it is given an owner, and tells that what its child says.
+# ======================================================================================================================
+
+MAX_LISTING = 1 << 20  # bytes of what is kept of a child's list of tools
+MAX_TOOL_PAGES = 100
+EXIT_WAIT = 0.2  # seconds in which a child that gave no answer may turn out to have ended
+BAD_LINES = 100  # lines in a row that are no messages, after which a child is stopped
+LIST_KINDS = ("tools", "prompts", "resources")
+
+
+class Program:
+    """What is known of a child's program by its `fingerprint`: replacing the file changes that."""
+
+    def __init__(self, fingerprint: str, era: str, sends_requests: bool) -> None:
+        self.fingerprint = fingerprint
+        self.era = era  # legacy, modern or both; empty: not known yet
+        self.sends_requests = sends_requests  # whether it has been seen to ask its client for things
+        self.server: dict[str, object] | None = None  # what it last said of itself, as an initialize result
+        self.tool_names: frozenset[str] = frozenset()  # what it last listed
+
+
+class OpenQuestion:
+    """One thing that a child asks its client in the middle of a call. `key` is its name where the child gave one, else its request id."""
+
+    __slots__ = ("backend", "key", "method", "params", "call", "deadline", "size")
+
+    def __init__(
+        self,
+        backend: "Backend",
+        key: object,
+        method: str,
+        params: dict[str, object] | None,
+        call: Call | None = None,
+    ) -> None:
         self.size = len(dump([key, method, params]))
-        self.link = link
+        self.backend = backend
         self.key = key
         self.method = method
         self.params = params
@@ -9016,886 +9393,567 @@ class Question:
         self.deadline = 0.0
 
 
-EXIT_WAIT = 0.2  # seconds in which a child that gave no answer may turn out to have ended
-BAD_LINES = 100  # lines in a row that are no messages, after which a child is stopped
+class BackendOwner(Protocol):
+    """Who has a backend, and hears what its child says. `lock` guards the backend's calls, too."""
+
+    lock: threading.Lock
+
+    def cancel(
+        self,
+        call: Call,
+        params: dict[str, object] | None = None,
+        deliver: Callable[[], object] | None = None,
+        state: CallState = CallState.CANCELLED,
+    ) -> bool:
+        """Ends a call in flight."""
+
+    def on_questions(self, backend: "Backend", questions: list[OpenQuestion], call: Call | None) -> None:
+        """The child asks its client for things; `call`: in the middle of this one."""
+
+    def on_withdrawn(self, backend: "Backend", message: Message) -> None:
+        """The child wants no answer to a question any more."""
+
+    def on_notification(self, backend: "Backend", message: Message, is_subscribed: bool) -> None:
+        """The child notifies its client; `is_subscribed`: of what was subscribed to, so that it belongs to no call."""
+
+    def on_call_done(self, backend: "Backend", call: Call, message: Message | None) -> None:
+        """A call is over; `message`: by this answer of the child."""
+
+    def on_end(self, backend: "Backend") -> None:
+        """The child has ended."""
 
 
-class Link:
-    """A child together with what is under way on it. Its maps are guarded by the session's lock."""
+class Backend:
+    """A child, the dialect it speaks, and what is under way on it. `pending` is guarded by the owner's lock."""
 
-    def __init__(self, session, seq, fresh_until):
-        self.session = session
-        self.seq = seq
-        self.fresh_until = fresh_until  # of the credential that the child holds
-        self.pending = {}  # our id towards the child -> Call
-        self.numbers = itertools.count(1)
-        self.child = None
-        self.edge = None
+    def __init__(self, owner: BackendOwner, user: str, log: Log, seq: int, fresh_until: float) -> None:
+        self.owner = owner
+        self.seq = seq  # of the credential that the child holds
+        self.fresh_until = fresh_until
+        self.pending: dict[int, Call] = {}  # our id towards the child -> Call
+        self.program = Program("", "", False)
+        self.ttl = 0  # ms for which what a modern child says of itself may be kept
+        self.used_at = time.monotonic()
+        self.is_closed = False  # whether the owner has heard of the end; under the owner's lock
+        self.was_probed = False  # whether the handshake began by asking for its era
+        self.serves = False  # whether the handshake succeeded
+        self.has_failed = False  # whether the handshake failed
         self.bad_lines = 0
-        self.stray = 0
+        self._user = user
+        self._log = log
+        self._child: Child | None = None
+        self._dialect: Dialect | None = None
+        self._subscriptions: LegacySubscriptions | ModernSubscriptions | None = None
+        self._is_ready = False
+        self._numbers = itertools.count(1)
+        self._stray_answers = 0
+        self.tool_list = ToolList(self)
         self._flood = Allowance(FLOOD_BURST, FLOOD_RATE)
         self._logged = Allowance(10, 1 / 6)  # records of lines that are no answers to anything
-        self.used_at = time.monotonic()
-        self.over = False  # whether link_ended has been here; under the session's lock
-        self.probed = False  # whether the handshake began by asking for its era
-        self.tools: dict[str, Tool] | None = None  # what it lists, once asked; until it says that has changed
-        self.list_changes = 0
-        self.serves = False  # whether the handshake succeeded
-        self.failed = False  # whether the handshake failed
-        self.binary = ""  # the fingerprint of its program
-        self.asked = False  # whether its program is known to ask its client for things
+
+    # -- the child and its dialect
 
     @property
-    def alive(self):
+    def child(self) -> Child:
+        """The process."""
+        assert self._child
+        return self._child
+
+    @child.setter
+    def child(self, child: Child) -> None:
+        self._child = child
+
+    @property
+    def is_alive(self) -> bool:
         """Whether the child can still be spoken to."""
-        return self.child is not None and self.child.alive
+        return self._child is not None and self._child.alive
+
+    @property
+    def dialect(self) -> Dialect:
+        """How the child is spoken to."""
+        assert self._dialect
+        return self._dialect
+
+    def speak(self, dialect: Dialect) -> None:
+        """From here on the child is spoken to like this."""
+        self._dialect = dialect
+        self._subscriptions = ModernSubscriptions(self) if dialect.is_modern else LegacySubscriptions(self)
+
+    @property
+    def has_dialect(self) -> bool:
+        """Whether the child has been spoken to."""
+        return self._dialect is not None
+
+    @property
+    def subscriptions(self) -> "LegacySubscriptions | ModernSubscriptions":
+        """What the child is subscribed to."""
+        assert self._subscriptions
+        return self._subscriptions
+
+    # -- towards the child
 
     def register(self, call: Call) -> bytes:
-        """Returns the line to send for a call, which is in `pending` from now on; under the session's lock."""
-        number = next(self.numbers)
+        """Returns what to send for a call, which is in `pending` from now on; under the owner's lock."""
+        number = next(self._numbers)
         self.pending[number] = call
         self.used_at = time.monotonic()
         try:
-            return self.edge.encode(number, call)
+            level = self.dialect.level_before(call)
+            line = self.dialect.encode(number, call)
+            if level:
+                line = (
+                    self.register(InternalCall("logging/setLevel", {"level": level}, QUESTION_GRACE))
+                    + b"\n"
+                    + line
+                )
         except BaseException:
             del self.pending[number]
             raise
+        call.enter(CallState.SENT)
+        if call.record:
+            call.record.is_listed = self.tool_list.has
+        return line
 
-    def forget(self, calls: Iterable[Call]) -> None:
-        """Take calls out of `pending` that were not sent; under the session's lock."""
+    def unregister(self, calls: Iterable[Call]) -> None:
+        """Takes calls out of `pending` that were not sent; under the owner's lock."""
         unsent = set(map(id, calls))
         self.pending = {number: call for number, call in self.pending.items() if id(call) not in unsent}
 
-    def start(self, method, params, reply, seconds, after=None):
-        """Send a call of the broker's own; whether it went out."""
-        with self.session.lock:
-            line = self.register(Call(method, params, reply, time.monotonic() + seconds, after=after))
+    def number_of(self, call: Call) -> int | None:
+        """The number of a call in flight, None when it is not; under the owner's lock."""
+        return next((number for number, each in self.pending.items() if each is call), None)
+
+    def next_number(self) -> int:
+        """A number for a message that is no call."""
+        return next(self._numbers)
+
+    def start(self, call: InternalCall) -> bool:
+        """Sends a call of the broker's own; returns whether it went out."""
+        with self.owner.lock:
+            line = self.register(call)
         return self.child.send(line)
 
-    def call(self, method, params, seconds):
-        """A call of the broker's own; the answer's body, or None when there was none in time."""
-        reply = Waiting()
-        return reply.wait(seconds) if self.start(method, params, reply, seconds) else None
+    def ask(self, method: str, params: dict[str, object] | None, seconds: float) -> dict[str, object] | None:
+        """Makes a call of the broker's own; returns the answer's body, or None when there was none in time."""
+        call = InternalCall(method, params, seconds)
+        return call.wait(seconds) if self.start(call) else None
 
-    def read_tools(self) -> dict[str, Tool] | None:
-        """What the child lists, over all pages; None when it does not say in time. ListChanged when it changed meanwhile.
+    def send(self, body: dict[str, object]) -> bool:
+        """Sends a message to the child."""
+        return self.child.send(encode_message(body))
 
-        An error for an answer is a child without tools; it is not kept, since it may have had a passing reason.
-        """
-        changes = self.list_changes
-        end = time.monotonic() + QUESTION_GRACE
-        tools: dict[str, Tool] = {}
-        room = MAX_LISTING
-        cursor: object = None
-        for _ in range(MAX_TOOL_PAGES):
-            body = self.call("tools/list", {"cursor": cursor} if cursor else {}, end - time.monotonic())
-            if body is None:
-                return None
-            result = body.get("result")
-            page = result.get("tools") if isinstance(result, dict) else None
-            if not isinstance(page, list):
-                return {}
-            room = add_tools(tools, page, room)
-            cursor = result.get("nextCursor")
-            if not isinstance(cursor, str) or room <= 0:
-                break
-        with self.session.lock:
-            if changes != self.list_changes:
-                raise ListChanged
-            self.tools = tools
-        return tools
+    def send_cancellation(self, number: int, params: dict[str, object] | None) -> None:
+        """Tells the child that nobody waits for a call any more."""
+        self.child.send(encode_cancellation(number, params))
 
-    def send(self, body):
-        """Send a message to the child."""
-        return self.child.send(dump({"jsonrpc": "2.0", **body}))
+    def make_ready(self, uris: set[str] | None) -> None:
+        """The client's handshake is over; `uris`: resources of a session that hears of changes from the start."""
+        if self.dialect.is_modern:
+            if uris is not None and not self.subscriptions.is_listening:
+                self.subscriptions.update(uris)
+        elif not self._is_ready:
+            self._is_ready = True
+            self.send({"method": "notifications/initialized"})
+
+    def forward(self, method: str, params: dict[str, object] | None) -> None:
+        """Passes a notification of the client on; the modern era has none."""
+        if not self.dialect.is_modern:
+            self.send(asking(method, params))
+
+    def set_level(self, level: str) -> None:
+        """From here on the child logs what is at least of this level."""
+        if isinstance(self.dialect, ModernDialect):
+            self.dialect.log_level = level
+        else:
+            self.start(InternalCall("logging/setLevel", {"level": level}, QUESTION_GRACE))
+
+    def retry(self, call: Call) -> None:
+        """Sends a call again, to a modern child that has asked for input."""
+        with self.owner.lock:
+            number = self.number_of(call)
+            if number is None:
+                return
+            line = self.register(call)
+            del self.pending[number]
+        self.child.send(line)
+
+    def answer(
+        self, question: OpenQuestion, result: object, error: dict[str, object] | None, is_last: bool
+    ) -> None:
+        """Hands a client's answer to the child. To a modern one all answers go with the retry; a refusal ends the call there."""
+        if isinstance(self.dialect, LegacyDialect):
+            self.child.send(self.dialect.encode_answer(question.key, result, error))
+            return
+        call = question.call
+        if call and error:
+            refuse = functools.partial(call.refuse, error, call.undeclared)
+            self.owner.cancel(call, None, refuse, CallState.DONE)
+        elif call and is_last:
+            self.retry(call)
+
+    # -- what the child says
 
     def on_line(self, line: bytes) -> None:
-        """Take a line of the child's output, which may be a batch (MCP 2025-03-26); in the child's reader thread. Raises nothing."""
-        if (
-            self.bad_lines >= BAD_LINES or self.edge is None
-        ):  # it was told to end, or speaks before it was spoken to
+        """Takes a line of the child's output, which may be a batch (MCP 2025-03-26); in the child's reader thread. Raises nothing."""
+        # Either it was told to end, or it speaks before it was spoken to.
+        if self.bad_lines >= BAD_LINES or self._dialect is None:
             return
         line = without_lone_surrogates(line)  # here already: an answer may go on as these bytes
         line = line.removeprefix(BYTE_ORDER_MARK)
         try:
             value = read_child_json(line)
         except ValueError:
-            self._bad(line, id_of_bad_line(line))
+            self._on_bad_line(line, id_of_bad_line(line))
             return
         if not isinstance(value, list) or not value:
-            self._take(line, value)
+            self._on_value(line, value)
             return
         for each in value:
             if self.bad_lines < BAD_LINES:  # else it was told to end
-                self._take(dump(each), each)
+                self._on_value(dump(each), each)
 
-    def _take(self, line: bytes, value: object) -> None:
+    def _on_value(self, line: bytes, value: object) -> None:
         try:
             message = classify_sloppy(value)
         except ValueError:
-            about = (
-                None
-                if member(value, "method", object, None) is not None
-                else member(value, "id", object, None)
-            )
-            self._bad(line, whole(about))
+            is_request = member(value, "method", object, None) is not None
+            self._on_bad_line(line, None if is_request else whole(member(value, "id", object, None)))
             return
         self.bad_lines = 0
         try:
-            if message.kind == "response":
-                self._answered(line if message.body is value else dump(message.body), message)
-            else:
-                self._said(message)
+            self._on_message(line if message.body is value else dump(message.body), message)
+            if message.kind != "response":
                 self._hold_back(line)
-        except (
-            Exception
-        ) as error:  # one message must not end the reader, and with it the child and all its calls
-            self._dropped("error", "child_message_failed", line, error=type(error).__name__)
+        except Exception as error:
+            # One message must not end the reader, and with it the child and all its calls.
+            self._drop("error", "child_message_failed", line, error=type(error).__name__)
             if message.kind == "request":
                 self.send({"id": message.id, "error": {"code": INTERNAL_ERROR, "message": "Internal error"}})
 
-    def _bad(self, line: bytes, about: object) -> None:
+    def _on_bad_line(self, line: bytes, about: object) -> None:
         """A line that is no message; with the id of a call it is an improper answer to that one, which ends at once."""
-        with self.session.lock:
-            known = isinstance(about, int) and not isinstance(about, bool)
-            call = self.pending.pop(about, None) if known else None
+        with self.owner.lock:
+            is_number = isinstance(about, int) and not isinstance(about, bool)
+            call = self.pending.pop(about, None) if is_number and isinstance(about, int) else None
         if call:
-            self._finish(
-                call,
-                lambda: call.fail(
-                    "bad_answer",
-                    "The tool's answer is no JSON-RPC message; whether it did anything is not known.",
-                    retryable=False,
-                    code=INTERNAL_ERROR,
-                ),
+            fail = functools.partial(
+                call.fail,
+                "bad_answer",
+                "The tool's answer is no JSON-RPC message; whether it did anything is not known.",
+                retryable=False,
+                code=INTERNAL_ERROR,
             )
+            call.finish(self._log, fail)
+            self.owner.on_call_done(self, call, None)
         self.bad_lines += 1
-        self._dropped("warning", "bad_line_from_child", line, count=self.bad_lines)
+        self._drop("warning", "bad_line_from_child", line, count=self.bad_lines)
         if self.bad_lines >= BAD_LINES:
             self.child.kill("bad_lines")
 
-    def _answered(self, line: bytes, message: Message) -> None:
-        with self.session.lock:
-            call = self.pending.get(message.id) if isinstance(message.id, int) else None
-            asks = call is not None and self.edge.asks(call, message)
-            if call and not asks:
-                del self.pending[message.id]
-        if asks:
-            self._ask(call, message)
-        elif call:
-            self.used_at = time.monotonic()
-            self._finish(call, lambda: self._deliver(call, line, message), message)
+    def _on_message(self, line: bytes, message: Message) -> None:
+        if message.kind == "request" and message.method == "ping":
+            self.send({"id": message.id, "result": {}})
+            return
+        if message.kind == "request" and self.dialect.is_modern:
+            text = "A server of this revision does not send requests"
+            self.send({"id": message.id, "error": {"code": METHOD_NOT_FOUND, "message": text}})
+            return
+        event = self.dialect.decode(line, message)
+        if isinstance(event, Answer):
+            self._on_answer(event)
+        elif isinstance(event, Progress):
+            self._on_progress(event)
+        elif isinstance(event, Question):
+            self._on_question(event, line)
         else:
-            self.stray += 1
-            self._dropped("debug", "stray_answer_from_child", line, count=self.stray)
+            self._on_notice(event)
+
+    def _on_answer(self, answer: Answer) -> None:
+        with self.owner.lock:
+            call = self.pending.get(answer.number) if answer.number is not None else None
+            # A modern child has asked for input: until the retry its call has no answer.
+            is_early = call is not None and self.dialect.is_modern and call.waiting_since is not None
+            if call and not is_early and answer.number is not None:
+                del self.pending[answer.number]
+        if call is None:
+            self._stray_answers += 1
+            self._drop("debug", "stray_answer_from_child", answer.line, count=self._stray_answers)
+        elif not is_early:
+            self.used_at = time.monotonic()
+            call.finish(self._log, functools.partial(self._deliver, call, answer))
+            self.owner.on_call_done(self, call, answer.message)
+
+    @staticmethod
+    def _deliver(call: Call, answer: Answer) -> None:
+        try:
+            if call.on_success and "result" in answer.message.body:
+                call.on_success(answer.message.body["result"])
+        finally:  # what is to be remembered of an answer is not the answer
+            call.answer(answer.line, answer.message)
+            call.outcome = outcome_of(answer.message)
+
+    def _on_progress(self, progress: Progress) -> None:
+        with self.owner.lock:
+            call = self.pending.get(progress.number) if progress.number is not None else None
+        if call and call.progress_token is not None:
+            message = progress.message
+            call.notify(
+                {**message.body, "params": {**(message.params or {}), "progressToken": call.progress_token}}
+            )
+
+    def _on_question(self, question: Question, line: bytes) -> None:
+        if question.number is None and not self.dialect.is_modern:
+            questions = [OpenQuestion(self, *each) for each in question.requests]
+            self.owner.on_questions(self, questions, None)
+            return
+        with self.owner.lock:
+            call = self.pending.get(question.number) if question.number is not None else None
+        if call is None:
+            self._stray_answers += 1
+            self._drop("debug", "stray_answer_from_child", line, count=self._stray_answers)
+        elif call.waiting_since is None:
+            try:
+                self._ask_client(call, question)
+            except Exception:  # what cannot be asked ends its call
+                self.owner.cancel(call, None, call.fail_undelivered, CallState.DONE)
+                raise
+
+    def _ask_client(self, call: Call, question: Question) -> None:
+        """Asks for all of it; the answers go with a retry (MCP 2026-07-28 patterns/mrtr)."""
+        call.request_state = question.request_state
+        call.input_responses = {}
+        if question.requests:
+            questions = [OpenQuestion(self, *each, call) for each in question.requests]
+            self.owner.on_questions(self, questions, call)
+        else:  # it wants nothing but to be asked again, which must not become a loop at full speed
+            run_later(1.0, self.retry, call)
+
+    def _on_notice(self, notice: Notice) -> None:
+        message = notice.message
+        if message.method == "notifications/tools/list_changed":
+            self.tool_list.on_change()
+        if notice.subscription is not None:
+            self.subscriptions.on_notice(notice)
+        elif message.method == "notifications/cancelled":
+            if not self.dialect.is_modern:
+                self.owner.on_withdrawn(self, message)
+        else:
+            self.owner.on_notification(self, message, False)
 
     def _hold_back(self, line: bytes) -> None:
-        """Let a child that sends much unasked wait: what it costs is its own time, not that of everybody's threads."""
+        """Lets a child that sends much unasked wait: what it costs is its own time, not that of everybody's threads."""
         wait = self._flood.spend(1 + len(line) / FLOOD_UNIT)
-        if wait and self.child:
-            self.child.hold_back(wait)
+        if wait and self._child:
+            self._child.hold_back(wait)
 
-    def _dropped(self, level: str, event: str, line: bytes, **fields: object) -> None:
-        """Log that a line is dropped, at a fixed rate: the log must not grow with what a child sends."""
+    def _drop(self, level: str, event: str, line: bytes, **fields: object) -> None:
+        """Logs that a line is dropped, at a fixed rate: the log must not grow with what a child sends."""
         suppressed = self._logged.refused
         if self._logged.grants():
             self._logged.refused = 0
-            self.session.log.event(
-                level, event, user=self.session.sub, suppressed=suppressed or None, **fields
-            )
+            self._log.event(level, event, user=self._user, suppressed=suppressed or None, **fields)
         self._hold_back(line)
 
-    def _deliver(self, call: Call, line: bytes, message: Message) -> None:
-        try:
-            if call.after and "result" in message.body:
-                call.after(message.body["result"])
-        finally:  # what is to be remembered of an answer is not the answer
-            call.reply.answer(line, message)
-
-    def _ask(self, call: Call, message: Message) -> None:
-        """The answer is a question (MCP 2026-07-28 patterns/mrtr); if it cannot be asked, its call ends with an error."""
-        try:
-            self.edge.ask(call, message)
-        except Exception:
-            self.session.cancel(call, None, call.fail_undelivered)
-            raise
-
-    def _finish(self, call: Call, deliver: Callable[[], object], message: Message | None = None) -> None:
-        call.finish(self.session.log, deliver)
-        self.session.call_ended(self, call, message)
-
-    def _said(self, message: Message) -> None:
-        """A notification or question of the child: progress goes to its call, the rest by the edge to the session."""
-        if message.method == "notifications/tools/list_changed":
-            with self.session.lock:
-                self.list_changes += 1
-                self.tools = None
-        if message.method == "notifications/progress":
-            number = member(message.params, "progressToken", int, None)
-            with self.session.lock:
-                call = self.pending.get(number) if number is not None else None
-            if call and call.token is not None:
-                call.reply.notify({**message.body, "params": {**message.params, "progressToken": call.token}})
-        elif message.method == "ping" and message.kind == "request":
-            self.send({"id": message.id, "result": {}})
-        else:
-            self.edge.said(message)
-
-    def on_end(self, child):
+    def on_end(self, child: Child) -> None:
         """The child has ended; in its reader thread, once."""
-        self.child = child  # it may end before the thread that started it has it
-        self.session.link_ended(self)
+        self._child = child  # it may end before the thread that started it has it
+        self.owner.on_end(self)
 
 
-class Wake:
-    """One start of a child that several requests wait for."""
+class ToolList:
+    """What a child lists as its tools, guarded by the lock of its backend's owner."""
 
-    def __init__(self, modest: bool = False) -> None:
-        self.done = threading.Event()
-        self.link = None
-        self.error = None
-        self.modest = modest  # it takes only a place that is free
-
-
-class Session:
-    """What one child at a time serves: a client's session (durable, by its `name`), or a place in the pool of a client.
-
-    `lock` guards link, draining, waking, questions, the links' maps and the front's; it is never held across a spawn, a send or a wait.
-    """
-
-    _rights: Rights | None = None  # what the operator's rules left of it when they were last looked at
-    _rights_noted = False
-
-    def __init__(
-        self,
-        registry,
-        name,
-        sub,
-        client_id,
-        initialize,
-        front,
-        *,
-        version=None,
-        level=None,
-        subscriptions=(),
-        tools_hash=None,
-        durable=True,
-    ):
-        self.registry = registry
-        self.settings = registry.settings
-        self.log = registry.log
-        self.name = name
-        self.sub = sub
-        self.client_id = client_id
-        self.durable = durable
-        self.initialize = initialize
-        self.version = version
-        self.level = level
-        self.server = None
-        self.subscriptions = collections.Counter(subscriptions)
-        self.subscribing: collections.Counter[str] = collections.Counter()  # asked for, not yet answered
-        self.tools_hash = tools_hash
-        self.ttl = 0  # ms for which what a modern child says of itself may be kept
-        self.tasks: collections.OrderedDict[str, str] = collections.OrderedDict()  # a task's id -> its tool
-        self.lock = threading.Lock()
-        self.link = None
-        self.draining = set()
-        self.waking = None
-        self.ended = False
-        self.questions = set()
-        self.failures = 0
-        self.retry_at = 0.0
-        self.failure = None
-        self.users = 0
-        self.leased = False  # of a place in a pool; guarded by the registry's lock
-        self._watch_lock = (
-            threading.Lock()
-        )  # one change of subscriptions at a time, child's answers awaited; taken before `lock`
-        self.used_at = self.saved_at = registry.clock.monotonic()
-        self.owner = Owner(sub, next(registry.owners))
-        self.front = front(self)
-
-    def new_stream(self, answers):
-        """A stream to the client that ends with that many answers."""
-        return EventStream(
-            self.settings.stream_events,
-            self.settings.stream_bytes,
-            self.settings.write_timeout + 5,
-            answers,
-            self.registry.kept,
-            self.owner,
-            answer_dropped if self.durable else modern_answer_dropped,
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.tools: dict[str, Tool] | None = None  # once asked; until the child says that they have changed
+        self._changes = 0
+        self._is_learnt: threading.Event | None = (
+            None  # set once the answers to learn() are there, or never will be
         )
 
-    # -- calls, notifications and answers of the client
+    def on_change(self) -> None:
+        """The child has said that its tools have changed."""
+        with self._backend.owner.lock:
+            self._changes += 1
+            self.tools = None
 
-    def submit(self, calls):
-        """Send requests to the child, waking it if need be; RpcError when it cannot be had or too much is in flight.
+    def read(self) -> dict[str, Tool] | None:
+        """Returns what the child lists, over all pages; None when it does not say in time. Raises ListChanged when it changed meanwhile.
 
-        ListChanged, and nothing is sent, when one of them was judged by another list of tools than this child's.
+        An error for an answer is a child without tools; it is not kept, since it may have had a passing reason.
         """
-        self.used_at = self.registry.clock.monotonic()
-        for _ in range(3):
-            link = self.awake()
-            with self.lock:
-                if self.ended or link is not self.link or not link.alive:
-                    continue
-                if any(call.listing is not None and call.listing is not link.tools for call in calls):
-                    raise ListChanged
-                if len(self.calls()) + len(calls) > self.settings.max_inflight:
-                    raise unavailable(
-                        "busy", "Too many requests of this session are in flight; wait for answers.", 429, 1
-                    )
-                try:
-                    lines = [link.register(call) for call in calls if not link.edge.serves(call)]
-                except BaseException:
-                    link.forget(calls)
-                    raise
-            self._send(link, calls, lines)
-            return
-        raise unavailable("starting_failed", "The tool process ended again and again.")
+        changes = self._changes
+        end = time.monotonic() + QUESTION_GRACE
+        if self._is_learnt:
+            self._is_learnt.wait(QUESTION_GRACE)
+            if self.tools is not None:
+                return self.tools
+        tools: dict[str, Tool] = {}
+        room = MAX_LISTING
+        cursor: str | None = None
+        for _ in range(MAX_TOOL_PAGES):
+            params: dict[str, object] = {"cursor": cursor} if cursor else {}
+            body = self._backend.ask("tools/list", params, end - time.monotonic())
+            if body is None:
+                return None
+            page = member(body.get("result"), "tools", list, None)
+            if page is None:
+                return {}
+            room = add_tools(tools, page, room)
+            cursor = member(body.get("result"), "nextCursor", str, None)
+            if cursor is None or room <= 0:
+                break
+        with self._backend.owner.lock:
+            if changes != self._changes:
+                raise ListChanged
+            self.tools = tools
+        self._backend.program.tool_names = frozenset(tools)
+        return tools
 
-    def _send(self, link: Link, calls: Iterable[Call], lines: Iterable[bytes]) -> None:
-        """Every call has an owner from here on, so none may be left behind: what cannot be sent is answered."""
-        for line in lines:
-            try:
-                link.child.send(line)  # a child that died meanwhile answers through link_ended
-            except Exception as error:  # half a batch may be gone: nobody can say which calls the child has
-                self.log.event("error", "send_failed", user=self.sub, error=type(error).__name__)
-                link.child.kill("stuck")
-        for call in filter(link.edge.serves, calls):
-            call.finish(self.log, functools.partial(link.edge.serve, call))
-            self.call_ended(link, call, None)
+    def has(self, name: str) -> bool:
+        """Whether the child, or another of its program, is known to list a tool of this name."""
+        return name in (self.tools or ()) or name in self._backend.program.tool_names
 
-    def links(self):
-        """The child that serves now and those that end their calls; under the lock."""
-        return [link for link in (self.link, *self.draining) if link]
-
-    def calls(self, link=None):
-        """The client's requests in flight, on one link or all; under the lock."""
-        return [
-            call
-            for each in ([link] if link else self.links())
-            for call in each.pending.values()
-            if not isinstance(call.reply, Waiting)
-        ]
-
-    def notify(self, method, params=None):
-        """A notification of the client for a child that is awake."""
-        with self.lock:
-            link = self.link
-        self.used_at = self.registry.clock.monotonic()
-        if link and link.edge:
-            link.edge.tell(method, params)
-
-    def cancel(
-        self, call: Call, params: dict[str, object] | None = None, deliver: Callable[[], object] | None = None
-    ) -> bool:
-        """End a call in flight: `deliver` answers it (None: nobody waits), its child is told. Returns whether it was in flight."""
-        with self.lock:
-            found = next(
-                ((link, n) for link in self.links() for n, each in link.pending.items() if each is call), None
-            )
-            if not found:
-                return False
-            link, number = found
-            del link.pending[number]
-            self.questions = {question for question in self.questions if question.call is not call}
-        call.finish(self.log, deliver or (lambda: None))
-        try:
-            link.edge.cancel(number, params)
-        finally:
-            self.call_ended(link, call, None)
-        return True
-
-    def remember(self, **changes):
-        """Keep what has to be replayed to a new child: `level`, `tools_hash`, `subscribe` or `unsubscribe` (a URI)."""
-        with self.lock:
-            before = (self.level, sorted(self.subscriptions), self.tools_hash)
-            if "subscribe" in changes:  # a session subscribes once, the listeners of a pool count
-                self.subscriptions[changes["subscribe"]] += (
-                    not self.durable or changes["subscribe"] not in self.subscriptions
-                )
-            if "unsubscribe" in changes:
-                self.subscriptions[changes["unsubscribe"]] -= 1
-                self.subscriptions = +self.subscriptions
-            self.level = changes.get("level", self.level)
-            self.tools_hash = changes.get("tools_hash", self.tools_hash)
-            after = (self.level, sorted(self.subscriptions), self.tools_hash)
-        if self.durable and before != after:
-            with contextlib.suppress(StoreUnavailable):  # what is lost is a replay's detail, not the answer
-                self.registry.store.update_session(self.name, *after)
-
-    def begin_subscription(self, uri: object) -> str:
-        """Why a client may not subscribe to a resource, empty when it may; then it counts until end_subscription()."""
-        if not isinstance(uri, str):
-            return ""  # the child says what is wrong with it
-        with self.lock:
-            wanted = {uri, *self.subscriptions, *self.subscribing}
-            complaint = subscriptions_refused([uri], len(wanted), self.settings)
-            if not complaint:
-                self.subscribing[uri] += 1
-        return complaint
-
-    def end_subscription(self, uri: str) -> None:
-        """The child has answered, or never will."""
-        with self.lock:
-            self.subscribing[uri] -= 1
-            self.subscribing = +self.subscribing
-
-    def watch(self):
-        """Make the child's subscriptions what this session wants; the resources that it refused."""
-        with self._watch_lock:
-            with self.lock:
-                link = self.link
-                uris = set(self.subscriptions)
-            return link.edge.watch(uris) if link else set()
-
-    # -- questions of the child
-
-    def hold(self, question: "Question", call: "Call | None", seconds: float) -> bool:
-        """A question is with the client: the clock of its call stands until it is answered, at most that long.
-
-        False, and the child has an error for an answer, when too many are open: a child that floods questions hurts itself.
-        """
-        with self.lock:
-            open_bytes = sum(each.size for each in self.questions)
-            full = len(self.questions) >= MAX_QUESTIONS or open_bytes + question.size > MAX_QUESTION_BYTES
-            if not full:
-                self._hold(question, call, seconds)
-        if full:
-            question.call = call
-            error = {"code": SERVER_ERROR, "message": "Too many questions to the client are open"}
-            question.link.edge.answered(question, None, error, False)
-        return not full
-
-    def _hold(self, question: "Question", call: "Call | None", seconds: float) -> None:
-        """Under the lock."""
-        question.call = call
-        question.deadline = time.monotonic() + seconds
-        self.questions.add(question)
-        if call and call.paused_at is None:
-            call.paused_at = time.monotonic()
-
-    def answer(self, question, result=None, error=None):
-        """The client's answer to a question; dropped when it is not open any more (J07)."""
-        with self.lock:
-            if question not in self.questions:
+    def learn(self) -> None:
+        """Asks for the list, unless another child of the program was asked; nobody waits for the answers."""
+        with self._backend.owner.lock:
+            if self._is_learnt or self._backend.program.tool_names:
                 return
-            call = question.call
-            if call and question.link.edge.collects_answers:
-                call.answers[question.key] = result
-                if len(dump(call.answers)) > self.settings.max_body:  # they go to the child in one request
-                    error = {"code": SERVER_ERROR, "message": "The answers are too large together"}
-            last = self._close(question)
-        question.link.edge.answered(question, result, error, last)
+            self._is_learnt = threading.Event()
+            line = self._ask_for_page({}, None, MAX_LISTING, MAX_TOOL_PAGES)
+        self._backend.child.send(line)
 
-    def _close(self, question):
-        """Under the lock; whether it was the last one of its call."""
-        self.questions.discard(question)
-        call = question.call
-        last = not any(each.call is call for each in self.questions)
-        if call and last and call.paused_at is not None:
-            call.deadline += time.monotonic() - call.paused_at
-            call.paused_at = None
-        return last
+    def _ask_for_page(self, tools: dict[str, Tool], cursor: str | None, room: int, pages: int) -> bytes:
+        """Returns a request for a page, whose tools are added to `tools`; under the lock."""
+        backend = self._backend
+        changes = self._changes
+        following: list[str] = []
 
-    def withdraw(self, link, key):
-        """The child wants no answer any more."""
-        with self.lock:
-            gone = [question for question in self.questions if question.link is link and question.key == key]
-            for question in gone:
-                self._close(question)
-        return gone
+        def note(result: object) -> None:
+            left = add_tools(tools, member(result, "tools", list, []), room)
+            backend.program.tool_names |= frozenset(tools)
+            next_cursor = member(result, "nextCursor", str, None)
+            with backend.owner.lock:
+                if next_cursor is not None and left > 0 and pages > 1:
+                    following.append(next_cursor)
+                    line = self._ask_for_page(tools, next_cursor, left, pages - 1)
+                elif changes == self._changes:
+                    self.tools = tools
+            if following:
+                backend.child.send(line)
 
-    # -- the child: wake, replay, replace, sleep, end
+        def done() -> None:
+            if not following and self._is_learnt:
+                self._is_learnt.set()
 
-    def awake(self):
-        """The link to an initialized child; one request starts it, the others wait for that start."""
-        with self.lock:
-            if self.ended:
-                raise session_not_found()
-            if (
-                self.link
-                and self.link.alive
-                and (self.settings.child_keeps_state or self.registry.clock.now() < self.link.fresh_until)
-            ):
-                return self.link
-            if self.failures >= 3 and time.monotonic() < self.retry_at:
-                raise anew(self.failure)
-            wake = self.waking or Wake()
-            leader = self.waking is None
-            self.waking = wake
-        if leader:
-            self._wake(wake)
-        elif not wake.done.wait(PLACE_WAIT + self.settings.start_timeout + 30):
-            raise unavailable("starting_failed", "The tool process did not start in time.")
-        if wake.error and wake.modest and not leader:  # it gave up where this request may wait
-            return self.awake()
-        if wake.error:
-            raise anew(wake.error)
-        return wake.link
+        call = InternalCall("tools/list", {"cursor": cursor} if cursor else {}, QUESTION_GRACE)
+        call.on_success = note
+        call.on_done = done
+        call.may_be_cut_off = True
+        return backend.register(call)
 
-    def _wake(self, wake):
-        """Start a child and put it in place. Whatever happens, who waits for `wake` is told, and the next may try again."""
-        error = None
-        link = None
-        try:
-            link = self._start(modest=wake.modest)
-        except (RpcError, HTTPError) as problem:
-            error = anew(problem)
-        except BaseException as problem:
-            self.log.event("error", "start_failed", user=self.sub, error=type(problem).__name__)
-            error = unavailable("starting_failed", "The tool process could not be started.")
-            if not isinstance(problem, Exception):
-                raise
-        finally:
-            self._woken(wake, link, error)
 
-    def _woken(self, wake: Wake, link: Link | None, error: Exception | None) -> None:
-        """A start is over: put the child in place, or note the failure; tell who waits."""
-        with self.lock:
-            too_late = link if self.ended else None
-            if too_late:
-                error = session_not_found()
-                link = None
-            old = self.link if self.link is not link else None
-            self.waking = None
-            if link:
-                self.link = None if link.over else link
-                self.failures = 0
-                self.draining |= {each for each in (old,) if each and not each.over}
-            else:
-                if isinstance(error, RpcError) and not wake.modest:
-                    self.failures = self.failures + 1
-                    self.failure = error
-                # Forgejo answers again without telling us: nobody may find out more than 10 s later.
-                away = isinstance(error, RpcError) and (error.data or {}).get("reason") == "upstream_down"
-                self.retry_at = time.monotonic() + min(5 if away else 60, 2 ** max(0, self.failures - 3))
-            wake.link = link
-            wake.error = error
-        wake.done.set()
-        if too_late:  # not under the lock: to stop it takes as long as a line that is being written to it
-            too_late.child.stop("session ended")
-        if link and old:
-            self._stop_if_drained(old)
+class LegacySubscriptions:
+    """What a legacy child is subscribed to: each resource by a request of its own. Changes of lists it tells unasked."""
 
-    def _start(self, probe=True, modest=False):
-        access, seq, fresh_until = self.registry.credential(self.sub)
-        with self.lock:
-            if self.link and self.link.alive and self.link.seq == seq:  # nothing newer was to be had
-                return self.link
-        replay = self.version is not None
-        self.registry.take_place(self, modest)
-        link = Link(self, seq, fresh_until)
-        began = time.monotonic()
-        try:  # a child that was started gives its place back when it ends, whatever becomes of this start
-            link.child = self.registry.spawn(access, self.sub, link)
-        except BaseException:
-            self.registry.release_place(self)
-            raise
-        try:
-            self.log.audit(
-                "child_started", user=self.sub, client=self.client_id, pid=link.child.pid, replay=replay
-            )
-            server = self.registry.connect(link, probe)
-            if server:
-                self._settle(link, server, replay)
-                link.serves = True
-                seconds = time.monotonic() - began
-                self.log.metrics.observe("fjmcp_child_start_duration_seconds", (), seconds)
-                return link
-        except BaseException:
-            link.failed = True
-            link.child.stop("the handshake failed")
-            raise
-        link.failed = not link.probed
-        link.child.ended.wait(EXIT_WAIT)
-        link.child.stop("no answer to the handshake")
-        if link.probed:  # some older programs end at a request that they do not know
-            return self._start(probe=False, modest=modest)
-        raise self.registry.why_not_started(self.sub)
+    hears_list_changes = True
+    is_listening = True
 
-    def _settle(self, link, server, replay):
-        if len(dump(server)) > MAX_SERVER:  # it is kept, in memory and on file
-            self.log.event("error", "child_says_too_much_of_itself", user=self.sub, bytes=len(dump(server)))
-            raise unavailable("starting_failed", "The tool process says too much of itself.")
-        if self.version and server["protocolVersion"] != self.version:
-            self.log.event(
-                "warning",
-                "child_speaks_another_version",
-                user=self.sub,
-                was=self.version,
-                now=server["protocolVersion"],
-            )
-        self.server = server
-        self.version = self.version or server["protocolVersion"]
-        if replay or not self.durable:
-            self._replay(link)
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._uris: set[str] = set()
 
-    def _replay(self, link):
-        link.edge.ready()
-        if self.level:
-            link.edge.set_level(self.level)
-        if self.subscriptions or self.front.hears:
-            link.edge.watch(set(self.subscriptions))
-        if self.tools_hash:
-            self._compare_tools(link)
-        self.front.started(link)
+    def update(self, uris: set[str]) -> set[str]:
+        """Subscribes to these resources and no others; returns those that the child refused."""
+        asked = {}
+        for uri in sorted(uris - self._uris):
+            asked[uri] = InternalCall("resources/subscribe", {"uri": uri}, QUESTION_GRACE)
+            self._backend.start(asked[uri])
+        deadline = time.monotonic() + QUESTION_GRACE  # for all together: a start must not take minutes
+        refused = set()
+        for uri, call in asked.items():
+            if "result" not in (call.wait(max(0.0, deadline - time.monotonic())) or {}):
+                refused.add(uri)
+        for uri in sorted(self._uris - uris):
+            self._backend.start(InternalCall("resources/unsubscribe", {"uri": uri}, QUESTION_GRACE))
+        self._uris = set(uris) - refused
+        return refused
 
-    def _compare_tools(self, link):
-        """Tell the client when the new child has other tools than the one it knew; the comparison holds up nobody."""
+    def on_notice(self, notice: Notice) -> None:
+        """There are no streams of subscriptions in this era."""
 
-        def compare(result):
-            digest_now = tools_digest(result)
-            if digest_now != self.tools_hash:
-                self.remember(tools_hash=digest_now)
-                self.front.heard(link, "notifications/tools/list_changed", {}, listened=True)
 
-        link.start("tools/list", {}, Waiting(), 60, after=compare)
+class ModernSubscriptions:
+    """What a modern child is subscribed to: one `subscriptions/listen` for everything (MCP 2026-07-28 patterns/subscriptions)."""
 
-    def replace(self):
-        """Serve the session with a child that holds the user's newest token: an idle child is put to sleep, a busy one relieved."""
-        if not self.settings.child_keeps_state and not self.sleep("token rotated"):
-            self.wake_in_background(only_if=lambda: self.link)
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._listen: int | None = None
+        self._listens: dict[int, threading.Event] = {}  # number -> when it is acknowledged
+        self._kinds: dict[str, object] = {}
+        self._honoured: set[str] = set()
 
-    def wake_in_background(self, only_if=lambda: True, modest=False):
-        """Start a child without waiting for it; `modest`: only if a place is free."""
-        with self.lock:
-            if self.ended or self.waking or not only_if() or time.monotonic() < self.retry_at:
-                return
-            self.waking = wake = Wake(modest)
-        try:
-            threading.Thread(target=self._wake, args=(wake,), daemon=True, name="wake").start()
-        except (
-            RuntimeError
-        ):  # no thread to be had just now: who joined this start is told, the next one may try again
-            self._woken(wake, None, unavailable("busy", "The server is too busy; try again in a moment."))
-
-    def sleep(self, reason, though_listening=False):
-        """Stop an idle child, keep the session; False when it is busy or there is none."""
-        with self.lock:
-            link = self.link
-            if not link or self.waking or self._busy(link) or self.front.listening and not though_listening:
-                return False
-            self.link = None
-        link.child.stop(reason)
-        return True
-
-    def _busy(self, link):
-        return bool(link.pending) or any(question.link is link for question in self.questions)
+    def note_capabilities(self, capabilities: dict[str, object]) -> None:
+        """The child has said which of its lists it tells the changes of."""
+        self._kinds = {
+            f"{kind}ListChanged": True
+            for kind in LIST_KINDS
+            if member(member(capabilities, kind, dict, {}), "listChanged", bool, False)
+        }
 
     @property
-    def keeps_nothing(self):
-        """Whether it has no child and nothing that a client has not taken."""
-        return not (self.link or self.draining or self.waking) and self.front.keeps_nothing
+    def is_listening(self) -> bool:
+        """Whether the child has acknowledged a stream."""
+        return self._listen is not None
 
-    def state(self) -> str:
-        """Returns one of CHILD_STATES, or `asleep`."""
-        with self.lock:
-            if self.waking:
-                return "starting"
-            if not self.link:
-                return "asleep"
-            return "busy" if self._busy(self.link) else "idle"
+    @property
+    def hears_list_changes(self) -> bool:
+        """Whether a change of the child's list of tools is heard of: only on a stream, if the child ever tells."""
+        return self.is_listening or "toolsListChanged" not in self._kinds
 
-    def idle_since(self, though_listening=False):
-        """Since when (monotonic) the child has had nothing to do; None while it is busy or asleep."""
-        with self.lock:
-            idle = self.link and not self.waking and not self._busy(self.link)
-            if not idle or self.front.listening and not though_listening:
-                return None
-            return self.link.used_at
+    def update(self, uris: set[str]) -> set[str]:
+        """Listens to every change of lists and to these resources; returns those that the child refused. One stream replaces another."""
+        backend = self._backend
+        wanted = self._kinds | ({"resourceSubscriptions": sorted(uris)} if uris else {})
+        number = backend.next_number()
+        acknowledged = threading.Event()
+        if wanted and isinstance(backend.dialect, ModernDialect):
+            self._listens[number] = acknowledged
+            backend.child.send(backend.dialect.encode_listen(number, wanted))
+            acknowledged.wait(QUESTION_GRACE)
+        old = self._listen
+        self._listen = number if acknowledged.is_set() else None
+        if self._listen is None:
+            self._listens.pop(number, None)
+        if old is not None:
+            self._listens.pop(old, None)
+            backend.send_cancellation(old, None)
+        return set(uris) - (self._honoured if acknowledged.is_set() else set())
 
-    def call_ended(self, link: Link, call: Call, message: Message | None) -> None:
-        """A call is over: drained children go, waiting requests may get the place, a refusal by Forgejo is looked into."""
-        if link is not self.link:
-            self._stop_if_drained(link)
-        self.registry.place_may_be_free()
-        error = member(message.body, "error", dict, None) if message else None
-        if call.method == "tools/call" and member(error, "code", int, None) == INTERNAL_ERROR:
-            self.registry.tool_refused(self.sub)
-
-    def _stop_if_drained(self, link):
-        with self.lock:
-            stop = link in self.draining and not self._busy(link)
-        if stop:
-            link.child.stop("replaced")
-
-    def link_ended(self, link: Link) -> None:
-        """A child has ended: what was in flight on it is answered, its questions are moot, its place is free."""
-        try:
-            with self.lock:
-                link.over = True
-                if self.link is link:
-                    self.link = None
-                self.draining.discard(link)
-                calls = link.pending
-                link.pending = {}
-                self.questions = {question for question in self.questions if question.link is not link}
-            whose = answer_of(link.child.too_long)
-            for number, call in calls.items():
-                too_large = link.child.reason == "line_too_long" and whose in (None, number)
-                call.finish(self.log, functools.partial(self._fail_lost, call, link.child.reason, too_large))
-        finally:
-            self.registry.release_place(self)
-            self._report_end(link)
-
-    @staticmethod
-    def _fail_lost(call: Call, reason: str, too_large: bool) -> None:
-        """Answer a call whose child is gone (design 5: the table of cases)."""
-        if too_large:
-            call.fail(
-                "answer_too_large",
-                "The tool's answer was larger than the server passes on; whether it did anything is not known.",
-                retryable=False,
-            )
+    def on_notice(self, notice: Notice) -> None:
+        """Takes a notification that came on a stream; one of a stream that is over is dropped."""
+        message = notice.message
+        acknowledged = self._listens.get(notice.subscription or NO_SUBSCRIPTION)
+        if acknowledged is None:
+            return
+        params = message.params or {}
+        if message.method == "notifications/subscriptions/acknowledged":
+            uris = member(member(params, "notifications", dict, {}), "resourceSubscriptions", list, [])
+            self._honoured = {uri for uri in uris if isinstance(uri, str)}
+            acknowledged.set()
         else:
-            call.fail(
-                "child_died",
-                f"The tool process ended ({reason}) before it answered; whether it did anything is not known.",
-                retryable=True,
-            )
+            params = without_meta(params, {META_SUBSCRIPTION})
+            self._backend.owner.on_notification(self._backend, replace(message, params=params), True)
 
-    def _report_end(self, link: Link) -> None:
-        """The end is on record; one that nobody asked for is a warning with the child's last words, for only they say why."""
-        child = link.child
-        self.log.audit(
-            "child_stopped", user=self.sub, client=self.client_id, pid=child.pid, reason=child.reason
-        )
-        is_probe = (
-            link.probed and not link.serves and not link.failed
-        )  # it is started again, to be asked less
-        if (link.failed or not child.asked) and not is_probe:
-            self.log.bounded(
-                "warning",
-                "child_died",
-                self.sub,
-                user=self.sub,
-                pid=child.pid,
-                at="work" if link.serves else "start",
-                reason=child.reason,
-                stderr=child.last_words or None,
-            )
 
-    def tick(self, now: float) -> None:
-        """Answer what has waited too long (monotonic time `now`); called by the reaper."""
-        with self.lock:
-            links = self.links()
-            late = [
-                call
-                for link in links
-                for call in link.pending.values()
-                if call.deadline <= now and call.paused_at is None
-            ]
-            stale = [question for question in self.questions if question.deadline <= now]
-            self.front.tick()
-        for link in links:
-            if link is not self.link:
-                self._stop_if_drained(link)
-        if not links and self.front.listening:  # its child died: what it listens to must go on
-            self.wake_in_background(modest=True)
-        if stale or late:
-            # In a thread of its own: a child that does not read must not hold up the clock of all. Without one the next tick tries.
-            threading.Thread(target=self._give_up, args=(stale, late), daemon=True, name="give-up").start()
-
-    def _give_up(self, questions: Iterable[Question], calls: Iterable[Call]) -> None:
-        for question in questions:
-            call = question.call
-            if call and call.reply.held:
-                self.cancel(
-                    call,
-                    {"reason": "no retry came"},
-                    functools.partial(
-                        call.fail,
-                        "timed_out",
-                        "Nobody came back with the answers in time.",
-                        retryable=False,
-                    ),
-                )
-            self.answer(
-                question, error={"code": SERVER_ERROR, "message": "The client did not answer in time"}
-            )
-        for call in calls:
-            self.cancel(
-                call,
-                {"reason": "timed out"},
-                functools.partial(
-                    call.fail,
-                    "timed_out",
-                    "The tool did not answer in time; whether it did anything is not known.",
-                    retryable=False,
-                ),
-            )
-
-    def end(self, reason: str) -> None:
-        """The session is over: its child stops, its streams end, what is in flight is answered and told that it is over."""
-        with self.lock:
-            if self.ended:
-                return
-            self.ended = True
-            links = self.links()
-            self.link = None
-            calls = [call for link in links for call in link.pending.values()]
-            for link in links:
-                link.pending = {}
-            self.questions = set()
-        try:
-            for call in calls:
-                call.finish(
-                    self.log,
-                    functools.partial(
-                        call.fail,
-                        "session_ended",
-                        f"The session ended ({reason}); whether the call did anything is not known.",
-                        retryable=False,
-                    ),
-                )
-        finally:
-            for link in links:
-                link.child.stop(reason)
-            self.front.end()
-            if self.durable:
-                self.log.audit("session_ended", user=self.sub, client=self.client_id, reason=reason)
-
-    # -- tools
-
-    def listing(self) -> dict[str, Tool] | None:
-        """The tools that the child lists: asked once of each child, and again when it says that they changed; None when it is silent."""
-        for _ in range(3):
-            link = self.awake()
-            tools: dict[str, Tool] | None = link.tools
-            if tools is None and not link.edge.hears_changes:
-                self.watch()
-            with contextlib.suppress(ListChanged):
-                tools = link.read_tools() if tools is None else tools
-                if tools is not None or link.alive:
-                    return tools
-        return None
-
-    def note_rights(self, rights: Rights | None) -> None:
-        """Tells the client of its lists when the operator's rules leave it another part of them than before; ends what it may not hear."""
-        with self.lock:
-            is_new = self._rights_noted and self._rights != rights
-            self._rights_noted = True
-            self._rights = rights
-        if is_new:
-            for kind in ("tools", "prompts", "resources"):
-                self.front.heard(None, f"notifications/{kind}/list_changed", {}, listened=True)
-        if rights is not None and not rights.resources and self.subscriptions:
-            self.front.forget_resources()
-            with contextlib.suppress(RuntimeError):  # no thread to be had: nobody hears of them anyway
-                threading.Thread(target=self.watch, daemon=True, name="watch").start()
-
-    def note_task(self, tool: str, result: object) -> None:
-        """Keep which tool a task belongs to (MCP 2025-11-25 tasks; the tasks extension of 2026-07-28), for who may touch only some."""
-        task = result.get("task", result) if isinstance(result, dict) else None
-        task_id = task.get("taskId") if isinstance(task, dict) else None
-        if isinstance(task_id, str) and len(task_id) <= MAX_NAME and len(tool) <= MAX_NAME:
-            with self.lock:
-                self.tasks[task_id] = tool
-                if len(self.tasks) > MAX_TASKS:
-                    self.tasks.popitem(last=False)
+def run_later(seconds: float, function: Callable[..., object], *arguments: object) -> None:
+    """Calls a function after a while, in a thread of its own; at once and in this one when no thread can be had."""
+    timer = threading.Timer(seconds, function, arguments)
+    timer.daemon = True
+    try:
+        timer.start()
+    except RuntimeError:
+        function(*arguments)
 
 
 def add_tools(tools: dict[str, Tool], page: list[object], room: int) -> int:
@@ -9934,8 +9992,454 @@ def marked_properties(schema: object, path: tuple[str, ...] = ()) -> Iterator[tu
         yield from marked_properties(part, (*path, key))
 
 
+# ======================================================================================================================
+# Launcher and capacity
+# Owns how a child is started: credential, process, handshake, and what is known of its program; and how many may be awake at once.
+# Must not know sessions: who holds a slot is known by what it can be asked for.
+# ======================================================================================================================
+
+PROBE_WAIT = 5.0  # seconds a child may keep silent when it is asked for its era; then it is legacy
 MAX_SERVER = 1 << 18  # bytes of what a child says of itself when it starts
+KEPT_PROGRAMS = 4  # programs of which something is known in memory; the newest
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the rooms from here on share; there is one of each in a broker."""
+
+    settings: Settings
+    store: Store
+    upstream: ForgejoCredentials
+    keyring: Keyring
+    watchdog: Guardian
+    log: Log
+    clock: SteadyClock
+    kept: KeptBytes
+
+    def write_tool_call(self, outcome: str, seconds: float, fields: dict[str, object]) -> None:
+        """Writes down what became of a tools/call: for the histogram, and as an audit record where `audit_calls` is on."""
+        self.log.metrics.observe("fjmcp_tool_call_duration_seconds", (outcome,), seconds)
+        if self.settings.audit_calls:
+            self.log.audit("tool_called", **fields, outcome=outcome, ms=round(seconds * 1000, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Handshake:
+    """What a child is told first: `initialize` as the client sent it, and the version that was negotiated with a child before.
+
+    `prefers_legacy`: where a child speaks both eras. The client of a session takes part in the legacy one.
+    """
+
+    initialize: dict[str, object]
+    version: str | None
+    prefers_legacy: bool
+
+
+class Launcher:
+    """Starts children, and knows what they have said of their programs. `lock` guards its containers; a leaf."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._settings = services.settings
+        self.lock = threading.Lock()
+        self._programs: dict[str, Program] = {}  # by fingerprint; the newest KEPT_PROGRAMS
+        self._newest: Program | None = None  # the program of the child that was started last
+        self._children: list[Child] = []  # every child not yet seen to have ended, whoever started it
+        self.lists: dict[str, bytes] = {}  # kind of list -> digest of what any child last listed
+        self.reaps = False  # whether processes that others started are handed to this one
+
+    def credential(self, sub: str) -> tuple[str, int, float]:
+        """Returns what ForgejoCredentials.credential gives; raises RpcError or HTTPError when there is none to be had."""
+        try:
+            return self._services.upstream.credential(sub)
+        except LoggedOut:
+            raise invalid_token(
+                self._settings, "Forgejo ended this login; log in again.", "logged_out"
+            ) from None
+        except UpstreamDown:
+            raise self._upstream_down() from None
+        except UpstreamMisconfigured:  # logged where it was seen
+            raise self._upstream_misconfigured() from None
+
+    def spawn(self, access_token: str, sub: str, backend: Backend) -> Child:
+        """Starts a child for a backend; raises RpcError when the program is missing or cannot be run."""
+        log = self._services.log
+        try:
+            child = Child(
+                child_command(self._settings),
+                child_environment(self._settings, access_token),
+                sub,
+                self._services.watchdog,
+                self._settings,
+                log,
+                backend.on_line,
+                backend.on_end,
+            )
+        except ChildMissing as error:
+            log.event("error", "child_missing", reason=str(error))
+            raise RpcError(
+                INTERNAL_ERROR,
+                "The tool program is missing on the server; tell its operator.",
+                {"reason": "child_missing", "outcome_unknown": False, "retryable": False},
+                500,
+            ) from None
+        except ChildFailed as error:
+            log.event("error", "child_not_started", reason=str(error))
+            raise self._starting_failed() from None
+        with self.lock:
+            self._children.append(child)
+        return child
+
+    def tick(self) -> None:
+        """Goes on with the end of every child that was told to stop, also of those that no session names any more."""
+        with self.lock:
+            self._children = children = [child for child in self._children if not child.ended.is_set()]
+        for child in children:
+            child.tick()
+        if self.reaps:
+            self._services.watchdog.reap_adopted()
+
+    # -- the handshake
+
+    def shake_hands(self, backend: Backend, handshake: Handshake, probe: bool) -> dict[str, object] | None:
+        """Shakes hands with a child, by the era its program is known to be of (legacy, unless `probe`).
+
+        Returns what the child says of itself as an initialize result, None when it did not answer. Raises RpcError when it will not.
+        """
+        program = self._note_program(binary_fingerprint(child_command(self._settings)))
+        backend.program = program
+        known = program.era
+        backend.was_probed = probe and not known
+        seconds = self._settings.start_timeout
+        try:
+            era, server = connect(backend, handshake, known or ("" if probe else "legacy"), seconds)
+        except RpcError:
+            if known:  # it may be another program by now: look again next time
+                self._save_era(program, "")
+            raise
+        if server is not None:
+            if era != known:
+                self._save_era(program, era)
+            program.server = server
+        return server
+
+    def _note_program(self, fingerprint: str) -> Program:
+        """The program of a child that is starting, as the store has it now."""
+        row = self._services.store.program(fingerprint)
+        with self.lock:
+            program = self._programs.pop(fingerprint, None) or Program(fingerprint, "", False)
+            program.era = row.era if row else ""
+            program.sends_requests = bool(row and row.sends_requests)
+            self._programs[fingerprint] = program
+            while len(self._programs) > KEPT_PROGRAMS:
+                del self._programs[next(iter(self._programs))]
+            self._newest = program
+        return program
+
+    def _save_era(self, program: Program, era: str) -> None:
+        program.era = era
+        with contextlib.suppress(StoreUnavailable):  # it is asked again next time
+            self._services.store.save_program(program.fingerprint, era, self._services.clock.now())
+
+    @property
+    def sends_requests(self) -> bool:
+        """Whether the program of the newest child is known to ask its client for things."""
+        return self._newest is not None and self._newest.sends_requests
+
+    def note_sends_requests(self, program: Program) -> None:
+        """A child of this program has asked its client for things: from now on requests that can be asked get a child of it alone."""
+        if program.sends_requests:
+            return
+        program.sends_requests = True
+        with contextlib.suppress(StoreUnavailable):
+            self._services.store.program_sends_requests(program.fingerprint)
+
+    def known_server(self) -> dict[str, object] | None:
+        """Returns what the program said of itself when a child of it last started; None when none has."""
+        with contextlib.suppress(ChildMissing, OSError):
+            fingerprint = binary_fingerprint(child_command(self._settings))
+            with self.lock:
+                program = self._programs.get(fingerprint)
+            return program.server if program else None
+        return None
+
+    def lists_tool(self, name: str) -> bool:
+        """Whether the program of the newest child is known to list a tool of this name."""
+        return self._newest is not None and name in self._newest.tool_names
+
+    # -- why a child ended, or refused
+
+    def why_not_started(self, sub: str) -> RpcError | HTTPError:
+        """Returns the reason for a child's end at its start: it exits alike when Forgejo is down and when it refuses the token.
+
+        So the broker asks Forgejo itself.
+        """
+        found = self._services.upstream.examine(sub)
+        if found in ("suspended", "logged out"):
+            return invalid_token(self._settings, "Forgejo refuses this login; log in again.", "logged_out")
+        if found == "misconfigured":
+            return self._upstream_misconfigured()
+        return self._upstream_down() if found == "unknown" else self._starting_failed()
+
+    def examine_in_background(self, sub: str) -> None:
+        """A tool's error may be Forgejo refusing the token: looks into it, but not in the thread that has an answer to deliver."""
+        upstream = self._services.upstream
+
+        def examine() -> None:
+            with contextlib.suppress(StoreUnavailable):
+                upstream.examine(sub)
+
+        if upstream.may_ask(sub):
+            with contextlib.suppress(RuntimeError):  # no thread to be had: another refusal will come
+                threading.Thread(target=examine, daemon=True, name="examine").start()
+
+    @staticmethod
+    def _upstream_down() -> RpcError:
+        return unavailable("upstream_down", "Forgejo cannot be reached just now; try again in a moment.")
+
+    @staticmethod
+    def _upstream_misconfigured() -> RpcError:
+        """The error of a broker whose client id or secret Forgejo refuses, which only its operator can mend."""
+        return unavailable("upstream_misconfigured", NOT_ACCEPTED, wait=60)
+
+    @staticmethod
+    def _starting_failed() -> RpcError:
+        return unavailable(
+            "starting_failed", "The tool process could not be started; the operator's log says why."
+        )
+
+
+def connect(
+    backend: Backend, handshake: Handshake, known: str, seconds: float
+) -> tuple[str, dict[str, object] | None]:
+    """Shakes hands with a new child, probing its era unless it is `known` (MCP 2026-07-28 stdio, backward compatibility).
+
+    Returns (era, what the child says of itself as an initialize result), the latter None when it did not answer. Raises RpcError when
+    it answers that it will not. `both` is a child of either era.
+    """
+    era = known
+    if known != "legacy" and not (known == "both" and handshake.prefers_legacy):
+        backend.speak(ModernDialect(handshake.initialize))
+        body = backend.ask("server/discover", None, seconds if known else min(seconds, PROBE_WAIT))
+        result = member(body, "result", dict, None)
+        versions = supported_versions(body)
+        modern = FIRST_MODERN_VERSION in versions
+        legacy = any(version in versions for version in LEGACY_VERSIONS)
+        era = "legacy"
+        if modern:
+            era = "both" if legacy else "modern"
+        if modern and result is not None and not (legacy and handshake.prefers_legacy):
+            return era, discovered(backend, handshake, result)
+        if backend.child.ended.is_set():
+            return era, None
+        if versions and not legacy:
+            spoken = ", ".join(map(str, versions))
+            raise unavailable("starting_failed", f"The tool process speaks only {spoken}.")
+    backend.speak(LegacyDialect())
+    return era, initialized(backend, handshake, seconds)
+
+
+def supported_versions(body: dict[str, object] | None) -> list[object]:
+    """The versions that an answer to server/discover names, be it an error."""
+    if member(body, "result", dict, None) is not None:
+        return member(member(body, "result", dict, {}), "supportedVersions", list, [])
+    error = member(body, "error", dict, {})
+    if error.get("code") != UNSUPPORTED_VERSION:
+        return []
+    return member(member(error, "data", dict, {}), "supported", list, [])
+
+
+def initialized(backend: Backend, handshake: Handshake, seconds: float) -> dict[str, object] | None:
+    """Initializes a legacy child; returns its result, None when it gives none. Raises RpcError when it refuses."""
+    params = handshake.initialize | ({"protocolVersion": handshake.version} if handshake.version else {})
+    body = backend.ask("initialize", params, seconds)
+    if body is None or "error" in body and backend.child.ended.is_set():
+        return None
+    if "error" in body:
+        error = member(body, "error", dict, {})
+        raise RpcError(error["code"], error["message"], error.get("data"))
+    result = member(body, "result", dict, None)
+    if result is None or member(result, "protocolVersion", str, None) is None:
+        raise unavailable("starting_failed", "The tool process does not speak MCP.")
+    return result
+
+
+def discovered(backend: Backend, handshake: Handshake, result: dict[str, object]) -> dict[str, object]:
+    """A DiscoverResult in the form of an initialize result, with the version that the session's client negotiates."""
+    capabilities = member(result, "capabilities", dict, {})
+    if isinstance(backend.subscriptions, ModernSubscriptions):
+        backend.subscriptions.note_capabilities(capabilities)
+    backend.ttl = max(0, member(result, "ttlMs", int, 0))
+    info = member(member(result, "_meta", dict, {}), META_SERVER, dict, None)
+    asked = handshake.version or handshake.initialize.get("protocolVersion")
+    server: dict[str, object] = {
+        "protocolVersion": asked if asked in LEGACY_VERSIONS else LEGACY_VERSIONS[0],
+        "capabilities": capabilities,
+        "serverInfo": info or {"name": "forgejo-mcp", "version": "unknown"},
+    }
+    instructions = member(result, "instructions", str, None)
+    return server if instructions is None else server | {"instructions": instructions}
+
+
+class SlotHolder(Protocol):
+    """Who has a child awake, and can be asked to let it sleep."""
+
+    @property
+    def sub(self) -> str:
+        """The user."""
+
+    @property
+    def used_at(self) -> float:
+        """When it was last used (monotonic)."""
+
+    def idle_since(self, though_listening: bool = False) -> float | None:
+        """Since when (monotonic) the child has had nothing to do; None while it is busy or asleep."""
+
+    def sleep(self, reason: str, though_listening: bool = False) -> bool:
+        """Stops an idle child."""
+
+
+class Capacity:
+    """The slots for children, `max_sessions` in all and `max_sessions_per_user` for each user.
+
+    `lock` (a condition) guards who holds them; list work only, taken after a session's lock if both.
+    """
+
+    def __init__(self, settings: Settings, clock: SteadyClock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self.lock = threading.Condition()
+        self._holders: list[SlotHolder] = []  # one entry for each child
+        self._waiting = 0
+        self._is_closing = False
+
+    def count(self) -> int:
+        """Returns how many children there are."""
+        return len(self._holders)
+
+    def acquire_slot(self, holder: SlotHolder, modest: bool = False) -> None:
+        """Waits for a slot, putting the longest idle child to sleep; raises RpcError 503 after 20 s.
+
+        `modest`: only a free slot will do, at once.
+        """
+        deadline = time.monotonic() + PLACE_WAIT
+        while True:
+            with self.lock:
+                if self._take(holder):
+                    return
+                others = self._others(holder)
+                self._waiting += 1
+            try:
+                if modest:
+                    raise unavailable("busy", "No place is free.")
+                self._make_room(others)
+                with self.lock:
+                    if time.monotonic() >= deadline or self._is_closing:
+                        raise unavailable(
+                            "busy", "All places for tool processes are busy; try again in a moment."
+                        )
+                    self.lock.wait(min(1.0, max(0.0, deadline - time.monotonic())))
+            finally:
+                with self.lock:
+                    self._waiting -= 1
+
+    def _has_all_of_their_own(self, sub: str) -> bool:
+        return sum(each.sub == sub for each in self._holders) >= self._settings.max_sessions_per_user
+
+    def _take(self, holder: SlotHolder) -> bool:
+        if self._has_all_of_their_own(holder.sub) or len(self._holders) >= self._settings.max_sessions:
+            return False
+        self._holders.append(holder)
+        return True
+
+    def _others(self, holder: SlotHolder) -> list[SlotHolder]:
+        """Who may give way: the user's own, where they have as many as a user may. Under the lock."""
+        only_own = self._has_all_of_their_own(holder.sub)
+        return [
+            each for each in self._holders if each is not holder and (not only_own or each.sub == holder.sub)
+        ]
+
+    def _make_room(self, others: list[SlotHolder]) -> None:
+        """Puts a child to sleep: the longest idle one, else one that only waits for news and has for `session_idle_timeout`."""
+        if self._settings.child_keeps_state:
+            return
+        idle = [
+            (since, index, each)
+            for index, each in enumerate(others)
+            if (since := each.idle_since()) is not None
+        ]
+        if idle:
+            min(idle)[2].sleep("place needed")
+            return
+        rest = self._settings.session_idle_timeout
+        now = self._clock.monotonic()
+        listening = [
+            (since, index, each)
+            for index, each in enumerate(others)
+            if now - each.used_at >= rest
+            and (since := each.idle_since(though_listening=True)) is not None
+            and time.monotonic() - since >= min(1.0, rest)
+        ]
+        if listening:
+            min(listening)[2].sleep("place needed", though_listening=True)
+
+    def release_slot(self, holder: SlotHolder) -> None:
+        """A child is gone."""
+        with self.lock:
+            self._holders.remove(holder)
+            self.lock.notify_all()
+
+    def slot_may_be_free(self) -> None:
+        """A child may have become idle: whoever waits for a slot looks again."""
+        if self._waiting:
+            with self.lock:
+                self.lock.notify_all()
+
+    def close(self) -> None:
+        """Nobody waits for a slot any more."""
+        self._is_closing = True
+
+    def wait_until_empty(self, seconds: float) -> bool:
+        """Waits until there is no child, at most that long; returns whether there is none."""
+        with self.lock:
+            return self.lock.wait_for(lambda: not self._holders, seconds)
+
+
+def binary_fingerprint(command: list[str]) -> str:
+    """What tells whether a child's program is another than before: its words, and size and age of the files among them."""
+    files = [
+        (file.st_size, file.st_mtime_ns)
+        for word in command
+        if os.path.isfile(word)
+        for file in (os.stat(word),)
+    ]
+    return hashlib.sha256(json.dumps([command, files]).encode()).hexdigest()
+
+
+def challenge_header(settings: Settings, error: str | None = None, scope: str = " ".join(SCOPES)) -> str:
+    """The WWW-Authenticate value that leads a client to our metadata (RFC 9728 5.1)."""
+    url = f"{settings.public_url}/.well-known/oauth-protected-resource/mcp"
+    shown = f', error="{error}"' if error else ""
+    return f'Bearer resource_metadata="{url}", scope="{scope}"{shown}'
+
+
+def invalid_token(settings: Settings, description: str, cause: str) -> HTTPError:
+    """401 for a presented token that is not good (RFC 6750 3.1)."""
+    headers = (("WWW-Authenticate", challenge_header(settings, "invalid_token")),)
+    return HTTPError(401, "invalid_token", description, headers, cause)
+
+
+# ======================================================================================================================
+# Session
+# Owns what one child at a time serves: calls and questions on their way, and the child's life: start, replay, replace, sleep, end.
+# Must not know HTTP, tokens or eras: a frontend speaks with its client, backends with its children.
+# ======================================================================================================================
+
+MAX_TASKS = 256  # of a session
 MAX_URI = 2048  # bytes of a resource's URI that is kept because somebody subscribed to it
+# Questions of one session's children that may wait for the client at once, and their bytes.
+MAX_QUESTIONS = 64
+MAX_QUESTION_BYTES = 1 << 20
 
 
 def subscriptions_refused(uris: Iterable[str], count: int, settings: Settings) -> str:
@@ -9947,53 +10451,913 @@ def subscriptions_refused(uris: Iterable[str], count: int, settings: Settings) -
     return ""
 
 
-def unavailable(reason, sentence, status=503, wait=5):
-    """An RpcError for what cannot be had just now: nothing was done, the client may try again after `wait` seconds (design 5)."""
-    data = {"reason": reason, "outcome_unknown": False, "retryable": True}
-    return RpcError(SERVER_ERROR, sentence, data, status, (("Retry-After", str(wait)),))
-
-
-def answer_dropped(request_id: object, code: int = SERVER_ERROR) -> bytes:
-    """What is said to a client that comes back for an answer which went because nobody came in time (design 5)."""
-    data = {"reason": "answer_dropped", "outcome_unknown": False, "retryable": False}
-    return error_message(request_id, code, "The answer was given up; nobody came for it in time.", data)
-
-
-def modern_answer_dropped(request_id: object) -> bytes:
-    """The same in the words of MCP 2026-07-28, which has no use for the code of the legacy era."""
-    return answer_dropped(request_id, INTERNAL_ERROR)
-
-
-def session_not_found():
-    """The answer for a session that has ended, expired, is somebody else's or never was: always the same."""
-    return RpcError(SESSION_NOT_FOUND, "Session not found. Start a new one with initialize.", None, 404)
-
-
 def list_digest(result: object, name: str) -> bytes:
     """A fingerprint of the list in a result of tools/list, prompts/list or resources/list."""
     listed = result.get(name) if isinstance(result, dict) else None
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).digest()
 
 
-def tools_digest(result: object) -> bytes:
-    """A fingerprint of a tools/list result."""
-    return list_digest(result, "tools")
+class ReplayState:
+    """What is replayed to a new child: log level and subscriptions; and a fingerprint of the tools that the client knows.
+
+    `save` writes it down after a change, for a session that is on file. A shared one is not (None): there the listeners of a
+    resource are counted. `lock` is the session's.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        save: Callable[[str | None, list[str], bytes | None], object] | None,
+        level: str | None = None,
+        subscriptions: Iterable[str] = (),
+        tools_hash: bytes | None = None,
+    ) -> None:
+        self.lock = threading.Lock()
+        self._settings = settings
+        self._save = save
+        self.level = level
+        self.tools_hash = tools_hash
+        self.subscriptions = collections.Counter(subscriptions)
+        self.subscribing: collections.Counter[str] = collections.Counter()  # asked for, not yet answered
+
+    def _change(self, change: Callable[[], None]) -> None:
+        with self.lock:
+            before = self._values()
+            change()
+            after = self._values()
+        if self._save and before != after:
+            with contextlib.suppress(StoreUnavailable):  # what is lost is a replay's detail, not the answer
+                self._save(*after)
+
+    def _values(self) -> tuple[str | None, list[str], bytes | None]:
+        return self.level, sorted(self.subscriptions), self.tools_hash
+
+    def set_level(self, level: str) -> None:
+        """The client has set the log level."""
+
+        def change() -> None:
+            self.level = level
+
+        self._change(change)
+
+    def set_tools(self, result: object) -> None:
+        """The client has been told the list of tools."""
+
+        def change() -> None:
+            self.tools_hash = list_digest(result, "tools")
+
+        self._change(change)
+
+    def subscribe(self, uri: str) -> None:
+        """The client subscribes to a resource: a session once, listeners are counted."""
+
+        def change() -> None:
+            if self._save is None or uri not in self.subscriptions:
+                self.subscriptions[uri] += 1
+
+        self._change(change)
+
+    def unsubscribe(self, uri: str) -> None:
+        """The client subscribes no more."""
+
+        def change() -> None:
+            self.subscriptions[uri] -= 1
+            self.subscriptions = +self.subscriptions
+
+        self._change(change)
+
+    def begin_subscription(self, uri: object) -> str:
+        """Why a client may not subscribe to a resource, empty when it may; then it counts until end_subscription()."""
+        if not isinstance(uri, str):
+            return ""  # the child says what is wrong with it
+        with self.lock:
+            wanted = {uri, *self.subscriptions, *self.subscribing}
+            complaint = subscriptions_refused([uri], len(wanted), self._settings)
+            if not complaint:
+                self.subscribing[uri] += 1
+        return complaint
+
+    def end_subscription(self, uri: str) -> None:
+        """The child has answered, or never will."""
+        with self.lock:
+            self.subscribing[uri] -= 1
+            self.subscribing = +self.subscribing
+
+
+class Questions:
+    """The questions of one session's children that are with its client; guarded by the session's lock."""
+
+    def __init__(self, lock: threading.Lock, settings: Settings) -> None:
+        self._lock = lock
+        self._settings = settings
+        self.open: set[OpenQuestion] = set()
+
+    def ask(self, question: OpenQuestion, call: Call | None, seconds: float) -> bool:
+        """A question goes to the client: the clock of its call stands until it is answered, at most that long.
+
+        Returns False, and the child has an error for an answer, when too many are open: a child that floods questions hurts itself.
+        """
+        with self._lock:
+            open_bytes = sum(each.size for each in self.open)
+            is_full = len(self.open) >= MAX_QUESTIONS or open_bytes + question.size > MAX_QUESTION_BYTES
+            question.call = call
+            if not is_full:
+                question.deadline = time.monotonic() + seconds
+                self.open.add(question)
+                if call:
+                    call.stop_clock()
+        if is_full:
+            error: dict[str, object] = {
+                "code": SERVER_ERROR,
+                "message": "Too many questions to the client are open",
+            }
+            question.backend.answer(question, None, error, False)
+        return not is_full
+
+    def answer(
+        self, question: OpenQuestion, result: object = None, error: dict[str, object] | None = None
+    ) -> None:
+        """Passes the client's answer on; one to a question that is not open any more is dropped (J07)."""
+        with self._lock:
+            if question not in self.open:
+                return
+            call = question.call
+            if call and question.backend.dialect.is_modern:
+                call.input_responses[str(question.key)] = result
+                # They go to the child in one request.
+                if len(dump(call.input_responses)) > self._settings.max_body:
+                    error = {"code": SERVER_ERROR, "message": "The answers are too large together"}
+            is_last = self._close(question)
+        question.backend.answer(question, result, error, is_last)
+
+    def _close(self, question: OpenQuestion) -> bool:
+        """Returns whether it was the last one of its call. Under the lock."""
+        self.open.discard(question)
+        call = question.call
+        is_last = not any(each.call is call for each in self.open)
+        if call and is_last:
+            call.start_clock()
+        return is_last
+
+    def withdraw(self, backend: Backend, key: object) -> list[OpenQuestion]:
+        """The child wants no answer any more; returns what it had asked under this key."""
+        with self._lock:
+            gone = [each for each in self.open if each.backend is backend and each.key == key]
+            for question in gone:
+                self._close(question)
+        return gone
+
+    def of(self, call: Call) -> list[OpenQuestion]:
+        """The open questions of a call; under the lock."""
+        return [each for each in self.open if each.call is call]
+
+    def drop_of(self, call: Call) -> None:
+        """The call has ended; under the lock."""
+        self.open = {each for each in self.open if each.call is not call}
+
+    def drop_from(self, backend: Backend) -> None:
+        """The child has ended; under the lock."""
+        self.open = {each for each in self.open if each.backend is not backend}
+
+
+class Frontend(Protocol):
+    """What a session tells those who speak with its client."""
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether somebody waits for news of a resource: that keeps the child awake."""
+
+    @property
+    def needs_subscriptions(self) -> bool:
+        """Whether a new child must be told that somebody listens."""
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether nothing waits here for a client."""
+
+    def on_start(self, backend: Backend) -> None:
+        """A new child serves."""
+
+    def on_notification(self, backend: Backend | None, message: Message, is_subscribed: bool) -> None:
+        """The child notifies its client; `is_subscribed`: it surely belongs to no request."""
+
+    def forget_resources(self) -> None:
+        """Ends all subscriptions to resources."""
+
+    def on_questions(self, backend: Backend, questions: list[OpenQuestion], call: Call | None) -> None:
+        """The child asks its client for things; `call`: in the middle of this one."""
+
+    def on_withdrawn(self, message: Message, questions: list[OpenQuestion]) -> None:
+        """The child takes questions back."""
+
+    def tick(self) -> None:
+        """Forgets what is over; under the session's lock."""
+
+    def end(self) -> None:
+        """The session is over."""
+
+    def unload(self) -> None:
+        """The session leaves memory."""
+
+
+class ChildStart:
+    """One start of a child that several requests wait for. `modest`: it takes only a slot that is free."""
+
+    def __init__(self, modest: bool = False) -> None:
+        self.done = threading.Event()
+        self.backend: Backend | None = None
+        self.error: RpcError | HTTPError | None = None
+        self.modest = modest
+
+
+class Backends:
+    """A session's children: the one that serves now, and those that only end their calls. Guarded by the session's lock."""
+
+    def __init__(
+        self, session: "Session", services: Services, launcher: Launcher, capacity: Capacity
+    ) -> None:
+        self._session = session
+        self._lock = session.lock
+        self._settings = services.settings
+        self._clock = services.clock
+        self._log = services.log
+        self._launcher = launcher
+        self._capacity = capacity
+        self.current: Backend | None = None
+        self.draining: set[Backend] = set()
+        self.starting: ChildStart | None = None
+        self.failures = 0  # starts that failed, since the last that did not
+        self.retry_at = 0.0
+        self._failure: RpcError | None = None
+
+    @property
+    def sub(self) -> str:
+        """The user whose children these are."""
+        return self._session.sub
+
+    @property
+    def used_at(self) -> float:
+        """When the session was last used."""
+        return self._session.used_at
+
+    def all(self) -> list[Backend]:
+        """Every one of them; under the lock."""
+        return [each for each in (self.current, *self.draining) if each]
+
+    # -- start
+
+    def ensure(self) -> Backend:
+        """Returns the backend to an initialized child; one request starts it, the others wait for that start."""
+        with self._lock:
+            if self._session.ended:
+                raise session_not_found()
+            current = self.current
+            if current and current.is_alive:
+                if self._settings.child_keeps_state or self._clock.now() < current.fresh_until:
+                    return current
+            if self._failure and self.failures >= 3 and time.monotonic() < self.retry_at:
+                raise anew(self._failure)
+            start = self.starting or ChildStart()
+            leads = self.starting is None
+            self.starting = start
+        if leads:
+            self._lead(start)
+        elif not start.done.wait(PLACE_WAIT + self._settings.start_timeout + 30):
+            raise unavailable("starting_failed", "The tool process did not start in time.")
+        if start.error and start.modest and not leads:  # it gave up where this request may wait
+            return self.ensure()
+        if start.error:
+            raise anew(start.error)
+        assert start.backend
+        return start.backend
+
+    def start_in_background(self, modest: bool = False, only_awake: bool = False) -> None:
+        """Starts a child without waiting for it; `modest`: only if a slot is free, `only_awake`: only if there is one already."""
+        with self._lock:
+            if self._session.ended or self.starting or only_awake and not self.current:
+                return
+            if time.monotonic() < self.retry_at:
+                return
+            start = self.starting = ChildStart(modest)
+        try:
+            threading.Thread(target=self._lead, args=(start,), daemon=True, name="start").start()
+        except RuntimeError:
+            # No thread is to be had just now: who joined this start is told, the next one may try again.
+            busy = unavailable("busy", "The server is too busy; try again in a moment.")
+            self._settle(start, None, busy)
+
+    def _lead(self, start: ChildStart) -> None:
+        """Starts a child. Whatever happens, who waits for `start` is told, and the next may try again."""
+        error: RpcError | HTTPError | None = None
+        backend = None
+        try:
+            backend = self._start(start.modest)
+        except (RpcError, HTTPError) as problem:
+            error = anew(problem)
+        except BaseException as problem:
+            self._log.event("error", "start_failed", user=self.sub, error=type(problem).__name__)
+            error = unavailable("starting_failed", "The tool process could not be started.")
+            if not isinstance(problem, Exception):
+                raise
+        finally:
+            self._settle(start, backend, error)
+
+    def _settle(self, start: ChildStart, backend: Backend | None, error: RpcError | HTTPError | None) -> None:
+        """A start is over: puts the child in place, or notes the failure; tells who waits."""
+        with self._lock:
+            too_late = backend if self._session.ended else None
+            if too_late:
+                error = session_not_found()
+                backend = None
+            old = self.current if self.current is not backend else None
+            self.starting = None
+            if backend:
+                self.current = None if backend.is_closed else backend
+                self.failures = 0
+                if old and not old.is_closed:
+                    self.draining.add(old)
+            else:
+                self._note_failure(error, start.modest)
+            start.backend = backend
+            start.error = error
+        start.done.set()
+        if too_late:  # not under the lock: to stop it takes as long as a line that is being written to it
+            too_late.child.stop("session ended")
+        if backend and old:
+            self.stop_if_drained(old)
+
+    def _note_failure(self, error: RpcError | HTTPError | None, modest: bool) -> None:
+        """Under the lock."""
+        is_down = False
+        if isinstance(error, RpcError):
+            is_down = member(error.data, "reason", str, "") == "upstream_down"
+            if not modest:
+                self.failures += 1
+                self._failure = error
+        # Forgejo answers again without telling us: nobody may find out more than 10 s later.
+        self.retry_at = time.monotonic() + min(5 if is_down else 60, 2 ** max(0, self.failures - 3))
+
+    def _start(self, modest: bool, probe: bool = True) -> Backend:
+        access_token, seq, fresh_until = self._launcher.credential(self.sub)
+        with self._lock:
+            current = self.current
+            if current and current.is_alive and current.seq == seq:  # nothing newer was to be had
+                return current
+        is_replay = self._session.version is not None
+        self._capacity.acquire_slot(self, modest)
+        backend = Backend(self._session, self.sub, self._log, seq, fresh_until)
+        try:  # a child that was started gives its slot back when it ends, whatever becomes of this start
+            backend.child = self._launcher.spawn(access_token, self.sub, backend)
+        except BaseException:
+            self._capacity.release_slot(self)
+            raise
+        client = self._session.client_id
+        began = time.monotonic()
+        try:
+            self._log.audit(
+                "child_started", user=self.sub, client=client, pid=backend.child.pid, replay=is_replay
+            )
+            session = self._session
+            handshake = Handshake(session.initialize, session.version, session.is_durable)
+            server = self._launcher.shake_hands(backend, handshake, probe)
+            if server is not None:
+                self._session.on_handshake(backend, server, is_replay)
+                backend.serves = True
+                seconds = time.monotonic() - began
+                self._log.metrics.observe("fjmcp_child_start_duration_seconds", (), seconds)
+                return backend
+        except BaseException:
+            backend.has_failed = True
+            backend.child.stop("the handshake failed")
+            raise
+        backend.has_failed = not backend.was_probed
+        backend.child.ended.wait(EXIT_WAIT)
+        backend.child.stop("no answer to the handshake")
+        if backend.was_probed:  # some older programs end at a request that they do not know
+            return self._start(modest, probe=False)
+        raise self._launcher.why_not_started(self.sub)
+
+    # -- replace, sleep, end
+
+    def replace(self) -> None:
+        """Has a child that holds the user's newest token serve: an idle child is put to sleep, a busy one relieved."""
+        if not self._settings.child_keeps_state and not self.sleep("token rotated"):
+            self.start_in_background(only_awake=True)
+
+    def sleep(self, reason: str, though_listening: bool = False) -> bool:
+        """Stops an idle child, keeps the session; returns False when it is busy or there is none."""
+        with self._lock:
+            backend = self.current
+            if not backend or not self._is_idle(backend, though_listening):
+                return False
+            self.current = None
+        backend.child.stop(reason)
+        return True
+
+    def idle_since(self, though_listening: bool = False) -> float | None:
+        """Since when (monotonic) the child has had nothing to do; None while it is busy or asleep."""
+        with self._lock:
+            backend = self.current
+            return backend.used_at if backend and self._is_idle(backend, though_listening) else None
+
+    def _is_idle(self, backend: Backend, though_listening: bool) -> bool:
+        if self.starting or self._session.is_busy(backend):
+            return False
+        return though_listening or not self._session.frontend.is_listening
+
+    def state(self) -> str:
+        """Returns one of CHILD_STATES for the child that serves, or `asleep`."""
+        with self._lock:
+            if self.starting:
+                return "starting"
+            if not self.current:
+                return "asleep"
+            return "busy" if self._session.is_busy(self.current) else "idle"
+
+    def stop_if_drained(self, backend: Backend) -> None:
+        """Stops a child that was replaced, once its calls are over."""
+        with self._lock:
+            is_drained = backend in self.draining and not self._session.is_busy(backend)
+        if is_drained:
+            backend.child.stop("replaced")
+
+    def remove(self, backend: Backend) -> None:
+        """A child has ended; under the lock."""
+        backend.is_closed = True
+        if self.current is backend:
+            self.current = None
+        self.draining.discard(backend)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whose a session is. `name` is its name on file, None for one that is shared by requests without a session."""
+
+    name: bytes | None
+    sub: str
+    client_id: str
+
+
+class Session:
+    """What one child at a time serves: a client's session (durable), or requests of a client that share a child.
+
+    `lock` guards its backends and their calls, questions, `replay`, and what its frontend keeps; it is never held across a spawn, a
+    send or a wait.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        launcher: Launcher,
+        capacity: Capacity,
+        identity: Identity,
+        initialize: dict[str, object],
+        replay: ReplayState,
+        number: int,
+    ) -> None:
+        self.services = services
+        self.settings = services.settings
+        self.launcher = launcher
+        self._capacity = capacity
+        self.log = services.log
+        self.name = identity.name
+        self.sub = identity.sub
+        self.client_id = identity.client_id
+        self.is_durable = identity.name is not None
+        self.initialize = initialize
+        self.version: str | None = None  # negotiated with the first child
+        self.server: dict[str, object] | None = None  # what the newest child said of itself
+        self.ttl = 0  # ms for which what a modern child says of itself may be kept
+        self.replay = replay
+        self.tasks: collections.OrderedDict[str, str] = collections.OrderedDict()  # a task's id -> its tool
+        self.lock = replay.lock
+        self.questions = Questions(self.lock, services.settings)
+        self.backends = Backends(self, services, launcher, capacity)
+        self.frontend: Frontend
+        self.ended = False
+        self.rights: Rights | None = (
+            None  # what the operator's rules left of it when they were last looked at
+        )
+        self.rights_noted = False
+        # One change of subscriptions at a time, the child's answers awaited; taken before `lock`.
+        self._subscription_lock = threading.Lock()
+        self.used_at = self.saved_at = services.clock.monotonic()
+        self._owner = Owner(identity.sub, number)
+
+    @property
+    def backend(self) -> Backend | None:
+        """The child that serves now."""
+        return self.backends.current
+
+    @property
+    def label(self) -> str | None:
+        """What operators see of the session's name."""
+        return self.name.hex()[:12] if self.name else None
+
+    def new_stream(self, answers: int) -> EventStream:
+        """A stream to the client that ends with that many answers."""
+        return EventStream(
+            self.settings.stream_events,
+            self.settings.stream_bytes,
+            self.settings.write_timeout + 5,
+            answers,
+            self.services.kept,
+            self._owner,
+            answer_dropped if self.is_durable else modern_answer_dropped,
+        )
+
+    # -- calls and notifications of the client
+
+    def submit(self, calls: Sequence[Call]) -> None:
+        """Sends requests to the child, waking it if need be; raises RpcError when it cannot be had or too much is in flight.
+
+        Raises ListChanged, and nothing is sent, when one of them was judged by another list of tools than this child's.
+        """
+        self.used_at = self.services.clock.monotonic()
+        for _ in range(3):
+            backend = self.backends.ensure()
+            with self.lock:
+                if self.ended or backend is not self.backend or not backend.is_alive:
+                    continue
+                if any(
+                    call.listing is not None and call.listing is not backend.tool_list.tools for call in calls
+                ):
+                    raise ListChanged
+                if len(self.calls()) + len(calls) > self.settings.max_inflight:
+                    raise unavailable(
+                        "busy", "Too many requests of this session are in flight; wait for answers.", 429, 1
+                    )
+                try:
+                    lines = [backend.register(call) for call in calls if not is_local(backend, call)]
+                except BaseException:
+                    backend.unregister(calls)
+                    raise
+            self._send(backend, calls, lines)
+            return
+        raise unavailable("starting_failed", "The tool process ended again and again.")
+
+    def _send(self, backend: Backend, calls: Iterable[Call], lines: Iterable[bytes]) -> None:
+        """Every call has an owner from here on, so none may be left behind: what cannot be sent is answered."""
+        for line in lines:
+            try:
+                backend.child.send(line)  # a child that died meanwhile answers through on_end
+            except Exception as error:  # half a batch may be gone: nobody can say which calls the child has
+                self.log.event("error", "send_failed", user=self.sub, error=type(error).__name__)
+                backend.child.kill("stuck")
+        for call in calls:
+            if is_local(backend, call):
+                call.finish(self.log, functools.partial(serve_locally, self, backend, call))
+                self.on_call_done(backend, call, None)
+
+    def calls(self, backend: Backend | None = None) -> list[Call]:
+        """The client's requests in flight, on one backend or all; under the lock."""
+        return [
+            call
+            for each in ([backend] if backend else self.backends.all())
+            for call in each.pending.values()
+            if not call.is_internal
+        ]
+
+    def is_busy(self, backend: Backend) -> bool:
+        """Whether a child has something to do, or waits for its client; under the lock."""
+        if any(not call.may_be_cut_off for call in backend.pending.values()):
+            return True
+        return any(each.backend is backend for each in self.questions.open)
+
+    def notify(self, method: str, params: dict[str, object] | None = None) -> None:
+        """A notification of the client for a child that is awake."""
+        with self.lock:
+            backend = self.backend
+        self.used_at = self.services.clock.monotonic()
+        if backend and backend.has_dialect:
+            if method == "notifications/initialized":
+                self._make_ready(backend)
+            else:
+                backend.forward(method, params)
+
+    def cancel(
+        self,
+        call: Call,
+        params: dict[str, object] | None = None,
+        deliver: Callable[[], object] | None = None,
+        state: CallState = CallState.CANCELLED,
+    ) -> bool:
+        """Ends a call in flight: `deliver` answers it (None: nobody waits), its child is told. Returns whether it was in flight."""
+        with self.lock:
+            backend = next((each for each in self.backends.all() if each.number_of(call) is not None), None)
+            number = backend.number_of(call) if backend else None
+            if backend is None or number is None:
+                return False
+            del backend.pending[number]
+            self.questions.drop_of(call)
+        call.finish(self.log, deliver, state)
+        try:
+            backend.send_cancellation(number, params)
+        finally:
+            self.on_call_done(backend, call, None)
+        return True
+
+    # -- a new child
+
+    def update_subscriptions(self) -> set[str]:
+        """Makes the child's subscriptions what this session wants; returns the resources that it refused."""
+        with self._subscription_lock:
+            with self.lock:
+                backend = self.backend
+                uris = set(self.replay.subscriptions)
+            return backend.subscriptions.update(uris) if backend else set()
+
+    def on_handshake(self, backend: Backend, server: dict[str, object], is_replay: bool) -> None:
+        """A new child has said of itself what `server` is: the session takes it on, and replays what it knows."""
+        said = len(dump(server))
+        if said > MAX_SERVER:  # it is kept, in memory and on file
+            self.log.event("error", "child_says_too_much_of_itself", user=self.sub, bytes=said)
+            raise unavailable("starting_failed", "The tool process says too much of itself.")
+        version = member(server, "protocolVersion", str, "")
+        if self.version and version != self.version:
+            self.log.event(
+                "warning", "child_speaks_another_version", user=self.sub, was=self.version, now=version
+            )
+        self.server = server
+        self.ttl = backend.ttl
+        self.version = self.version or version
+        if is_replay or not self.is_durable:
+            self._replay_to(backend)
+
+    def _replay_to(self, backend: Backend) -> None:
+        self._make_ready(backend)
+        replay = self.replay
+        if replay.level:
+            backend.set_level(replay.level)
+        if replay.subscriptions or self.frontend.needs_subscriptions:
+            backend.subscriptions.update(set(replay.subscriptions))
+        if replay.tools_hash:
+            compare_tools(self, backend)
+        self.frontend.on_start(backend)
+
+    def _make_ready(self, backend: Backend) -> None:
+        """The client's handshake is over; a session hears of changes from the start."""
+        backend.make_ready(set(self.replay.subscriptions) if self.is_durable else None)
+        if self.settings.audit_calls:
+            backend.tool_list.learn()
+
+    # -- what the child says
+
+    def on_questions(self, backend: Backend, questions: list[OpenQuestion], call: Call | None) -> None:
+        """The child asks its client for things: the frontend passes them on."""
+        if call is None:
+            self.launcher.note_sends_requests(backend.program)
+        self.frontend.on_questions(backend, questions, call)
+
+    def on_withdrawn(self, backend: Backend, message: Message) -> None:
+        """The child wants no answer to a question any more."""
+        request_id = member(message.params, "requestId", object, None)
+        self.frontend.on_withdrawn(message, self.questions.withdraw(backend, request_id))
+
+    def on_notification(self, backend: Backend, message: Message, is_subscribed: bool) -> None:
+        """The child notifies its client."""
+        self.frontend.on_notification(backend, message, is_subscribed)
+
+    def on_call_done(self, backend: Backend, call: Call, message: Message | None) -> None:
+        """A call is over: drained children go, waiting requests may get the slot, a refusal by Forgejo is looked into."""
+        if backend is not self.backend:
+            self.backends.stop_if_drained(backend)
+        self._capacity.slot_may_be_free()
+        if call.method == "tools/call" and message:
+            error = member(message.body, "error", dict, None)
+            if member(error, "code", int, None) == INTERNAL_ERROR:
+                self.launcher.examine_in_background(self.sub)
+
+    def on_end(self, backend: Backend) -> None:
+        """A child has ended: what was in flight on it is answered, its questions are moot, its slot is free."""
+        try:
+            with self.lock:
+                self.backends.remove(backend)
+                calls = backend.pending
+                backend.pending = {}
+                self.questions.drop_from(backend)
+            whose = answer_of(backend.child.too_long)
+            reason = str(backend.child.reason)
+            for number, call in calls.items():
+                is_too_large = reason == "line_too_long" and whose in (None, number)
+                call.finish(self.log, functools.partial(fail_lost, call, reason, is_too_large))
+        finally:
+            self._capacity.release_slot(self.backends)
+            report_end(self, backend)
+
+    # -- time, and the end
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether it has no child and nothing that a client has not taken."""
+        backends = self.backends
+        if backends.current or backends.draining or backends.starting:
+            return False
+        return self.frontend.keeps_nothing
+
+    def tick(self, now: float) -> None:
+        """Answers what has waited too long (monotonic time `now`); called by the reaper."""
+        with self.lock:
+            backends = self.backends.all()
+            late = [
+                call
+                for backend in backends
+                for call in backend.pending.values()
+                if call.deadline <= now and call.waiting_since is None
+            ]
+            stale = [question for question in self.questions.open if question.deadline <= now]
+            self.frontend.tick()
+        for backend in backends:
+            if backend is not self.backend:
+                self.backends.stop_if_drained(backend)
+        if not backends and self.frontend.is_listening:  # its child died: what it listens to must go on
+            self.backends.start_in_background(modest=True)
+        if stale or late:
+            # In a thread of its own: a child that does not read must not hold up the clock of all. Without one the next tick tries.
+            threading.Thread(target=self._give_up, args=(stale, late), daemon=True, name="give-up").start()
+
+    def _give_up(self, questions: Iterable[OpenQuestion], calls: Iterable[Call]) -> None:
+        for question in questions:
+            call = question.call
+            if call and call.state is CallState.SUSPENDED:
+                sentence = "Nobody came back with the answers in time."
+                fail = functools.partial(call.fail, "timed_out", sentence, retryable=False)
+                self.cancel(call, {"reason": "no retry came"}, fail, CallState.TIMED_OUT)
+            error: dict[str, object] = {
+                "code": SERVER_ERROR,
+                "message": "The client did not answer in time",
+            }
+            self.questions.answer(question, error=error)
+        for call in calls:
+            sentence = "The tool did not answer in time; whether it did anything is not known."
+            fail = functools.partial(call.fail, "timed_out", sentence, retryable=False)
+            self.cancel(call, {"reason": "timed out"}, fail, CallState.TIMED_OUT)
+
+    def end(self, reason: str) -> None:
+        """The session is over: its child stops, its streams end, what is in flight is answered and told that it is over."""
+        with self.lock:
+            if self.ended:
+                return
+            self.ended = True
+            backends = self.backends.all()
+            self.backends.current = None
+            calls = [call for backend in backends for call in backend.pending.values()]
+            for backend in backends:
+                backend.pending = {}
+            self.questions.open = set()
+        try:
+            for call in calls:
+                sentence = f"The session ended ({reason}); whether the call did anything is not known."
+                fail = functools.partial(call.fail, "session_ended", sentence, retryable=False)
+                call.finish(self.log, fail)
+        finally:
+            for backend in backends:
+                backend.child.stop(reason)
+            self.frontend.end()
+            if self.is_durable:
+                self.log.audit("session_ended", user=self.sub, client=self.client_id, reason=reason)
+
+    # -- tools
+
+    def listing(self) -> dict[str, Tool] | None:
+        """Returns the tools that the child lists: asked once of each child, and again when it says that they changed; None when it is silent."""
+        for _ in range(3):
+            backend = self.backends.ensure()
+            tools = backend.tool_list.tools
+            if tools is None and not backend.subscriptions.hears_list_changes:
+                self.update_subscriptions()
+            with contextlib.suppress(ListChanged):
+                tools = backend.tool_list.read() if tools is None else tools
+                if tools is not None or backend.is_alive:
+                    return tools
+        return None
+
+    def lists(self, name: str) -> bool:
+        """Whether a child of this session is known to list a tool of this name."""
+        backend = self.backend
+        return backend.tool_list.has(name) if backend else self.launcher.lists_tool(name)
+
+    def note_task(self, tool: str, result: object) -> None:
+        """Keeps which tool a task belongs to (MCP 2025-11-25 tasks; the tasks extension of 2026-07-28), for who may touch only some."""
+        task = result.get("task", result) if isinstance(result, dict) else None
+        task_id = member(task, "taskId", str, None)
+        if task_id is not None and len(task_id) <= MAX_NAME and len(tool) <= MAX_NAME:
+            with self.lock:
+                self.tasks[task_id] = tool
+                if len(self.tasks) > MAX_TASKS:
+                    self.tasks.popitem(last=False)
+
+
+def note_rights(session: Session, rights: Rights | None) -> None:
+    """Tells the client of its lists when the operator's rules leave it another part of them than before; ends what it may not hear."""
+    with session.lock:
+        is_new = session.rights_noted and session.rights != rights
+        session.rights_noted = True
+        session.rights = rights
+    if is_new:
+        for kind in LIST_KINDS:
+            changed = Message("notification", None, f"notifications/{kind}/list_changed", {}, {})
+            session.frontend.on_notification(None, changed, True)
+    if rights is not None and not rights.resources and session.replay.subscriptions:
+        session.frontend.forget_resources()
+        with contextlib.suppress(RuntimeError):  # no thread to be had: nobody hears of them anyway
+            threading.Thread(target=session.update_subscriptions, daemon=True, name="subscribe").start()
+
+
+def compare_tools(session: Session, backend: Backend) -> None:
+    """Tells the client when the new child has other tools than the one it knew; the comparison holds up nobody."""
+
+    def compare(result: object) -> None:
+        if list_digest(result, "tools") != session.replay.tools_hash:
+            session.replay.set_tools(result)
+            changed = Message("notification", None, "notifications/tools/list_changed", {}, {})
+            session.frontend.on_notification(backend, changed, True)
+
+    call = InternalCall("tools/list", {}, 60)
+    call.on_success = compare
+    backend.start(call)
+
+
+def is_local(backend: Backend, call: Call) -> bool:
+    """Whether the broker answers a call itself: a modern child does not know the method any more."""
+    return backend.dialect.is_modern and call.method in LEGACY_ONLY
+
+
+def serve_locally(session: Session, backend: Backend, call: Call) -> None:
+    """Answers such a call: a level goes with each request from now on, subscriptions into one stream of the child."""
+    params = call.params or {}
+    if call.method == "logging/setLevel":
+        level = member(params, "level", str, "")
+        if level not in LEVELS:
+            call.error(INVALID_PARAMS, f"level must be one of {', '.join(LEVELS)}", None)
+            return
+        backend.set_level(level)
+    uri = member(params, "uri", str, None)
+    if call.method.startswith("resources/") and not change_subscription(session, call.method, uri):
+        call.error(INVALID_PARAMS, "The resource cannot be subscribed to", None)
+        return
+    if call.on_success:
+        call.on_success({})
+    call.give({})
+
+
+def change_subscription(session: Session, method: str, uri: str | None) -> bool:
+    """Subscribes a session to a resource of a modern child, or ends that; returns whether the child agrees."""
+    if uri is None:
+        return False
+    if method == "resources/unsubscribe":
+        session.replay.unsubscribe(uri)
+    else:
+        session.replay.subscribe(uri)
+    is_refused = uri in session.update_subscriptions()
+    if is_refused:
+        session.replay.unsubscribe(uri)
+    return not is_refused
+
+
+def report_end(session: Session, backend: Backend) -> None:
+    """Records the end of a child; one that nobody asked for is a warning with its last words, for only they say why."""
+    child = backend.child
+    session.log.audit(
+        "child_stopped", user=session.sub, client=session.client_id, pid=child.pid, reason=child.reason
+    )
+    # A child that ends because it was asked for its era is started again, to be asked less.
+    is_probe = backend.was_probed and not backend.serves and not backend.has_failed
+    if (backend.has_failed or not child.asked) and not is_probe:
+        session.log.bounded(
+            "warning",
+            "child_died",
+            session.sub,
+            user=session.sub,
+            pid=child.pid,
+            at="work" if backend.serves else "start",
+            reason=child.reason,
+            stderr=child.last_words or None,
+        )
+
+
+def fail_lost(call: Call, reason: str, is_too_large: bool) -> None:
+    """Answers a call whose child is gone (design 5: the table of cases)."""
+    if is_too_large:
+        call.fail(
+            "answer_too_large",
+            "The tool's answer was larger than the server passes on; whether it did anything is not known.",
+            retryable=False,
+        )
+    else:
+        call.fail(
+            "child_died",
+            f"The tool process ended ({reason}) before it answered; whether it did anything is not known.",
+            retryable=True,
+        )
 
 
 # ======================================================================================================================
-# Eras
-# Owns what MCP's two eras say differently: an edge speaks with a child of one era, a front and its replies with a client of one.
-# Must not know HTTP, tokens or places; legacy is 2025-11-25 and before (initialize), modern 2026-07-28 (metadata in each request).
+# Frontends
+# Owns how clients of each era are spoken to: where answers, questions and notifications of a session's child go.
+# Must not know HTTP or tokens; of children only what the session tells.
 # ======================================================================================================================
 
-META = "io.modelcontextprotocol/"
-META_CLIENT = META + "clientInfo"
-META_CAPABILITIES = META + "clientCapabilities"
-META_LEVEL = META + "logLevel"
-META_SERVER = META + "serverInfo"
-META_SUBSCRIPTION = META + "subscriptionId"
-MODERN_META = {META_VERSION, META_CLIENT, META_CAPABILITIES, META_LEVEL}
-LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
 HEADER_MISMATCH = -32020
 MISSING_CAPABILITY = -32021
 LEGACY_NOT_FOUND = -32002
@@ -10013,22 +11377,11 @@ CACHEABLE = {
     "resources/read",
 }
 STAMPS = {"resultType", "ttlMs", "cacheScope"}
-ASKS = {"elicitation/create": "elicitation", "sampling/createMessage": "sampling", "roots/list": "roots"}
-MAY_ASK = (
-    "tools/call",
-    "prompts/get",
-    "resources/read",
-)  # the requests that may be answered by `input_required`
-LEGACY_ONLY = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
-LIST_CHANGES = {
-    f"notifications/{kind}/list_changed": f"{kind}ListChanged" for kind in ("tools", "prompts", "resources")
-}
+# The requests that may be answered by `input_required`.
+MAY_ASK = ("tools/call", "prompts/get", "resources/read")
+LIST_CHANGES = {f"notifications/{kind}/list_changed": f"{kind}ListChanged" for kind in LIST_KINDS}
 LIST_CHANGED = {kind: method for method, kind in LIST_CHANGES.items()}
-LISTS = {
-    "toolsListChanged": ("tools/list", "tools"),
-    "promptsListChanged": ("prompts/list", "prompts"),
-    "resourcesListChanged": ("resources/list", "resources"),
-}
+LISTS = {f"{kind}ListChanged": (f"{kind}/list", kind) for kind in LIST_KINDS}
 SERVER_CAPABILITIES = (
     "experimental",
     "extensions",
@@ -10040,448 +11393,80 @@ SERVER_CAPABILITIES = (
 )
 LEGACY_MISSING = re.compile(r"client does not support|\bcapabilit", re.IGNORECASE | re.ASCII)
 COLLECT_WAIT = 0.05  # seconds in which a legacy child may ask more, so that all goes out in one answer
-PROBE_WAIT = 5.0  # seconds a child may keep silent when it is asked for its era; then it is legacy
+
+Change = Callable[[dict[str, object]], dict[str, object]]
 
 
-def known_capabilities(capabilities):
-    """Of what a client says it can do, what a child may ask of it."""
-    return {
-        name: capabilities[name] for name in sorted(ASKS.values()) if isinstance(capabilities.get(name), dict)
-    }
-
-
-def run_later(seconds: float, function: Callable[..., object], *arguments: object) -> None:
-    """Call a function after a while, in a thread of its own; at once and in this one when no thread can be had."""
-    timer = threading.Timer(seconds, function, arguments)
-    timer.daemon = True
-    try:
-        timer.start()
-    except RuntimeError:
-        function(*arguments)
-
-
-# -- edges: one to a child
-
-
-def connect(link, known, seconds):
-    """Shake hands with a new child, probing its era unless it is `known` (MCP 2026-07-28 stdio, backward compatibility).
-
-    (era, what the child says of itself in the form of an initialize result); `both` is a child of either era: sessions speak legacy
-    with it, pools modern. The second is None when it did not answer; RpcError when it answers that it will not.
-    """
-    session = link.session
-    era = known
-    if known != "legacy" and not (known == "both" and session.durable):
-        link.edge = ModernEdge(link)
-        body = link.call("server/discover", None, seconds if known else min(seconds, PROBE_WAIT)) or {}
-        result = member(body, "result", dict, None)
-        error = member(body, "error", dict, {})
-        versions = member(result, "supportedVersions", list, [])
-        if result is None and error.get("code") == UNSUPPORTED_VERSION:
-            versions = member(member(error, "data", dict, {}), "supported", list, [])
-        modern = FIRST_MODERN_VERSION in versions
-        legacy = any(version in versions for version in LEGACY_VERSIONS)
-        era = ("both" if legacy else "modern") if modern else "legacy"
-        if modern and result is not None and not (legacy and session.durable):
-            return era, link.edge.server(result)
-        if link.child.ended.is_set():
-            return era, None
-        if versions and not legacy:
-            raise unavailable(
-                "starting_failed", f"The tool process speaks only {', '.join(map(str, versions))}."
-            )
-    link.edge = LegacyEdge(link)
-    return era, link.edge.initialize(seconds)
-
-
-class Edge:
-    """What is the same with a child of either era."""
-
-    collects_answers = False  # whether the answers to the questions of a call are kept until all are there
-
-    def __init__(self, link):
-        self._link = link
-        self._session = link.session
-
-    @property
-    def hears_changes(self) -> bool:
-        """Whether it is told when the child's list of tools changes."""
-        return True
-
-    def serves(self, call):
-        """Whether the edge answers a call itself, by serve(call)."""
-        return False
-
-    def asks(self, call, message):
-        """Whether an answer is no end but a question, for ask(call, message)."""
-        return False
-
-    def cancel(self, number, params):
-        """Tell the child that nobody waits any more."""
-        self._link.send(
-            {"method": "notifications/cancelled", "params": {**(params or {}), "requestId": number}}
-        )
-
-
-class LegacyEdge(Edge):
-    """Speaks with a child that was initialized; what it asks comes as requests of its own, in the middle of a call."""
-
-    def __init__(self, link):
-        super().__init__(link)
-        self._ready = False
-        self._watched = set()
-        self._level = None
-
-    def initialize(self, seconds):
-        """The child's result, with the version that was negotiated before; None when it gives none."""
-        session = self._session
-        answer = self._link.call(
-            "initialize",
-            session.initialize | ({"protocolVersion": session.version} if session.version else {}),
-            seconds,
-        )
-        if answer is None or "error" in answer and self._link.child.ended.is_set():
-            return None
-        if "error" in answer:
-            error = answer["error"]
-            raise RpcError(error["code"], error["message"], error.get("data"))
-        if member(answer["result"], "protocolVersion", str, None) is None:
-            raise unavailable("starting_failed", "The tool process does not speak MCP.")
-        return answer["result"]
-
-    def encode(self, number, call):
-        """A call as a line; where it asks for another level than the last one did, with one before it that sets it."""
-        params = call.params
-        setting = b""
-        if call.token is not None:
-            params = {**params, "_meta": {**params["_meta"], "progressToken": number}}
-        if call.level not in (None, self._level):
-            self._level = call.level
-            setting = (
-                self._link.register(
-                    Call(
-                        "logging/setLevel",
-                        {"level": call.level},
-                        Waiting(),
-                        time.monotonic() + QUESTION_GRACE,
-                    )
-                )
-                + b"\n"
-            )
-        return setting + dump(asking(call.method, params, jsonrpc="2.0", id=number))
-
-    def said(self, message):
-        """A notification or a question."""
-        params = message.params or {}
-        if message.kind == "request":
-            self._session.registry.note_asking(self._link)
-            self._session.front.asked(
-                self._link, [Question(self._link, message.id, message.method, message.params)]
-            )
-        elif message.method == "notifications/cancelled":
-            self._session.front.withdrawn(
-                message, self._session.withdraw(self._link, params.get("requestId"))
-            )
-        else:
-            self._session.front.heard(self._link, message.method, params)
-
-    def answered(self, question, result, error, last):
-        """Hand a client's answer to the child."""
-        self._link.send({"id": question.key} | ({"error": error} if error else {"result": result}))
-
-    def tell(self, method, params):
-        """A notification of the client."""
-        if method != "notifications/initialized" or not self._ready:
-            self._ready |= method == "notifications/initialized"
-            self._link.send(asking(method, params))
-
-    def ready(self):
-        """The handshake is over."""
-        self.tell("notifications/initialized", None)
-
-    def set_level(self, level):
-        """From here on the child logs what is at least of this level."""
-        self._link.start("logging/setLevel", {"level": level}, Waiting(), QUESTION_GRACE)
-
-    def watch(self, uris):
-        """Subscribe to these resources and no others; those that the child refused."""
-        refused = set()
-        asked = {uri: Waiting() for uri in sorted(uris - self._watched)}
-        deadline = time.monotonic() + QUESTION_GRACE  # for all together: a start must not take minutes
-        for uri, reply in asked.items():
-            self._link.start("resources/subscribe", {"uri": uri}, reply, QUESTION_GRACE)
-        for uri, reply in asked.items():
-            if "result" not in (reply.wait(max(0.0, deadline - time.monotonic())) or {}):
-                refused.add(uri)
-        for uri in sorted(self._watched - uris):
-            self._link.start("resources/unsubscribe", {"uri": uri}, Waiting(), QUESTION_GRACE)
-        self._watched = set(uris) - refused
-        return refused
-
-
-class ModernEdge(Edge):
-    """Speaks with a child that takes its client's metadata with each request, and asks by answering `input_required`."""
-
-    collects_answers = True
-
-    def __init__(self, link):
-        super().__init__(link)
-        self._listen = None
-        self._listens = {}
-        self._kinds = {}
-        self._honoured = set()
-
-    @property
-    def hears_changes(self) -> bool:
-        """Whether it is told when the child's list of tools changes: in this era only who listens is, if the child ever tells."""
-        return self._listen is not None or "toolsListChanged" not in self._kinds
-
-    def server(self, result):
-        """A DiscoverResult in the form of an initialize result, with the version that this session's client negotiates."""
-        session = self._session
-        info = member(member(result, "_meta", dict, {}), META_SERVER, dict, None)
-        capabilities = member(result, "capabilities", dict, {})
-        asked = session.version or session.initialize.get("protocolVersion")
-        session.ttl = max(0, member(result, "ttlMs", int, 0))
-        self._kinds = {
-            f"{kind}ListChanged": True
-            for kind in ("tools", "prompts", "resources")
-            if member(member(capabilities, kind, dict, {}), "listChanged", bool, False)
-        }
-        return {
-            "protocolVersion": asked if asked in LEGACY_VERSIONS else LEGACY_VERSIONS[0],
-            "capabilities": capabilities,
-            "serverInfo": info or {"name": "forgejo-mcp", "version": "unknown"},
-        } | ({"instructions": result["instructions"]} if isinstance(result.get("instructions"), str) else {})
-
-    def encode(self, number, call):
-        """A call as a line, with what its client says of itself; and after a question with the answers."""
-        return self._line(number, call.method, call.params, call)
-
-    def _line(self, number, method, params, call=None):
-        session = self._session
-        capabilities = (call.capabilities if call else None) or session.initialize.get("capabilities")
-        capabilities = capabilities if isinstance(capabilities, dict) else {}
-        given = (params or {}).get("_meta")
-        meta = {
-            **(given if isinstance(given, dict) else {}),
-            META_VERSION: FIRST_MODERN_VERSION,
-            META_CLIENT: (call.client if call else None)
-            or session.initialize.get("clientInfo")
-            or {"name": "fjmcp-broker", "version": __version__},
-            META_CAPABILITIES: {
-                name: {} if name == "roots" else value
-                for name, value in capabilities.items()
-                if name in ("experimental", "extensions", *ASKS.values()) and isinstance(value, dict)
-            },
-        }
-        level = call and (call.level or session.level)
-        if level:
-            meta[META_LEVEL] = level
-        if call and call.token is not None:
-            meta["progressToken"] = number
-        retry = (
-            {}
-            if not call
-            else {
-                name: value
-                for name, value in (("inputResponses", call.answers), ("requestState", call.state))
-                if value
-            }
-        )
-        return dump(
-            {
-                "jsonrpc": "2.0",
-                "id": number,
-                "method": method,
-                "params": {**(params or {}), **retry, "_meta": meta},
-            }
-        )
-
-    def serves(self, call):
-        """Whether the edge answers a call itself: what this era has no more."""
-        return call.method in LEGACY_ONLY
-
-    def serve(self, call):
-        """Answer such a call: a level goes with each request from now on, subscriptions into one stream of the child."""
-        params = call.params or {}
-        if call.method == "logging/setLevel" and params.get("level") not in LEVELS:
-            call.reply.fail(INVALID_PARAMS, f"level must be one of {', '.join(LEVELS)}", None)
-            return
-        if call.method.startswith("resources/") and not self._subscribed(call.method, params.get("uri")):
-            call.reply.fail(INVALID_PARAMS, "The resource cannot be subscribed to", None)
-            return
-        if call.after:
-            call.after({})
-        call.reply.give({})
-
-    def _subscribed(self, method, uri):
-        if not isinstance(uri, str):
-            return False
-        self._session.remember(**{method.removeprefix("resources/"): uri})
-        refused = uri in self._session.watch()
-        if refused:
-            self._session.remember(unsubscribe=uri)
-        return not refused
-
-    def asks(self, call, message):
-        """Whether an answer is no end but a question, or comes while one is open (and is dropped then)."""
-        result = message.body.get("result")
-        return (
-            call.paused_at is not None
-            or isinstance(result, dict)
-            and result.get("resultType") == "input_required"
-        )
-
-    def ask(self, call, message):
-        """The child needs input: ask for all of it, and answer with a retry (MCP 2026-07-28 patterns/mrtr)."""
-        if call.paused_at is not None:
-            return
-        result = message.body["result"]
-        call.state = result.get("requestState")
-        call.answers = {}
-        questions = [
-            Question(self._link, key, method, request.get("params"), call)
-            for key, request in member(result, "inputRequests", dict, {}).items()
-            if (method := member(request, "method", str, "")) in ASKS
-        ]
-        if questions:
-            self._session.front.asked(self._link, questions, call)
-        else:  # it wants nothing but to be asked again, which must not become a loop at full speed
-            run_later(1.0, self._retry, call)
-
-    def _retry(self, call: Call) -> None:
-        with self._session.lock:
-            number = next((n for n, each in self._link.pending.items() if each is call), None)
-            if number is None:
-                return
-            line = self._link.register(call)
-            del self._link.pending[number]
-        self._link.child.send(line)
-
-    def answered(self, question, result, error, last):
-        """A client's answer; with the last one the call is tried again. A refusal ends the call: this era cannot say it."""
-        call = question.call
-        if error:
-            self._session.cancel(call, None, functools.partial(call.reply.refuse, error, call.undeclared))
-        elif last:
-            self._retry(call)
-
-    def said(self, message: Message) -> None:
-        """A notification: of the stream of subscriptions, or of a request; a question is against the rules of this era."""
-        params = message.params or {}
-        if message.kind == "request":
-            error = {
-                "code": METHOD_NOT_FOUND,
-                "message": "A server of this revision does not send requests",
-            }
-            self._link.send({"id": message.id, "error": error})
-        elif META_SUBSCRIPTION in member(params, "_meta", dict, {}):
-            number = member(member(params, "_meta", dict, {}), META_SUBSCRIPTION, int, None)
-            listening = self._listens.get(number) if number is not None else None
-            if listening and message.method == "notifications/subscriptions/acknowledged":
-                honoured = member(params, "notifications", dict, {})
-                uris = member(honoured, "resourceSubscriptions", list, [])
-                self._honoured = {uri for uri in uris if isinstance(uri, str)}
-                listening.set()
-            elif listening:
-                self._session.front.heard(
-                    self._link, message.method, without_meta(params, {META_SUBSCRIPTION}), listened=True
-                )
-        elif message.method != "notifications/cancelled":
-            self._session.front.heard(self._link, message.method, params)
-
-    def tell(self, method, params):
-        """This era has no notifications of the client; the first one only tells that a session is ready to listen."""
-        if method == "notifications/initialized":
-            self.ready()
-
-    def ready(self):
-        """A session hears of changes from the start."""
-        if self._session.durable and self._listen is None:
-            self.watch(set(self._session.subscriptions))
-
-    def set_level(self, level):
-        """Nothing: it goes with each request."""
-
-    def watch(self, uris):
-        """Hear of every change of lists and of these resources: one stream of the child takes over from another; what it refused."""
-        wanted = self._kinds | ({"resourceSubscriptions": sorted(uris)} if uris else {})
-        number = next(self._link.numbers)
-        acknowledged = threading.Event()
-        if wanted:
-            self._listens[number] = acknowledged
-            self._link.child.send(self._line(number, "subscriptions/listen", {"notifications": wanted}))
-            acknowledged.wait(QUESTION_GRACE)
-        old = self._listen
-        self._listen = number if acknowledged.is_set() else None
-        if self._listen is None:
-            self._listens.pop(number, None)
-        if old is not None:
-            self._listens.pop(old, None)
-            self.cancel(old, None)
-        return set(uris) - (self._honoured if acknowledged.is_set() else set())
+def dump_notification(message: Message) -> bytes:
+    """A child's notification as it goes to a client."""
+    return dump(asking(message.method, message.params or None, jsonrpc="2.0"))
 
 
 # -- legacy clients
 
 
-class LegacyReply:
-    """Where what comes back of a legacy client's request goes: a stream that it may share with others of its batch."""
+class LegacyCall(Call):
+    """A call of a legacy client: what comes back goes to a stream that it may share with others of its batch.
 
-    held = False
+    `streamable`: the client reads events. `change` is what is done to a result before this client sees it.
+    """
 
-    def __init__(self, stream, request_id, streamable, change=None):
+    def __init__(
+        self,
+        message: Message,
+        deadline: float,
+        stream: EventStream,
+        streamable: bool,
+        meta: RequestMeta = SESSION_META,
+        change: Change | None = None,
+    ) -> None:
+        super().__init__(message.method, message.params, deadline, meta)
+        self.id = message.id
         self.stream = stream
-        self.id = request_id
         self.streamable = streamable
         self._change = change
 
-    def notify(self, body):
+    def notify(self, body: dict[str, object]) -> None:
         """Something that belongs to the request comes before its answer."""
         if self.streamable:
             self.stream.put(dump(body))
 
-    def answer(self, line, message):
-        """The child's answer, under the client's own id and without what only the modern era says."""
+    def answer(self, line: bytes, message: Message) -> None:
+        """Delivers the child's answer under the client's own id, without the modern era's own members."""
         result = member(message.body, "result", dict, None)
         if result is not None and (self._change or not STAMPS.isdisjoint(result)):
             self.give(result)
         else:
-            self.stream.put(with_id(line, message, self.id), answer=True, request_id=self.id)
+            self._put(with_id(line, message, self.id))
 
-    def give(self, result):
-        """A result as an answer."""
-        result = without_meta(
-            {name: value for name, value in result.items() if name not in STAMPS}, {META_SERVER}
-        )
-        self.stream.put(
-            result_message(self.id, self._change(result) if self._change else result),
-            answer=True,
-            request_id=self.id,
-        )
+    def give(self, result: dict[str, object]) -> None:
+        """Delivers a result."""
+        plain = {name: value for name, value in result.items() if name not in STAMPS}
+        plain = without_meta(plain, {META_SERVER})
+        self._put(result_message(self.id, self._change(plain) if self._change else plain))
+        self.outcome = "ok"
 
-    def fail(self, code, sentence, data):
-        """An error as an answer."""
-        self.stream.put(error_message(self.id, code, sentence, data), answer=True, request_id=self.id)
+    def error(self, code: int, text: str, data: object) -> None:
+        """Delivers an error. For what was missed in the client this era has no code."""
+        self._put(error_message(self.id, code, text, data))
+
+    def _put(self, data: bytes) -> None:
+        self.stream.put(data, answer=True, request_id=self.id)
 
     def close(self) -> None:
-        """End the stream: nothing can be put on it."""
+        """Ends the stream: nothing can be put on it."""
         self.stream.end()
 
-    def refuse(self, error, undeclared):
-        """An error as an answer, of a child or of a client; `undeclared`: what was missed in the client, for which this era has no code."""
-        self.fail(error["code"], str(error.get("message", "")), error.get("data"))
 
-
-class LegacyFront:
+class SessionFrontend:
     """A client with a session: what belongs to no request goes to its GET stream, questions go out as requests and come back as answers."""
 
-    def __init__(self, session):
-        self._session = session
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        session.frontend = self
         self._numbers = itertools.count(1)
-        self._asked = {}
-        self.streams = collections.OrderedDict()
+        self._asked: dict[str, OpenQuestion] = {}  # the id of our request -> what it asks
+        self.streams: collections.OrderedDict[str, EventStream] = collections.OrderedDict()
         self.get_stream = session.new_stream(0)
         self.get_stream.named = True
         self._quiet: list[
@@ -10489,44 +11474,41 @@ class LegacyFront:
         ] = []  # for who resumes what is not known any more; nothing is put on them
 
     @property
-    def listening(self):
-        """Whether somebody waits for news of a resource: that keeps the child awake; an open stream alone does not."""
-        return bool(self._session.subscriptions) and self.get_stream.is_open
-
-    def forget_resources(self) -> None:
-        """Ends all subscriptions to resources."""
-        for uri in list(self._session.subscriptions):
-            self._session.remember(unsubscribe=uri)
+    def is_listening(self) -> bool:
+        """Whether somebody waits for news of a resource; an open stream alone does not keep a child awake."""
+        return bool(self.session.replay.subscriptions) and self.get_stream.is_open
 
     @property
-    def hears(self) -> bool:
+    def needs_subscriptions(self) -> bool:
         """Whether a new child must be told that somebody listens."""
-        return self.listening
+        return self.is_listening
 
-    def started(self, link: Link) -> None:
+    def on_start(self, backend: Backend) -> None:
         """The session itself compares the tools of a new child."""
 
     @property
-    def keeps_nothing(self):
+    def keeps_nothing(self) -> bool:
         """Whether no client reads, and what none has taken has gone by its time."""
         return all(
             stream.holds_nothing for stream in (self.get_stream, *list(self.streams.values()), *self._quiet)
         )
 
+    # -- streams
+
     def name_stream(self, stream: EventStream) -> None:
         """A client has been told an id of this stream, and may come back for what is on it."""
-        with self._session.lock:
+        with self.session.lock:
             self.streams[stream.key] = stream
 
     def open_stream(self, event_id: str | None, seat: Callable[[str], None]) -> Reader:
-        """The reader of a GET: of the session's stream, or of the one that a Last-Event-ID names, from there on.
+        """Returns the reader of a GET: of the session's stream, or of the one that a Last-Event-ID names, from there on.
 
         A client resumes each stream it had by itself (MCP 2025-11-25 transports, *Resumability*), also one of before a restart.
         Such an id opens the session's stream if nobody reads that; else a quiet one, or the two would end each other for ever.
         `seat` is called with a stream's key before it is opened, and may refuse: then no other reader has been ended.
         """
         key, _, number = (event_id or "").rpartition("-")
-        with self._session.lock:
+        with self.session.lock:
             stream = self.get_stream if key == self.get_stream.key else self.streams.get(key)
         if not event_id or stream is None or not re.fullmatch(r"[0-9]{1,15}", number):
             return self._open_own(seat, take_over=not event_id)
@@ -10540,101 +11522,119 @@ class LegacyFront:
             reader = own.open() if take_over else own.open_if_free()
             if reader:
                 return reader
-        stream = self._session.new_stream(0)
+        stream = self.session.new_stream(0)
         seat(stream.key)
         reader = stream.open()
-        with self._session.lock:
+        with self.session.lock:
             self._quiet = [each for each in self._quiet if each.is_open]
             self._quiet.append(stream)
-            ended = self._session.ended
+            ended = self.session.ended
         if ended:  # end() has been here already
             stream.end()
         return reader
 
-    def cancelled(self, params):
-        """notifications/cancelled: the newest request of that id ends with an error, its child is told."""
+    # -- what the client says
+
+    def on_message(self, message: Message) -> None:
+        """A notification or an answer of the client."""
+        if message.kind == "response":
+            self._on_answer(message)
+        elif message.method == "notifications/cancelled":
+            self._on_cancelled(message.params or {})
+        else:
+            self.session.notify(message.method, message.params)
+
+    def _on_cancelled(self, params: dict[str, object]) -> None:
+        """The newest request of that id ends with an error, its child is told."""
         request_id = params.get("requestId")
-        with self._session.lock:
+        with self.session.lock:
             found = [
-                call
-                for call in self._session.calls()
-                if call.reply.id == request_id and type(call.reply.id) is type(request_id)
+                call for call in self._calls() if call.id == request_id and type(call.id) is type(request_id)
             ]
         if found:
-            call = found[-1]
-            self._session.cancel(
-                call,
-                params,
-                functools.partial(call.fail, "cancelled", "The request was cancelled.", retryable=False),
+            fail = functools.partial(
+                found[-1].fail, "cancelled", "The request was cancelled.", retryable=False
             )
+            self.session.cancel(found[-1], params, fail)
 
-    def replied(self, message):
+    def _on_answer(self, message: Message) -> None:
         """The client's answer to a question; one that nobody asked is dropped (J07)."""
-        with self._session.lock:
+        with self.session.lock:
             question = self._asked.pop(message.id, None) if isinstance(message.id, str) else None
         if question:
-            self._session.answer(question, message.body.get("result"), message.body.get("error"))
+            error = member(message.body, "error", dict, None)
+            self.session.questions.answer(question, message.body.get("result"), error)
 
-    def _target(self, link):
+    # -- what the child says
+
+    def _calls(self, backend: Backend | None = None) -> list[LegacyCall]:
+        return [call for call in self.session.calls(backend) if isinstance(call, LegacyCall)]
+
+    def _target(self, backend: Backend | None) -> tuple[EventStream, LegacyCall | None]:
         """The stream for what belongs to no request by itself, and the call it is taken to belong to."""
-        with self._session.lock:
-            calls = self._session.calls()
-            here = self._session.calls(link)
-            if len(calls) == 1 and calls[0].reply.streamable and calls[0].reply.stream.is_open:
-                return calls[0].reply.stream, calls[0] if here else None
+        with self.session.lock:
+            calls = self._calls()
+            here = self._calls(backend)
+            if len(calls) == 1 and calls[0].streamable and calls[0].stream.is_open:
+                return calls[0].stream, calls[0] if here else None
             one = here[0] if len(here) == 1 else None
             if self.get_stream.is_open:
                 return self.get_stream, one
-            still_open = [call for call in calls if call.reply.streamable and call.reply.stream.is_open]
-            return (still_open[-1].reply.stream if still_open else self.get_stream), one
+            still_open = [call for call in calls if call.streamable and call.stream.is_open]
+            return (still_open[-1].stream if still_open else self.get_stream), one
 
-    def heard(self, link, method, params, listened=False):
-        """A notification of the child; `listened`: it surely belongs to no request."""
-        stream = self.get_stream if listened else self._target(link)[0]
-        stream.put(dump(asking(method, params or None, jsonrpc="2.0")))
+    def on_notification(self, backend: Backend | None, message: Message, is_subscribed: bool) -> None:
+        """A notification of the child goes to the client where it listens."""
+        stream = self.get_stream if is_subscribed else self._target(backend)[0]
+        stream.put(dump_notification(message))
 
-    def asked(self, link, questions, call=None):
-        """Send questions to the client, where it listens; it has the less time the less likely it is that it hears them."""
-        stream, guess = self._target(link)
+    def on_questions(self, backend: Backend, questions: list[OpenQuestion], call: Call | None) -> None:
+        """Sends questions to the client, where it listens. Without an open stream it has 10 s instead of `input_timeout`."""
+        session = self.session
+        stream, guess = self._target(backend)
         for question in questions:
             number = f"{stream.key}.{next(self._numbers)}"
-            seconds = self._session.settings.input_timeout if stream.is_open else QUESTION_GRACE
-            if not self._session.hold(question, call or guess, seconds):
+            seconds = session.settings.input_timeout if stream.is_open else QUESTION_GRACE
+            if not session.questions.ask(question, call or guess, seconds):
                 if call:  # it ended with this refusal
                     return
                 continue
-            with self._session.lock:
+            with session.lock:
                 self._asked[number] = question
             stream.put(dump(asking(question.method, question.params, jsonrpc="2.0", id=number)))
 
-    def withdrawn(self, message, questions):
-        """The child takes questions back."""
-        with self._session.lock:
+    def on_withdrawn(self, message: Message, questions: list[OpenQuestion]) -> None:
+        """The child takes questions back: the client is told."""
+        with self.session.lock:
             numbers = [number for number, question in self._asked.items() if question in questions]
             for number in numbers:
                 del self._asked[number]
         for number in numbers:
-            self._target(questions[0].link)[0].put(
-                dump({**message.body, "params": {**message.params, "requestId": number}})
-            )
+            withdrawal = {**message.body, "params": {**(message.params or {}), "requestId": number}}
+            self._target(questions[0].backend)[0].put(dump(withdrawal))
 
-    def tick(self):
-        """Under the session's lock: forget streams that were taken, all but the newest, and questions that are over."""
+    def forget_resources(self) -> None:
+        """Ends all subscriptions to resources."""
+        for uri in list(self.session.replay.subscriptions):
+            self.session.replay.unsubscribe(uri)
+
+    # -- time, and the end
+
+    def tick(self) -> None:
+        """Forgets streams that were taken, all but the newest, and questions that are over; under the session's lock."""
         over = [key for key, stream in self.streams.items() if stream.finished and not stream.is_open]
         taken = [key for key in over if self.streams[key].is_taken][:-8]
         for key in taken + over[: max(0, len(self.streams) - len(taken) - 64)]:
             stream = self.streams.pop(key, None)
             if stream:
                 stream.forget()
-        self._asked = {
-            number: question
-            for number, question in self._asked.items()
-            if question in self._session.questions
-        }
+        if self._asked:
+            still_open = self.session.questions.open
+            self._asked = {number: each for number, each in self._asked.items() if each in still_open}
 
-    def end(self):
+    def end(self) -> None:
         """The session is over."""
-        with self._session.lock:
+        with self.session.lock:
             streams = [self.get_stream, *self.streams.values(), *self._quiet]
         for stream in streams:
             stream.end()
@@ -10649,164 +11649,209 @@ class LegacyFront:
 # -- modern clients, and legacy ones without a session
 
 
-class ModernReply:
-    """Where what comes back of a modern client's request goes; it may be answered by a question, and be asked again under another id.
+class SuspendedCalls:
+    """Calls whose clients have to come back with a retry, by the name that its `requestState` carries."""
 
-    `hold(reply)` gives the requestState by which a retry finds it.
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()  # guards the dict; a leaf
+        self.calls: dict[str, tuple[ModernCall, float]] = {}
+
+    def add(self, call: "ModernCall") -> str:
+        """Stores a suspended call; returns the name its retry must carry."""
+        name = new_secret()
+        with self._lock:
+            self.calls[name] = (call, time.monotonic() + self._settings.input_timeout + 60)
+        return name
+
+    def take(self, name: str) -> "ModernCall | None":
+        """Returns the call of a name, once; None when there is none (any more)."""
+        with self._lock:
+            return self.calls.pop(name, (None, 0.0))[0]
+
+    def expire(self) -> None:
+        """Forgets calls for which nobody has come back."""
+        now = time.monotonic()
+        with self._lock:
+            self.calls = {name: entry for name, entry in self.calls.items() if entry[1] > now}
+
+
+class ModernCall(Call):
+    """A call of a modern client; it may be answered by a question, and be asked again under another id (MCP 2026-07-28 patterns/mrtr).
+
+    `seal` makes the requestState that a retry has to carry of the call's name among the suspended ones. `change` is what is done to a
+    result before this client sees it.
     """
 
-    def __init__(self, place, request_id, method, hold, level=None, change=None):
-        self.place = place
-        self.id = request_id
-        self._method = method
-        self._hold = hold
-        self._level = level
+    def __init__(
+        self,
+        frontend: "StatelessFrontend",
+        message: Message,
+        deadline: float,
+        meta: RequestMeta,
+        suspended: SuspendedCalls,
+        seal: Callable[[str], str],
+        change: Change | None = None,
+    ) -> None:
+        params = None if message.params is None else without_meta(message.params, MODERN_META)
+        super().__init__(message.method, params, deadline, meta)
+        self.id = message.id
+        self.session = frontend.session
+        self.stream = self.session.new_stream(1)
+        self.is_gone = False  # whether it ended in an error while its client was to come back
+        self._frontend = frontend
+        self._suspended = suspended
+        self._seal = seal
         self._change = change
-        self.stream = place.new_stream(1)
-        self.call = None
-        self._keys: dict[str, Question] = {}
-        self._answering: set[Question] = set()
-        self.held_name = ""
-        self.held = self.gone = False
+        self._name = ""
+        self._asked: dict[str, OpenQuestion] = {}  # the name that the client knows -> what it was asked
+        self._answering: set[OpenQuestion] = set()
 
-    def notify(self, body):
+    def notify(self, body: dict[str, object]) -> None:
         """Progress, and messages of the level that this request asked for; nothing else belongs to it."""
+        wanted = self.meta.log_level
         level = member(body.get("params"), "level", str, "")
-        wanted = self._level and level in LEVELS and LEVELS.index(level) >= LEVELS.index(self._level)
-        if body["method"] == "notifications/progress" or body["method"] == "notifications/message" and wanted:
+        is_heard = wanted and level in LEVELS and LEVELS.index(level) >= LEVELS.index(wanted)
+        if (
+            body["method"] == "notifications/progress"
+            or body["method"] == "notifications/message"
+            and is_heard
+        ):
             self.stream.put(dump(body))
 
-    def answer(self, line, message):
-        """The child's answer, with everything in it that this era wants there."""
-        error = message.body.get("error")
+    def answer(self, line: bytes, message: Message) -> None:
+        """Delivers the child's answer, with every member that this era wants there."""
+        error = member(message.body, "error", dict, None)
         result = message.body.get("result")
         if error:
             self.refuse(error, self._missing(error))
         elif not isinstance(result, dict):
-            self.fail(INTERNAL_ERROR, "The tool process gave a result that is no object", None)
+            self.error(INTERNAL_ERROR, "The tool process gave a result that is no object", None)
         elif self._change or "_meta" in result or "cacheScope" in result:
             self.give(result)
         else:
-            self.stream.put(
-                with_id(line, message, self.id, self._stamps(result)), answer=True, request_id=self.id
-            )
+            self._put(with_id(line, message, self.id, self._stamps(result)))
 
-    def _stamps(self, result):
-        stamps = {"resultType": "complete", "_meta": self.place.front.server_meta}
-        if self._method in CACHEABLE:
+    def _stamps(self, result: dict[str, object]) -> dict[str, object]:
+        stamps: dict[str, object] = {"resultType": "complete", "_meta": self._frontend.server_meta}
+        if self.method in CACHEABLE:
             stamps |= {"ttlMs": 0, "cacheScope": "private"}
         return {name: value for name, value in stamps.items() if name not in result}
 
-    def give(self, result):
-        """A result as an answer."""
+    def give(self, result: dict[str, object]) -> None:
+        """Delivers a result."""
         result = self._change(result) if self._change else result
-        if self._method in CACHEABLE:  # nothing is for everybody here: each user has another token
+        if self.method in CACHEABLE:  # nothing is for everybody here: each user has another token
             result = {**result, "cacheScope": "private"}
-        meta = member(result, "_meta", dict, {})
-        result = self._stamps(result) | result | {"_meta": {**self.place.front.server_meta, **meta}}
-        self.stream.put(result_message(self.id, result), answer=True, request_id=self.id)
+        meta = {**self._frontend.server_meta, **member(result, "_meta", dict, {})}
+        self._put(result_message(self.id, self._stamps(result) | result | {"_meta": meta}))
+        self.outcome = "ok"
 
-    def fail(self, code, sentence, data):
-        """An error as an answer; the legacy era's own code for it is not used in this one. A call that is held is gone with it."""
-        self.gone = self.held
-        if self.gone:  # no retry can find it any more
-            self.place.registry.retried(self.held_name)
+    def error(self, code: int, text: str, data: object) -> None:
+        """Delivers an error; the legacy era's own code for it is not used in this one. A call that was suspended is gone with it."""
+        if self.ended_suspended:  # no retry can find it any more
+            self.is_gone = True
+            self._suspended.take(self._name)
         code = INTERNAL_ERROR if code == SERVER_ERROR else code
-        self.stream.put(
-            error_message(self.id, code, sentence, data),
-            answer=True,
-            status=STATUS_OF_ERROR.get(code, 200),
-            request_id=self.id,
-        )
+        self._put(error_message(self.id, code, text, data), STATUS_OF_ERROR.get(code, 200))
+
+    def _put(self, data: bytes, status: int = 200) -> None:
+        self.stream.put(data, answer=True, status=status, request_id=self.id)
 
     def close(self) -> None:
-        """End the stream: nothing can be put on it."""
+        """Ends the stream: nothing can be put on it."""
         self.stream.end()
 
-    def refuse(self, error, undeclared):
-        """An error as an answer, of a child or of a client; `undeclared`: what was missed in the client."""
+    def refuse(self, error: dict[str, object], undeclared: dict[str, object]) -> None:
+        """Delivers an error of a child or a client; `undeclared`: what the client should have declared."""
+        text = str(error.get("message", ""))
         if undeclared:
-            self.fail(MISSING_CAPABILITY, str(error.get("message", "")), {"requiredCapabilities": undeclared})
-        else:
-            code = {LEGACY_NOT_FOUND: INVALID_PARAMS, LEGACY_URL_REQUIRED: INTERNAL_ERROR}.get(
-                error["code"], error["code"]
-            )
-            self.fail(code, str(error.get("message", "")), error.get("data"))
+            self.error(MISSING_CAPABILITY, text, {"requiredCapabilities": undeclared})
+            return
+        code = member(error, "code", int, INTERNAL_ERROR)
+        code = {LEGACY_NOT_FOUND: INVALID_PARAMS, LEGACY_URL_REQUIRED: INTERNAL_ERROR}.get(code, code)
+        self.error(code, text, error.get("data"))
 
-    def _missing(self, error):
+    def _missing(self, error: dict[str, object]) -> dict[str, object]:
         """What a legacy child missed in its client, which it has no code for and says in words."""
         words = member(error, "message", str, "")
         if not LEGACY_MISSING.search(words):
             return {}
         named = re.findall(r"\b(sampling|elicitation|roots)\b", words)
-        return {name: {} for name in named if name not in self.call.capabilities}
+        return {name: {} for name in named if name not in (self.meta.capabilities or {})}
 
-    def asked(self, questions, whole):
-        """Questions of the child on this call; `whole`: these are all, else others may follow at once."""
+    # -- suspended, and resumed
+
+    def ask_client(self, questions: list[OpenQuestion], are_all: bool) -> None:
+        """The child asks for things in the middle of this call; `are_all`: these are all, else others may follow at once."""
         for question in questions:
-            self.place.hold(question, self.call, self.place.settings.input_timeout)
-        if whole:
-            self._ask()
+            self.session.questions.ask(question, self, self.session.settings.input_timeout)
+        if are_all:
+            self._suspend()
         else:
-            run_later(COLLECT_WAIT, self._ask)
+            run_later(COLLECT_WAIT, self._suspend)
 
-    def _ask(self) -> None:
-        """Answer with `input_required`; what comes from here on waits for the retry (MCP 2026-07-28 patterns/mrtr). Raises nothing."""
-        with self.place.lock:
-            questions = [
-                question
-                for question in self.place.questions
-                if question.call is self.call and question not in self._answering
-            ]
-            if self.held or not questions:
+    def _suspend(self) -> None:
+        """Answers with `input_required`; what comes from here on waits for the retry. Raises nothing."""
+        session = self.session
+        with session.lock:
+            questions = [each for each in session.questions.of(self) if each not in self._answering]
+            if self.state is CallState.SUSPENDED or not questions or not self.enter(CallState.SUSPENDED):
                 return
-            self.held = True
-            self._keys = named_questions(questions)
+            self._asked = named_questions(questions)
             stream = self.stream
-            self.stream = self.place.new_stream(1)
+            self.stream = session.new_stream(1)
         try:
             stream.put(self._input_required(), answer=True, request_id=self.id)
         except Exception as error:  # the client waits at the old stream
-            self.place.log.event("error", "delivery_failed", error=type(error).__name__)
-            with self.place.lock:
-                self.held = False
+            session.log.event("error", "delivery_failed", error=type(error).__name__)
+            with session.lock:
+                self.enter(CallState.WAITING_FOR_CLIENT)
                 self.stream = stream
-            self.place.cancel(self.call, None, self.call.fail_undelivered)
+            session.cancel(self, None, self.fail_undelivered, CallState.DONE)
 
     def _input_required(self) -> bytes:
-        requests = {key: asking(question.method, question.params) for key, question in self._keys.items()}
+        requests = {key: asking(question.method, question.params) for key, question in self._asked.items()}
+        self._name = self._suspended.add(self)
         result = {
             "resultType": "input_required",
             "inputRequests": requests,
-            "requestState": self._hold(self),
-            "_meta": self.place.front.server_meta,
+            "requestState": self._seal(self._name),
+            "_meta": self._frontend.server_meta,
         }
         return result_message(self.id, result)
 
-    def retried(self, request_id: object, responses: dict[str, object]) -> Reader:
-        """The client came back, with answers or without: a Reader of what follows. What is missing is asked again."""
-        with self.place.lock:
-            self.held = False
+    def anew(self, message: Message) -> "ModernCall":
+        """Returns a call for a retry that does not go on with this one."""
+        return ModernCall(
+            self._frontend, message, self.deadline, self.meta, self._suspended, self._seal, self._change
+        )
+
+    def resume(self, request_id: object, responses: dict[str, object]) -> Reader:
+        """The client came back, with answers or without: returns a Reader of what follows. What is missing is asked again."""
+        with self.session.lock:
+            is_waiting = self.waiting_since is not None
+            self.enter(CallState.WAITING_FOR_CLIENT if is_waiting else CallState.SENT)
             self.id = request_id
-            asked = self._keys
-            self._keys = {}
+            asked = self._asked
+            self._asked = {}
             answers = {key: responses[key] for key in asked if isinstance(responses.get(key), dict)}
             # A question that came with others has a timer of its own, which must not ask it again while it is being answered.
             self._answering = {asked[key] for key in answers}
             reader = self.stream.open()
         for key, answer in answers.items():
-            self.place.answer(asked[key], answer)
+            self.session.questions.answer(asked[key], answer)
         if len(answers) < len(asked):
-            self._ask()
+            self._suspend()
         return reader
 
 
-def named_questions(questions):
+def named_questions(questions: list[OpenQuestion]) -> dict[str, OpenQuestion]:
     """{key: question}: the child's own key; for a legacy child's the name of the one thing it asks for, else what kind it is."""
-    named = {}
+    named: dict[str, OpenQuestion] = {}
     for question in sorted(questions, key=lambda question: str(question.key)):
-        key = question.key
-        if not isinstance(question.link.edge, ModernEdge):
+        key = str(question.key)
+        if not question.backend.dialect.is_modern:
             schema = member(question.params, "requestedSchema", dict, {})
             properties = member(schema, "properties", dict, {})
             key = next(iter(properties)) if len(properties) == 1 else ASKS[question.method]
@@ -10814,363 +11859,398 @@ def named_questions(questions):
     return named
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Listener:
     """A `subscriptions/listen` that is served: its stream, its id, and what it hears of."""
 
-    stream: object
+    stream: EventStream
     id: object
-    kinds: frozenset
-    uris: frozenset
+    kinds: frozenset[str]
+    uris: frozenset[str]
 
-    def hears(self, method, params):
+    def hears(self, message: Message) -> bool:
         """Whether a notification is for this one."""
-        return (
-            LIST_CHANGES.get(method) in self.kinds
-            or method == "notifications/resources/updated"
-            and member(params, "uri", str, None) in self.uris
-        )
+        if message.method == "notifications/resources/updated":
+            return member(message.params, "uri", str, None) in self.uris
+        return LIST_CHANGES.get(message.method) in self.kinds
 
 
-class PoolFront:
-    """Requests that share a child. Only what surely belongs to one of them reaches it; the rest goes to who listens."""
+class StatelessFrontend:
+    """Requests that share a child.
 
-    def __init__(self, session):
-        self._session = session
-        self._listeners = {}
+    A notification goes to a call only if that is the only one in flight; all others go to those who listen.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        session.frontend = self
+        self.users = 0  # requests that use it now
+        self.is_leased_alone = False
+        self._listeners: dict[str, Listener] = {}  # a stream's key -> who reads it
         self._lists: dict[str, bytes] = {}  # kind -> digest of what the last child listed
 
     @property
-    def server_meta(self):
+    def server_meta(self) -> dict[str, object]:
         """What every result says of the child."""
-        info = member(self._session.server, "serverInfo", dict, None)
+        info = member(self.session.server, "serverInfo", dict, None)
         return {} if info is None else {META_SERVER: info}
 
     @property
-    def listening(self):
-        """Whether somebody waits for news of a resource: that keeps the child awake; changes of lists do not."""
+    def is_listening(self) -> bool:
+        """Whether somebody waits for news of a resource; changes of lists do not keep a child awake."""
         return any(listener.uris for listener in self._listeners.values())
 
     @property
-    def hears(self) -> bool:
+    def needs_subscriptions(self) -> bool:
         """Whether a new child must be told that somebody listens."""
-        return bool(self._kinds() or self.listening)
-
-    def _kinds(self) -> set[str]:
-        """The lists whose changes somebody waits for."""
-        return {kind for listener in self._listeners.values() for kind in listener.kinds}
-
-    def started(self, link: Link) -> None:
-        """A new child serves: who listens is told of lists that are not what they were."""
-        with self._session.lock:
-            kinds = self._kinds()
-        for kind in kinds:
-            self._look(link, kind)
-
-    def _look(self, link: Link, kind: str) -> None:
-        """Ask for a list, tell those who listen if it has changed; nobody waits for that."""
-        method, member_name = LISTS[kind]
-
-        def compare(result: object) -> None:
-            now = list_digest(result, member_name)
-            before = self._lists.get(kind)
-            self._lists[kind] = self._session.registry.lists[kind] = now
-            if before not in (None, now):
-                self._tell(LIST_CHANGED[kind], {})
-
-        link.start(method, {}, Waiting(), 60, after=compare)
-
-    def _tell(self, method: str, params: dict[str, object]) -> None:
-        """News for those who listen to it."""
-        with self._session.lock:
-            listeners = list(self._listeners.values())
-        for listener in listeners:
-            if listener.hears(method, params):
-                listener.stream.put(self._tagged(method, params, listener.id))
-
-    def _program(self, uris: set[str]) -> dict[str, object]:
-        """What the program says of itself. A child is started only where one is needed, or nothing is known yet."""
-        session = self._session
-        known = session.server or session.registry.known_program()
-        if uris or known is None:
-            try:
-                session.awake()
-            except RpcError as error:
-                if uris or member(error.data, "reason", str, "") != "upstream_down":
-                    raise
-                # A client that is refused may never listen again, and the next start of a child tells which lists changed.
-                return {"capabilities": {kind: {"listChanged": True} for _, kind in LISTS.values()}}
-            known = session.server
-        return known
+        return bool(self._kinds() or self.is_listening)
 
     @property
-    def keeps_nothing(self):
+    def keeps_nothing(self) -> bool:
         """Whether nobody uses it."""
-        return not self._listeners and not self._session.users
+        return not self._listeners and not self.users
 
-    def discover(self):
+    def discover(self) -> dict[str, object]:
         """The result of server/discover, from what the child said of itself when it started (MCP 2026-07-28 server/discover)."""
-        if self._session.server is None:
-            self._session.awake()
-        server = self._session.server
-        capabilities = member(server, "capabilities", dict, {})
-        return {
+        session = self.session
+        if session.server is None:
+            session.backends.ensure()
+        capabilities = member(session.server, "capabilities", dict, {})
+        instructions = member(session.server, "instructions", str, None)
+        result: dict[str, object] = {
             "supportedVersions": [FIRST_MODERN_VERSION, *LEGACY_VERSIONS],
-            "ttlMs": self._session.ttl,
+            "ttlMs": session.ttl,
             "capabilities": {
                 name: capabilities[name]
                 for name in SERVER_CAPABILITIES
                 if isinstance(capabilities.get(name), dict)
             },
-            **{name: server[name] for name in ("instructions",) if isinstance(server.get(name), str)},
         }
+        return result if instructions is None else result | {"instructions": instructions}
 
-    def listen(self, request_id, wanted):
-        """Serve a `subscriptions/listen`: its stream, which says first what is honoured (MCP 2026-07-28 patterns/subscriptions)."""
-        session = self._session
+    # -- who listens
+
+    def _kinds(self) -> set[str]:
+        """The lists whose changes somebody waits for."""
+        return {kind for listener in self._listeners.values() for kind in listener.kinds}
+
+    def on_start(self, backend: Backend) -> None:
+        """A new child serves: those who listen are told of lists that have changed."""
+        with self.session.lock:
+            kinds = self._kinds()
+        for kind in kinds:
+            self._compare_list(backend, kind)
+
+    def _compare_list(self, backend: Backend, kind: str) -> None:
+        """Asks for a list, tells those who listen if it has changed; nobody waits for that."""
+        method, member_name = LISTS[kind]
+        latest = self.session.launcher.lists
+
+        def compare(result: object) -> None:
+            now = list_digest(result, member_name)
+            before = self._lists.get(kind)
+            self._lists[kind] = latest[kind] = now
+            if before not in (None, now):
+                self._tell_listeners(Message("notification", None, LIST_CHANGED[kind], {}, {}))
+
+        call = InternalCall(method, {}, 60)
+        call.on_success = compare
+        backend.start(call)
+
+    def _tell_listeners(self, message: Message) -> None:
+        with self.session.lock:
+            listeners = list(self._listeners.values())
+        for listener in listeners:
+            if listener.hears(message):
+                listener.stream.put(tagged(message.method, message.params or {}, listener.id))
+
+    def _capabilities(self, uris: set[str]) -> dict[str, object]:
+        """What the program can do. A child is started only where one is needed, or nothing is known yet."""
+        session = self.session
+        known = session.server or session.launcher.known_server()
+        if uris or known is None:
+            try:
+                session.backends.ensure()
+            except RpcError as error:
+                if uris or member(error.data, "reason", str, "") != "upstream_down":
+                    raise
+                # A client that is refused may never listen again, and the next start of a child tells which lists changed.
+                return {kind: {"listChanged": True} for kind in LIST_KINDS}
+            known = session.server
+        return member(known, "capabilities", dict, {})
+
+    def listen(self, request_id: object, wanted: dict[str, object]) -> EventStream:
+        """Serves a `subscriptions/listen`: returns its stream, which says first what is honoured (MCP 2026-07-28 patterns/subscriptions)."""
+        session = self.session
         uris = {uri for uri in member(wanted, "resourceSubscriptions", list, []) if isinstance(uri, str)}
-        capabilities = member(self._program(uris), "capabilities", dict, {})
+        capabilities = self._capabilities(uris)
         kinds = {
-            name
-            for name in LIST_CHANGES.values()
-            if wanted.get(name) is True
-            and member(
-                member(capabilities, name.removesuffix("ListChanged"), dict, {}), "listChanged", bool, False
-            )
+            f"{kind}ListChanged"
+            for kind in LIST_KINDS
+            if wanted.get(f"{kind}ListChanged") is True
+            and member(member(capabilities, kind, dict, {}), "listChanged", bool, False)
         }
         if not member(member(capabilities, "resources", dict, {}), "subscribe", bool, False):
             uris = set()
         uris -= self._subscribe(uris, bool(kinds))
         stream = session.new_stream(1)
-        honoured = {name: True for name in sorted(kinds)} | (
-            {"resourceSubscriptions": sorted(uris)} if uris else {}
-        )
-        stream.put(
-            self._tagged("notifications/subscriptions/acknowledged", {"notifications": honoured}, request_id)
-        )
+        honoured: dict[str, object] = {kind: True for kind in sorted(kinds)}
+        if uris:
+            honoured["resourceSubscriptions"] = sorted(uris)
+        acknowledgement = "notifications/subscriptions/acknowledged"
+        stream.put(tagged(acknowledgement, {"notifications": honoured}, request_id))
         with session.lock:
             self._listeners[stream.key] = Listener(stream, request_id, frozenset(kinds), frozenset(uris))
-            link = session.link
+            backend = session.backend
         for kind in kinds:
-            if link and link.alive and kind not in self._lists:
-                self._look(link, kind)
-            elif kind in session.registry.lists:
-                self._lists.setdefault(kind, session.registry.lists[kind])
+            if backend and backend.is_alive and kind not in self._lists:
+                self._compare_list(backend, kind)
+            elif kind in session.launcher.lists:
+                self._lists.setdefault(kind, session.launcher.lists[kind])
         return stream
 
     def _subscribe(self, uris: set[str], listens: bool) -> set[str]:
-        """Count a listener's resources, and have the child watch them; returns those that it refused, which are not counted."""
-        session = self._session
-        counted = []
+        """Counts a listener's resources, and has the child watch them; returns those that it refused, which are not counted."""
+        session = self.session
+        counted: list[str] = []
         refused = uris
         try:
             for uri in uris:
-                session.remember(subscribe=uri)
+                session.replay.subscribe(uri)
                 counted.append(uri)
-            refused = uris & session.watch() if uris or listens else set()
+            refused = uris & session.update_subscriptions() if uris or listens else set()
         finally:
             for uri in refused.intersection(counted):
-                session.remember(unsubscribe=uri)
+                session.replay.unsubscribe(uri)
         return refused
+
+    def unlisten(self, stream: EventStream) -> None:
+        """The client listens no more."""
+        with self.session.lock:
+            listener = self._listeners.pop(stream.key, None)
+        if listener:
+            for uri in listener.uris:
+                self.session.replay.unsubscribe(uri)
+            if listener.uris:
+                self.session.update_subscriptions()
 
     def forget_resources(self) -> None:
         """Ends all subscriptions to resources; who has one listens on to the rest."""
-        with self._session.lock:
+        with self.session.lock:
             listeners = {key: each for key, each in self._listeners.items() if each.uris}
             for key, listener in listeners.items():
                 self._listeners[key] = replace(listener, uris=frozenset())
         for listener in listeners.values():
             for uri in listener.uris:
-                self._session.remember(unsubscribe=uri)
+                self.session.replay.unsubscribe(uri)
 
-    def unlisten(self, stream):
-        """The client listens no more."""
-        with self._session.lock:
-            listener = self._listeners.pop(stream.key, None)
-        if listener:
-            for uri in listener.uris:
-                self._session.remember(unsubscribe=uri)
-            if listener.uris:
-                self._session.watch()
+    # -- what the child says
 
-    @staticmethod
-    def _tagged(method, params, request_id):
-        meta = member(params, "_meta", dict, {})
-        return dump(
-            {
-                "jsonrpc": "2.0",
-                "method": method,
-                "params": {**params, "_meta": {**meta, META_SUBSCRIPTION: request_id}},
-            }
-        )
+    def on_notification(self, backend: Backend | None, message: Message, is_subscribed: bool) -> None:
+        """News go to those who listen, anything else to the only request in flight."""
+        self._tell_listeners(message)
+        with self.session.lock:
+            calls = self.session.calls(backend)
+        if len(calls) == 1 and not is_subscribed:
+            calls[0].notify(asking(message.method, message.params or None, jsonrpc="2.0"))
 
-    def heard(self, link, method, params, listened=False):
-        """A notification of the child: news to who listens, other things to the only request in flight."""
-        self._tell(method, params)
-        with self._session.lock:
-            calls = self._session.calls(link)
-        if len(calls) == 1 and not listened:
-            calls[0].reply.notify(asking(method, params or None, jsonrpc="2.0"))
-
-    def asked(self, link, questions, call=None):
+    def on_questions(self, backend: Backend, questions: list[OpenQuestion], call: Call | None) -> None:
         """Questions go to the call they belong to, if it is known and its client can answer; nothing is attributed by guess."""
-        with self._session.lock:
-            calls = self._session.calls(link)
-        call, whole = call or (calls[0] if len(calls) == 1 else None), call is not None
-        declared = call.capabilities if call and call.method in MAY_ASK else {}
+        session = self.session
+        are_all = call is not None
+        with session.lock:
+            calls = session.calls(backend)
+        if call is None and len(calls) == 1:
+            call = calls[0]
+        declared = (call.meta.capabilities or {}) if call and call.method in MAY_ASK else {}
         able = [question for question in questions if ASKS.get(question.method) in declared]
         for question in set(questions) - set(able):
-            if call and question.method in ASKS:
-                call.undeclared[ASKS[question.method]] = {}
-            self._session.hold(question, call, QUESTION_GRACE)
-            self._session.answer(
-                question,
-                error={
-                    "code": METHOD_NOT_FOUND,
-                    "message": "The client that asked cannot be told from others, "
-                    "or did not say that it answers such questions",
-                },
-            )
+            self._decline(question, call)
         if call and call.undeclared:
-            error = {"code": METHOD_NOT_FOUND, "message": "The client did not declare what this needs"}
-            self._session.cancel(call, None, functools.partial(call.reply.refuse, error, call.undeclared))
-        if able:
-            call.reply.asked(able, whole)
+            error: dict[str, object] = {
+                "code": METHOD_NOT_FOUND,
+                "message": "The client did not declare what this needs",
+            }
+            refuse = functools.partial(call.refuse, error, call.undeclared)
+            session.cancel(call, None, refuse, CallState.DONE)
+        if able and isinstance(call, ModernCall):
+            call.ask_client(able, are_all)
 
-    def withdrawn(self, message, questions):
-        """The child takes questions back: who retries finds what has become of the call."""
+    def _decline(self, question: OpenQuestion, call: Call | None) -> None:
+        """Answers a question for a client that cannot."""
+        if call and question.method in ASKS:
+            call.undeclared[ASKS[question.method]] = {}
+        self.session.questions.ask(question, call, QUESTION_GRACE)
+        error: dict[str, object] = {
+            "code": METHOD_NOT_FOUND,
+            "message": "The client that asked cannot be told from others, "
+            "or did not say that it answers such questions",
+        }
+        self.session.questions.answer(question, error=error)
 
-    def tick(self):
+    def on_withdrawn(self, message: Message, questions: list[OpenQuestion]) -> None:
+        """The child takes questions back: a retry finds what has become of the call."""
+
+    def tick(self) -> None:
         """Nothing goes by the clock here."""
 
-    def end(self):
-        """Streams of who listens end in order (MCP 2026-07-28 patterns/subscriptions, graceful closure)."""
-        with self._session.lock:
+    def end(self) -> None:
+        """Streams of those who listen end in order (MCP 2026-07-28 patterns/subscriptions, graceful closure)."""
+        with self.session.lock:
             listeners = list(self._listeners.values())
             self._listeners = {}
         for listener in listeners:
-            listener.stream.put(
-                result_message(
-                    listener.id, {"resultType": "complete", "_meta": {META_SUBSCRIPTION: listener.id}}
-                ),
-                answer=True,
-            )
+            result = {"resultType": "complete", "_meta": {META_SUBSCRIPTION: listener.id}}
+            listener.stream.put(result_message(listener.id, result), answer=True)
+
+    def unload(self) -> None:
+        """Nothing is kept for a client here."""
+
+
+def tagged(method: str, params: dict[str, object], request_id: object) -> bytes:
+    """A notification for the listener whose request had this id."""
+    meta = {**member(params, "_meta", dict, {}), META_SUBSCRIPTION: request_id}
+    return dump({"jsonrpc": "2.0", "method": method, "params": {**params, "_meta": meta}})
 
 
 # ======================================================================================================================
-# Registry and reaper
-# Owns which sessions are in memory and who has a place among the children; and everything that happens by the clock.
-# Must not know HTTP or what a message says.
+# Sessions
+# Owns which sessions are in memory, by name, and which shared ones, by user, client and what the client can be asked.
+# Must not know HTTP, or what a message says.
 # ======================================================================================================================
-
 
 MAX_CAPABILITIES = 4096  # bytes of what a client says it can be asked, as JSON
-MAX_POOLED = 32  # places of one user in pools, used or not; above it those go that nobody uses
+MAX_POOLED = 32  # shared sessions of one user, used or not; above it those go that nobody uses
 MAX_POOLED_IN_USE = 256
 
 
-class Registry:
-    """Sessions by name, pools by (user, client, what its clients can be asked), places for children, and the way to credentials.
+def known_capabilities(capabilities: dict[str, object]) -> dict[str, object]:
+    """Of what a client says it can do, what a child may ask of it."""
+    return {
+        name: capabilities[name] for name in sorted(ASKS.values()) if isinstance(capabilities.get(name), dict)
+    }
 
-    `lock` (a condition) guards the maps and counts; dict work only, taken after a session's lock if both.
+
+class Lease:
+    """One request's use of a shared session; release() gives it back, once."""
+
+    def __init__(self, sessions: "Sessions", frontend: StatelessFrontend) -> None:
+        self._sessions = sessions
+        self.frontend = frontend
+        self._is_held = True
+
+    def release(self) -> None:
+        """The request is over."""
+        with self._sessions.lock:
+            is_held = self._is_held
+            self._is_held = False
+            if is_held:
+                self._sessions.give_back(self.frontend)
+
+
+PoolKey = tuple[str, str, bytes]
+
+
+class Sessions:
+    """Sessions by name, and pools of shared ones by (user, client, digest of what the client can be asked).
+
+    `lock` guards the maps; dict work only.
     """
 
-    def __init__(self, settings, store, upstream, forgejo, guardian, log, clock):
-        self.settings = settings
-        self.store = store
-        self.upstream = upstream
-        self.forgejo = forgejo
-        self.guardian = guardian
-        self.log = log
-        self.clock = clock
-        self.lock = threading.Condition()
-        self.sessions = {}
-        self.pools = {}
-        self.places = collections.Counter()
-        self.waiting = 0
-        self.held = {}
-        self.closing = False
-        self._binary = None
-        self.asking = False
-        self._programs: dict[
-            str, dict[str, object]
-        ] = {}  # fingerprint -> what it last said of itself; the newest four
-        self.lists: dict[str, bytes] = {}  # kind of list -> digest of what any child last listed
-        self.kept = KeptBytes(settings, clock)
-        self.owners = itertools.count(1)
-        self.children = []  # every child not yet seen to have ended, whoever started it
-        self.reaps = False  # whether processes that others started are handed to this one
+    def __init__(self, services: Services, launcher: Launcher, capacity: Capacity) -> None:
+        self._services = services
+        self._settings = services.settings
+        self._store = services.store
+        self._log = services.log
+        self._clock = services.clock
+        self._launcher = launcher
+        self._capacity = capacity
+        self.lock = threading.Lock()
+        self.sessions: dict[bytes, SessionFrontend] = {}
+        self.pools: dict[PoolKey, list[StatelessFrontend]] = {}
+        self.suspended = SuspendedCalls(services.settings)
+        self._numbers = itertools.count(1)
+
+    def _new(self, identity: Identity, initialize: dict[str, object], replay: ReplayState) -> Session:
+        number = next(self._numbers)
+        return Session(self._services, self._launcher, self._capacity, identity, initialize, replay, number)
 
     # -- sessions
 
-    def open(self, sub, client_id, initialize):
-        """A new session with its first child: (session id, the child's initialize result)."""
+    def open(self, sub: str, client_id: str, initialize: dict[str, object]) -> tuple[str, dict[str, object]]:
+        """Opens a session with its first child; returns (session id, the child's initialize result)."""
         session_id = new_secret()
-        now = self.clock.now()
-        session = Session(self, token_hash(session_id), sub, client_id, initialize, LegacyFront)
-        session.awake()
+        name = token_hash(session_id)
+        now = self._clock.now()
+        replay = ReplayState(self._settings, functools.partial(self._store.update_session, name))
+        frontend = SessionFrontend(self._new(Identity(name, sub, client_id), initialize, replay))
+        session = frontend.session
+        session.backends.ensure()
         with self.lock:
-            self.sessions[session.name] = session
+            self.sessions[name] = frontend
         try:
-            too_many = self.store.add_session(
-                session.name,
+            too_many = self._store.add_session(
+                name,
                 sub,
                 client_id,
-                session.version,
+                session.version or "",
                 initialize,
                 session.server,
                 now,
-                self.settings.max_session_rows_per_user,
+                self._settings.max_session_rows_per_user,
             )
         except BaseException:
-            self.forget([session.name], "could not be saved")
+            self.forget([name], "could not be saved")
             raise
-        self.log.audit("session_opened", user=sub, client=client_id, version=session.version)
+        self._log.audit("session_opened", user=sub, client=client_id, version=session.version)
         self.forget(too_many, "too many sessions of this user")
-        return session_id, session.server
+        return session_id, session.server or {}
 
-    def find(self, session_id: str, sub: str, client_id: str, use: bool = True) -> Session:
-        """The session of an id if it is this user's and client's; RpcError 404 for every other case, always the same.
+    def find(self, session_id: str, sub: str, client_id: str, use: bool = True) -> SessionFrontend:
+        """Returns the session of an id if it is this user's and client's; raises RpcError 404 for every other case, always the same.
 
         Without `use` only its existence counts: it is not kept from being unloaded, nor from expiring.
         """
         name = token_hash(session_id)
         with self.lock:
-            session = self.sessions.get(name)
-            if use and session and (session.sub, session.client_id) == (sub, client_id):
-                session.used_at = (
-                    self.clock.monotonic()
-                )  # in the lock: from here on unload() keeps it; what a stranger sends keeps nothing
-        if session is None:
-            row = self.store.session(name, sub, client_id)
-            if row is None:
-                raise session_not_found()
-            found = Session(
-                self,
-                name,
-                sub,
-                client_id,
-                json.loads(row.initialize),
-                LegacyFront,
-                version=row.protocol_version,
-                level=row.log_level,
-                subscriptions=[
-                    uri
-                    for uri in json.loads(row.subscriptions)[: self.settings.max_subscriptions]
-                    if len(uri) <= MAX_URI
-                ],
-                tools_hash=row.tools_hash,
-            )
-            with self.lock:
-                session = self.sessions.setdefault(name, found)
+            found = self.sessions.get(name)
+            if use and found and (found.session.sub, found.session.client_id) == (sub, client_id):
+                # In the lock: from here on unload() keeps it. What a stranger sends keeps nothing.
+                found.session.used_at = self._clock.monotonic()
+        if found is None:
+            found = self._load(name, sub, client_id)
+        session = found.session
         if session.ended or (session.sub, session.client_id) != (sub, client_id):
             raise session_not_found()
-        return session
+        return found
 
-    def lease(self, sub, client_id, capabilities, alone):
-        """A place in the pool of a client whose requests say what can be asked of it; `alone`: with a child that serves nothing else.
+    def _load(self, name: bytes, sub: str, client_id: str) -> SessionFrontend:
+        """The session of a row; of two that load it at once both get the same."""
+        row = self._store.session(name, sub, client_id)
+        if row is None:
+            raise session_not_found()
+        uris = json.loads(row.subscriptions)[: self._settings.max_subscriptions]
+        kept = [uri for uri in uris if len(uri) <= MAX_URI]
+        save = functools.partial(self._store.update_session, name)
+        replay = ReplayState(self._settings, save, row.log_level, kept, row.tools_hash)
+        session = self._new(Identity(name, sub, client_id), json.loads(row.initialize), replay)
+        session.version = row.protocol_version
+        loaded = SessionFrontend(session)
+        with self.lock:
+            return self.sessions.setdefault(name, loaded)
 
-        Give it back with release().
+    def delete(self, session: Session) -> None:
+        """The client ends its session."""
+        assert session.name
+        self._store.end_session(session.name)
+        self.forget([session.name], "deleted by client")
+
+    # -- pools
+
+    def lease(self, sub: str, client_id: str, capabilities: dict[str, object], alone: bool) -> Lease:
+        """Returns a lease on a shared session of a client whose requests say what can be asked of it.
+
+        `alone`: on one whose child serves nothing else meanwhile.
         """
         known = known_capabilities(capabilities)
         spelled = json.dumps(known, sort_keys=True).encode()
@@ -11179,400 +12259,185 @@ class Registry:
         key = (sub, client_id, hashlib.sha256(spelled).digest())
         with self.lock:
             unused = self._make_room_in_pools(sub, key)
-            pool = self.pools.setdefault(key, [])
-            for session in reversed(pool) if alone else pool:
-                if not session.leased and not session.ended and not (alone and session.users):
-                    break
-            else:
-                initialize = {
-                    "protocolVersion": LEGACY_VERSIONS[0],
-                    "capabilities": known,
-                    "clientInfo": {"name": "fjmcp-broker", "version": __version__},
-                }
-                session = Session(self, None, sub, client_id, initialize, PoolFront, durable=False)
-                pool.append(session)
-            session.users = session.users + 1
-            session.leased = alone
-            session.used_at = self.clock.monotonic()
+            frontend = self._free_in_pool(key, alone) or self._add_to_pool(key, known)
+            frontend.users += 1
+            frontend.is_leased_alone = alone
+            frontend.session.used_at = self._clock.monotonic()
         for each in unused:
-            each.end("another was used later")
-        return session
+            each.session.end("another was used later")
+        return Lease(self, frontend)
 
-    def _make_room_in_pools(self, sub: str, key: tuple[str, str, bytes]) -> list["Session"]:
-        """Take out what a user has too much of: the places used longest ago that nobody uses now. Under the lock."""
+    def _free_in_pool(self, key: PoolKey, alone: bool) -> StatelessFrontend | None:
+        """Under the lock."""
+        pool = self.pools.setdefault(key, [])
+        for frontend in reversed(pool) if alone else pool:
+            if frontend.is_leased_alone or frontend.session.ended or alone and frontend.users:
+                continue
+            return frontend
+        return None
+
+    def _add_to_pool(self, key: PoolKey, capabilities: dict[str, object]) -> StatelessFrontend:
+        """Under the lock."""
+        initialize: dict[str, object] = {
+            "protocolVersion": LEGACY_VERSIONS[0],
+            "capabilities": capabilities,
+            "clientInfo": {"name": "fjmcp-broker", "version": __version__},
+        }
+        replay = ReplayState(self._settings, None)
+        frontend = StatelessFrontend(self._new(Identity(None, key[0], key[1]), initialize, replay))
+        self.pools[key].append(frontend)
+        return frontend
+
+    def _make_room_in_pools(self, sub: str, key: PoolKey) -> list[StatelessFrontend]:
+        """Takes out what a user has too much of: those used longest ago that nobody uses now. Under the lock."""
         if key in self.pools:
             return []
-        own = [session for name, pool in self.pools.items() if name[0] == sub for session in pool]
-        unused = sorted((each for each in own if not each.users), key=lambda each: each.used_at)
+        own = [frontend for name, pool in self.pools.items() if name[0] == sub for frontend in pool]
+        unused = sorted((each for each in own if not each.users), key=lambda each: each.session.used_at)
         unused = unused[: max(0, len(own) - MAX_POOLED + 1)]
         if len(own) - len(unused) >= MAX_POOLED_IN_USE:
             raise unavailable("busy", "Too many requests of this user wait for tool processes.", 429, 1)
-        for session in unused:
-            self._out_of_pool(session)
+        for frontend in unused:
+            self._take_out_of_pool(frontend)
         return unused
 
-    def _out_of_pool(self, session: "Session") -> None:
+    def _take_out_of_pool(self, frontend: StatelessFrontend) -> None:
         """Under the lock."""
         for key, pool in list(self.pools.items()):
-            if session in pool:
-                pool.remove(session)
+            if frontend in pool:
+                pool.remove(frontend)
                 if not pool:
                     del self.pools[key]
 
-    def release(self, session):
-        """A request of a lease is over; a place that never had a child, nor failed to get one, goes."""
-        with self.lock:
-            session.users -= 1
-            session.leased = session.leased and session.users > 0
-            if not session.users and session.server is None and not session.failures and not session.waking:
-                self._out_of_pool(session)
+    def give_back(self, frontend: StatelessFrontend) -> None:
+        """A lease is over; a session that never had a child, nor failed to get one, goes. Under the lock."""
+        frontend.users -= 1
+        frontend.is_leased_alone = frontend.is_leased_alone and frontend.users > 0
+        backends = frontend.session.backends
+        is_fresh = frontend.session.server is None and not backends.failures and not backends.starting
+        if not frontend.users and is_fresh:
+            self._take_out_of_pool(frontend)
 
-    def hold(self, reply):
-        """Keep a reply that waits for a retry; what the retry has to name."""
-        name = new_secret()
-        reply.held_name = name
-        with self.lock:
-            self.held[name] = (reply, time.monotonic() + self.settings.input_timeout + 60)
-        return name
-
-    def retried(self, name):
-        """The reply that waits under a name, once; None when there is none (any more)."""
-        with self.lock:
-            return self.held.pop(name, (None,))[0]
-
-    def delete(self, session):
-        """The client ends its session."""
-        self.store.end_session(session.name)
-        self.forget([session.name], "deleted by client")
+    # -- the end of sessions
 
     def forget(self, names: Iterable[bytes], reason: str) -> None:
-        """End sessions that the store has dropped: all of them, for no later look at the store names them again."""
+        """Ends sessions that the store has dropped: all of them, for no later look at the store names them again."""
         for name in names:
             with self.lock:
-                session = self.sessions.pop(name, None)
-            if session:
-                self._end(session, reason)
+                frontend = self.sessions.pop(name, None)
+            if frontend:
+                self._end(frontend.session, reason)
 
     def forget_but(self, pairs: set[tuple[str, str]], sessions: Iterable[Session], reason: str) -> None:
-        """End those of these sessions (and places in pools) whose (user, client) is not among the pairs."""
-        for session in sessions:
-            if (session.sub, session.client_id) not in pairs:
-                self._drop(session)
-                self._end(session, reason)
+        """Ends those of these sessions whose (user, client) is not among the pairs."""
+        ended = {session for session in sessions if (session.sub, session.client_id) not in pairs}
+        self._drop(lambda session: session in ended)
+        for session in ended:
+            self._end(session, reason)
 
-    def _drop(self, session: Session) -> None:
-        """Drop one session from memory; the others of its pool stay, with their children."""
+    def forget_person(self, sub: str) -> None:
+        """Ends every session of a number that has come to mean another person; their rows are gone."""
+        for session in self._drop(lambda each: each.sub == sub):
+            self._end(session, "identity changed")
+
+    def _drop(self, which: Callable[[Session], bool]) -> set[Session]:
+        """Drops sessions from memory and returns them; the others of a pool stay, with their children."""
         with self.lock:
-            if self.sessions.get(session.name) is session:
-                del self.sessions[session.name]
-            pools = {key: [each for each in pool if each is not session] for key, pool in self.pools.items()}
+            dropped = {session for session in self._all() if which(session)}
+            self.sessions = {
+                name: each for name, each in self.sessions.items() if each.session not in dropped
+            }
+            pools = {
+                key: [each for each in pool if each.session not in dropped]
+                for key, pool in self.pools.items()
+            }
             self.pools = {key: pool for key, pool in pools.items() if pool}
+        return dropped
 
     def _end(self, session: Session, reason: str) -> None:
-        """End a session. Raises nothing: it is dropped already, and who ends many must come to the last."""
+        """Ends a session. Raises nothing: it is dropped already, and who ends many must come to the last."""
         try:
             session.end(reason)
         except Exception as error:
-            self.log.event("error", "session_end_failed", user=session.sub, error=type(error).__name__)
+            self._log.event("error", "session_end_failed", user=session.sub, error=type(error).__name__)
 
-    def save_uses(self):
-        """Write down when sessions were last used, those that were since the last time."""
-        used = {
-            session.name: session.used_at
-            for session in self.all()
-            if session.durable and session.used_at > session.saved_at
-        }
-        if used:
-            started = self.clock.now() - self.clock.monotonic()  # when the monotonic clock said 0
-            self.store.touch_sessions({name: started + at for name, at in used.items()})
-            for session in self.all():
-                session.saved_at = used.get(session.name, session.saved_at)
-
-    def unload(self, before):
-        """Drop from memory what sleeps, was not used since, and keeps nothing for a client: the row is enough to come back."""
-
-        def kept(session):
-            return session.used_at >= before or not session.keeps_nothing
-
-        with self.lock:
-            unloaded = [session for session in self.sessions.values() if not kept(session)]
-            for session in unloaded:
-                del self.sessions[session.name]
-            pools = {key: [session for session in pool if kept(session)] for key, pool in self.pools.items()}
-            self.pools = {key: pool for key, pool in pools.items() if pool}
-            self.held = {name: entry for name, entry in self.held.items() if entry[1] > time.monotonic()}
-        for session in unloaded:
-            session.front.unload()
-
-    def all(self):
-        """Every session, and every place of a pool, in memory."""
-        with self.lock:
-            return [*self.sessions.values(), *(session for pool in self.pools.values() for session in pool)]
-
-    def is_quiet(self) -> bool:
-        """Whether no child has a request in flight just now."""
-        return not any((link := session.link) and link.pending for session in self.all())
-
-    def child_states(self) -> dict[str, int]:
-        """Returns how many children there are in each of CHILD_STATES."""
-        states = collections.Counter(session.state() for session in self.all())
-        counts = {state: states[state] for state in CHILD_STATES}
-        counts["stopping"] = max(0, sum(self.places.values()) - sum(counts.values()))
-        return counts
-
-    def counts(self):
-        """(sessions on file, children)."""
-        return self.store.count_sessions(), sum(self.places.values())
-
-    # -- places among max_sessions
-
-    def _let_listener_give_way(self, others: list["Session"]) -> None:
-        """Put a child to sleep that does nothing but wait for news of a resource, and has for `session_idle_timeout`."""
-        rest = self.settings.session_idle_timeout
-        now = self.clock.monotonic()
-        tired = [
-            (since, index, each)
-            for index, each in enumerate(others)
-            if now - each.used_at >= rest
-            and (since := each.idle_since(though_listening=True)) is not None
-            and time.monotonic() - since >= min(1.0, rest)
-        ]
-        if tired:
-            min(tired)[2].sleep("place needed", though_listening=True)
-
-    def take_place(self, session, modest=False):
-        """Wait for a place for a child, putting the longest idle one to sleep; RpcError 503 after 20 s.
-
-        `modest`: only a free place will do, at once.
-        """
-        deadline = time.monotonic() + PLACE_WAIT
-        while True:
-            with self.lock:
-                own = self.places[session.sub] >= self.settings.max_sessions_per_user
-                if not own and sum(self.places.values()) < self.settings.max_sessions:
-                    self.places[session.sub] += 1
-                    return
-                self.waiting += 1
-            try:
-                others = [
-                    each
-                    for each in self.all()
-                    if each is not session and (not own or each.sub == session.sub)
-                ]
-                idle = [
-                    (since, index, each)
-                    for index, each in enumerate(others)
-                    if (since := each.idle_since()) is not None
-                ]
-                if modest:
-                    raise unavailable("busy", "No place is free.")
-                if idle and not self.settings.child_keeps_state:
-                    min(idle)[2].sleep("place needed")
-                elif not self.settings.child_keeps_state:
-                    self._let_listener_give_way(others)
-                with self.lock:
-                    if time.monotonic() >= deadline or self.closing:
-                        raise unavailable(
-                            "busy", "All places for tool processes are busy; try again in a moment."
-                        )
-                    self.lock.wait(min(1.0, max(0.0, deadline - time.monotonic())))
-            finally:
-                with self.lock:
-                    self.waiting -= 1
-
-    def release_place(self, session):
-        """A child is gone."""
-        with self.lock:
-            self.places[session.sub] -= 1
-            if not self.places[session.sub]:
-                del self.places[session.sub]
-            self.lock.notify_all()
-
-    def place_may_be_free(self):
-        """A child may have become idle: whoever waits for a place looks again."""
-        if self.waiting:
-            with self.lock:
-                self.lock.notify_all()
-
-    # -- what a session needs of the world
-
-    def credential(self, sub):
-        """What ForgejoCredentials.credential gives; RpcError or HTTPError when there is none to be had."""
-        try:
-            return self.upstream.credential(sub)
-        except LoggedOut:
-            raise invalid_token(
-                self.settings, "Forgejo ended this login; log in again.", "logged_out"
-            ) from None
-        except UpstreamDown:
-            raise self.upstream_down() from None
-        except UpstreamMisconfigured:  # logged where it was seen
-            raise self.upstream_misconfigured() from None
-
-    @staticmethod
-    def upstream_down():
-        """Forgejo cannot be reached."""
-        return unavailable("upstream_down", "Forgejo cannot be reached just now; try again in a moment.")
-
-    @staticmethod
-    def upstream_misconfigured() -> RpcError:
-        """Returns the error of a broker whose client id or secret Forgejo refuses, which only its operator can mend."""
-        return unavailable("upstream_misconfigured", NOT_ACCEPTED, wait=60)
-
-    def spawn(self, access, sub, link):
-        """Start a child for a link; RpcError when the binary is missing or cannot be run."""
-        try:
-            child = Child(
-                child_command(self.settings),
-                child_environment(self.settings, access),
-                sub,
-                self.guardian,
-                self.settings,
-                self.log,
-                link.on_line,
-                link.on_end,
-            )
-            with self.lock:
-                self.children.append(child)
-            return child
-        except ChildMissing as error:
-            self.log.event("error", "child_missing", reason=str(error))
-            raise RpcError(
-                INTERNAL_ERROR,
-                "The tool program is missing on the server; tell its operator.",
-                {"reason": "child_missing", "outcome_unknown": False, "retryable": False},
-                500,
-            ) from None
-        except ChildFailed as error:
-            self.log.event("error", "child_not_started", reason=str(error))
-            raise self._starting_failed() from None
-
-    def tick_children(self):
-        """Go on with the end of every child that was told to stop, also of those that no session names any more."""
-        with self.lock:
-            self.children = children = [child for child in self.children if not child.ended.is_set()]
-        for child in children:
-            child.tick()
-        if self.reaps:
-            self.guardian.reap_adopted()
-
-    def connect(self, link, probe=True):
-        """Shake hands with a child, by the era its binary is known to be of (legacy, unless `probe`): what connect() gives of the child."""
-        binary = link.binary = binary_fingerprint(child_command(self.settings))
-        row = self.store.program(binary)
-        known = row.era if row else ""
-        link.probed = probe and not known
-        self._binary = binary
-        self.asking = bool(row and row.sends_requests)
-        try:
-            era, server = connect(link, known or (None if probe else "legacy"), self.settings.start_timeout)
-        except RpcError:
-            if known:  # it may be another program by now: look again next time
-                self._note_era(binary, "")
-            raise
-        if server and era != known:
-            self._note_era(binary, era)
-        if server:
-            self._programs = {**dict(list(self._programs.items())[-3:]), binary: server}
-        return server
-
-    def known_program(self) -> dict[str, object] | None:
-        """What the program said of itself when a child of it last started; None when none has."""
-        with contextlib.suppress(ChildMissing, OSError):
-            return self._programs.get(binary_fingerprint(child_command(self.settings)))
-        return None
-
-    def _note_era(self, binary, era):
-        with contextlib.suppress(StoreUnavailable):  # it is asked again next time
-            self.store.save_program(binary, era, self.clock.now())
-
-    def note_asking(self, link: Link) -> None:
-        """The program of this child asks its client for things: from now on requests that can be asked get a child of it alone.
-
-        Another program may have been put in its place since, by an upgrade: that one has asked nothing yet.
-        """
-        if link.asked:
-            return
-        link.asked = True
-        if link.binary == self._binary:
-            self.asking = True
-        with contextlib.suppress(StoreUnavailable):
-            self.store.program_sends_requests(link.binary)
-
-    @staticmethod
-    def _starting_failed():
-        return unavailable(
-            "starting_failed", "The tool process could not be started; the operator's log says why."
-        )
-
-    def why_not_started(self, sub: str) -> RpcError | HTTPError:
-        """Returns the reason for a child's end at its start: it exits alike when Forgejo is down and when it refuses the token.
-
-        So the broker asks Forgejo itself.
-        """
-        found = self.upstream.examine(sub)
-        if found in ("suspended", "logged out"):
-            return invalid_token(self.settings, "Forgejo refuses this login; log in again.", "logged_out")
-        if found == "misconfigured":
-            return self.upstream_misconfigured()
-        return self.upstream_down() if found == "unknown" else self._starting_failed()
-
-    def tool_refused(self, sub):
-        """A tool's error may be Forgejo refusing the token: look into it, but not in the thread that has an answer to deliver."""
-
-        def examine():
-            with contextlib.suppress(StoreUnavailable):
-                self.upstream.examine(sub)
-
-        if self.upstream.may_ask(sub):
-            with contextlib.suppress(RuntimeError):  # no thread to be had: another refusal will come
-                threading.Thread(target=examine, daemon=True, name="examine").start()
-
-    def forget_person(self, sub: str) -> None:
-        """Ends every session, and every place in a pool, of a number that has come to mean another person; their rows are gone."""
-        with self.lock:
-            theirs = [session for session in self.sessions.values() if session.sub == sub]
-            pooled = [session for key, pool in self.pools.items() if key[0] == sub for session in pool]
-            self.sessions = {name: each for name, each in self.sessions.items() if each.sub != sub}
-            self.pools = {key: pool for key, pool in self.pools.items() if key[0] != sub}
-        for session in (*theirs, *pooled):
-            self._end(session, "identity changed")
-
-    def close(self, reason):
-        """End every child; sessions stay on file."""
-        self.closing = True
+    def close(self, reason: str) -> None:
+        """Ends every child; sessions stay on file."""
+        self._capacity.close()
         for session in self.all():
             self._end(session, reason)
 
-    def end_streams(self):
-        """Let those who listen know that it was no accident."""
+    def end_streams(self) -> None:
+        """Lets those who listen know that it was no accident."""
         for session in self.all():
-            if not session.durable:
-                session.front.end()
+            if not session.is_durable:
+                session.frontend.end()
+
+    # -- time
+
+    def save_uses(self) -> None:
+        """Writes down when sessions were last used, those that were since the last time."""
+        with self.lock:
+            sessions = [(name, frontend.session) for name, frontend in self.sessions.items()]
+        used = [(name, each, each.used_at) for name, each in sessions if each.used_at > each.saved_at]
+        if used:
+            started = self._clock.now() - self._clock.monotonic()  # when the monotonic clock said 0
+            self._store.touch_sessions({name: started + used_at for name, _, used_at in used})
+            for _, session, used_at in used:
+                session.saved_at = used_at
+
+    def unload(self, before: float) -> None:
+        """Drops from memory what sleeps, was not used since, and keeps nothing for a client: the row is enough to come back."""
+        unloaded = self._drop(lambda session: session.used_at < before and session.keeps_nothing)
+        self.suspended.expire()
+        for session in unloaded:
+            session.frontend.unload()
+
+    def _all(self) -> list[Session]:
+        shared = [frontend.session for pool in self.pools.values() for frontend in pool]
+        return [*(frontend.session for frontend in self.sessions.values()), *shared]
+
+    def all(self) -> list[Session]:
+        """Returns every session in memory, shared ones too."""
+        with self.lock:
+            return self._all()
+
+    def child_states(self) -> dict[str, int]:
+        """Returns how many children there are in each of CHILD_STATES."""
+        states = collections.Counter(session.backends.state() for session in self.all())
+        counts = {state: states[state] for state in CHILD_STATES}
+        counts["stopping"] = max(0, self._capacity.count() - sum(counts.values()))
+        return counts
+
+    def is_quiet(self) -> bool:
+        """Returns whether no child has a request in flight just now."""
+        return not any((backend := session.backend) and backend.pending for session in self.all())
 
 
-def binary_fingerprint(command):
-    """What tells whether a child's program is another than before: its words, and size and age of the files among them."""
-    files = [
-        (file.st_size, file.st_mtime_ns)
-        for word in command
-        if os.path.isfile(word)
-        for file in (os.stat(word),)
-    ]
-    return hashlib.sha256(json.dumps([command, files]).encode()).hexdigest()
+# ======================================================================================================================
+# Maintenance
+# Owns everything that happens by the clock: late calls, idle children, revocation, refreshes, rows and memory that go.
+# Must not know HTTP or what a message says.
+# ======================================================================================================================
 
 
-def invalid_token(settings: Settings, description: str, cause: str) -> HTTPError:
-    """401 for a presented token that is not good (RFC 6750 3.1)."""
-    headers = (("WWW-Authenticate", challenge_header(settings, "invalid_token")),)
-    return HTTPError(401, "invalid_token", description, headers, cause)
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose token came: the user, client and grant, and what it may do. `requested_scope` is what the login had asked for."""
 
+    sub: str
+    login: str
+    client_id: str
+    grant_id: int
+    scope: str
+    requested_scope: str
+    expires_at: float
+    groups: tuple[str, ...] = ()
 
-def challenge_header(settings, error=None, scope=" ".join(SCOPES)):
-    """The WWW-Authenticate value that leads a client to our metadata (RFC 9728 5.1)."""
-    url = f"{settings.public_url}/.well-known/oauth-protected-resource/mcp"
-    shown = f', error="{error}"' if error else ""
-    return f'Bearer resource_metadata="{url}", scope="{scope}"{shown}'
+    @property
+    def may_write(self) -> bool:
+        """Whether all tools may be called."""
+        return WRITE in self.scope.split()
 
 
 def resident_bytes() -> int:
@@ -11621,38 +12486,40 @@ class Reaper:
 
     FIRST_SWEEP = 3600.0  # seconds: a machine that starts with a wrong clock has been set right by then, before anything is deleted
 
-    def __init__(self, settings, store, registry, upstream, log, clock):
-        self._settings = settings
-        self._store = store
-        self._registry = registry
-        self._upstream = upstream
-        self._log = log
-        self._clock = clock
+    def __init__(self, services: Services, launcher: Launcher, sessions: Sessions) -> None:
+        self._settings = services.settings
+        self._store = services.store
+        self._upstream = services.upstream
+        self._kept = services.kept
+        self._log = services.log
+        self._clock = services.clock
+        self._launcher = launcher
+        self._sessions = sessions
         self._stop = threading.Event()
-        self._marker = None
-        self._next_sweep = clock.monotonic() + self.FIRST_SWEEP
+        self._marker: object = None
+        self._next_sweep = self._clock.monotonic() + self.FIRST_SWEEP
         self._next_save = 0.0
         self._next_refresh = 0.0
-        self._clock_reported = Seldom(clock, 60.0)
+        self._clock_reported = Seldom(services.clock, 60.0)
+        self._trimmer = Trimmer()
+        self._lock = threading.Lock()  # guards the three below; a leaf
         self._refreshing: set[str] = set()
         self._streams: dict[Reader, tuple[Caller, bool]] = {}
         self._unseen: list[Reader] = []
-        self._trimmer = Trimmer()
-        self._lock = threading.Lock()  # the lock guards _streams, _unseen and _refreshing; a leaf
 
-    def watch(self, reader: Reader, caller: "Caller", is_call: bool) -> None:
-        """End an open stream within 1 s of its grant's end and 60 s of its token's expiry (a running call only at revocation)."""
+    def track(self, reader: Reader, caller: Caller, is_call: bool) -> None:
+        """Ends an open stream within 1 s of its grant's end and 60 s of its token's expiry (a running call only at revocation)."""
         with self._lock:
             self._streams[reader] = (caller, is_call)
             self._unseen.append(reader)  # its grant may have ended since it was let in
 
     def run(self) -> None:
-        """Tick until stopped."""
+        """Ticks until stopped."""
         while not self._stop.wait(0.5):
             self.tick()
 
-    def stop(self):
-        """End run()."""
+    def stop(self) -> None:
+        """Ends run()."""
         self._stop.set()
 
     def tick(self) -> None:
@@ -11661,20 +12528,20 @@ class Reaper:
         A step that fails, for one session or for all, is logged and done again by the next round; the other steps go on.
         """
         self._step(self._compare_clocks)
-        self._step(self._log.flush)
         now = self._clock.now()
-        self._step(self._registry.tick_children)
-        for session in self._registry.all():
+        self._step(self._log.flush)
+        self._step(self._launcher.tick)
+        for session in self._sessions.all():
             self._step(self._tick_session, session)
-        self._step(self._registry.kept.expire)
-        self._step(self._trimmer.tick, time.monotonic(), self._registry.is_quiet)
+        self._step(self._kept.expire)
+        self._step(self._trimmer.tick, time.monotonic(), self._sessions.is_quiet)
         self._step(self._end_what_was_revoked, now)
         self._step(self._refresh, now)
         monotonic = self._clock.monotonic()
         if monotonic >= self._next_save:
             self._next_save = monotonic + 60
-            self._step(self._registry.save_uses)
-            self._step(self._registry.unload, monotonic - max(60, self._settings.session_idle_timeout))
+            self._step(self._sessions.save_uses)
+            self._step(self._sessions.unload, monotonic - max(60, self._settings.session_idle_timeout))
         if monotonic >= self._next_sweep:
             self._next_sweep = monotonic + 60
             now -= self._clock.leap()  # what only a step of the clock expires stays
@@ -11703,18 +12570,18 @@ class Reaper:
             self._log.event("error", "reaper_failed", error=f"{type(error).__name__}: {error}")
 
     def _forget(self, reason: str, dropped: Callable[..., Iterable[bytes]], *arguments: object) -> None:
-        self._registry.forget(dropped(*arguments), reason)
+        self._sessions.forget(dropped(*arguments), reason)
 
     def _tick_session(self, session: Session) -> None:
         session.tick(time.monotonic())
-        idle_since = session.idle_since()
+        idle_since = session.backends.idle_since()
         if (
             idle_since is not None
             and not self._settings.child_keeps_state
             and self._clock.monotonic() - session.used_at >= self._settings.session_idle_timeout
             and time.monotonic() - idle_since >= min(1.0, self._settings.session_idle_timeout)
         ):
-            session.sleep("idle")
+            session.backends.sleep("idle")
 
     def _end_what_was_revoked(self, now: float) -> None:
         marker = self._store.change_marker()
@@ -11731,9 +12598,8 @@ class Reaper:
             if marker != self._marker:
                 self._end_streams_of(streams, now)
                 self._marker = marker  # set last: if a step above raised, the next tick repeats it
-            elif (
-                unseen
-            ):  # nobody has committed anything, so that only the grants of new streams are to be looked at
+            elif unseen:
+                # Nobody has committed anything: only the grants of new streams are to be looked at.
                 live = self._store.living({streams[reader][0].grant_id for reader in unseen}, now)
                 for reader in unseen:
                     if streams[reader][0].grant_id not in live:
@@ -11743,37 +12609,36 @@ class Reaper:
                 self._unseen += unseen
             raise
 
-    def _end_streams_of(self, streams: dict[Reader, tuple["Caller", bool]], now: float) -> None:
-        """End streams, sessions and places whose grants have ended."""
-        sessions = (
-            self._registry.all()
-        )  # before the grants are read: one opened meanwhile may have a newer grant
+    def _end_streams_of(self, streams: dict[Reader, tuple[Caller, bool]], now: float) -> None:
+        """Ends streams and sessions whose grants have ended."""
+        # Before the grants are read: a session opened meanwhile may have a newer one.
+        sessions = self._sessions.all()
         live, pairs = self._store.live_grants(now)
         shut_out = self._store.shut_out()  # their grants live on, for the day they are let in again
         for reader, (caller, _) in streams.items():
             if caller.grant_id not in live or caller.sub in shut_out:
                 reader.close()
-        self._registry.forget_but(pairs, sessions, "grant ended")
+        self._sessions.forget_but(pairs, sessions, "grant ended")
 
-    def _refresh(self, now):
-        """Credentials of users with a child awake before they run out; every live one at least every ten days.
+    def _refresh(self, now: float) -> None:
+        """Refreshes credentials of users with a child awake before they run out; every live one at least every ten days.
 
         A child with an older credential than the user's is replaced: by a refresh of ours, or by a login that overtook it.
         """
-        awake = collections.defaultdict(list)
-        for session in self._registry.all():
-            if session.link:
+        awake: dict[str, list[Session]] = collections.defaultdict(list)
+        for session in self._sessions.all():
+            if session.backend:
                 awake[session.sub].append(session)
         for sub, sessions in awake.items():
             seq, due = self._upstream.needs_refresh(sub)
             if due:
                 self._refresh_in_background(sub)
             for session in sessions:
-                link = session.link
+                backend = session.backend
                 if seq is None:
-                    session.sleep("logged out", though_listening=True)
-                elif link and link.seq != seq:
-                    session.replace()
+                    session.backends.sleep("logged out", though_listening=True)
+                elif backend and backend.seq != seq:
+                    session.backends.replace()
         if self._upstream.waits.probe_due():
             with contextlib.suppress(RuntimeError):  # no thread to be had: it is due again
                 threading.Thread(target=self._upstream.waits.probe, daemon=True, name="probe").start()
@@ -11789,9 +12654,8 @@ class Reaper:
             self._refreshing.add(sub)
         try:
             threading.Thread(target=self._refresh_one, args=(sub,), daemon=True, name="refresh").start()
-        except (
-            RuntimeError
-        ) as error:  # no thread to be had: the next tick tries again, and others have their turn
+        except RuntimeError as error:
+            # No thread is to be had: the next tick tries again, and others have their turn.
             self._log.event("debug", "refresh_failed", user=sub, error=str(error))
             with self._lock:
                 self._refreshing.discard(sub)
@@ -11807,8 +12671,8 @@ class Reaper:
 
 
 # ======================================================================================================================
-# Gate and /mcp
-# Owns the MCP endpoint: who is calling, what they may do, and which HTTP answer a JSON-RPC message gets.
+# Endpoint
+# Owns /mcp: who is calling, what they may do, and which HTTP answer a JSON-RPC message gets.
 # Must not know sockets or children.
 # ======================================================================================================================
 
@@ -11904,23 +12768,23 @@ MAY_BE_ABSENT = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the gate says of a request: `refuse` answers it by its reply (None: it may go to the child); `listing` is what it went by.
+    """What the judge says of a request.
 
-    `outcome` is what a refusal is on record as.
+    `refuse` answers it (None: it may go to the child), with `outcome` on record; `listing` is the list of tools it was judged by.
     """
 
-    refuse: Callable[[Any], None] | None = None
+    refuse: Callable[[Call], None] | None = None
     listing: dict[str, Tool] | None = None
     outcome: str = "denied"
 
 
 ADMITTED = Verdict()
 NOT_SERVED = Verdict(
-    lambda reply: reply.fail(METHOD_NOT_FOUND, "This method is not served to a read-only connection", None)
+    lambda call: call.error(METHOD_NOT_FOUND, "This method is not served to a read-only connection", None)
 )
-NOT_ALLOWED = Verdict(lambda reply: reply.fail(METHOD_NOT_FOUND, "The operator does not allow this", None))
+NOT_ALLOWED = Verdict(lambda call: call.error(METHOD_NOT_FOUND, "The operator does not allow this", None))
 TOOL_NOT_ALLOWED = Verdict(
-    lambda reply: reply.give(
+    lambda call: call.give(
         {
             "content": [{"type": "text", "text": "The operator of this server does not allow this tool."}],
             "isError": True,
@@ -11928,50 +12792,177 @@ TOOL_NOT_ALLOWED = Verdict(
     )
 )
 NO_SUCH_TOOL = Verdict(
-    lambda reply: reply.fail(METHOD_NOT_FOUND, "There is no tool of this name", None), outcome="error"
+    lambda call: call.error(METHOD_NOT_FOUND, "There is no tool of this name", None), outcome="error"
+)
+NO_NAME = Verdict(
+    lambda call: call.error(INVALID_PARAMS, "params.name must be a text", None), outcome="error"
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Whose token came: the user, client and grant, and what it may do. `asked` is what the login had asked for."""
+class Judge:
+    """Says what a token may do: which requests go to a child, and what of a result is shown."""
 
-    sub: str
-    login: str
-    client_id: str
-    grant_id: int
-    scope: str
-    asked: str
-    expires_at: float
-    groups: tuple[str, ...] = ()
+    def __init__(self, services: Services) -> None:
+        self._settings = services.settings
+        self._store = services.store
+        self._log = services.log
 
-    @property
-    def may_write(self):
-        """Whether all tools may be called."""
-        return WRITE in self.scope.split()
+    def submit(self, caller: Caller, session: Session, asked: Sequence[tuple[Message, Call]]) -> None:
+        """Sends those requests that this caller may make, and answers the others. Raises HTTPError as judge() does."""
+        for _ in range(3):
+            note_rights(session, self.rights(caller))
+            verdicts = [self.judge(caller, session, message) for message, _ in asked]
+            admitted = []
+            for (_, call), verdict in zip(asked, verdicts, strict=True):
+                call.listing = verdict.listing
+                if verdict.refuse is None:
+                    admitted.append(call)
+            try:
+                if admitted:
+                    session.submit(admitted)
+            except ListChanged:
+                continue
+            for (_, call), verdict in zip(asked, verdicts, strict=True):
+                if verdict.refuse:
+                    call.finish(self._log, functools.partial(verdict.refuse, call), outcome=verdict.outcome)
+            return
+        raise unavailable("busy", "The tool process changes its list of tools all the time.")
+
+    def judge(self, caller: Caller, session: Session, message: Message) -> Verdict:
+        """Returns whether this caller may make this request.
+
+        Raises HTTPError 403, which leads to a step-up, and RpcError when the child does not say what it lists. Everything that
+        the operator's rules or a token's scope forbid is forbidden here. Under a rule, or without forgejo:write, only what is known
+        passes: a reading method of the specification, a tool that the child lists under exactly this name, a task of such a tool.
+        """
+        rights = self.rights(caller)
+        if caller.may_write and rights is None:
+            return ADMITTED
+        params = message.params or {}
+        if message.method == "tools/call":
+            return self._judge_tool(caller, session, params.get("name"))
+        if message.method in TASK_CHANGES:
+            task_id = params.get("taskId")
+            tool = session.tasks.get(task_id) if isinstance(task_id, str) else None
+            verdict = NOT_SERVED if tool is None else self._judge_tool(caller, session, tool)
+            return NOT_ALLOWED if verdict is TOOL_NOT_ALLOWED else verdict
+        if message.method not in READING_METHODS:
+            return NOT_SERVED
+        return ADMITTED if rights is None or serves(rights, message) else NOT_ALLOWED
+
+    def rights(self, caller: Caller) -> Rights | None:
+        """Returns what the operator's rules, as they are now, leave to a caller; None without rules."""
+        return rights_of(self._settings.tool_rules, caller.sub, caller.login, caller.groups, caller.client_id)
+
+    def rules_changed(self, sessions: Sessions) -> None:
+        """Tells every session in memory what the rules leave of its lists now."""
+        with contextlib.suppress(StoreUnavailable):  # then each is told when its client calls next
+            for session in sessions.all():
+                user = self._store.user(session.sub)
+                if user:
+                    rules = self._settings.tool_rules
+                    note_rights(
+                        session, rights_of(rules, user.sub, user.login, user.groups, session.client_id)
+                    )
+
+    def _judge_tool(self, caller: Caller, session: Session, name: object) -> Verdict:
+        if not isinstance(name, str):
+            return NO_NAME
+        rights = self.rights(caller)
+        if rights is not None and not rights.admits(name):
+            return TOOL_NOT_ALLOWED
+        listing = session.listing()
+        if listing is None:
+            raise unavailable("busy", "The tool process does not say which tools it has.")
+        tool = listing.get(name)
+        is_reading = name_reads(name, self._settings) or bool(tool and tool.reads)
+        rights = self.rights(caller)  # the child may have taken long
+        if rights is not None and not (rights.admits(name) and (is_reading or not rights.reads_only)):
+            return TOOL_NOT_ALLOWED
+        if is_reading or caller.may_write:
+            return Verdict(None, listing) if tool else NO_SUCH_TOOL
+        if WRITE not in caller.requested_scope.split():
+            raise HTTPError(
+                403,
+                "insufficient_scope",
+                "This tool writes; the login was for reading only.",
+                (("WWW-Authenticate", challenge_header(self._settings, "insufficient_scope")),),
+            )
+        # The person was asked and chose read only: asking again would be a loop, so the model is told instead.
+        text = "This connection is read only: that was chosen at its login. To use this tool, connect again and choose full access."
+        result: dict[str, object] = {"content": [{"type": "text", "text": text}], "isError": True}
+        return Verdict(lambda call: call.give(result))
+
+    def change(self, caller: Caller, message: Message) -> Change | None:
+        """Returns what is done to a result before this caller sees it, or None: tools that it may not call are left out."""
+        rights = self.rights(caller)
+        if message.method != "tools/list" or caller.may_write and rights is None:
+            return None
+        return functools.partial(tools_left, rights, caller.may_write, self._settings)
 
 
-class Endpoint:
-    """POST, GET and DELETE of /mcp."""
+class Exchange:
+    """One POST: the request, who sent it, and the records of the tools that it calls."""
 
-    def __init__(self, settings, store, keyring, registry, reaper, clock):
-        self._settings = settings
-        self._store = store
-        self._keyring = keyring
-        self._registry = registry
-        self._reaper = reaper
-        self._clock = clock
+    def __init__(self, services: Services, request: Request, caller: Caller) -> None:
+        self.request = request
+        self.caller = caller
+        self._services = services
+        self._records: list[tuple[Message, ToolCallRecord]] = []
 
-    def gate(self, request):
-        """The Caller of a request by its bearer token; HTTPError 401 (RFC 6750 3). Each request reads its row: revocation is immediate."""
+    def begin_record(self, message: Message) -> None:
+        """From here on a tools/call is on record, whatever becomes of it."""
+        if message.method != "tools/call" or message.kind != "request":
+            return
+        caller = self.caller
+        who = {"user": caller.sub, "login": caller.login, "client": caller.client_id}
+        name = member(message.params, "name", str, "")
+        self._records.append((message, ToolCallRecord(who, name, self._services.write_tool_call)))
+
+    def record_of(self, message: Message, session: Session) -> ToolCallRecord | None:
+        """The record of a message, for its call to write."""
+        for each, record in self._records:
+            if each is message:
+                record.session = session.label
+                record.is_listed = session.lists
+                return record
+        return None
+
+    def drop_records(self) -> None:
+        """It is no call of its own, but the retry of one."""
+        self._records = []
+
+    def end_records(self, error: BaseException) -> None:
+        """No call came of it, or none that was sent."""
+        for _, record in self._records:
+            record.write(outcome_of_error(error))
+
+
+def outcome_of_error(error: BaseException) -> str:
+    """What became of a tools/call that was not sent."""
+    return "denied" if isinstance(error, HTTPError) and error.status == 403 else "error"
+
+
+class Gate:
+    """Lets requests in by their bearer token, and counts them."""
+
+    def __init__(self, services: Services) -> None:
+        self._settings = services.settings
+        self._store = services.store
+        self._upstream = services.upstream
+        self._clock = services.clock
+
+    def caller(self, request: Request) -> Caller:
+        """Returns whose bearer token a request carries; raises HTTPError 401 (RFC 6750 3). Each request reads its row: revocation is immediate."""
         authorization = request.header("authorization")
         if authorization is None:
             seat_of_address(request, self._settings)
+            challenge = challenge_header(self._settings)
             raise HTTPError(
                 401,
                 "unauthorized",
                 "Log in first: see WWW-Authenticate.",
-                (("WWW-Authenticate", challenge_header(self._settings)),),
+                (("WWW-Authenticate", challenge),),
                 "no_token",
             )
         scheme, _, token = authorization.partition(" ")
@@ -11992,7 +12983,7 @@ class Endpoint:
         request.context.client = row.client_id
         if row.status != "active":
             seat_of_address(request, self._settings)
-            if not self._readmitted(row):
+            if not (row.status == "suspended" and self._upstream.readmitted(row.sub)):
                 raise invalid_token(
                     self._settings,
                     "Forgejo does not let this user in at present; log in again.",
@@ -12010,57 +13001,60 @@ class Endpoint:
             tuple(json.loads(row.groups)),
         )
 
-    def _readmitted(self, row: Any) -> bool:
-        return row.status == "suspended" and self._registry.upstream.readmitted(row.sub)
-
-    def _seat_of_stream(self, request: Request, caller: Caller, name: object = None) -> None:
-        """Counts a request as a stream from now on; HTTPError 429 above `max_streams_per_user`."""
+    def count_stream(self, request: Request, caller: Caller, name: object = None) -> None:
+        """Counts a request as a stream from now on; raises HTTPError 429 above `max_streams_per_user`."""
         request.seat.take("streams", f"user {caller.sub}", self._settings.max_streams_per_user, name)
+
+
+class Endpoint:
+    """POST, GET and DELETE of /mcp."""
+
+    def __init__(self, services: Services, launcher: Launcher, sessions: Sessions, reaper: Reaper) -> None:
+        self._services = services
+        self._settings = services.settings
+        self._keyring = services.keyring
+        self._log = services.log
+        self._launcher = launcher
+        self._sessions = sessions
+        self._reaper = reaper
+        self._gate = Gate(services)
+        self.judge = Judge(services)
 
     # -- POST
 
-    def post(self, request):
+    def post(self, request: Request) -> Response:
         """A JSON-RPC message of either era, or a batch where its session allows one."""
-        caller = self.gate(request)
+        exchange = Exchange(self._services, request, self._gate.caller(request))
         request_id = None
         modern = False
         try:
-            value = self._read(request)
-            request_id = (
-                value.get("id") if isinstance(value, dict) and is_request_id(value.get("id")) else None
-            )
+            value = read_value(request, self._settings.max_body)
             if isinstance(value, list):
-                return self._batch(request, caller, value)
+                return self._batch(exchange, value)
+            if isinstance(value, dict) and is_request_id(value.get("id")):
+                request_id = value["id"]
             message = message_from(value)
             if message is None:
                 return Response(202)
+            exchange.begin_record(message)
             modern = is_modern(request, message)
-            return (self._modern if modern else self._legacy)(request, caller, message)
+            return (self._modern if modern else self._legacy)(exchange, message)
         except RpcError as error:
+            exchange.end_records(error)
             return rpc_error_response(request_id, error, modern)
+        except BaseException as error:
+            exchange.end_records(error)
+            raise
 
-    def _read(self, request):
-        body = request.read_body(self._settings.max_body)
-        try:
-            return read_json(body)
-        except ValueError as error:
-            duplicate = "twice" in str(error)
-            raise RpcError(
-                INVALID_REQUEST if duplicate else PARSE_ERROR,
-                f"The body is not JSON: {str(error)[:200]}.",
-                None,
-                400,
-            ) from None
-
-    def _deadline(self):
+    def _deadline(self) -> float:
         return time.monotonic() + self._settings.request_timeout
 
     # -- POST, legacy
 
-    def _legacy(self, request, caller, message):
-        header = request.header("mcp-protocol-version")
+    def _legacy(self, exchange: Exchange, message: Message) -> Response:
+        header = exchange.request.header("mcp-protocol-version")
         if message.method == "initialize":
-            return self._initialize(caller, message)
+            return self._initialize(exchange.caller, message)
         if header is not None and header not in LEGACY_VERSIONS:
             raise RpcError(
                 INVALID_REQUEST,
@@ -12069,425 +13063,334 @@ class Endpoint:
                 400,
             )
         if message.method == "ping" and message.kind == "request":  # clients ping for hours: that is no use
-            self._session(request, caller, use=False)
+            self._session(exchange.request, exchange.caller, use=False)
             return Response(200, result_message(message.id, {}), "application/json")
-        session = self._session(request, caller)
+        frontend = self._session(exchange.request, exchange.caller)
         if message.kind != "request":
-            if session:
-                self._take(session, message)
+            if frontend:
+                frontend.on_message(message)
             return Response(202)
-        if session is None and message.method in (
-            "logging/setLevel",
-            "resources/subscribe",
-            "resources/unsubscribe",
-        ):
-            raise RpcError(
-                METHOD_NOT_FOUND,
-                f"{message.method} needs a session: send initialize, then the Mcp-Session-Id it returns.",
-            )
-        return self._submitted(request, caller, session, [message], batch=False)
+        if frontend:
+            return self._forward_session(exchange, frontend, [message], batch=False)
+        return self._forward_alone(exchange, message)
 
-    @staticmethod
-    def _take(session, message):
-        """A notification or an answer of a legacy client."""
-        if message.kind == "response":
-            session.front.replied(message)
-        elif message.method == "notifications/cancelled":
-            session.front.cancelled(message.params or {})
-        else:
-            session.notify(message.method, message.params)
+    def _initialize(self, caller: Caller, message: Message) -> Response:
+        params = initialize_params(message, self._settings.max_form)
+        session_id, server = self._sessions.open(caller.sub, caller.client_id, params)
+        headers = (("Mcp-Session-Id", session_id),)
+        server = server_left(self.judge.rights(caller), server)
+        return Response(200, result_message(message.id, server), "application/json", headers)
 
-    def _initialize(self, caller, message):
-        params = message.params
-        if not isinstance(params, dict) or not isinstance(params.get("protocolVersion"), str):
-            raise RpcError(INVALID_PARAMS, "initialize needs params.protocolVersion.", None, 400)
-        if not isinstance(params.get("capabilities", {}), dict) or not isinstance(
-            params.get("clientInfo", {}), dict
-        ):
-            raise RpcError(INVALID_PARAMS, "capabilities and clientInfo must be objects.", None, 400)
-        if len(dump(params)) > self._settings.max_form:  # they are kept, and replayed to each child
-            raise RpcError(INVALID_PARAMS, "The params of initialize are too large.", None, 400)
-        session_id, server = self._registry.open(caller.sub, caller.client_id, params)
-        shown = server_left(self._rights(caller), server)
-        return Response(
-            200, result_message(message.id, shown), "application/json", (("Mcp-Session-Id", session_id),)
-        )
-
-    def _session(self, request: Request, caller: Caller, use: bool = True) -> Session | None:
+    def _session(self, request: Request, caller: Caller, use: bool = True) -> SessionFrontend | None:
         """The session that a legacy request names, None when it names none; RpcError when there is none of that id."""
         session_id = request.header("mcp-session-id")
         if session_id is None:
             return None
         if not re.fullmatch(r"[\x21-\x7e]{1,256}", session_id):
             raise RpcError(INVALID_REQUEST, "Mcp-Session-Id is malformed.", None, 400)
-        return self._registry.find(session_id, caller.sub, caller.client_id, use)
+        return self._sessions.find(session_id, caller.sub, caller.client_id, use)
 
-    def _batch(self, request, caller, values):
+    def _batch(self, exchange: Exchange, values: list[object]) -> Response:
         """Only a session negotiated at 2025-03-26 may send one, never with initialize in it."""
-        session = self._session(request, caller, use=False)
-        if not values or session is None or session.version != BATCH_VERSION:
+        frontend = self._session(exchange.request, exchange.caller, use=False)
+        if not values or frontend is None or frontend.session.version != BATCH_VERSION:
             raise RpcError(
                 INVALID_REQUEST, "Batches are not served here; send each message by itself.", None, 400
             )
         messages = [message for value in values if (message := message_from(value))]
         if any(message.method == "initialize" for message in messages):
             raise RpcError(INVALID_REQUEST, "initialize must not be in a batch.", None, 400)
+        for message in messages:
+            exchange.begin_record(message)
         if any(message.method != "ping" for message in messages):
-            session = self._session(request, caller)
-        requests = [message for message in messages if message.kind == "request"]
+            frontend = self._session(exchange.request, exchange.caller) or frontend
         for message in messages:
             if message.kind != "request":
-                self._take(session, message)
-        return self._submitted(request, caller, session, requests, batch=True) if requests else Response(202)
+                frontend.on_message(message)
+        requests = [message for message in messages if message.kind == "request"]
+        return self._forward_session(exchange, frontend, requests, True) if requests else Response(202)
 
-    def _submitted(self, request, caller, session, messages, batch):
-        """Send requests of a session, or (None) of a client without one, to their child."""
-        place = session or self._registry.lease(caller.sub, caller.client_id, {}, alone=False)
-        over = once(lambda: None if session else self._registry.release(place))
-        delivery = delivery_for(request)
-        streamable = delivery is not Delivery.JSON
-        stream = place.new_stream(len(messages))
+    def _forward_session(
+        self, exchange: Exchange, frontend: SessionFrontend, messages: list[Message], batch: bool
+    ) -> Response:
+        """Sends requests of a session to its child; the responses share one stream."""
+        session = frontend.session
+        stream = session.new_stream(len(messages))
+        stream.on_named = frontend.name_stream
         reader = stream.open()
-        asked = []
-        pings = []
-        submitted = False
-        try:
-            for message in messages:
-                reply = LegacyReply(stream, message.id, streamable, self._change(caller, message))
-                if message.method == "ping":
-                    pings.append(reply)
-                    continue
-                call = Call(message.method, message.params, reply, self._deadline(), over=over)
-                call.after = remembers(place, message)
-                call.capabilities = None if session else {}
-                if session and message.method == "resources/subscribe":
-                    uri = (message.params or {}).get("uri")
-                    complaint = session.begin_subscription(uri)
-                    if complaint:
-                        reply.fail(INVALID_PARAMS, complaint, None)
-                        continue
-                    if isinstance(uri, str):
-                        call.over = once(functools.partial(session.end_subscription, uri))
-                asked.append((message, call))
-            if session:
-                stream.on_named = session.front.name_stream
-            submitted = self._submit(caller, place, asked)
-            for reply in pings:
-                reply.give({})
-        except BaseException:
-            reader.close()
-            over()
-            for _, call in asked:
-                call.over()
-            raise
-        if not submitted:
-            over()
-        self._reaper.watch(reader, caller, True)
-        prime = bool(session) and session.version == LEGACY_VERSIONS[0]
+        calls = [(message, self._legacy_call(exchange, session, message, stream)) for message in messages]
+        asked = [
+            (message, call)
+            for message, call in calls
+            if message.method != "ping" and self._may_subscribe(session, message, call)
+        ]
+        self._submit(exchange.caller, session, asked, reader)
+        for message, call in calls:
+            if message.method == "ping":
+                call.finish(self._log, functools.partial(call.give, {}))
+        self._reaper.track(reader, exchange.caller, True)
+        prime = session.version == LEGACY_VERSIONS[0]
+        delivery = delivery_for(exchange.request)
         return Response(200, streaming=StreamingResponse(reader, delivery, prime=prime, batch=batch))
+
+    def _submit(
+        self, caller: Caller, session: Session, asked: Sequence[tuple[Message, Call]], reader: Reader
+    ) -> None:
+        """Sends requests to their child; where that fails they end, and the POST has the error for an answer."""
+        try:
+            self.judge.submit(caller, session, asked)
+        except BaseException as error:
+            reader.close()
+            for _, call in asked:
+                call.finish(self._log, None, outcome=outcome_of_error(error))
+            raise
+
+    def _forward_alone(self, exchange: Exchange, message: Message) -> Response:
+        """Sends a legacy request without a session to a shared child."""
+        if message.method in ("logging/setLevel", "resources/subscribe", "resources/unsubscribe"):
+            raise RpcError(
+                METHOD_NOT_FOUND,
+                f"{message.method} needs a session: send initialize, then the Mcp-Session-Id it returns.",
+            )
+        caller = exchange.caller
+        lease = self._sessions.lease(caller.sub, caller.client_id, {}, alone=False)
+        try:
+            session = lease.frontend.session
+            stream = session.new_stream(1)
+            call = self._legacy_call(exchange, session, message, stream, RequestMeta(capabilities={}))
+            call.on_done = lease.release
+            reader = stream.open()
+            self._submit(caller, session, [(message, call)], reader)
+        except BaseException:
+            lease.release()
+            raise
+        self._reaper.track(reader, caller, True)
+        return Response(200, streaming=StreamingResponse(reader, delivery_for(exchange.request)))
+
+    def _legacy_call(
+        self,
+        exchange: Exchange,
+        session: Session,
+        message: Message,
+        stream: EventStream,
+        meta: RequestMeta = SESSION_META,
+    ) -> LegacyCall:
+        change = self.judge.change(exchange.caller, message)
+        streamable = takes_streams(exchange.request)
+        call = LegacyCall(message, self._deadline(), stream, streamable, meta, change)
+        call.on_success = remembers(session, message)
+        call.record = exchange.record_of(message, session)
+        return call
+
+    def _may_subscribe(self, session: Session, message: Message, call: Call) -> bool:
+        """Whether a call keeps to the bounds of subscriptions; one that does not is answered."""
+        if message.method != "resources/subscribe":
+            return True
+        uri = (message.params or {}).get("uri")
+        complaint = session.replay.begin_subscription(uri)
+        if complaint:
+            call.finish(self._log, functools.partial(call.error, INVALID_PARAMS, complaint, None))
+            return False
+        if isinstance(uri, str):
+            call.on_done = functools.partial(session.replay.end_subscription, uri)
+        return True
 
     # -- POST, modern
 
-    def _modern(self, request, caller, message):
+    def _modern(self, exchange: Exchange, message: Message) -> Response:
         """A request of MCP 2026-07-28: everything it needs is in it and in its headers (streamable-http)."""
         if message.kind == "notification":
             return Response(202)
+        request = exchange.request
+        caller = exchange.caller
         meta = check_metadata(request, message, self._settings.max_form)
         if message.method in LEGACY_ONLY:
             raise no_such_method(message.method)
-        capabilities = meta[META_CAPABILITIES]
-        level = meta.get(META_LEVEL)
         if "requestState" in (message.params or {}):
-            return self._retried(request, caller, message)
+            return self._retry(exchange, message)
         if message.method == "subscriptions/listen":
-            self._check_listener(message)
-            self._seat_of_stream(request, caller)
-        alone = level is not None or self._registry.asking and bool(known_capabilities(capabilities))
-        place = self._registry.lease(caller.sub, caller.client_id, capabilities, alone)
-        over = once(lambda: self._registry.release(place))
+            check_listener(message, self._settings)
+            self._gate.count_stream(request, caller)
+        declared = meta.capabilities or {}
+        can_be_asked = bool(known_capabilities(declared))
+        alone = meta.log_level is not None or self._launcher.sends_requests and can_be_asked
+        lease = self._sessions.lease(caller.sub, caller.client_id, declared, alone)
         try:
             if message.method == "subscriptions/listen":
-                return self._listening(caller, message, place, over)
-            return self._called(request, caller, message, place, meta, over)
+                return self._listen(caller, message, lease)
+            return self._forward_modern(exchange, message, lease, meta)
         except BaseException:
-            over()
+            lease.release()
             raise
 
-    def _called(self, request, caller, message, place, meta, over):
+    def _forward_modern(
+        self, exchange: Exchange, message: Message, lease: Lease, meta: RequestMeta
+    ) -> Response:
+        """Sends a modern request to a shared child."""
+        caller = exchange.caller
+        frontend = lease.frontend
+        session = frontend.session
         # The headers of a tool that the rules deny say nothing of it: it is refused below.
-        is_allowed = self._rights(caller) is None or self._judge(caller, place, message).refuse is None
+        is_allowed = (
+            self.judge.rights(caller) is None or self.judge.judge(caller, session, message).refuse is None
+        )
         if message.method == "tools/call" and is_allowed:
-            check_parameter_headers(request, message.params, place)
-        reply = ModernReply(
-            place,
-            message.id,
-            message.method,
-            functools.partial(self._hold, caller, message),
-            meta.get(META_LEVEL),
-            self._change(caller, message),
-        )
-        call = reply.call = Call(
-            message.method,
-            without_meta(message.params, MODERN_META),
-            reply,
+            check_parameter_headers(exchange.request, message.params or {}, session)
+        call = ModernCall(
+            frontend,
+            message,
             self._deadline(),
-            capabilities=meta[META_CAPABILITIES],
-            client=meta.get(META_CLIENT),
-            level=meta.get(META_LEVEL),
-            after=remembers(place, message),
-            over=over,
+            meta,
+            self._sessions.suspended,
+            functools.partial(self._seal_state, caller, message),
+            self.judge.change(caller, message),
         )
-        reader = reply.stream.open()
+        call.on_success = remembers(session, message)
+        call.on_done = lease.release
+        call.record = exchange.record_of(message, session)
+        reader = call.stream.open()
         if message.method == "server/discover":
-            reply.give(server_left(self._rights(caller), place.front.discover()))
-            over()
-        elif not self._submit(caller, place, [(message, call)]):
-            over()
-        return self._pumped(request, caller, reader, place, call)
+            result = server_left(self.judge.rights(caller), frontend.discover())
+            call.finish(self._log, functools.partial(call.give, result))
+            return self._stream_answer(exchange, reader, call)
+        self._submit(caller, session, [(message, call)], reader)
+        return self._stream_answer(exchange, reader, call)
 
-    def _pumped(self, request, caller, reader, place, call):
-        self._reaper.watch(reader, caller, True)
+    def _stream_answer(self, exchange: Exchange, reader: Reader, call: ModernCall) -> Response:
+        """The answer to a modern call, which ends when its client hangs up."""
+        self._reaper.track(reader, exchange.caller, True)
+        hang_up = functools.partial(call.session.cancel, call, {"reason": "the client hung up"})
+        delivery = delivery_for(exchange.request)
         return Response(
-            200,
-            streaming=StreamingResponse(
-                reader,
-                delivery_for(request),
-                event_ids=False,
-                on_disconnect=lambda: place.cancel(call, {"reason": "the client hung up"}),
-            ),
+            200, streaming=StreamingResponse(reader, delivery, event_ids=False, on_disconnect=hang_up)
         )
 
-    def _check_listener(self, message: Message) -> None:
-        """Refuse a listener before anything is made for it."""
-        wanted = (message.params or {}).get("notifications")
-        if not isinstance(wanted, dict):
-            raise RpcError(INVALID_PARAMS, "subscriptions/listen needs params.notifications.", None, 400)
-        uris = wanted.get("resourceSubscriptions")
-        texts = {uri for uri in uris if isinstance(uri, str)} if isinstance(uris, list) else set()
-        complaint = subscriptions_refused(texts, len(texts), self._settings)
-        if complaint:
-            raise RpcError(INVALID_PARAMS, complaint, None, 400)
-
-    def _listening(self, caller, message, place, over):
-        rights = self._rights(caller)
-        place.note_rights(rights)
-        stream = place.front.listen(message.id, news_left(rights, message.params["notifications"]))
+    def _listen(self, caller: Caller, message: Message, lease: Lease) -> Response:
+        """The stream of a `subscriptions/listen`."""
+        frontend = lease.frontend
+        rights = self.judge.rights(caller)
+        note_rights(frontend.session, rights)
+        wanted = news_left(rights, member(message.params, "notifications", dict, {}))
+        stream = frontend.listen(message.id, wanted)
         reader = stream.open()
 
-        def gone() -> None:
+        def hang_up() -> None:
             try:
-                place.front.unlisten(stream)
+                frontend.unlisten(stream)
             finally:
-                over()
+                lease.release()
 
-        self._reaper.watch(reader, caller, False)
+        self._reaper.track(reader, caller, False)
         return Response(
-            200, streaming=StreamingResponse(reader, Delivery.SSE, event_ids=False, on_disconnect=gone)
+            200, streaming=StreamingResponse(reader, Delivery.SSE, event_ids=False, on_disconnect=hang_up)
         )
 
-    def _owner(self, caller: Caller, message: Message) -> str:
-        """What a requestState is bound to: who asked, through which client, for what, however that is written."""
-        what = {"arguments": {}} | {
-            name: value
-            for name, value in message.params.items()
-            if name not in ("_meta", "requestState", "inputResponses")
-        }
-        meaning = hashlib.sha256(canonical([message.method, what])).hexdigest()
-        return f"{caller.sub} {caller.client_id} {meaning}"
+    def _seal_state(self, caller: Caller, message: Message, name: str) -> str:
+        """The requestState of a suspended call: sealed, and good for one retry of the same request (patterns/mrtr)."""
+        content = {"held": name, "write": caller.may_write}
+        return b64url(self._keyring.seal("mrtr", owner_of_state(caller, message), content))
 
-    def _hold(self, caller, message, reply):
-        """The requestState of a reply that asks for input: sealed, and good for one retry of the same request (patterns/mrtr)."""
-        return b64url(
-            self._keyring.seal(
-                "mrtr",
-                self._owner(caller, message),
-                {"held": self._registry.hold(reply), "write": caller.may_write},
-            )
-        )
-
-    def _retried(self, request, caller, message):
+    def _retry(self, exchange: Exchange, message: Message) -> Response:
         """A retry with the answers that were asked for goes on with the call that asked; nothing is run again."""
-        state = message.params["requestState"]
-        try:
-            sealed = self._keyring.unseal("mrtr", self._owner(caller, message), unb64url(state))
-            held = sealed["held"]
-            wrote = sealed["write"]
-        except (ValueError, TypeError):
-            raise RpcError(
-                INVALID_PARAMS, "requestState is not one that was given for this request."
-            ) from None
-        if wrote and not caller.may_write:  # each request is limited by the token that it carries
-            raise RpcError(
-                INVALID_PARAMS, "requestState was given to a login with more access; send the request anew."
-            )
-        reply = self._registry.retried(held)
-        if reply is None or reply.gone:
+        exchange.drop_records()
+        caller = exchange.caller
+        name = open_state(self._keyring, caller, message)
+        call = self._sessions.suspended.take(name)
+        if call is None or call.is_gone:
             raise RpcError(
                 INVALID_PARAMS, "requestState was used before, or its call has ended; send the request anew."
             )
+        if self.judge.rights(caller) is not None:
+            verdict = self.judge.judge(caller, call.session, message)
+            if verdict.refuse:
+                # The rules have changed since the call was suspended: it ends, and its retry is answered as a new call would be.
+                call.session.cancel(call, {"reason": "the operator does not allow it any more"})
+                call = call.anew(message)
+                reader = call.stream.open()
+                call.finish(self._log, functools.partial(verdict.refuse, call))
+                return self._stream_answer(exchange, reader, call)
         try:
-            if self._rights(caller) is not None:
-                verdict = self._judge(caller, reply.place, message)
-                if verdict.refuse:
-                    return self._retry_denied(request, caller, message, reply, verdict)
-            reader = reply.retried(message.id, member(message.params, "inputResponses", dict, {}))
+            reader = call.resume(message.id, member(message.params, "inputResponses", dict, {}))
         except BaseException:  # no other retry can find it now
-            reply.place.cancel(reply.call, {"reason": "the retry failed"})
+            call.session.cancel(call, {"reason": "the retry failed"})
             raise
-        return self._pumped(request, caller, reader, reply.place, reply.call)
-
-    def _retry_denied(self, request, caller, message, reply, verdict):
-        """The rules have changed since the call was held: it ends, and its retry is answered as a new call would be."""
-        reply.place.cancel(reply.call, {"reason": "the operator does not allow it any more"})
-        answer = ModernReply(
-            reply.place, message.id, message.method, functools.partial(self._hold, caller, message)
-        )
-        reader = answer.stream.open()
-        verdict.refuse(answer)
-        return self._pumped(request, caller, reader, reply.place, reply.call)
-
-    # -- what a token may do
-
-    def _rights(self, caller: Caller) -> Rights | None:
-        """Returns what the operator's rules, as they are now, leave to a caller; None without rules."""
-        return rights_of(self._settings.tool_rules, caller.sub, caller.login, caller.groups, caller.client_id)
-
-    def rules_changed(self) -> None:
-        """Tells every session in memory what the rules leave of its lists now."""
-        with contextlib.suppress(StoreUnavailable):  # then each is told when its client calls next
-            for session in self._registry.all():
-                user = self._store.user(session.sub)
-                if user:
-                    rights = rights_of(
-                        self._settings.tool_rules, user.sub, user.login, user.groups, session.client_id
-                    )
-                    session.note_rights(rights)
-
-    def _submit(self, caller: Caller, place: Session, asked: list[tuple[Message, Call]]) -> bool:
-        """Send those requests that this caller may make, and answer the others; whether any went out. HTTPError as of _judge."""
-        place.note_rights(self._rights(caller))
-        for _ in range(3):
-            verdicts = [self._judge(caller, place, message) for message, _ in asked]
-            admitted = []
-            for (_, call), verdict in zip(asked, verdicts, strict=True):
-                call.listing = verdict.listing
-                if verdict.refuse is None:
-                    admitted.append(call)
-            try:
-                if admitted:
-                    place.submit(admitted)
-            except ListChanged:
-                continue
-            for (_, call), verdict in zip(asked, verdicts, strict=True):
-                if verdict.refuse:
-                    verdict.refuse(call.reply)
-                    call.over()
-            return bool(admitted)
-        raise unavailable("busy", "The tool process changes its list of tools all the time.")
-
-    def _judge(self, caller: Caller, place: Session, message: Message) -> Verdict:
-        """Whether this caller may make this request; HTTPError 403 leads to a step-up, RpcError when the child does not say what it lists.
-
-        Everything that the operator's rules or a token's scope forbid is forbidden here. Under a rule, or without forgejo:write, only
-        what is known passes: a reading method of the specification, a tool that the child lists under exactly this name, a task of such
-        a tool.
-        """
-        rights = self._rights(caller)
-        if caller.may_write and rights is None:
-            return ADMITTED
-        params = message.params or {}
-        if message.method == "tools/call":
-            return self._judge_tool(caller, place, params.get("name"))
-        if message.method in TASK_CHANGES:
-            task_id = params.get("taskId")
-            tool = place.tasks.get(task_id) if isinstance(task_id, str) else None
-            verdict = NOT_SERVED if tool is None else self._judge_tool(caller, place, tool)
-            return NOT_ALLOWED if verdict is TOOL_NOT_ALLOWED else verdict
-        if message.method not in READING_METHODS:
-            return NOT_SERVED
-        return ADMITTED if rights is None or serves(rights, message) else NOT_ALLOWED
-
-    def _judge_tool(self, caller: Caller, place: Session, name: object) -> Verdict:
-        if not isinstance(name, str):
-            return Verdict(
-                lambda reply: reply.fail(INVALID_PARAMS, "params.name must be a text", None), outcome="error"
-            )
-        rights = self._rights(caller)
-        if rights is not None and not rights.admits(name):
-            return TOOL_NOT_ALLOWED
-        listing = place.listing()
-        if listing is None:
-            raise unavailable("busy", "The tool process does not say which tools it has.")
-        tool = listing.get(name)
-        is_reading = name_reads(name, self._settings) or bool(tool and tool.reads)
-        rights = self._rights(caller)  # the child may have taken long
-        if rights is not None and not (rights.admits(name) and (is_reading or not rights.reads_only)):
-            return TOOL_NOT_ALLOWED
-        if is_reading or caller.may_write:
-            return Verdict(None, listing) if tool else NO_SUCH_TOOL
-        if WRITE not in caller.asked.split():
-            raise HTTPError(
-                403,
-                "insufficient_scope",
-                "This tool writes; the login was for reading only.",
-                (("WWW-Authenticate", challenge_header(self._settings, "insufficient_scope")),),
-            )
-        # The person was asked and chose read only: asking again would be a loop, so the model is told instead.
-        text = "This connection is read only: that was chosen at its login. To use this tool, connect again and choose full access."
-        return Verdict(
-            lambda reply: reply.give({"content": [{"type": "text", "text": text}], "isError": True})
-        )
-
-    def _change(
-        self, caller: Caller, message: Message
-    ) -> Callable[[dict[str, object]], dict[str, object]] | None:
-        """Returns what is done to a result before this caller sees it, or None: tools that it may not call are left out."""
-        rights = self._rights(caller)
-        if message.method != "tools/list" or caller.may_write and rights is None:
-            return None
-        return functools.partial(tools_left, rights, caller.may_write, self._settings)
+        return self._stream_answer(exchange, reader, call)
 
     # -- GET and DELETE
 
-    def get(self, request):
+    def get(self, request: Request) -> Response:
         """The session's stream for what belongs to no request; resumes what Last-Event-ID names."""
-        caller = self.gate(request)
+        caller = self._gate.caller(request)
         try:
-            session = self._named(request, caller, "Without an Mcp-Session-Id only POST is served.")
+            frontend = self._require_session(
+                request, caller, "Without an Mcp-Session-Id only POST is served."
+            )
         except RpcError as error:
             return rpc_error_response(None, error)
-        reader = session.front.open_stream(
-            request.header("last-event-id"), functools.partial(self._seat_of_stream, request, caller)
-        )
-        self._reaper.watch(reader, caller, False)
+        seat = functools.partial(self._gate.count_stream, request, caller)
+        reader = frontend.open_stream(request.header("last-event-id"), seat)
+        self._reaper.track(reader, caller, False)
         return Response(200, streaming=StreamingResponse(reader, Delivery.SSE))
 
-    def delete(self, request):
+    def delete(self, request: Request) -> Response:
         """The client ends its session."""
-        caller = self.gate(request)
+        caller = self._gate.caller(request)
         try:
-            self._registry.delete(
-                self._named(request, caller, "Name the session to end with Mcp-Session-Id.")
-            )
+            frontend = self._require_session(request, caller, "Name the session to end with Mcp-Session-Id.")
+            self._sessions.delete(frontend.session)
         except RpcError as error:
             return rpc_error_response(None, error)
         return Response(204)
 
-    def _named(self, request, caller, sentence):
+    def _require_session(self, request: Request, caller: Caller, sentence: str) -> SessionFrontend:
         """The session of a GET or DELETE; HTTPError 405 without one, and in the modern era, which has neither."""
+        allow = (("Allow", "POST"),)
         if (request.header("mcp-protocol-version") or "") >= FIRST_MODERN_VERSION:
-            raise HTTPError(
-                405, "method_not_allowed", "This revision of MCP has only POST.", (("Allow", "POST"),)
-            )
-        session = self._session(request, caller)
-        if session is None:
-            raise HTTPError(405, "method_not_allowed", sentence, (("Allow", "POST"),))
-        return session
+            raise HTTPError(405, "method_not_allowed", "This revision of MCP has only POST.", allow)
+        frontend = self._session(request, caller)
+        if frontend is None:
+            raise HTTPError(405, "method_not_allowed", sentence, allow)
+        return frontend
 
-    def head(self, request):
+    def head(self, request: Request) -> Response:
         """HEAD is how some clients look for the login: 401 without a token, 405 with one."""
-        self.gate(request)
+        self._gate.caller(request)
         raise HTTPError(405, "method_not_allowed", "Use POST.", (("Allow", "POST, GET, DELETE"),))
+
+
+def read_value(request: Request, limit: int) -> object:
+    """Returns the JSON value of a body of at most `limit` bytes; raises RpcError 400."""
+    body = request.read_body(limit)
+    try:
+        return read_json(body)
+    except ValueError as error:
+        code = INVALID_REQUEST if "twice" in str(error) else PARSE_ERROR
+        raise RpcError(code, f"The body is not JSON: {str(error)[:200]}.", None, 400) from None
+
+
+def initialize_params(message: Message, limit: int) -> dict[str, object]:
+    """Returns the params of initialize, of at most `limit` bytes: they are kept, and replayed to each child. Raises RpcError 400."""
+    params = message.params
+    if params is None or member(params, "protocolVersion", str, None) is None:
+        raise RpcError(INVALID_PARAMS, "initialize needs params.protocolVersion.", None, 400)
+    for name in ("capabilities", "clientInfo"):
+        if not isinstance(params.get(name, {}), dict):
+            raise RpcError(INVALID_PARAMS, "capabilities and clientInfo must be objects.", None, 400)
+    if len(dump(params)) > limit:
+        raise RpcError(INVALID_PARAMS, "The params of initialize are too large.", None, 400)
+    return params
+
+
+def check_listener(message: Message, settings: Settings) -> None:
+    """Refuses a listener before anything is made for it; raises RpcError 400."""
+    wanted = member(message.params, "notifications", dict, None)
+    if wanted is None:
+        raise RpcError(INVALID_PARAMS, "subscriptions/listen needs params.notifications.", None, 400)
+    uris = member(wanted, "resourceSubscriptions", list, [])
+    texts = {uri for uri in uris if isinstance(uri, str)}
+    complaint = subscriptions_refused(texts, len(texts), settings)
+    if complaint:
+        raise RpcError(INVALID_PARAMS, complaint, None, 400)
 
 
 CAUSES = {
@@ -12502,7 +13405,7 @@ CAUSES = {
 }
 
 
-def rpc_error_response(request_id, error, modern=False):
+def rpc_error_response(request_id: object, error: RpcError, modern: bool = False) -> Response:
     """An RpcError as an HTTP answer; MCP 2026-07-28 has no use for the codes that earlier revisions allotted."""
     code = INTERNAL_ERROR if modern and error.code == SERVER_ERROR else error.code
     return Response(
@@ -12532,100 +13435,60 @@ def delivery_for(request: Request) -> Delivery:
     return Delivery.JSON_THEN_SSE if takes_streams(request) else Delivery.JSON
 
 
-def once(function):
-    """A function that does it the first time only."""
-    left = [function]
-    return lambda: left.pop()() if left else None
-
-
-def name_reads(name, settings):
+def name_reads(name: str, settings: Settings) -> bool:
     """Whether a tool's name is one of `read_only_tools`."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.read_only_tools)
 
 
-# -- what the operator's rules leave
-
-
-COMPLETED = Names("_meta", "ref", "argument", "context")
-REFERRED = Names("type", "name", "uri", "title")
-
-
-def serves(rights: Rights, message: Message) -> bool:
-    """Returns whether a request that calls no tool is served."""
-    if message.method == "completion/complete":
-        params = message.params or {}
-        ref = member(params, "ref", dict, {})
-        is_plain = not COMPLETED.disguised(params) and not REFERRED.disguised(ref)
-        kind = member(ref, "type", str, "") if is_plain else ""
-        return {"ref/prompt": rights.prompts, "ref/resource": rights.resources}.get(
-            kind, rights.prompts and rights.resources
-        )
-    kind = message.method.partition("/")[0]
-    return {"prompts": rights.prompts, "resources": rights.resources}.get(kind, True)
-
-
-def server_left(rights: Rights | None, server: dict[str, object]) -> dict[str, object]:
-    """Returns what a server says of itself, without the capabilities that a caller may not use."""
-    if rights is None:
-        return server
-    gone = {"prompts": not rights.prompts, "resources": not rights.resources}
-    gone["completions"] = all(gone.values())
-    capabilities = member(server, "capabilities", dict, {})
-    return {
-        **server,
-        "capabilities": {name: value for name, value in capabilities.items() if not gone.get(name, False)},
-    }
-
-
-def news_left(rights: Rights | None, wanted: dict[str, object]) -> dict[str, object]:
-    """Returns what a listener wants to hear of, without what it may not use."""
-    if rights is None:
-        return wanted
-    gone = {
-        "promptsListChanged": not rights.prompts,
-        "resourcesListChanged": not rights.resources,
-        "resourceSubscriptions": not rights.resources,
-    }
-    return {name: value for name, value in wanted.items() if not gone.get(name, False)}
-
-
-def tools_left(
-    rights: Rights | None, may_write: bool, settings: Settings, result: dict[str, object]
-) -> dict[str, object]:
-    """Returns a result of tools/list without the tools that a caller may not call."""
-    tools = member(result, "tools", list, None)
-    if tools is None:
-        return result if rights is None else {**result, "tools": []}
-    may_write = may_write and not (rights and rights.reads_only)
-    left = []
-    for tool in tools:
-        name = member(tool, "name", object, None)
-        is_allowed = rights is None or isinstance(name, str) and rights.admits(name)
-        if isinstance(tool, dict) and is_allowed:
-            if may_write or name_reads(str(name), settings) or hint_reads(tool):
-                left.append(tool)
-    return {**result, "tools": left}
-
-
-def remembers(place: Session, message: Message) -> Callable[[object], None] | None:
+def remembers(session: Session, message: Message) -> Callable[[object], object] | None:
     """What a successful answer leaves behind, as a function of the result, or None.
 
-    That is which tool a task belongs to; and of a session, what has to be replayed to a new child.
+    That is which tool a task belongs to; and of a client's session, what has to be replayed to a new child.
     """
     params = message.params or {}
-    if message.method == "tools/call" and isinstance(params.get("name"), str):
-        return functools.partial(place.note_task, params["name"])
-    if not place.durable:
+    name = member(params, "name", str, None)
+    if message.method == "tools/call" and name is not None:
+        return functools.partial(session.note_task, name)
+    if not session.is_durable:
         return None
-    if message.method == "logging/setLevel":
-        return lambda result: place.remember(level=params.get("level"))
-    if message.method in ("resources/subscribe", "resources/unsubscribe") and isinstance(
-        params.get("uri"), str
-    ):
-        return lambda result: place.remember(**{message.method.removeprefix("resources/"): params["uri"]})
     if message.method == "tools/list" and not params.get("cursor"):
-        return lambda result: place.remember(tools_hash=tools_digest(result))
+        return session.replay.set_tools
+    level = member(params, "level", str, None)
+    if message.method == "logging/setLevel" and level is not None:
+        return lambda result: session.replay.set_level(level)
+    uri = member(params, "uri", str, None)
+    if message.method == "resources/subscribe" and uri is not None:
+        return lambda result: session.replay.subscribe(uri)
+    if message.method == "resources/unsubscribe" and uri is not None:
+        return lambda result: session.replay.unsubscribe(uri)
     return None
+
+
+def open_state(keyring: Keyring, caller: Caller, message: Message) -> str:
+    """Returns the name of the suspended call that a retry goes on with; raises RpcError when its requestState is not good for it."""
+    try:
+        box = unb64url(member(message.params, "requestState", str, ""))
+        content = keyring.unseal("mrtr", owner_of_state(caller, message), box)
+        name = content["held"]
+        could_write = content["write"]
+    except (ValueError, TypeError):
+        raise RpcError(INVALID_PARAMS, "requestState is not one that was given for this request.") from None
+    if could_write and not caller.may_write:  # each request is limited by the token that it carries
+        raise RpcError(
+            INVALID_PARAMS, "requestState was given to a login with more access; send the request anew."
+        )
+    return str(name)
+
+
+def owner_of_state(caller: Caller, message: Message) -> str:
+    """What a requestState is bound to: who asked, through which client, for what, however that is written."""
+    what = {"arguments": {}} | {
+        name: value
+        for name, value in (message.params or {}).items()
+        if name not in ("_meta", "requestState", "inputResponses")
+    }
+    meaning = hashlib.sha256(canonical([message.method, what])).hexdigest()
+    return f"{caller.sub} {caller.client_id} {meaning}"
 
 
 # -- what the child reads is what the gate has read
@@ -12696,7 +13559,7 @@ def canonical(value: object) -> bytes:
 # -- the era of a request, and what MCP 2026-07-28 wants in it
 
 
-def is_modern(request, message):
+def is_modern(request: Request, message: Message) -> bool:
     """Whether a message is of the modern era (design 5): `initialize` never, if it is meant as one; else by `_meta` or by the header."""
     meta = (message.params or {}).get("_meta")
     if message.method == "initialize" and "protocolVersion" in (message.params or {}):
@@ -12710,52 +13573,60 @@ def is_modern(request, message):
     )
 
 
-def no_such_method(method):
+def no_such_method(method: str) -> RpcError:
     """404 with -32601 (MCP 2026-07-28 streamable-http)."""
     return RpcError(METHOD_NOT_FOUND, f"{method[:100]} is not a method of this revision", None, 404)
 
 
-def check_metadata(request, message, limit):
-    """A request's `_meta`, if it and the headers are as they must be (MCP 2026-07-28 basic, streamable-http); RpcError 400.
+def bad_metadata(code: int, sentence: str, data: dict[str, object] | None = None) -> RpcError:
+    """400 for a request whose metadata is not as it must be."""
+    return RpcError(code, sentence, data, 400)
 
-    `limit`: the bytes that capabilities may have, which are kept as the key of a pool.
+
+def check_metadata(request: Request, message: Message, limit: int) -> RequestMeta:
+    """Returns what a request says of its client, if its `_meta` and the headers are as they must be; raises RpcError 400.
+
+    `limit`: the bytes that capabilities may have, which are kept as the key of a pool (MCP 2026-07-28 basic, streamable-http).
     """
-
-    def wrong(code, sentence, data=None):
-        return RpcError(code, sentence, data, 400)
-
     if message.kind == "response":
-        raise wrong(INVALID_REQUEST, "Clients of this revision do not send responses")
+        raise bad_metadata(INVALID_REQUEST, "Clients of this revision do not send responses")
     params = message.params or {}
-    meta = params.get("_meta")
-    header = request.header("mcp-protocol-version")
-    version = meta.get(META_VERSION) if isinstance(meta, dict) else None
-    if not isinstance(version, str):
-        raise wrong(INVALID_PARAMS, f"params._meta needs {META_VERSION}")
-    if header != version:
-        raise wrong(HEADER_MISMATCH, "Header mismatch: MCP-Protocol-Version is not what the body says")
-    if version != FIRST_MODERN_VERSION:
-        raise wrong(
-            UNSUPPORTED_VERSION,
-            "Unsupported protocol version",
-            {"supported": [FIRST_MODERN_VERSION, *LEGACY_VERSIONS], "requested": version},
-        )
-    if not isinstance(meta.get(META_CAPABILITIES), dict):
-        raise wrong(INVALID_PARAMS, f"params._meta needs {META_CAPABILITIES}")
-    if len(dump(meta[META_CAPABILITIES])) > limit:
-        raise wrong(INVALID_PARAMS, f"{META_CAPABILITIES} is too large")
+    meta = member(params, "_meta", dict, {})
+    check_version(request, meta)
+    capabilities = member(meta, META_CAPABILITIES, dict, None)
+    if capabilities is None:
+        raise bad_metadata(INVALID_PARAMS, f"params._meta needs {META_CAPABILITIES}")
+    if len(dump(capabilities)) > limit:
+        raise bad_metadata(INVALID_PARAMS, f"{META_CAPABILITIES} is too large")
     if not isinstance(meta.get(META_CLIENT, {}), dict):
-        raise wrong(INVALID_PARAMS, f"{META_CLIENT} must be an object")
+        raise bad_metadata(INVALID_PARAMS, f"{META_CLIENT} must be an object")
     if meta.get(META_LEVEL, "info") not in LEVELS:
-        raise wrong(INVALID_PARAMS, f"{META_LEVEL} must be one of {', '.join(LEVELS)}")
+        raise bad_metadata(INVALID_PARAMS, f"{META_LEVEL} must be one of {', '.join(LEVELS)}")
     source = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}.get(message.method)
     for name, value in (("Mcp-Method", message.method), ("Mcp-Name", params.get(source) if source else None)):
         if isinstance(value, str) and decoded_header(request, name) != value:
-            raise wrong(HEADER_MISMATCH, f"Header mismatch: {name} is missing, or is not what the body says")
-    return meta
+            sentence = f"Header mismatch: {name} is missing, or is not what the body says"
+            raise bad_metadata(HEADER_MISMATCH, sentence)
+    return RequestMeta(capabilities, meta.get(META_CLIENT), meta.get(META_LEVEL))
 
 
-def decoded_header(request, name):
+def check_version(request: Request, meta: dict[str, object]) -> None:
+    """Returns if a request is of a version that is served, and its header says the same; raises RpcError 400."""
+    version = member(meta, META_VERSION, str, None)
+    if version is None:
+        raise bad_metadata(INVALID_PARAMS, f"params._meta needs {META_VERSION}")
+    if request.header("mcp-protocol-version") != version:
+        sentence = "Header mismatch: MCP-Protocol-Version is not what the body says"
+        raise bad_metadata(HEADER_MISMATCH, sentence)
+    if version != FIRST_MODERN_VERSION:
+        served: dict[str, object] = {
+            "supported": [FIRST_MODERN_VERSION, *LEGACY_VERSIONS],
+            "requested": version,
+        }
+        raise bad_metadata(UNSUPPORTED_VERSION, "Unsupported protocol version", served)
+
+
+def decoded_header(request: Request, name: str) -> str | None:
     """The value of a header that mirrors the body, None when it is absent; RpcError 400 for one that cannot be read (value encoding)."""
     value = request.header(name.lower())
     match = re.fullmatch(r"=\?base64\?(.*)\?=", value or "", re.DOTALL)
@@ -12769,10 +13640,10 @@ def decoded_header(request, name):
     raise RpcError(HEADER_MISMATCH, f"Header mismatch: {name} is malformed", None, 400)
 
 
-def check_parameter_headers(request, params, place):
+def check_parameter_headers(request: Request, params: dict[str, object], session: Session) -> None:
     """Mcp-Param headers mirror the arguments that a tool's schema marks with x-mcp-header; RpcError 400 where they do not."""
     name = params.get("name")
-    tool = (place.listing() or {}).get(name) if isinstance(name, str) else None
+    tool = (session.listing() or {}).get(name) if isinstance(name, str) else None
     arguments = params.get("arguments")
     for path, name in tool.mirrored if tool else ():
         value = arguments
@@ -12795,7 +13666,7 @@ def check_parameter_headers(request, params, place):
             )
 
 
-def is_number(text, number):
+def is_number(text: str | None, number: int) -> bool:
     """Whether a text is that number, however it is written."""
     try:
         return (
@@ -12803,6 +13674,70 @@ def is_number(text, number):
         )
     except (ValueError, OverflowError):
         return False
+
+
+# -- what the operator's rules leave
+
+
+COMPLETED = Names("_meta", "ref", "argument", "context")
+REFERRED = Names("type", "name", "uri", "title")
+
+
+def serves(rights: Rights, message: Message) -> bool:
+    """Returns whether a request that calls no tool is served."""
+    if message.method == "completion/complete":
+        params = message.params or {}
+        ref = member(params, "ref", dict, {})
+        is_plain = not COMPLETED.disguised(params) and not REFERRED.disguised(ref)
+        kind = member(ref, "type", str, "") if is_plain else ""
+        return {"ref/prompt": rights.prompts, "ref/resource": rights.resources}.get(
+            kind, rights.prompts and rights.resources
+        )
+    kind = message.method.partition("/")[0]
+    return {"prompts": rights.prompts, "resources": rights.resources}.get(kind, True)
+
+
+def server_left(rights: Rights | None, server: dict[str, object]) -> dict[str, object]:
+    """Returns what a server says of itself, without the capabilities that a caller may not use."""
+    if rights is None:
+        return server
+    gone = {"prompts": not rights.prompts, "resources": not rights.resources}
+    gone["completions"] = all(gone.values())
+    capabilities = member(server, "capabilities", dict, {})
+    return {
+        **server,
+        "capabilities": {name: value for name, value in capabilities.items() if not gone.get(name, False)},
+    }
+
+
+def news_left(rights: Rights | None, wanted: dict[str, object]) -> dict[str, object]:
+    """Returns what a listener wants to hear of, without what it may not use."""
+    if rights is None:
+        return wanted
+    gone = {
+        "promptsListChanged": not rights.prompts,
+        "resourcesListChanged": not rights.resources,
+        "resourceSubscriptions": not rights.resources,
+    }
+    return {name: value for name, value in wanted.items() if not gone.get(name, False)}
+
+
+def tools_left(
+    rights: Rights | None, may_write: bool, settings: Settings, result: dict[str, object]
+) -> dict[str, object]:
+    """Returns a result of tools/list without the tools that a caller may not call."""
+    tools = member(result, "tools", list, None)
+    if tools is None:
+        return result if rights is None else {**result, "tools": []}
+    may_write = may_write and not (rights and rights.reads_only)
+    left = []
+    for tool in tools:
+        name = member(tool, "name", object, None)
+        is_allowed = rights is None or isinstance(name, str) and rights.admits(name)
+        if isinstance(tool, dict) and is_allowed:
+            if may_write or name_reads(str(name), settings) or hint_reads(tool):
+                left.append(tool)
+    return {**result, "tools": left}
 
 
 # ======================================================================================================================
@@ -13818,32 +14753,43 @@ class Broker:
             forgejo,
             self.log,
             self.clock,
-            lambda sub: self.registry.forget_person(sub),
+            lambda sub: self.sessions.forget_person(sub),
         )
         self.guardian = Guardian()
         limiter = Limiter(self.clock)
-        self.registry = Registry(
-            settings, self.store, self.upstream, forgejo, self.guardian, self.log, self.clock
-        )
-        self.reaper = Reaper(settings, self.store, self.registry, self.upstream, self.log, self.clock)
+        services = self._services(keyring)
+        self.kept = services.kept
+        self.launcher = Launcher(services)
+        self.capacity = Capacity(settings, self.clock)
+        self.sessions = Sessions(services, self.launcher, self.capacity)
+        self.reaper = Reaper(services, self.launcher, self.sessions)
         oauth = OAuthServices(settings, self.store, keyring, self.log, self.clock, limiter)
         clients = Clients(oauth, web or PublicWeb())
         self.documents = clients.documents
         self._stopping = threading.Event()
-        authorization = Authorization(
-            oauth,
-            clients,
-            self.upstream,
-            forgejo,
-            lambda name: self.registry.forget([name], "ended by the user"),
-        )
-        self.endpoint = Endpoint(settings, self.store, keyring, self.registry, self.reaper, self.clock)
+        authorization = Authorization(oauth, clients, self.upstream, forgejo, self._end_session)
+        self.endpoint = Endpoint(services, self.launcher, self.sessions, self.reaper)
         self.routes = self._routes(clients, authorization, self.endpoint)
         self.is_activated = bool(sockets)
         self.servers = self._listen([*sockets, *([("", listener)] if listener else [])])
         self.server = self.servers[0]
         self._hosts = own_hosts(settings.public_url, self.server.ports)
         self._blob = git_blob_id(__file__)
+
+    def _end_session(self, name: bytes) -> None:
+        self.sessions.forget([name], "ended by the user")
+
+    def _services(self, keyring: Keyring) -> Services:
+        return Services(
+            self.settings,
+            self.store,
+            self.upstream,
+            keyring,
+            self.guardian,
+            self.log,
+            self.clock,
+            KeptBytes(self.settings, self.clock),
+        )
 
     def _listen(self, sockets: Sequence[tuple[str, socket.socket]]) -> list[Server]:
         """The server of HTTP, and the one of /metrics if there is one: on the sockets handed over, else on those of the settings.
@@ -13984,7 +14930,7 @@ class Broker:
             # No timer ends it: strangers would double the threads that they are allowed.
             return Response(200, streaming=StreamingResponse(EventStream().open(), Delivery.SSE, quiet=0.5))
         is_ok = self.store.healthy()
-        sessions, children = self.registry.counts() if is_ok else (None, None)
+        sessions, children = self.counts() if is_ok else (None, None)
         state = {
             "status": "ok" if is_ok else "failing",
             "version": __version__,
@@ -13994,6 +14940,10 @@ class Broker:
             "children": children,
         }
         return json_response(200 if is_ok else 503, state, NO_STORE[:1])
+
+    def counts(self) -> tuple[int, int]:
+        """Returns (sessions on file, children)."""
+        return self.store.count_sessions(), self.capacity.count()
 
     def metrics(self, request: Request) -> Response:
         """GET /metrics on its own listener: Prometheus text, counts without names."""
@@ -14006,7 +14956,7 @@ class Broker:
         gauges["fjmcp_streams", ()] = self.server.streams
         with contextlib.suppress(StoreUnavailable):
             gauges["fjmcp_sessions", ()] = self.store.count_sessions()
-        for state, number in self.registry.child_states().items():
+        for state, number in self.sessions.child_states().items():
             gauges["fjmcp_children", (state,)] = number
         return Response(200, self.log.metrics.text(gauges), "text/plain; version=0.0.4; charset=utf-8")
 
@@ -14044,21 +14994,18 @@ class Broker:
     def stop(self, seconds: float = 10.0) -> None:
         """Answer what was read, with an error what takes longer; stop the children, close the store."""
         self._stopping.set()
-        self.registry.end_streams()
+        self.sessions.end_streams()
         for server in self.servers:
             server.drain()
         self.server.wait_for_connections(seconds - 1)
-        self.registry.close("broker stopping")
+        self.sessions.close("broker stopping")
         for server in self.servers:
             server.close(1)
-        with self.registry.lock:  # the reaper still ticks
-            self.registry.lock.wait_for(
-                lambda: not any(self.registry.places.values()), self.settings.stop_timeout + 3
-            )
+        self.capacity.wait_until_empty(self.settings.stop_timeout + 3)  # the reaper still ticks
         self.reaper.stop()
         self.guardian.close()
         with contextlib.suppress(StoreUnavailable):
-            self.registry.save_uses()
+            self.sessions.save_uses()
         self.store.close()
 
 
@@ -15269,7 +16216,7 @@ def serve(arguments):
     settings = arguments.settings()
     hide_from_children()
     broker = Broker(settings, sockets=inherited_sockets())
-    broker.registry.reaps = adopts_orphans()
+    broker.launcher.reaps = adopts_orphans()
     threading.excepthook = broker.thread_failed
     # The kernel may give a signal to any thread, and a main thread that waits for a lock would not hear of it: it waits here instead.
     signals, wakes = socket.socketpair()
@@ -15324,7 +16271,7 @@ def reload(broker, arguments):
     try:
         refused = broker.settings.reload(arguments.settings())
         broker.log.event("info", "settings_reloaded", needs_restart=refused or None)
-        broker.endpoint.rules_changed()
+        broker.endpoint.judge.rules_changed(broker.sessions)
         warn_of_rules(broker)
     except ConfigurationError as error:
         broker.log.event("error", "settings_not_reloaded", problems=error.problems)

@@ -137,7 +137,7 @@ def test_at_the_cap_the_longest_idle_child_makes_room_for_either_era(make_cell):
     clients = [(client_of(rig, era, user), user) for era in CLIENT_ERAS for user in ("alice", "bob")]
     for mcp, user in clients * 2:
         assert user in text_of(mcp.call_tool("get_my_user_info"))
-        assert sum(rig.broker.registry.places.values()) == 1
+        assert rig.broker.capacity.count() == 1
 
 
 def test_a_client_that_is_down_with_its_forgejo_is_told_so(make_cell, client_era):
@@ -421,7 +421,7 @@ def test_X13_two_users_of_one_application_share_no_child(make_cell):
         legacy = McpClient(rig.url + "/mcp", oauth.tokens["access_token"])
         for mcp in (connect(rig, oauth=oauth), legacy):
             assert f'"login": "{user}"' in text_of(mcp.call_tool("get_my_user_info"))
-    assert sum(rig.broker.registry.places.values()) == 2
+    assert rig.broker.capacity.count() == 2
 
 
 @pytest.mark.parametrize("loaded", [True, False])

@@ -469,7 +469,7 @@ def test_a_retry_that_means_something_else_is_refused(rig):
 def test_a_ping_wakes_no_child_and_keeps_none_awake(controlled):
     mcp = controlled.session(protocol="2025-03-26")
     pool = McpClient(controlled.url + "/mcp", mcp.token)
-    store, sub = controlled.broker.store, controlled.broker.registry.all()[0].sub
+    store, sub = controlled.broker.store, controlled.broker.sessions.all()[0].sub
     controlled.clock.advance(1000)
     controlled.tick()
     controlled.log.wait("child_stopped")
@@ -577,7 +577,7 @@ def test_a_call_is_judged_anew_when_the_list_changes_before_it_is_sent(listing, 
     def late(session, calls):
         monkeypatch.setattr(fjmcp_broker.Session, "submit", submit)
         listing.say([tool("hinted", False)])
-        session.link.on_line(b'{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}')
+        session.backend.on_line(b'{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}')
         return submit(session, calls)
 
     monkeypatch.setattr(fjmcp_broker.Session, "submit", late)
@@ -589,7 +589,7 @@ def test_a_list_that_never_stands_still_lets_nothing_through(listing, monkeypatc
     submit = fjmcp_broker.Session.submit
 
     def late(session, calls):
-        session.link.on_line(b'{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}')
+        session.backend.on_line(b'{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}')
         return submit(session, calls)
 
     monkeypatch.setattr(fjmcp_broker.Session, "submit", late)

@@ -270,11 +270,11 @@ def left_behind(rig, control, mcp, key, size=0):
     opening = stream.next(15)
     stream.close()
     control.wait_event(lambda event: event["event"] == "call" and event["args"].get("key") == key)
-    (session,) = [each for each in rig.broker.registry.all() if each.durable and each.calls()]
-    number = next(iter(session.link.pending))
+    (session,) = [each for each in rig.broker.sessions.all() if each.is_durable and each.calls()]
+    number = next(iter(session.backend.pending))
     text = "x" * size
     result = {"content": [{"type": "text", "text": text}]}
-    ours = session.front.streams[opening.id.rpartition("-")[0]]
+    ours = session.frontend.streams[opening.id.rpartition("-")[0]]
     with ours._changed:  # the broker knows that nobody reads
         assert ours._changed.wait_for(lambda: not ours.is_open, 20)
     control.emit({"jsonrpc": "2.0", "id": number, "result": result})
@@ -316,28 +316,28 @@ def test_the_oldest_answer_of_a_session_goes_and_who_comes_back_is_told_so(tight
 def test_an_answer_that_nobody_fetched_goes_with_its_time_and_the_session_leaves_memory(tight, control):
     mcp = tight.session()
     event_id = left_behind(tight, control, mcp, "slow", 20_000)
-    registry = tight.broker.registry
-    assert 20_000 < registry.kept.total < 21_000
+    broker = tight.broker
+    assert 20_000 < broker.kept.total < 21_000
     tight.clock.advance(301)
     tight.tick()
     tight.log.wait("child_stopped")
-    assert registry.kept.total == 0
+    assert broker.kept.total == 0
     assert come_back(mcp, event_id, "slow")["error"]["data"] == GONE
     tight.clock.advance(400)
     tight.tick()
-    assert registry.all() == [] and who(same(mcp)) == "alice"
+    assert broker.sessions.all() == [] and who(same(mcp)) == "alice"
 
 
 def test_a_call_that_is_answered_at_once_leaves_nothing(rig):
     mcp = rig.session()
     for size in (10, 100_000):
         mcp.call_tool("get_echo", text="x" * size)
-    (session,) = rig.broker.registry.all()
+    (session,) = rig.broker.sessions.all()
     mcp.close()
-    kept = rig.broker.registry.kept
+    kept = rig.broker.kept
     with kept.lock:  # the answer is with the client a moment before its thread knows
         assert kept.lock.wait_for(lambda: not kept.total, 15)
-    assert not session.front.streams
+    assert not session.frontend.streams
 
 
 def test_a_modern_retry_whose_answer_was_given_up_is_told_in_its_own_code():
@@ -349,13 +349,13 @@ def test_ended_sessions_are_charged_for_nothing(tight, control):
     mcp = tight.session()
     left_behind(tight, control, mcp, "slow", 20_000)
     assert mcp.delete().status == 204
-    assert tight.broker.registry.kept.total == 0
+    assert tight.broker.kept.total == 0
 
 
 def test_streams_that_a_client_may_come_back_to_are_few(rig):
     rig.session()
-    (session,) = rig.broker.registry.all()
-    front = session.front
+    (session,) = rig.broker.sessions.all()
+    front = session.frontend
     for number in range(100):
         stream = session.new_stream(1)
         stream.named = True
@@ -364,7 +364,7 @@ def test_streams_that_a_client_may_come_back_to_are_few(rig):
         if number < 50:
             read(stream)
     session.tick(0.0)
-    assert len(front.streams) == 58 and rig.broker.registry.kept.total == 580
+    assert len(front.streams) == 58 and rig.broker.kept.total == 580
     for number in range(30):
         stream = session.new_stream(1)
         front.name_stream(stream)

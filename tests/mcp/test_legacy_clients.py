@@ -14,7 +14,7 @@ from rigs.rig import json_of, text_of
 
 
 def children(rig):
-    return sum(rig.broker.registry.places.values())
+    return rig.broker.capacity.count()
 
 
 def raw(mcp, body, **headers):
@@ -140,8 +140,8 @@ def test_an_idle_child_is_stopped_and_its_session_stays(make_rig):
     rig.tick()
     assert children(rig) == 1
     rig.clock.advance(901)
-    session = rig.broker.registry.all()[0]
-    session.link.used_at -= 2
+    session = rig.broker.sessions.all()[0]
+    session.backend.used_at -= 2
     rig.tick()
     assert rig.log.wait("child_stopped")[0]["reason"] == "idle"
     assert "alice" in text_of(mcp.call_tool("get_my_user_info"))

@@ -11,8 +11,7 @@ from rigs.rig import text_of, who
 
 def awake(rig):
     """How many children have a place."""
-    with rig.broker.registry.lock:
-        return sum(rig.broker.registry.places.values())
+    return rig.broker.capacity.count()
 
 
 def fall_asleep(rig):
@@ -36,9 +35,9 @@ def spelled(number):
 def test_a_pool_is_known_by_a_digest_of_small_capabilities(rig):
     oauth = rig.login()
     mcp = connect(rig, capabilities={"elicitation": {"x": "y" * 5000}}, oauth=oauth)
-    assert refused(mcp, "tools/list")[:2] == (400, -32602) and rig.broker.registry.pools == {}
+    assert refused(mcp, "tools/list")[:2] == (400, -32602) and rig.broker.sessions.pools == {}
     assert connect(rig, capabilities=spelled(1), oauth=oauth).list_tools()
-    ((_, _, digest),) = rig.broker.registry.pools
+    ((_, _, digest),) = rig.broker.sessions.pools
     assert len(digest) == 32
 
 
@@ -46,7 +45,7 @@ def test_the_order_of_members_makes_no_other_pool(rig):
     oauth = rig.login()
     for value in ({"a": {}, "b": {}}, {"b": {}, "a": {}}):
         connect(rig, capabilities={"elicitation": value}, oauth=oauth).list_tools()
-    assert len(rig.broker.registry.all()) == 1
+    assert len(rig.broker.sessions.all()) == 1
 
 
 def test_places_of_a_user_are_bounded_and_those_used_longest_ago_go(rig, monkeypatch):
@@ -55,7 +54,7 @@ def test_places_of_a_user_are_bounded_and_those_used_longest_ago_go(rig, monkeyp
     assert who(other) == "bob"
     for number in range(6):
         assert who(connect(rig, capabilities=spelled(number), oauth=oauth)) == "alice"
-    own = [place for place in rig.broker.registry.all() if place.initialize["capabilities"]]
+    own = [place for place in rig.broker.sessions.all() if place.initialize["capabilities"]]
     assert [place.initialize["capabilities"] for place in own] == [spelled(number) for number in (3, 4, 5)]
     rig.log.wait("child_stopped", 3)
     assert who(other) == "bob" and len(rig.log.named("child_stopped")) == 3
@@ -64,28 +63,28 @@ def test_places_of_a_user_are_bounded_and_those_used_longest_ago_go(rig, monkeyp
 def test_places_in_use_are_never_taken_away_and_too_many_are_refused(rig, monkeypatch):
     monkeypatch.setattr(fjmcp_broker, "MAX_POOLED", 2)
     monkeypatch.setattr(fjmcp_broker, "MAX_POOLED_IN_USE", 2)
-    registry = rig.broker.registry
-    used = [registry.lease("1", "c", spelled(number), False) for number in range(2)]
+    sessions = rig.broker.sessions
+    used = [sessions.lease("1", "c", spelled(number), False).frontend for number in range(2)]
     with pytest.raises(fjmcp_broker.RpcError) as refusal:
-        registry.lease("1", "c", spelled(2), False)
+        sessions.lease("1", "c", spelled(2), False)
     assert (refusal.value.status, refusal.value.data["reason"]) == (429, "busy")
-    assert registry.lease("1", "c", spelled(1), False) is used[1]
-    assert registry.lease("2", "c", spelled(2), False) not in used
+    assert sessions.lease("1", "c", spelled(1), False).frontend is used[1]
+    assert sessions.lease("2", "c", spelled(2), False).frontend not in used
 
 
 def test_a_place_that_never_had_a_child_goes_with_its_request(rig):
-    registry = rig.broker.registry
-    registry.release(registry.lease("1", "c", {}, False))
-    assert registry.pools == {}
+    sessions = rig.broker.sessions
+    sessions.lease("1", "c", {}, False).release()
+    assert sessions.pools == {}
 
 
 def test_a_held_call_whose_child_dies_is_held_no_longer(controlled, control):
     mcp = connect(controlled, capabilities=ALL_INPUT)
     asked = call(mcp, "ask_elicit")
-    assert len(controlled.broker.registry.held) == 1
+    assert len(controlled.broker.sessions.suspended.calls) == 1
     control.command({"cmd": "exit", "code": 1})
     controlled.log.wait("child_stopped")
-    assert controlled.broker.registry.held == {}
+    assert controlled.broker.sessions.suspended.calls == {}
     params = {"name": "ask_elicit", "arguments": {}, **retry_of(asked)}
     assert refused(mcp, "tools/call", params)[1] == -32602
 

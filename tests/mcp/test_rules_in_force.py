@@ -352,10 +352,10 @@ def test_subscriptions_end_with_the_right_to_resources(controlled, control):
     wanted = {"resourceSubscriptions": ["test://note"]}
     with listening(modern, **wanted) as (honoured, stream, _):
         assert honoured == wanted
-        sessions = rig.broker.registry.all()
-        assert len(sessions) == 2 and all(session.subscriptions for session in sessions)
+        sessions = rig.broker.sessions.all()
+        assert len(sessions) == 2 and all(session.replay.subscriptions for session in sessions)
         put_rules(rig, {"resources": False})
-        assert not any(session.subscriptions for session in sessions)
+        assert not any(session.replay.subscriptions for session in sessions)
     with listening(modern, **wanted, toolsListChanged=True) as (honoured, _, _):
         assert honoured == {"toolsListChanged": True}
 
@@ -497,8 +497,8 @@ def test_no_sequence_of_requests_calls_a_tool_that_the_rules_deny(shared, sequen
             listed = step[1]
             _list(listing, clients, listed)
         elif step[0] == "sleep":
-            for session in listing.rig.broker.registry.all():
-                session.sleep("idle")
+            for session in listing.rig.broker.sessions.all():
+                session.backends.sleep("idle")
         else:
             _, where, names = step
             before = len(listing.heard("tools/call"))
@@ -516,9 +516,9 @@ def _list(listing, clients, names):
     for mcp in clients.values():
         if not mcp.is_modern and mcp.session_id:
             mcp.notify("notifications/poke")
-    for session in listing.rig.broker.registry.all():
-        if session.link and session.link.alive:
-            session.link.on_line(b'{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}')
+    for session in listing.rig.broker.sessions.all():
+        if session.backend and session.backend.is_alive:
+            session.backend.on_line(b'{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}')
 
 
 @pytest.fixture(scope="module")

@@ -50,14 +50,14 @@ def test_no_request_is_kept_by_the_failure_to_start_a_child(make_rig):
     mcp = McpClient(rig.url + "/mcp", rig.login().tokens["access_token"])
     for _ in range(3):
         assert mcp.post({"jsonrpc": "2.0", "id": 1, "method": "tools/list"}).status == 503
-    (place,) = rig.broker.registry.all()
-    place.retry_at = float("inf")
+    (place,) = rig.broker.sessions.all()
+    place.backends.retry_at = float("inf")
     kept = []
 
     def refused_with(something):
         kept.append(weakref.ref(something))
         with pytest.raises(fjmcp_broker.RpcError):
-            place.awake()
+            place.backends.ensure()
 
     gc.disable()
     try:
@@ -106,9 +106,9 @@ def test_questions_that_wait_for_a_client_are_bounded_in_number_and_bytes(
     for number in range(count + 5):
         control.emit(ask(f"q{number}", size), pid)
     refusal = control.wait_event(event="message", method=None, pid=pid)
-    session = next(each for each in controlled.broker.registry.all() if each.questions)
-    assert refusal["id"] == f"q{count}" and len(session.questions) == count
-    assert sum(question.size for question in session.questions) <= fjmcp_broker.MAX_QUESTION_BYTES
+    session = next(each for each in controlled.broker.sessions.all() if each.questions.open)
+    assert refusal["id"] == f"q{count}" and len(session.questions.open) == count
+    assert sum(question.size for question in session.questions.open) <= fjmcp_broker.MAX_QUESTION_BYTES
     assert who(bob) == "bob" and who(same(mcp)) == "alice"
 
 
@@ -166,30 +166,35 @@ def test_subscriptions_of_a_session_are_bounded_in_number_and_length(make_rig, e
     assert code(uris[0]) == {}  # again, which is no more
     mcp.request("resources/unsubscribe", {"uri": uris[1]})
     assert code(uris[3]) == {}
-    (session,) = rig.broker.registry.all()
+    (session,) = rig.broker.sessions.all()
     row = rig.broker.store.session(session.name, session.sub, session.client_id)
-    assert sorted(json.loads(row.subscriptions)) == [uris[0], uris[2], uris[3]] and not session.subscribing
+    assert (
+        sorted(json.loads(row.subscriptions)) == [uris[0], uris[2], uris[3]]
+        and not session.replay.subscribing
+    )
 
 
 def test_a_subscription_whose_child_dies_does_not_count(controlled, control):
     mcp = controlled.session()
-    (session,) = controlled.broker.registry.all()
-    assert not session.begin_subscription("test://note") and session.subscribing
-    session.end_subscription("test://note")
+    (session,) = controlled.broker.sessions.all()
+    assert not session.replay.begin_subscription("test://note") and session.replay.subscribing
+    session.replay.end_subscription("test://note")
     control.command({"cmd": "exit", "code": 1})
     controlled.log.wait("child_stopped")
-    assert mcp.request("resources/subscribe", {"uri": "test://note"}) == {} and not session.subscribing
+    assert mcp.request("resources/subscribe", {"uri": "test://note"}) == {} and not session.replay.subscribing
 
 
 def test_a_session_on_file_with_more_subscriptions_than_allowed_is_cut(rig):
     mcp = rig.session()
-    (session,) = rig.broker.registry.all()
+    (session,) = rig.broker.sessions.all()
     uris = [f"test://echo/{number}" for number in range(200)]
     rig.broker.store.update_session(session.name, None, ["x" * 5000, *uris], None)
     rig.restart()
     assert who(same(mcp)) == "alice"
-    (session,) = rig.broker.registry.all()
-    assert len(session.subscriptions) in (127, 128) and max(map(len, session.subscriptions)) < 100
+    (session,) = rig.broker.sessions.all()
+    assert (
+        len(session.replay.subscriptions) in (127, 128) and max(map(len, session.replay.subscriptions)) < 100
+    )
 
 
 @pytest.mark.parametrize(
@@ -205,7 +210,7 @@ def test_a_refused_listener_leaves_nothing_and_starts_nothing(rig, wanted):
     mcp = connect(rig, capabilities={"elicitation": {}})
     params = {} if wanted is None else {"notifications": wanted}
     assert refused(mcp, "subscriptions/listen", params)[:2] == (400, -32602)
-    assert (rig.broker.registry.all(), rig.broker.registry.pools) == ([], {})
+    assert (rig.broker.sessions.all(), rig.broker.sessions.pools) == ([], {})
     assert not rig.log.named("child_started")
 
 
@@ -227,13 +232,13 @@ def test_a_child_that_says_too_much_of_itself_is_not_started(make_rig, monkeypat
     assert rig.log.named("child_says_too_much_of_itself")
 
 
-class Edge:
-    """An edge that notes what it is told."""
+class Backend:
+    """A backend that notes what it is told."""
 
     def __init__(self, collects):
-        self.collects_answers, self.told = collects, []
+        self.dialect, self.told = types.SimpleNamespace(is_modern=collects), []
 
-    def answered(self, question, result, error, last):
+    def answer(self, question, result, error, last):
         self.told.append((result, error, last))
 
 
@@ -243,13 +248,13 @@ def test_answers_to_questions_are_kept_only_for_a_child_that_gets_them_together_
 ):
     rig = make_rig(max_body="10KiB")
     rig.session()
-    (session,) = rig.broker.registry.all()
-    link = types.SimpleNamespace(edge=Edge(collects))
-    asking = fjmcp_broker.Call("tools/call", {}, None, 0.0)
+    (session,) = rig.broker.sessions.all()
+    backend = Backend(collects)
+    asking = fjmcp_broker.Call("tools/call", {}, 0.0)
     for number in range(3):
-        question = fjmcp_broker.Question(link, f"q{number}", "roots/list", {})
-        assert session.hold(question, asking, 60)
-        session.answer(question, {"x": "y" * 4000})
-    errors = [error for _, error, _ in link.edge.told]
+        question = fjmcp_broker.OpenQuestion(backend, f"q{number}", "roots/list", {})
+        assert session.questions.ask(question, asking, 60)
+        session.questions.answer(question, {"x": "y" * 4000})
+    errors = [error for _, error, _ in backend.told]
     assert [bool(error) for error in errors] == [False, False, collects]
-    assert len(json.dumps(asking.answers)) < (16_000 if collects else 10)
+    assert len(json.dumps(asking.input_responses)) < (16_000 if collects else 10)

@@ -63,7 +63,7 @@ def test_a_GET_stream_resumes_after_the_last_event_id_with_each_message_exactly_
 
 def test_a_GET_stream_without_an_id_goes_on_behind_what_was_taken(controlled, control):
     mcp = controlled.session()
-    ours = controlled.broker.registry.all()[0].front.get_stream
+    ours = controlled.broker.sessions.all()[0].frontend.get_stream
     stream = mcp.open_stream()
     control.emit(note(1))
     assert numbers(stream, 1) == [1]
@@ -182,7 +182,7 @@ def test_a_stale_event_id_opens_the_sessions_stream_if_nobody_reads_it_and_else_
 
 def test_of_two_stale_event_ids_at_once_one_gets_the_sessions_stream_and_the_other_a_quiet_one(controlled):
     controlled.session()
-    front = controlled.broker.registry.all()[0].front
+    front = controlled.broker.sessions.all()[0].frontend
     first = []
 
     def seat(_key):  # between the look whether the stream is free and its opening another request has it
@@ -226,7 +226,7 @@ def test_a_session_with_a_quiet_stream_stays_in_memory(controlled):
     stream = mcp.open_stream()
     other = mcp.open_stream(last_event_id="0aBcDeFgHiJk-3")
     stream.close()
-    front = controlled.broker.registry.all()[0].front
+    front = controlled.broker.sessions.all()[0].frontend
     reader = front.get_stream
     with reader._changed:
         assert reader._changed.wait_for(lambda: not reader.is_open, 15)

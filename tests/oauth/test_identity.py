@@ -105,7 +105,7 @@ def test_the_first_persons_pooled_child_serves_the_other_person_nothing(rig):
     assert without.post(CALL).status == 200  # a child in the pool of (alice, client)
     number = replaced(rig, "alice", "victim")
     mcp.oauth.login(None, "victim", "secret")  # through the same client
-    assert [session for session in rig.broker.registry.all() if session.sub == number] == []
+    assert [session for session in rig.broker.sessions.all() if session.sub == number] == []
     answer = McpClient(rig.url + "/mcp", mcp.oauth.tokens["access_token"]).post(CALL)
     assert '\\"login\\": \\"victim\\"' in answer.text
     reasons = [r["reason"] for r in rig.log.named("child_stopped")]

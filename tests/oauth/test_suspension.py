@@ -71,7 +71,7 @@ def test_a_suspension_is_seen_at_the_next_refresh_though_userinfo_and_the_token_
 def test_a_child_that_cannot_start_for_a_suspended_user_is_a_401_and_not_a_failing_program(lasting):
     rig = lasting
     mcp = rig.session()
-    rig.broker.registry.all()[0].sleep("test")
+    rig.broker.sessions.all()[0].backends.sleep("test")
     rig.forgejo.suspend("alice")
     assert same(mcp).post(CALL).status == 401
     assert user(rig).status == "suspended"

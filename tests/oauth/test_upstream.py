@@ -583,13 +583,13 @@ def test_a_probe_spends_no_token_and_carries_no_secret(lasting):
 def test_a_session_whose_child_could_not_start_while_Forgejo_was_away_wakes_soon_after(lasting):
     rig = lasting
     mcp = rig.session()
-    rig.broker.registry.all()[0].sleep("test")
+    rig.broker.sessions.all()[0].backends.sleep("test")
     rig.forgejo.inject("/api/v1/version", status(502, "away", "text/plain"), times=None)
     for _ in range(8):
         assert same(mcp).post(CALL).json()["error"]["data"]["reason"] == "upstream_down"
-    session = rig.broker.registry.all()[0]
-    assert session.retry_at - time.monotonic() <= 5
-    session.retry_at = 0.0  # as if these seconds had passed
+    session = rig.broker.sessions.all()[0]
+    assert session.backends.retry_at - time.monotonic() <= 5
+    session.backends.retry_at = 0.0  # as if these seconds had passed
     rig.forgejo.clear_faults()
     assert who(same(mcp)) == "alice"
 

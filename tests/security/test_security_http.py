@@ -42,7 +42,7 @@ def token(client):
 
 
 def children(rig):
-    return rig.broker.registry.counts()[1]
+    return rig.broker.counts()[1]
 
 
 def refused_with_401(rig, *lines, method=b"POST", error="invalid_token"):

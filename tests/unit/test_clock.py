@@ -270,7 +270,7 @@ def test_the_use_of_a_session_is_written_down_by_the_calendar(rig):
     mcp.oauth.refresh()
     again = McpClient(rig.url + "/mcp", mcp.oauth.tokens["access_token"])
     again.session_id = mcp.session_id
-    rig.broker.registry.find(mcp.session_id, "1001", mcp.oauth.client_id).notify("notifications/x")
-    rig.broker.registry.save_uses()
+    rig.broker.sessions.find(mcp.session_id, "1001", mcp.oauth.client_id).session.notify("notifications/x")
+    rig.broker.sessions.save_uses()
     (row,) = rig.broker.store.sessions_of("1001")
     assert row.used_at == pytest.approx(rig.clock.now(), abs=30)

@@ -20,18 +20,9 @@ LONG_FUNCTIONS: set[str] = {
     "examine",
     "init",
 }
-LONG_CLASSES: set[str] = {
-    "Endpoint",
-    "Registry",
-    "Session",
-}
-WIDE_CONSTRUCTORS: set[str] = {
-    "Call",
-    "Session",
-}
-NAMED_FROM_BELOW: set[str] = {
-    "Registry and reaper names Caller",
-}
+LONG_CLASSES: set[str] = set()
+WIDE_CONSTRUCTORS: set[str] = set()
+NAMED_FROM_BELOW: set[str] = set()
 
 
 @functools.cache

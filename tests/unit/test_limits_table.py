@@ -155,5 +155,5 @@ def test_a_row_says_everything_and_names_tests_that_exist(container):
 
 def test_the_walk_sees_what_it_is_meant_to_see():
     found = containers()
-    assert {"EventStream._items", "KeptBytes.users", "Registry.pools", "Link.pending"} <= found
+    assert {"EventStream._items", "KeptBytes.users", "Sessions.pools", "Backend.pending"} <= found
     assert "SETTINGS" not in found and "LISTS" not in found

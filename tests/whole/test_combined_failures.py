@@ -46,9 +46,7 @@ def client(rig):
 
 def places_are_free(rig):
     """Whether no child has a place, soon."""
-    registry = rig.broker.registry
-    with registry.lock:
-        return registry.lock.wait_for(lambda: not +registry.places, 15)
+    return rig.broker.capacity.wait_until_empty(15)
 
 
 def has_ended(pid):
@@ -72,9 +70,9 @@ def test_a_child_that_ignores_its_end_is_killed_whoever_stopped_it(make_rig, tmp
         assert "error" in client(rig).post(opening()).json()
     else:
         mcp = rig.session()
-        session = rig.broker.registry.all()[0]
+        session = rig.broker.sessions.all()[0]
         if end == "sleep":
-            assert session.sleep("idle")
+            assert session.backends.sleep("idle")
         else:
             mcp.delete()
     assert places_are_free(rig)
@@ -87,7 +85,7 @@ def test_capabilities_that_are_no_object_are_refused_and_take_no_place(make_rig,
     rig = make_rig(child=("--era", era) if era == "modern" else ())
     answer = client(rig).post(opening(capabilities="x"))
     assert (answer.status, answer.json()["error"]["code"]) == (400, -32602)
-    assert not +rig.broker.registry.places and not rig.broker.registry.all()
+    assert not rig.broker.capacity.count() and not rig.broker.sessions.all()
 
 
 def test_a_revocation_is_in_force_although_the_grants_could_not_be_read_once(rig, monkeypatch):
@@ -108,10 +106,10 @@ def test_a_revocation_is_in_force_although_the_grants_could_not_be_read_once(rig
 
 
 def test_a_place_whose_client_has_no_login_any_more_goes_alone_from_its_pool(rig):
-    registry = rig.broker.registry
-    places = [registry.lease("1", "x", {}, alone=True) for _ in range(2)]
-    registry.forget_but(set(), places[:1], "grant ended")
-    assert registry.all() == places[1:] and places[0].ended and not places[1].ended
+    sessions = rig.broker.sessions
+    places = [sessions.lease("1", "x", {}, alone=True).frontend.session for _ in range(2)]
+    sessions.forget_but(set(), places[:1], "grant ended")
+    assert sessions.all() == places[1:] and places[0].ended and not places[1].ended
 
 
 def test_only_the_program_that_asked_is_known_to_ask(make_rig, tmp_path):
@@ -122,27 +120,28 @@ def test_only_the_program_that_asked_is_known_to_ask(make_rig, tmp_path):
     rig = make_rig(forgejo_mcp_binary=f"{script},x")
     first = connect(rig, capabilities=ALL_INPUT)
     first.request("tools/list")
-    old = rig.broker.registry.all()[0].link
+    old = rig.broker.sessions.all()[0].backend.program.fingerprint
     script.write_text(text + "# an upgrade\n")
     connect(rig, "bob", capabilities=ALL_INPUT).request("tools/list")
-    assert old.binary != rig.broker.registry.all()[-1].link.binary
+    new = rig.broker.sessions.all()[-1].backend.program.fingerprint
+    assert old != new
     first.auto = None
     assert call(first, "ask_elicit")["resultType"] == "input_required"
-    assert rig.broker.store.binary(old.binary).asks
-    assert not rig.broker.store.binary(rig.broker.registry.all()[-1].link.binary).asks
-    assert not rig.broker.registry.asking
+    assert rig.broker.store.program(old).sends_requests
+    assert not rig.broker.store.program(new).sends_requests
+    assert not rig.broker.launcher.sends_requests
 
 
 def test_a_call_ends_with_its_session_and_gives_its_lease_back(rig):
     mcp = connect(rig)
     call(mcp, "get_pid")
-    (place,) = rig.broker.registry.all()
+    (place,) = rig.broker.sessions.all()
     asked = in_thread(call, mcp, "silent")
     while not any(each.method == "tools/call" for each in place.calls()):
         time.sleep(0.01)
     place.end("grant ended")
     assert asked().data["reason"] == "session_ended"
-    while place.users:  # the answer goes first
+    while place.frontend.users:  # the answer goes first
         time.sleep(0.01)
 
 
@@ -165,19 +164,19 @@ def test_a_stream_whose_grant_ended_while_it_was_let_in_ends(rig):
     reaper, store = rig.broker.reaper, rig.broker.store
     row = store.bearer(fjmcp_broker.token_hash(mcp.token), rig.clock.now())
     caller = fjmcp_broker.Caller(
-        row.sub, row.login, row.client_id, row.grant_id, row.scope, row.asked, row.expires_at
+        row.sub, row.login, row.client_id, row.grant_id, row.scope, row.requested_scope, row.expires_at
     )
     store.end_grant(row.grant_id, "test", rig.clock.now())
     rig.tick()
     reader = fjmcp_broker.EventStream().open()
-    reaper.watch(reader, caller, True)
+    reaper.track(reader, caller, True)
     rig.tick()
     assert reader.ended
 
 
 def test_a_failing_session_keeps_the_reaper_from_nothing_else(rig, monkeypatch):
     mcp, bob = rig.session(), rig.session("bob")
-    first = rig.broker.registry.all()[0]
+    first = rig.broker.sessions.all()[0]
     monkeypatch.setattr(first, "tick", lambda now: 1 / 0)
     mcp.oauth.revoke(mcp.oauth.tokens["refresh_token"])
     rig.tick()
@@ -187,8 +186,8 @@ def test_a_failing_session_keeps_the_reaper_from_nothing_else(rig, monkeypatch):
 @pytest.mark.parametrize("what", ["start", "refresh", "look"])
 def test_without_a_thread_nothing_stays_marked(rig, monkeypatch, what):
     mcp = rig.session()
-    session = rig.broker.registry.all()[0]
-    session.sleep("idle")
+    session = rig.broker.sessions.all()[0]
+    session.backends.sleep("idle")
     places_are_free(rig)
 
     def none(_thread):
@@ -197,12 +196,12 @@ def test_without_a_thread_nothing_stays_marked(rig, monkeypatch, what):
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", none)
         if what == "start":
-            session.wake_in_background()
+            session.backends.start_in_background()
         elif what == "refresh":
             rig.broker.reaper._refresh_in_background(session.sub)
         else:
-            rig.broker.registry.tool_refused(session.sub)
-    assert not session.waking and not rig.broker.reaper._refreshing
+            rig.broker.launcher.examine_in_background(session.sub)
+    assert not session.backends.starting and not rig.broker.reaper._refreshing
     assert mcp.call_tool("get_pid")
 
 
@@ -235,11 +234,11 @@ def test_requests_without_a_session_that_get_no_child_leave_no_lease(rig, monkey
     def spawn(*_arguments):
         raise fjmcp_broker.unavailable("starting_failed", "x")
 
-    monkeypatch.setattr(rig.broker.registry, "spawn", spawn)
+    monkeypatch.setattr(rig.broker.launcher, "spawn", spawn)
     mcp = client(rig)
     for _ in range(3):
         assert mcp.post({"jsonrpc": "2.0", "id": 1, "method": "tools/list"}).status == 503
-    assert [place.users for place in rig.broker.registry.all()] == [0]
+    assert [place.frontend.users for place in rig.broker.sessions.all()] == [0]
 
 
 def test_a_batch_with_large_answers_loses_none_when_the_last_comes_after_the_wait_for_plain_json(monkeypatch):

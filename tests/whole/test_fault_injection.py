@@ -18,15 +18,15 @@ WAIT = 20
 DELIVERIES = (
     (fjmcp_broker.EventStream, "put"),
     (fjmcp_broker.Child, "send"),
-    (fjmcp_broker.LegacyReply, "answer"),
-    (fjmcp_broker.ModernReply, "answer"),
-    (fjmcp_broker.LegacyFront, "heard"),
-    (fjmcp_broker.LegacyFront, "asked"),
-    (fjmcp_broker.PoolFront, "heard"),
-    (fjmcp_broker.PoolFront, "asked"),
+    (fjmcp_broker.LegacyCall, "answer"),
+    (fjmcp_broker.ModernCall, "answer"),
+    (fjmcp_broker.SessionFrontend, "on_notification"),
+    (fjmcp_broker.SessionFrontend, "on_questions"),
+    (fjmcp_broker.StatelessFrontend, "on_notification"),
+    (fjmcp_broker.StatelessFrontend, "on_questions"),
 )
 NOT_CALLS = ("healthy", "close", "backup")
-OUR_THREADS = ("stdout-", "stderr-", "connection", "wake", "refresh", "give-up", "examine")
+OUR_THREADS = ("stdout-", "stderr-", "connection", "start", "refresh", "give-up", "examine")
 
 
 def unavailable():
@@ -139,8 +139,8 @@ class Scene:
         if pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, 9)
-        for session in self.rig.broker.registry.all():
-            session.sleep("idle")
+        for session in self.rig.broker.sessions.all():
+            session.backends.sleep("idle")
 
     def open_and_end(self):
         with contextlib.closing(McpClient(self.alice.url, self.alice.token)) as other:
@@ -158,28 +158,30 @@ class Scene:
 
     def left_over(self):
         """What is still marked, taken or waiting."""
-        registry, reaper = self.rig.broker.registry, self.rig.broker.reaper
+        broker, reaper = self.rig.broker, self.rig.broker.reaper
         found = []
-        for session in registry.all():
-            pending = [link.pending for link in session.links() if link.pending]
+        for session in broker.sessions.all():
+            pending = [each.pending for each in session.backends.all() if each.pending]
             found += [f"{session.sub}: {pending}"] if pending else []
-            found += [f"{session.sub} wakes"] if session.waking else []
-            found += [f"{session.sub}: {session.users} leases"] if session.users else []
-            found += [f"{session.sub}: questions are open"] if session.questions else []
-        awake = sum(not child.ended.is_set() for child in registry.children)
-        places = sum(registry.places.values())
+            found += [f"{session.sub} starts"] if session.backends.starting else []
+            users = getattr(session.frontend, "users", 0)
+            found += [f"{session.sub}: {users} leases"] if users else []
+            found += [f"{session.sub}: questions are open"] if session.questions.open else []
+        awake = sum(not child.ended.is_set() for child in broker.launcher._children)
+        places = broker.capacity.count()
         found += [f"{places} places of {awake} children"] if places != awake else []
-        found += [f"{registry.waiting} wait for a place"] if registry.waiting else []
+        waiting = broker.capacity._waiting
+        found += [f"{waiting} wait for a place"] if waiting else []
         return found + ([f"refreshing {reaper._refreshing}"] if reaper._refreshing else [])
 
     def at_rest(self):
         """The descriptors once nobody is connected, every child sleeps and no thread of a request or child is left."""
         self.alice.close()
         self.bob.close()
-        registry, server = self.rig.broker.registry, self.rig.broker.server
-        for session in registry.all():
-            session.sleep("idle", though_listening=True)
-        assert soon(lambda: not +registry.places and not server.open_connections)
+        broker, server = self.rig.broker, self.rig.broker.server
+        for session in broker.sessions.all():
+            session.backends.sleep("idle", though_listening=True)
+        assert soon(lambda: not broker.capacity.count() and not server.open_connections)
         assert soon(lambda: not threads()), threads()
         return len(os.listdir("/proc/self/fd"))
 
