@@ -6533,6 +6533,20 @@ def missing_rights(missing: Sequence[str], forgejo_url: str) -> Html:
     return fill(MISSING_RIGHTS, missing=" ".join(missing), settings=settings_url)
 
 
+def rules_note(left: Sequence[tuple[str, str]]) -> Html:
+    """Returns what the operator's rules leave to each application, given as (its name, a sentence); nothing where no rule is."""
+    lines = [
+        fill("<li><strong>{name}</strong>: {rights}</li>", name=name, rights=rights)
+        for name, rights in left
+        if rights
+    ]
+    return (
+        fill("<h2>What the operator allows</h2><ul>{lines}</ul>", lines=Html("".join(lines)))
+        if lines
+        else NO_HTML
+    )
+
+
 @dataclass(frozen=True)
 class OpenSession:
     """A session as the account page shows it."""
@@ -7699,13 +7713,24 @@ class AccountPages:
         row = self._store.user(user.sub)
         granted = row.upstream_scope if row else None
         missing = missing_scopes(self._settings.forgejo_oauth_scopes, granted) if granted is not None else []
+        applications = self._applications(user.sub)
+        left = [(each.name, self._rights_of(user.sub, each.client_id)) for each in applications]
         return account_page(
             user.login,
             self._forgejo_host,
             self._settings.resource,
-            self._applications(user.sub),
+            applications,
             self._forms.csrf(cookie, "account"),
-            missing_rights(missing, self._settings.forgejo_url),
+            Html(missing_rights(missing, self._settings.forgejo_url) + rules_note(left)),
+        )
+
+    def _rights_of(self, sub: str, client_id: str) -> str:
+        """Returns what the operator's rules leave to a user through one application, in words; empty without rules."""
+        user = self._store.user(sub) if self._settings.tool_rules else None
+        if user is None:
+            return ""
+        return rights_sentence(
+            rights_of(self._settings.tool_rules, user.sub, user.login, user.groups, client_id)
         )
 
     def _applications(self, sub: str) -> list[Application]:
@@ -15486,9 +15511,16 @@ def check_child(settings: Settings) -> Iterator[tuple[str, ...]]:
                 yield "fail", f"forgejo_mcp_binary: {shown} is too old", "install forgejo-mcp 2.0 or newer"
         with tried_child(settings, command, environment) as (child, lines):
             server = introduced(child, lines, settings.start_timeout)
+            tools = (
+                listed_tools(child, lines, settings.start_timeout)
+                if server and settings.tool_rules
+                else set()
+            )
     except (ChildMissing, ChildFailed, OSError, subprocess.TimeoutExpired) as error:
         yield "fail", f"forgejo_mcp_binary: {error}", "install forgejo-mcp, and give its path"
+        yield from check_rules(settings, ())
         return
+    yield from check_rules(settings, tools)
     if server:
         yield (
             "ok",
@@ -15526,32 +15558,67 @@ def tried_child(
         guardian.close()
 
 
+def answered_by(
+    child: Child, lines: "queue.SimpleQueue[bytes]", body: dict[str, object], end: float
+) -> object:
+    """Returns a child's answer to a request; None when there is none by then (monotonic), or none that can be read."""
+    child.send(dump({"jsonrpc": "2.0", **body}))
+    answer: object = {"method": ""}
+    while member(answer, "method", str, None) is not None:  # it may say something before it answers
+        try:
+            line = lines.get(timeout=max(0.0, end - time.monotonic()))
+            answer = read_child_json(line.removeprefix(BYTE_ORDER_MARK)) if line else None
+        except (queue.Empty, ValueError):
+            return None
+        answer = answer[0] if isinstance(answer, list) and answer else answer
+    return answer
+
+
+US = {"name": "fjmcp-broker", "version": __version__}
+OUR_META = {META_VERSION: FIRST_MODERN_VERSION, META_CLIENT: US, META_CAPABILITIES: {}}
+
+
 def introduced(child: Child, lines: "queue.SimpleQueue[bytes]", seconds: float) -> dict[str, object]:
     """Returns what a child says of itself, in either era; nothing if it does not answer in time."""
     end = time.monotonic() + seconds
-    us = {"name": "fjmcp-broker", "version": __version__}
-    meta = {META_VERSION: FIRST_MODERN_VERSION, META_CLIENT: us, META_CAPABILITIES: {}}
     for method, params in (
-        ("initialize", {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": us}),
-        ("server/discover", {"_meta": meta}),  # what refuses the handshake may speak the era that has none
+        ("initialize", {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": US}),
+        (
+            "server/discover",
+            {"_meta": OUR_META},
+        ),  # what refuses the handshake may speak the era that has none
     ):
-        child.send(dump(asking(method, params, jsonrpc="2.0", id=method)))
-        answer: object = {"method": ""}
-        while member(answer, "method", str, None) is not None:  # it may say something before it answers
-            try:
-                line = lines.get(timeout=max(0.0, end - time.monotonic()))
-                answer = read_child_json(line.removeprefix(BYTE_ORDER_MARK)) if line else None
-            except queue.Empty:
-                return {}
-            except ValueError:
-                answer = None
-            answer = answer[0] if isinstance(answer, list) and answer else answer
+        answer = answered_by(child, lines, asking(method, params, id=method), end)
         result = member(answer, "result", dict, {})
         server = member(result, "serverInfo", dict, None)
         server = server or member(member(result, "_meta", dict, {}), META_SERVER, dict, None)
         if server or child.ended.is_set():
             return server or {}
     return {}
+
+
+def listed_tools(child: Child, lines: "queue.SimpleQueue[bytes]", seconds: float) -> set[str]:
+    """Returns the names of the tools that a child lists, in either era, over all pages; as far as it says them in time."""
+    end = time.monotonic() + seconds
+    child.send(dump(asking("notifications/initialized", None, jsonrpc="2.0")))
+    names: set[str] = set()
+    cursor = ""
+    for _ in range(MAX_TOOL_PAGES):
+        params = {"_meta": OUR_META, **({"cursor": cursor} if cursor else {})}
+        result = member(
+            answered_by(child, lines, asking("tools/list", params, id="tools/list"), end), "result", dict, {}
+        )
+        names |= {member(tool, "name", str, "") for tool in member(result, "tools", list, [])}
+        cursor = member(result, "nextCursor", str, "")
+        if not cursor:
+            break
+    return names - {""}
+
+
+def check_rules(settings: Settings, tools: Collection[str]) -> Iterator[tuple[str, ...]]:
+    """The tool rules: do they mean what they say, before these tools."""
+    for sentence in rule_warnings(settings.tool_rules, tools):
+        yield "warn", sentence, 'see "Who may use which tool" in operate.md'
 
 
 def check_containment(settings):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import fjmcp_broker
 from rigs import mcp_client
+from rigs.browser import open_account
 from rigs.listing import READER, WRITER, Listing, called, request, tool
 from rigs.mcp_client import META, MODERN, McpClient, OAuthClient, header_value
 from rigs.modern_requests import call, connect, listening, refused, retry_of
@@ -565,3 +566,14 @@ def test_no_spelling_makes_a_child_on_mcp_go_run_a_denied_tool(shared_go, where,
     assert "RAN " + WRITER not in answer.text and '"name":"' + WRITER not in answer.text
     may_read = rule is not None and name == READER and twin in ("", "arguments") and "users" not in rule
     assert ("RAN " + READER in answer.text) is may_read
+
+
+def test_the_account_page_says_what_the_rules_leave_to_each_application(rig):
+    editor = rig.login(name="My <b>editor</b>")
+    rig.login(name="My reader")
+    _, page = open_account(rig)
+    assert "What the operator allows" not in page.words
+    put_rules(rig, {"clients": [editor.client_id], "deny": ["delete_*"]}, {"users": ["ALICE"], **READING})
+    _, page = open_account(rig)
+    assert "My <b>editor</b> : All tools, but none named delete_*." in page.words
+    assert "My reader : Tools that only read." in page.words
