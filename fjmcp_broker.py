@@ -14,7 +14,8 @@ Four ideas carry the design:
 
 Contents, in dependency order; a section names only what stands above it:
   Vocabulary · Settings · Log and metrics · Seal · Store · Messages · HTTP values · Outgoing HTTP · Forgejo · Forgejo credentials · Pages ·
-  Clients · Authorization · Child · Session · Eras · Registry and reaper · Gate and /mcp · HTTP server · Broker · Commands
+  Clients · Authorization · Child · Session · Eras · Registry and reaper · Gate and /mcp · HTTP server · Broker ·
+  Command line · Init · Doctor · Check · Operators · Serve
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ import itertools
 import json
 import math
 import os
+import pwd
 import queue
 import re
 import resource
@@ -69,6 +71,7 @@ import stat
 import string
 import subprocess
 import termios
+import textwrap
 import threading
 import time
 import tomllib
@@ -77,7 +80,7 @@ import unicodedata
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, IO, NamedTuple, Protocol, TextIO, TypeVar
+from typing import Any, Final, IO, Literal, NamedTuple, Protocol, TextIO, TypeVar
 from urllib.parse import SplitResult, parse_qsl, quote, unquote_plus, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -828,6 +831,12 @@ SETTINGS = (
     Setting("audit_calls", "switch", True, "write an audit record for each call of a tool", reload=True),
     Setting("metrics_listen", "any_address", "", "address for GET /metrics; empty: none"),
     Setting("log_format", "log_format", "json", "`json`, or `text` for people"),
+    Setting(
+        "check_at_start",
+        "switch",
+        True,
+        "after each start, ask Forgejo and start forgejo-mcp once as `check` does; what fails is a warning in the log",
+    ),
     Setting("debug", "switch", False, "log what children write to stderr, and each request", reload=True),
     Setting(
         "tool_rules",
@@ -1220,6 +1229,7 @@ class Settings:
     metrics_listen: tuple[str, int] | None
     log_format: str
     log_addresses: str
+    check_at_start: bool
     debug: bool
     tool_rules: tuple[ToolRule, ...]
     clients: tuple[ConfiguredClient, ...]
@@ -2195,6 +2205,9 @@ ALTER TABLE programs RENAME COLUMN asks TO sends_requests;
 CREATE INDEX assertions_by_expiry ON assertions (expires_at);
 CREATE INDEX account_logins_by_expiry ON account_logins (expires_at);
 CREATE INDEX account_logins_by_user ON account_logins (sub);
+CREATE TABLE operator_records (
+  record_id INTEGER PRIMARY KEY, event TEXT NOT NULL, sub TEXT, client_id TEXT, grant_id INTEGER, reason TEXT NOT NULL
+);
 """
 MIGRATIONS = (SCHEMA, VERSION_2)  # MIGRATIONS[n] takes a store from version n to n + 1
 
@@ -2206,6 +2219,17 @@ BUSY_WAIT = 5  # seconds to wait for a process that keeps the database locked
 Values = tuple[Any, ...]  # a row as SQLite gives it
 Parameters = Mapping[str, object]
 RowType = TypeVar("RowType")
+
+
+class OperatorRow(NamedTuple):
+    """What an operator's command did, for the log of the broker that runs."""
+
+    record_id: int
+    event: str
+    sub: str | None
+    client_id: str | None
+    grant_id: int | None
+    reason: str
 
 
 class ClientRow(NamedTuple):
@@ -2481,7 +2505,15 @@ LISTINGS = {
         ORDER BY created_at
     """,
     "grants": f"""
-        SELECT grant_id, login, client_id, scope, grants.created_at, used_at, expires_at
+        SELECT
+          grant_id,
+          login,
+          client_id,
+          (SELECT name FROM clients WHERE clients.client_id = grants.client_id) AS client_name,
+          scope,
+          grants.created_at,
+          used_at,
+          expires_at
         FROM grants
         JOIN users USING (sub)
         WHERE {LIVE_GRANT}
@@ -2492,6 +2524,7 @@ LISTINGS = {
           {SESSION_NAME} AS session,
           login,
           client_id,
+          (SELECT name FROM clients WHERE clients.client_id = sessions.client_id) AS client_name,
           protocol_version,
           sessions.created_at,
           used_at
@@ -3569,10 +3602,19 @@ class TokenStore(Database):
         """Revokes one access token (RFC 7009)."""
         self._run({"hash": token_hash}, "DELETE FROM access_tokens WHERE hash = :hash")
 
-    def end_grant(self, grant_id: int, reason: str, now: float) -> GrantRow | None:
-        """Ends a grant with all its tokens, and its owner's sessions if it was their last. Returns None when it had ended before."""
+    def end_grant(self, grant_id: int, reason: str, now: float, for_log: bool = False) -> GrantRow | None:
+        """Ends a grant with all its tokens, and its owner's sessions if it was their last. Returns None when it had ended before.
+
+        `for_log`: the broker that runs finds it in operator_records.
+        """
         ended = self._run(
-            {"grant_id": grant_id, "reason": reason, "now": now},
+            {"grant_id": grant_id, "reason": reason, "now": now, "for_log": for_log},
+            """
+            INSERT INTO operator_records (event, sub, client_id, grant_id, reason)
+            SELECT 'token_revoked', sub, client_id, grant_id, :reason
+            FROM grants
+            WHERE grant_id = :grant_id AND ended_at IS NULL AND :for_log
+            """,
             "DELETE FROM access_tokens WHERE grant_id = :grant_id",
             "UPDATE refresh_tokens SET successor = NULL WHERE grant_id = :grant_id",
             f"""
@@ -3799,6 +3841,38 @@ class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore):
         """Returns the column names and rows of users, clients, grants (live ones) or sessions."""
         columns, rows = self._read(LISTINGS[kind], {"now": now})
         return [column[0] for column in columns], rows
+
+    def forget_client(self, client_id: str) -> bool:
+        """Removes a client's registration; its logins stay. Returns whether it was there."""
+        removed = self._run(
+            {"client_id": client_id},
+            """
+            INSERT INTO operator_records (event, client_id, reason)
+            SELECT 'client_removed', client_id, 'removed by operator'
+            FROM clients
+            WHERE client_id = :client_id
+            """,
+            "DELETE FROM clients WHERE client_id = :client_id RETURNING 1",
+        )
+        return bool(removed)
+
+    def operator_records(self, most: int) -> list[OperatorRow]:
+        """Returns the oldest of what operators' commands have done and no broker has logged yet."""
+        return self._all(
+            OperatorRow._make,
+            """
+            SELECT record_id, event, sub, client_id, grant_id, reason
+            FROM operator_records
+            WHERE record_id > 0
+            ORDER BY record_id
+            LIMIT :most
+            """,
+            {"most": most},
+        )
+
+    def drop_operator_records(self, up_to: int) -> None:
+        """Drops what has been logged."""
+        self._run({"up_to": up_to}, "DELETE FROM operator_records WHERE record_id <= :up_to")
 
     def boxes(self) -> list[BoxRow]:
         """Returns all that stays sealed here: the key's probe and the credentials."""
@@ -5005,6 +5079,21 @@ def _time_left(deadline: float) -> float:
     return left
 
 
+def plain_reason(error: object) -> str:
+    """Returns what went wrong with a request, for operators: in words, not in the names of Python's classes."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not good: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return (
+            f"it speaks no TLS as we do: {(error.reason or 'the handshake failed').replace('_', ' ').lower()}"
+        )
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, http.client.HTTPException):
+        return f"what it answers is not HTTP{f': {error}' if str(error) else ''}"
+    return getattr(error, "strerror", None) or str(error)
+
+
 class _Socket(io.RawIOBase):
     """A socket for http.client with one deadline over a whole answer: a time-out per read would start anew at each byte."""
 
@@ -5079,7 +5168,8 @@ def resolve_until(
     except queue.Empty:
         raise FetchFailed("the name servers do not answer", away=True) from None
     if isinstance(answer, Exception) or not answer:
-        raise FetchFailed(f"the name does not resolve: {answer or 'it has no address'}", away=True)
+        reason = plain_reason(answer) if isinstance(answer, Exception) else "it has no address"
+        raise FetchFailed(f"the name does not resolve: {reason}", away=True)
     return answer
 
 
@@ -5128,7 +5218,7 @@ def open_socket(
             if isinstance(error, ssl.SSLCertVerificationError):
                 raise
             trouble = error
-    raise FetchFailed(f"{type(trouble).__name__}: {trouble}", away=True)
+    raise FetchFailed(plain_reason(trouble), away=True)
 
 
 def _exchange(
@@ -5190,7 +5280,7 @@ def fetch(
         return _exchange(connection, method, parts, headers, body, cap, on_data)
     except (OSError, http.client.HTTPException, ValueError) as error:
         away = isinstance(error, (ConnectionError, TimeoutError))
-        raise FetchFailed(f"{type(error).__name__}: {error}", away) from None
+        raise FetchFailed(plain_reason(error), away) from None
     finally:
         if sock:
             sock.close()
@@ -12506,6 +12596,9 @@ class Trimmer:
         self._last = now
 
 
+OPERATOR_RECORDS = 500  # of operators' commands, logged in one tick
+
+
 class Reaper:
     """What happens by the clock. tick() is a plain function; run() calls it at least once a second from a daemon thread."""
 
@@ -12555,6 +12648,7 @@ class Reaper:
         self._step(self._compare_clocks)
         now = self._clock.now()
         self._step(self._log.flush)
+        self._step(self._log_operators)
         self._step(self._launcher.tick)
         for session in self._sessions.all():
             self._step(self._tick_session, session)
@@ -12572,6 +12666,20 @@ class Reaper:
             now -= self._clock.leap()  # what only a step of the clock expires stays
             self._step(self._forget, "grant ended", self._store.end_orphaned_sessions, now)
             self._step(self._forget, "expired", self._store.sweep, now, self._settings.session_lifetime)
+
+    def _log_operators(self) -> None:
+        """Logs what operators' commands have done; a crash before it is dropped logs it twice."""
+        records = self._store.operator_records(OPERATOR_RECORDS)
+        for record in records:
+            self._log.audit(
+                record.event,
+                user=record.sub,
+                client=record.client_id,
+                grant=record.grant_id,
+                reason=record.reason,
+            )
+        if records:
+            self._store.drop_operator_records(records[-1].record_id)
 
     def _compare_clocks(self) -> None:
         """Follows the wall clock once it has differed for long; until then, and then, the operator is told."""
@@ -15064,20 +15172,77 @@ def git_blob_id(path: str) -> str:
 
 
 # ======================================================================================================================
-# Commands
-# Owns the command line: flags from the table of settings, `serve`, `check` and `doctor`, what operators do, signals and exit status.
+# Command line
+# Owns the words of a command line: the table of commands, their flags, the help texts, which configuration file is read.
+# Must not know what a command does.
 # ======================================================================================================================
 
 
-def flag_of(name):
-    """A setting's flag."""
+@dataclass(frozen=True)
+class Command:
+    """A command: its help, its own flags (name -> what follows it, "" for a switch; and its help), and the word it takes."""
+
+    help: str
+    flags: Mapping[str, tuple[str, str]] | None = None
+    word: str = ""
+
+    def own_flags(self) -> Mapping[str, tuple[str, str]]:
+        """Returns its flags, none where it has none."""
+        return self.flags or {}
+
+
+LIST_FLAGS = {
+    "json": ("", "a JSON list of objects instead of a table, with times in seconds since 1970"),
+    "since": ("TIME", "only what was used since then: a date (2026-11-30), or how long ago (90m, 7d)"),
+}
+# fmt: off
+COMMANDS = {
+    "serve": Command("serve (the default command)"),
+    "check": Command("validate the configuration, then try it: store, key, Forgejo, forgejo-mcp, public URL", {
+        "as": ("USER", "as root: with the rights of this user; without it, of the owner of the store or of its folder"),
+    }),
+    "init": Command("write a commented configuration, asking for what it cannot know (flags answer for it)"),
+    "doctor": Command(
+        "do what real clients do at a public URL, short of logging in, and name what would break each", word="URL"
+    ),
+    "users": Command("list the users", LIST_FLAGS),
+    "clients": Command("list the clients", LIST_FLAGS),
+    "grants": Command("list the logins that are in force", LIST_FLAGS),
+    "sessions": Command("list the sessions", LIST_FLAGS),
+    "revoke": Command("end logins; in force in a running broker within a second", {
+        "user": ("NAME", "the logins of a user, by the login at Forgejo"),
+        "client": ("ID", "the logins through a client"),
+        "grant": ("ID", "one login"),
+        "all": ("", "every login"),
+        "forget": ("", "with --client: remove the client's registration, too"),
+    }),
+    "rebind": Command("the same Forgejo has another URL: it is asked for users known here, who must be the same", {
+        "forget": ("", "it is another Forgejo: all logins end"),
+    }),
+    "backup": Command("write a consistent copy of the store, also while the broker runs", word="FILE"),
+    "rotate-key": Command("seal everything under a new key; may be interrupted and run again"),
+}
+# fmt: on
+VALUED = {name for command in COMMANDS.values() for name, flag in command.own_flags().items() if flag[0]} | {
+    "config"
+}
+SWITCHES = {name for command in COMMANDS.values() for name in command.own_flags()} - VALUED
+
+
+def flag_of(name: str) -> str:
+    """Returns a setting's flag."""
     return "--" + name.replace("_", "-")
 
 
-def usage():
-    """The text of --help, from the tables of commands and settings."""
+def plain_settings() -> list[Setting]:
+    """Returns the settings that are one value each: not [[clients]] and the like, which are tables of the file."""
+    return [setting for setting in SETTINGS if setting.kind not in FILE_ONLY_KINDS]
+
+
+def usage() -> str:
+    """Returns the text of --help, made from the tables of commands and settings."""
     lines = [
-        "usage: fjmcp_broker.py --config broker.toml [COMMAND] [--SETTING VALUE]...",
+        "usage: fjmcp-broker [--config FILE] [COMMAND] [--SETTING VALUE]...",
         "",
         "Lets people use their own Forgejo from MCP clients, as themselves.",
         "",
@@ -15085,143 +15250,154 @@ def usage():
         "                  (if it and its folder are yours and nobody else may write there), else"
         f" {SYSTEM_CONFIGURATION}",
         "  --version       print the version",
-        "  --help          print this",
+        "  --help          print this; COMMAND --help: what a command takes",
         "",
         "Commands:",
-        *(f"  {name:14}{command.help}" for name, command in COMMANDS.items()),
+        *(f"  {name:12}  {command.help}" for name, command in COMMANDS.items()),
         "",
         "Settings, each also as a key of the file and as FJMCP_BROKER_<NAME> (flag > environment > file > default).",
         "A setting that is one piece of text can be read from a file with --<name>-file.",
         "",
     ]
-    for setting in (setting for setting in SETTINGS if setting.kind not in FILE_ONLY_KINDS):
-        default = (
-            " (required)"
-            if setting.default is REQUIRED
-            else f" (default {setting.default})"
-            if setting.default
-            else ""
-        )
+    for setting in plain_settings():
+        default = f" (default {setting.default})" if setting.default else ""
+        if setting.default is REQUIRED:
+            default = " (required)"
         lines.append(f"  {flag_of(setting.name)}\n        {setting.help}{default}")
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command: what runs it (Arguments -> exit status), its help, flags of its own, and whether it takes one word."""
-
-    run: object
-    help: str
-    flags: tuple = ()
-    word: str = ""
+def command_usage(name: str) -> str:
+    """Returns the text of COMMAND --help."""
+    command = COMMANDS[name]
+    words = "".join(
+        f" [--{flag} {value}]" if value else f" [--{flag}]"
+        for flag, (value, _) in command.own_flags().items()
+    )
+    lines = [
+        f"usage: fjmcp-broker [--config FILE] {name}{' ' + command.word if command.word else ''}{words}",
+        "",
+        command.help[0].upper() + command.help[1:] + ".",
+        "",
+        *(f"  {f'--{flag} {value}':16}{text}" for flag, (value, text) in command.own_flags().items()),
+        "",
+        "Every setting is a flag, too: fjmcp-broker --help lists them.",
+        "Exit status: 0 done, 1 it failed or there was nothing to do, 2 wrong usage or configuration.",
+    ]
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Arguments:
     """A command line: the configuration file, the command with its word and its own flags, and settings given as flags."""
 
-    config: object
+    config: str | None
     command: str
     word: str
-    options: dict
-    flags: dict
+    options: dict[str, str]
+    flags: dict[str, str]
 
-    def settings(self):
-        """The settings, read now."""
+    def settings(self) -> Settings:
+        """Returns the settings, read now. Raises ConfigurationError."""
         return load_settings(self.flags, os.environ, self.config)
 
 
-def parse_arguments(arguments):
-    """Arguments from the words of a command line; flags may stand before or after the command. ConfigurationError when they are wrong."""
-    flags = {}
-    options = {}
-    words = []
-    problems = []
+def parse_arguments(arguments: Sequence[str]) -> Arguments:
+    """Returns the Arguments of a command line; flags stand before or after the command. Raises ConfigurationError."""
+    problems: list[str] = []
+    words, options, flags = split_flags(arguments, problems)
+    name, *words = words or ["serve"]
+    command = COMMANDS.get(name)
+    if command is None:
+        problems.append(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
+    elif len(words) != bool(command.word):
+        problems.append(f"{name} takes {f'one {command.word}' if command.word else 'no further words'}")
+    config = options.pop("config", None) or find_configuration(os.environ, is_to_be_made=name == "init")
+    if command:
+        problems += [
+            f"--{option} is not for {name}" for option in options if option not in command.own_flags()
+        ]
+    if problems:
+        raise ConfigurationError(problems)
+    return Arguments(config, name, "".join(words), options, flags)
+
+
+def split_flags(
+    arguments: Sequence[str], problems: list[str]
+) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """Returns the words, the commands' own flags and the settings of a command line; adds to `problems` what is wrong."""
+    words: list[str] = []
+    options: dict[str, str] = {}
+    flags: dict[str, str] = {}
     left = list(arguments)
     while left:
         argument = left.pop(0)
         if not argument.startswith("--"):
             words.append(argument)
             continue
-        name, given, value = argument[2:].partition("=")
+        name, has_value, value = argument[2:].partition("=")
         key = name.replace("-", "_")
         setting, _ = KEYS.get(key, (None, False))
-        is_switch = (
-            key in ("json", "all", "forget")
-            or setting
-            and setting.kind == "switch"
-            and left[:1] not in (["true"], ["false"])
-        )
-        if not setting and key != "config" and not any(key in command.flags for command in COMMANDS.values()):
+        is_switch = key in SWITCHES
+        if setting and setting.kind == "switch":
+            is_switch = left[:1] not in (["true"], ["false"])
+        if not setting and key not in VALUED | SWITCHES:
             problems.append(f"unknown flag --{name}{did_you_mean(key)}")
-        elif not given and not is_switch and not left:
+            continue
+        if not has_value and not is_switch and not left:
             problems.append(f"--{name} needs a value")
-        else:
-            (flags if setting else options)[key] = value if given else "true" if is_switch else left.pop(0)
-    name, *words = words or ["serve"]
-    config = options.pop("config", None) or find_configuration(os.environ, is_to_be_made=name == "init")
-    command = COMMANDS.get(name)
-    if command is None:
-        problems.append(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
-    elif len(words) != bool(command.word):
-        problems.append(f"{name} takes {f'one {command.word}' if command.word else 'no further words'}")
-    problems += [
-        f"--{option} is not for {name}"
-        for option in options
-        if option not in (command.flags if command else ())
-    ]
-    if problems:
-        raise ConfigurationError(problems)
-    return Arguments(config, name, "".join(words), options, flags)
+            continue
+        if not has_value:
+            value = "true" if is_switch else left.pop(0)
+        (flags if setting else options)[key] = value
+    return words, options, flags
 
 
-# -- init
+# ======================================================================================================================
+# Init
+# Owns the first configuration file: the questions, the commented text, and the files that keep its secrets apart.
+# Must not know whether what it writes works: `check` tries that.
+# ======================================================================================================================
 
 
-def configuration_text(values):
-    """A broker.toml with the given values, every other setting commented out with its default and what it means."""
+def configuration_text(values: Mapping[str, str]) -> str:
+    """Returns a broker.toml with the given values; every other setting is commented out, with its default and its help."""
     lines = ["# fjmcp-broker. Each line that is commented out shows the default.", ""]
-    for setting in (setting for setting in SETTINGS if setting.kind not in FILE_ONLY_KINDS):
-        given = [
-            f"{key} = {json.dumps(values[key])}"
-            for key, (which, _) in KEYS.items()
-            if which is setting and key in values
-        ]
+    for setting in plain_settings():
+        keys = [key for key, (which, _) in KEYS.items() if which is setting and key in values]
         required = setting.default is REQUIRED
-        lines += [
-            f"# {setting.help}{' (required)' if required else ''}",
-            *(given or [f"# {setting.name} = {json.dumps('' if required else setting.default)}"]),
-            "",
-        ]
-    return "\n".join(
-        [
-            *lines,
-            "# Clients that are known beforehand:",
-            "# [[clients]]",
-            '# client_id = "my-client"',
-            '# name = "My client"',
-            '# redirect_uris = ["https://client.example.org/callback"]',
-            '# client_secret = ""',
-            "",
-            "# Who may use which tool: the first rule that matches a caller decides, and whom none matches may use nothing. Without a rule",
-            "# everybody may use all that the login allows.",
-            "# [[tool_rules]]",
-            '# groups = ["example:staff"]',
-            "# [[tool_rules]]",
-            '# access = "read"',
-            "",
-        ]
-    )
+        default = json.dumps("" if required else setting.default)
+        lines.append(f"# {setting.help}{' (required)' if required else ''}")
+        lines += [f"{key} = {json.dumps(values[key])}" for key in keys] or [f"# {setting.name} = {default}"]
+        lines.append("")
+    lines += [
+        "# Clients that are known beforehand:",
+        "# [[clients]]",
+        '# client_id = "my-client"',
+        '# name = "My client"',
+        '# redirect_uris = ["https://client.example.org/callback"]',
+        '# client_secret = ""',
+        "",
+        "# Who may use which tool: the first rule that matches a caller decides, and whom none matches may use nothing. Without a rule",
+        "# everybody may use all that the login allows.",
+        "# [[tool_rules]]",
+        '# groups = ["example:staff"]',
+        "# [[tool_rules]]",
+        '# access = "read"',
+        "",
+    ]
+    return "\n".join(lines)
 
 
-def ask(setting, problems):
-    """A required setting from the terminal, asked again until it is one; a problem when nobody is there to answer."""
+def ask(setting: Setting, problems: list[str]) -> str:
+    """Returns a required setting as typed on the terminal, asked again until it is valid; without a terminal it is a problem."""
     if not sys.stdin.isatty():
         problems.append(f"{setting.name} is missing: {setting.help}. Give it as {flag_of(setting.name)}")
         return ""
+    print(setting.help, file=sys.stderr)
     while True:
-        print(setting.help, file=sys.stderr)
-        text = (getpass.getpass if setting.secret else input)(f"{setting.name}: ")
+        prompt = f"{setting.name}: "
+        text = getpass.getpass(prompt) if setting.secret else input(prompt)
         try:
             if KINDS[setting.kind](text):
                 return text
@@ -15229,16 +15405,11 @@ def ask(setting, problems):
             print(f"  {error}", file=sys.stderr)
 
 
-def init(arguments):
-    """Write broker.toml, and the client secret and a new sealing key into files of their own: `secrets_file`, or one for each."""
-    path = os.path.abspath(arguments.config)
+def answers(arguments: Arguments, problems: list[str]) -> dict[str, str]:
+    """Returns what the new file is to say: the flags, and an answer for each required setting that they leave out."""
     values = dict(arguments.flags)
-    problems = []
-    files = {}
-    folder = os.path.dirname(path)
-    secret_file = "forgejo_oauth_client_secret_file"
     for setting in SETTINGS:
-        if setting.default is REQUIRED and not {setting.name, setting.name + "_file"} & set(values):
+        if setting.default is REQUIRED and not {setting.name, setting.name + "_file"} & values.keys():
             values[setting.name] = ask(setting, problems)
     for name, value in values.items():
         try:
@@ -15246,27 +15417,44 @@ def init(arguments):
                 KINDS[SETTING[name].kind](value)
         except ValueError as error:
             problems.append(f"flag: {name}: {error}")
+    return values
+
+
+def keep_secrets_apart(values: dict[str, str], folder: str, problems: list[str]) -> dict[str, str]:
+    """Moves the client secret and a sealing key, which is made if none is given, out of `values`; returns path -> text.
+
+    Both go into `secrets_file` if that is given, else each into a file of its own.
+    """
+    secret = "forgejo_oauth_client_secret"
     together = os.path.abspath(values["secrets_file"]) if "secrets_file" in values else None
-    try:
-        if together and secret_file in values:
-            values[secret_file.removesuffix("_file")] = decode_text(
-                read_file(values.pop(secret_file))
-            ).strip()
-    except (OSError, ValueError) as error:
-        problems.append(f"flag: {secret_file}: cannot read it: {getattr(error, 'strerror', None) or error}")
+    if together and secret + "_file" in values:
+        try:
+            values[secret] = decode_text(read_file(values.pop(secret + "_file"))).strip()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            problems.append(f"flag: {secret}_file: cannot read it: {reason}")
     if "key_file" not in values:
         values.setdefault("key", new_key().strip())
-    for name, setting, file in (
-        ("forgejo_oauth_client_secret", secret_file, "client-secret"),
-        ("key", "key_file", "sealing-key"),
-    ):
+    files: dict[str, str] = {}
+    for name, file in ((secret, "client-secret"), ("key", "sealing-key")):
         text = values.pop(name, None)
         if text and together:
             values["secrets_file"] = together
             files[together] = files.get(together, "") + f"{name} = {json.dumps(text)}\n"
         elif text:
-            values[setting] = os.path.join(folder, file)
-            files[values[setting]] = text + "\n"
+            path = os.path.join(folder, file)
+            values["key_file" if name == "key" else name + "_file"] = path
+            files[path] = text + "\n"
+    return files
+
+
+def init(arguments: Arguments) -> int:
+    """Writes broker.toml and the files of its secrets, never over a file that is there. Returns the exit status."""
+    path = os.path.abspath(arguments.config or CONFIGURATION_FILE)
+    folder = os.path.dirname(path)
+    problems: list[str] = []
+    values = answers(arguments, problems)
+    files = keep_secrets_apart(values, folder, problems)
     problems += [
         f"{name} is there already; move it away first" for name in (path, *files) if os.path.exists(name)
     ]
@@ -15278,420 +15466,67 @@ def init(arguments):
     for name, text in {**files, path: configuration_text(values)}.items():
         put_file(name, text)
     print(
-        f"Wrote {path}. In Forgejo, the OAuth2 application (confidential) needs the redirect URI\n  {values['public_url'].rstrip('/')}"
-        f"/oauth/callback\nNext: python3 {sys.argv[0]} --config {path} check"
+        f"Wrote {path}. In Forgejo, the OAuth2 application (confidential) needs the redirect URI\n"
+        f"  {values['public_url'].rstrip('/')}/oauth/callback\n"
+        f"Next: {sys.argv[0]} --config {path} check"
     )
     return 0
 
 
-# -- check: each part yields (ok, warn or fail; what was seen; how to mend it)
+# ======================================================================================================================
+# Doctor
+# Owns the tables of what real clients send to a public URL and must get back, and how findings are told.
+# Must not know this machine's configuration: it sees the URL as clients do.
+# ======================================================================================================================
 
 
-def report(findings):
-    """Print findings as they come; 1 when one fails, else 0."""
-    failed = False
-    for level, text, *fix in findings:
-        print(f"{level:5} {text}" + "".join(f"\n      -> {line}" for line in fix), flush=True)
-        failed |= level == "fail"
-    return int(failed)
+class Finding(NamedTuple):
+    """What a trial has shown: `level` is ok, warn or fail; `fix` says how to mend it."""
+
+    level: str
+    text: str
+    fix: str = ""
 
 
-def check(arguments):
-    """Try everything that serving needs, and name each problem with its fix; 0 when nothing fails."""
-
-    def findings():
-        settings = arguments.settings()
-        for part in (
-            check_store,
-            check_urls,
-            check_forgejo,
-            check_child,
-            check_containment,
-            check_documents,
-            check_public_url,
-        ):
-            yield from guarded(part(settings))
-
-    return report(guarded(findings()))
+def report(findings: Iterable[Finding]) -> collections.Counter[str]:
+    """Prints findings as they come; returns how many there are of each level."""
+    counts: collections.Counter[str] = collections.Counter()
+    for level, text, fix in findings:
+        counts[level] += 1
+        print(f"{level:5} {text}" + (f"\n      -> {fix}" if fix else ""), flush=True)
+    return counts
 
 
-def guarded(findings):
-    """Findings, and what kept them from being found as failures among them."""
+def guarded(findings: Iterable[Finding]) -> Iterator[Finding]:
+    """Yields findings; an error that ends them becomes a finding of its own."""
     try:
         yield from findings
     except ConfigurationError as error:
-        yield from (("fail", problem) for problem in error.problems)
+        yield from (Finding("fail", problem) for problem in error.problems)
     except StoreUnavailable as error:
-        yield "fail", f"store_path: {error.reason}"
+        yield Finding("fail", f"store_path: {error.reason}")
     except OSError as error:
-        yield "fail", f"{error.filename}: {file_trouble(str(error.filename), error)}"
+        yield Finding("fail", f"{error.filename}: {file_trouble(str(error.filename), error)}")
     except FetchFailed as error:
-        yield (
-            "fail",
-            f"the URL does not answer: {error}",
-            "its name, its certificate and port 443 must be good for everybody",
-        )
+        fix = "its name, its certificate and port 443 must be good for everybody"
+        yield Finding("fail", f"the URL does not answer: {error}", fix)
 
 
-def check_store(settings):
-    """The store, its folder, and the sealing key."""
-    path = os.path.abspath(settings.store_path)
-    key = os.path.abspath(key_path(settings))
-    folder = os.path.dirname(path)
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        yield (
-            "fail",
-            f"store_path: {folder} is not a folder this user can write to",
-            f"make it, for the user that serves: install -d -m 700 {folder}",
-        )
-        return
-    if not settings.key and os.path.dirname(key) == folder:
-        yield (
-            "warn",
-            f"key_file: {key} lies beside the store: who copies one has both",
-            "keep the key elsewhere, and out of the backup of the store",
-        )
-    for name, place, mode in (("store_path", folder, "700"), ("key_file", key, "600")):
-        if (place == folder or not settings.key) and os.path.exists(place) and os.stat(place).st_mode & 0o077:
-            yield "warn", f"{name}: {place} is open to other users", f"chmod {mode} {place}"
-    if not os.path.exists(path):
-        if settings.key or os.path.exists(key):
-            load_keyring(settings)
-        yield (
-            "ok",
-            f"store_path: {path} will be made at the first start, and so will the key if there is none",
-        )
-        return
-    keyring = load_keyring(settings)
-    store = Store(path, keyring, alone=False)
-    older = sum(not keyring.is_newest(box) for _, _, box in store.boxes())
-    yield "ok", f"store_path: {path} opens with this key; sessions on file: {store.count_sessions()}"
-    known = store.forgejo_url()
-    empty = not store.known_people(1)
-    store.close()
-    if known not in (None, settings.forgejo_url) and not empty:
-        yield "fail", other_forgejo(known, settings.forgejo_url), "run rebind, or set forgejo_url back"
-    if older:
-        yield (
-            "warn",
-            f"key_file: {older} credentials are still sealed with older keys",
-            "run rotate-key, which goes on where it was",
-        )
-    elif len(keyring.keys) > 1:
-        yield (
-            "ok",
-            f"key_file: every credential is sealed with the newest of {len(keyring.keys)} keys; the others can be taken out",
-        )
+@dataclass(frozen=True)
+class Probe:
+    """A request of real clients: who needs it, `METHOD /path`, what must come back, how to mend it.
 
+    `want` has the `status`, members of the JSON object (`json`) and headers in lower case. A value must be equal; of a list,
+    each part must be in it; where the name begins with `!`, none may be.
+    """
 
-def check_reach(public):
-    """Whether clients elsewhere can reach such a URL at all."""
-    if public.port and not is_loopback_name(public.hostname):
-        yield (
-            "warn",
-            "public_url: it names a port; Claude.ai and others reach 443 only",
-            "let the proxy serve https on its usual port, and leave the port out",
-        )
-    if public.scheme == "http":
-        yield (
-            "warn",
-            "public_url: http on loopback is for trying out; web clients cannot reach it",
-            "put a proxy with https in front",
-        )
+    needed_by: str
+    request: str
+    want: Mapping[str, Any]
+    fix: str
+    headers: Mapping[str, str] | None = None
+    body: object = ""
 
-
-def check_urls(settings):
-    """What can be seen of the addresses without asking anybody."""
-    check_configured_clients(settings)
-    yield from check_reach(urlsplit(settings.public_url))
-    internal = urlsplit(settings.forgejo_internal_url)
-    if internal.scheme == "http":
-        private = False
-        with contextlib.suppress(OSError, ValueError):
-            private = ipaddress.ip_address(
-                socket.getaddrinfo(internal.hostname, None)[0][4][0].partition("%")[0]
-            ).is_private
-        if not private:
-            yield (
-                "warn",
-                "forgejo_internal_url: http to an address that is not private: tokens would travel in the clear",
-                "use https",
-            )
-
-
-def check_forgejo(settings):
-    """Forgejo: is it there, is it what it says, does its clock agree, does it know this application and its redirect URI."""
-    base = settings.forgejo_internal_url or settings.forgejo_url
-    try:
-        answer = fetch("GET", base + "/.well-known/openid-configuration", ca_file=settings.forgejo_ca_file)
-        version = str(
-            (fetch("GET", base + "/api/v1/version", ca_file=settings.forgejo_ca_file).json() or {}).get(
-                "version", "unknown"
-            )
-        )
-    except FetchFailed as error:
-        yield (
-            "fail",
-            f"forgejo_url: {base} does not answer: {error}",
-            "check the address, DNS, firewall and certificate (forgejo_ca_file)",
-        )
-        return
-    document = answer.json() if answer.status == 200 else None
-    if document is None:
-        yield (
-            "fail",
-            f"forgejo_url: {base} answers {answer.status}, and not as Forgejo does",
-            "give the address under which Forgejo itself is",
-        )
-        return
-    yield "ok", f"forgejo_url: {base} answers, version {version}"
-    if re.match(r"[0-8]\.", version):
-        yield (
-            "warn",
-            "forgejo_url: this Forgejo knows no scopes of OAuth2 tokens: each has all of its user's power",
-            "upgrade Forgejo to 9 or newer",
-        )
-    if document.get("authorization_endpoint") != settings.forgejo_url + "/login/oauth/authorize":
-        yield (
-            "warn",
-            f"forgejo_url: Forgejo calls itself {document.get('issuer')}",
-            "set forgejo_url to that, or ROOT_URL in Forgejo to the other",
-        )
-    with contextlib.suppress(ValueError, TypeError, KeyError):
-        skew = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time()
-        if abs(skew) > 60:
-            yield (
-                "fail",
-                f"the clocks of Forgejo and of this machine differ by {abs(skew):.0f} s",
-                "set both by NTP",
-            )
-    # A code that cannot be good is refused for the first thing that is wrong, in Forgejo's order: id, secret, redirect URI, code.
-    try:
-        Forgejo(settings, Clock()).exchange("check", "check")
-    except UpstreamMisconfigured as error:
-        which = "secret" if "secret" in str(error) else "id"
-        yield (
-            "fail",
-            f"forgejo_oauth_client_{which}: Forgejo refuses it: {error}",
-            "copy it again from the application in Forgejo",
-        )
-    except UpstreamRefused as error:
-        if "redirect" in str(error).lower():
-            yield (
-                "fail",
-                "the application in Forgejo has another redirect URI",
-                f"set it to {settings.public_url}/oauth/callback",
-            )
-        else:
-            yield "ok", "Forgejo knows the application, its secret and its redirect URI"
-    except UpstreamDown as error:
-        yield (
-            "fail",
-            f"Forgejo's token endpoint does not work: {error}",
-            "look into Forgejo's log, and at proxies between",
-        )
-
-
-def check_child(settings: Settings) -> Iterator[tuple[str, ...]]:
-    """forgejo-mcp: is it there, new enough, and does it start and answer (without a token: as an anonymous user)."""
-    try:
-        command = child_command(settings)
-        environment = child_environment(settings, "")
-        if isinstance(settings.forgejo_mcp_binary, str):
-            shown = subprocess.run(
-                [command[0], "--version"],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=20,
-                stdin=subprocess.DEVNULL,
-            ).stdout.strip()
-            number = re.search(r"(?<![0-9])([0-9]{1,9})\.[0-9]", shown)
-            if number and int(number[1]) < 2:
-                yield "fail", f"forgejo_mcp_binary: {shown} is too old", "install forgejo-mcp 2.0 or newer"
-        with tried_child(settings, command, environment) as (child, lines):
-            server = introduced(child, lines, settings.start_timeout)
-            tools = (
-                listed_tools(child, lines, settings.start_timeout)
-                if server and settings.tool_rules
-                else set()
-            )
-    except (ChildMissing, ChildFailed, OSError, subprocess.TimeoutExpired) as error:
-        yield "fail", f"forgejo_mcp_binary: {error}", "install forgejo-mcp, and give its path"
-        yield from check_rules(settings, ())
-        return
-    yield from check_rules(settings, tools)
-    if server:
-        yield (
-            "ok",
-            f"forgejo_mcp_binary: {command[0]} starts and answers as {server.get('name')} {server.get('version')}",
-        )
-    else:
-        said = "".join(f"\n      | {line}" for line in child.last_words)
-        yield (
-            "fail",
-            f"forgejo_mcp_binary: {command[0]} does not answer ({child.reason}){said}",
-            "run it by hand with FORGEJO_URL set; where Forgejo wants a login for everything it cannot start without a token",
-        )
-
-
-@contextlib.contextmanager
-def tried_child(
-    settings: Settings, command: list[str], environment: dict[str, str]
-) -> Iterator[tuple[Child, "queue.SimpleQueue[bytes]"]]:
-    """A child as a session has it, and its lines (an empty one at its end); it has ended when the block is left."""
-    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    guardian = Guardian()
-    log = Log(settings, io.StringIO())
-    try:
-        child = Child(
-            command, environment, "check", guardian, settings, log, lines.put, lambda _: lines.put(b"")
-        )
-        try:
-            yield child, lines
-        finally:
-            child.stop("checked")
-            child.ended.wait(1)
-            child.kill("checked")
-            child.ended.wait(settings.stop_timeout)
-    finally:
-        guardian.close()
-
-
-def answered_by(
-    child: Child, lines: "queue.SimpleQueue[bytes]", body: dict[str, object], end: float
-) -> object:
-    """Returns a child's answer to a request; None when there is none by then (monotonic), or none that can be read."""
-    child.send(dump({"jsonrpc": "2.0", **body}))
-    answer: object = {"method": ""}
-    while member(answer, "method", str, None) is not None:  # it may say something before it answers
-        try:
-            line = lines.get(timeout=max(0.0, end - time.monotonic()))
-            answer = read_child_json(line.removeprefix(BYTE_ORDER_MARK)) if line else None
-        except (queue.Empty, ValueError):
-            return None
-        answer = answer[0] if isinstance(answer, list) and answer else answer
-    return answer
-
-
-US = {"name": "fjmcp-broker", "version": __version__}
-OUR_META = {META_VERSION: FIRST_MODERN_VERSION, META_CLIENT: US, META_CAPABILITIES: {}}
-
-
-def introduced(child: Child, lines: "queue.SimpleQueue[bytes]", seconds: float) -> dict[str, object]:
-    """Returns what a child says of itself, in either era; nothing if it does not answer in time."""
-    end = time.monotonic() + seconds
-    for method, params in (
-        ("initialize", {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": US}),
-        (
-            "server/discover",
-            {"_meta": OUR_META},
-        ),  # what refuses the handshake may speak the era that has none
-    ):
-        answer = answered_by(child, lines, asking(method, params, id=method), end)
-        result = member(answer, "result", dict, {})
-        server = member(result, "serverInfo", dict, None)
-        server = server or member(member(result, "_meta", dict, {}), META_SERVER, dict, None)
-        if server or child.ended.is_set():
-            return server or {}
-    return {}
-
-
-def listed_tools(child: Child, lines: "queue.SimpleQueue[bytes]", seconds: float) -> set[str]:
-    """Returns the names of the tools that a child lists, in either era, over all pages; as far as it says them in time."""
-    end = time.monotonic() + seconds
-    child.send(dump(asking("notifications/initialized", None, jsonrpc="2.0")))
-    names: set[str] = set()
-    cursor = ""
-    for _ in range(MAX_TOOL_PAGES):
-        params = {"_meta": OUR_META, **({"cursor": cursor} if cursor else {})}
-        result = member(
-            answered_by(child, lines, asking("tools/list", params, id="tools/list"), end), "result", dict, {}
-        )
-        names |= {member(tool, "name", str, "") for tool in member(result, "tools", list, [])}
-        cursor = member(result, "nextCursor", str, "")
-        if not cursor:
-            break
-    return names - {""}
-
-
-def check_rules(settings: Settings, tools: Collection[str]) -> Iterator[tuple[str, ...]]:
-    """The tool rules: do they mean what they say, before these tools."""
-    for sentence in rule_warnings(settings.tool_rules, tools):
-        yield "warn", sentence, 'see "Who may use which tool" in operate.md'
-
-
-def check_containment(settings):
-    """Whether a child, which runs as the same user, is kept from reading the broker's memory and the tokens of other children."""
-    try:
-        path = os.path.realpath(child_command(settings)[0])
-    except ChildMissing:
-        return
-    owner = os.stat(settings.store_path if os.path.exists(settings.store_path) else "/proc/self")
-    binary = os.stat(path)
-    readable = binary.st_mode & (
-        0o400 if binary.st_uid == owner.st_uid else 0o040 if binary.st_gid == owner.st_gid else 0o004
-    )
-    if readable or binary.st_uid == owner.st_uid or owner.st_uid == 0:
-        yield (
-            "warn",
-            f"containment: {path} can be read by the user that serves, so the children of one user can read the tokens of others",
-            f"serve as a user of its own, not root; chown root:root {path}; chmod 0711 {path} (a script cannot be protected so)",
-        )
-    else:
-        yield "ok", f"containment: children of {path} cannot read each other's tokens"
-    if hide_from_children():
-        yield (
-            "ok",
-            "containment: children cannot read the broker's memory and environment (PR_SET_DUMPABLE is 0 when serving)",
-        )
-    else:
-        yield (
-            "warn",
-            "containment: the broker cannot make itself unreadable (PR_SET_DUMPABLE)",
-            "serve on Linux with /proc, outside of emulators",
-        )
-
-
-def check_documents(settings: Settings) -> Iterator[tuple[str, ...]]:
-    """Whether the descriptions that applications publish of themselves (CIMD) can be read from here."""
-    if not settings.client_documents:
-        return
-    reasons = unreadable_documents(PublicWeb(), settings.allowed_redirect_schemes)
-    if reasons:
-        yield (
-            "warn",
-            "client_documents: none of three well-known ones can be read from here, so applications are told to"
-            f" register instead. {'; '.join(reasons)}",
-            "let this server reach port 443 of the internet without a proxy, and look up names; or set client_documents = false",
-        )
-    else:
-        yield "ok", "client_documents: the descriptions that applications publish can be read from here"
-
-
-def check_public_url(settings):
-    """Whether clients would find this broker at its public URL; what `doctor` tries, but for the registration."""
-    try:
-        health = fetch("GET", settings.public_url + "/healthz").json() or {}
-        if health.get("git") != git_blob_id(__file__):
-            yield (
-                "warn",
-                "public_url: another revision of this file, or something else, is running there",
-                "restart the broker; let the proxy pass all to it",
-            )
-        failures = [finding for finding in examine(settings.public_url, register=False) if finding[0] != "ok"]
-        yield from failures or [
-            ("ok", f"public_url: {settings.public_url} is answered by version {health.get('version')}")
-        ]
-    except FetchFailed as error:
-        yield (
-            "warn",
-            f"public_url: {settings.public_url} does not answer from here: {error}",
-            "start the broker and the proxy, then check again; some networks cannot reach their own public address",
-        )
-
-
-# -- doctor: PROBES says who needs what; {url} and {client} are filled in when it is tried
 
 REGISTRATION = {  # what real clients register, in one: each redirect URI is somebody's
     "client_name": "fjmcp-broker doctor",
@@ -15712,39 +15547,13 @@ REGISTRATION = {  # what real clients register, in one: each redirect URI is som
         "http://127.0.0.1:33418/",
     ],
 }
-# What must come back: members of the JSON object (`json`), the status and headers (in lower case): equal, or holding each of a list, `!`: none.
-RESOURCE = {
-    "status": 200,
-    "json": {
-        "resource": "{url}/mcp",
-        "authorization_servers": ["{url}"],
-        "!scopes_supported": ["offline_access"],
-    },
-}
-METADATA = {
-    "status": 200,
-    "json": {
-        "issuer": "{url}",
-        "authorization_endpoint": "{url}/oauth/authorize",
-        "token_endpoint": "{url}/oauth/token",
-        "response_types_supported": ["code"],
-        "registration_endpoint": "{url}/oauth/register",
-        "revocation_endpoint": "{url}/oauth/revoke",
-        "code_challenge_methods_supported": ["S256"],
-        "grant_types_supported": ["authorization_code", "refresh_token"],
-        "scopes_supported": ["offline_access"],
-        "token_endpoint_auth_methods_supported": ["none", "client_secret_post", "client_secret_basic"],
-        "authorization_response_iss_parameter_supported": True,
-    },
-}
-CHALLENGE = {
-    "status": 401,
-    "!www-authenticate": ["error="],
-    "www-authenticate": [
-        "bearer ",
-        'resource_metadata="{url}/.well-known/oauth-protected-resource/mcp"',
-        "scope=",
-    ],
+LOOPBACK = "http%3A%2F%2Flocalhost%3A41999%2Fcallback"
+WEB = ("https://claude.ai", "https://chatgpt.com", "http://localhost:6274")
+USER_AGENTS = ("Claude-User", "openai-mcp/1.0.0", "python-httpx/0.28.1", "node", "Ruby", "")
+PING = {"jsonrpc": "2.0", "id": 0, "method": "ping"}
+PREFLIGHT = {
+    "status": 204,
+    "access-control-allow-headers": ["authorization", "content-type", "mcp-session-id"],
 }
 CONSENT = {
     "status": 200,
@@ -15752,170 +15561,10 @@ CONSENT = {
     "content-security-policy": ["frame-ancestors 'none'"],
     "!content-security-policy": ["form-action"],
 }
-PREFLIGHT = {
-    "status": 204,
-    "access-control-allow-headers": ["authorization", "content-type", "mcp-session-id"],
-}
-AUTHORIZE = f"GET /oauth/authorize?response_type=code&client_id={{client}}&state=s&code_challenge_method=S256&code_challenge={'A' * 43}&redirect_uri="
-LOOPBACK = "http%3A%2F%2Flocalhost%3A41999%2Fcallback"
-WEB = ("https://claude.ai", "https://chatgpt.com", "http://localhost:6274")
-PING = {"jsonrpc": "2.0", "id": 0, "method": "ping"}
-FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 PASS_ON = "let the proxy pass this on, with all headers, and its answer back"
-BROKER = "let the proxy leave answers alone; upgrade the broker"
+UNCHANGED = "let the proxy leave answers alone; upgrade the broker"
 BOTS = "exempt /mcp, /.well-known, /oauth, /register, /token from the proxy's bot rules"
 CORS = "let the proxy pass OPTIONS on; add the origin to allowed_origins"
-PROBES = (  # who needs it, request, its headers and body, what must come back, how to mend it
-    *(
-        (who, f"GET /.well-known/oauth-protected-resource{path}", {}, "", RESOURCE, PASS_ON)
-        for who, path in (
-            ("Claude, VS Code, Gemini CLI, Zed, SDKs", "/mcp"),
-            ("clients given the URL with a slash", "/mcp/"),
-            ("ChatGPT, Claude Code", ""),
-        )
-    ),
-    *(
-        (who, f"GET {path}", {"MCP-Protocol-Version": "2024-11-05"}, "", METADATA, PASS_ON)
-        for who, path in (
-            ("every client", "/.well-known/oauth-authorization-server"),
-            ("Claude.ai, Codex", "/.well-known/oauth-authorization-server/mcp"),
-            ("Codex", "/mcp/.well-known/oauth-authorization-server"),
-        )
-    ),
-    *(
-        ("Claude.ai, ChatGPT, SDKs", f"GET {path}", {}, "", {"status": 404, "json": {}}, PASS_ON)
-        for path in (
-            "/.well-known/openid-configuration",
-            "/.well-known/openid-configuration/mcp",
-            "/mcp/.well-known/openid-configuration",
-        )
-    ),
-    ("clients given the URL with a slash", "POST /mcp/", {}, PING, CHALLENGE, PASS_ON),
-    *(
-        (
-            who,
-            f"{method} /mcp",
-            {},
-            PING if method == "POST" else "",
-            CHALLENGE,
-            f"let the proxy pass {method} on",
-        )
-        for method, who in (
-            ("POST", "every client"),
-            ("HEAD", "Gemini CLI, Claude.ai"),
-            ("GET", "clients that open a stream first"),
-            ("DELETE", "SDKs"),
-        )
-    ),
-    (
-        "clients of revision 2026-07-28",
-        "POST /mcp",
-        {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "server/discover"},
-        PING,
-        CHALLENGE,
-        PASS_ON,
-    ),
-    *(
-        ("the client of that name", "POST /mcp", {"User-Agent": agent}, PING, CHALLENGE, BOTS)
-        for agent in ("Claude-User", "openai-mcp/1.0.0", "python-httpx/0.28.1", "node", "Ruby", "")
-    ),
-    *(("clients in a browser", "POST /mcp", {"Origin": origin}, PING, CHALLENGE, CORS) for origin in WEB),
-    *(
-        (
-            "clients in a browser",
-            f"OPTIONS {path}",
-            {
-                "Origin": origin,
-                "Access-Control-Request-Method": "POST",
-                "Access-Control-Request-Headers": "authorization, content-type, mcp-session-id",
-            },
-            "",
-            PREFLIGHT,
-            CORS,
-        )
-        for origin in WEB
-        for path in ("/mcp", "/.well-known/oauth-protected-resource/mcp", "/oauth/register", "/oauth/token")
-    ),
-    (
-        "every client whose token has expired",
-        "POST /mcp",
-        {"Authorization": "Bearer fja_expired"},
-        PING,
-        {"status": 401, "www-authenticate": ['error="invalid_token"']},
-        PASS_ON,
-    ),
-    (
-        "people who also visit other sites",
-        "POST /mcp",
-        {"Origin": "https://attacker.example"},
-        PING,
-        {"status": 403},
-        "let the proxy pass Origin on; allowed_origins is for origins you trust",
-    ),
-    (
-        "Claude.ai, Cursor, VS Code: each its URI",
-        "POST /oauth/register",
-        {},
-        REGISTRATION,
-        {"status": 201, "json": {**REGISTRATION, "client_secret": None}, "cache-control": ["no-store"]},
-        "see allowed_redirect_schemes",
-    ),
-    (
-        "people: a script is no redirect URI",
-        "POST /register",
-        {},
-        {"redirect_uris": ["javascript:alert(1)"]},
-        {"status": 400, "json": {"error": "invalid_redirect_uri"}},
-        PASS_ON,
-    ),
-    (
-        "people whose client was forgotten",
-        "GET /authorize?client_id=nobody",
-        {},
-        "",
-        {"status": 400, "content-type": ["text/html"], "location": None},
-        PASS_ON,
-    ),
-    *(
-        (who, f"{AUTHORIZE}{uri}", {}, "", CONSENT, BROKER)
-        for who, uri in (
-            ("Codex, Zed, Goose: a loopback port of the day", LOOPBACK + "&resource={url}/mcp"),
-            ("clients without `resource`", LOOPBACK),
-            (
-                "Claude.ai, ChatGPT: unknown scopes, a slash",
-                LOOPBACK + "&scope=claudeai+openid&prompt=consent&resource={url}/mcp/",
-            ),
-            ("Cursor", "cursor%3A%2F%2Fanysphere.cursor-mcp%2Foauth%2Fcallback&resource={url}"),
-            ("VS Code", "http%3A%2F%2F127.0.0.1%3A50001%2F"),
-        )
-    ),
-    (
-        "clients that check `iss`, on errors too",
-        f"{AUTHORIZE}{LOOPBACK}&resource=https://attacker.example/mcp",
-        {},
-        "",
-        {
-            "status": 303,
-            "location": ["http://localhost:41999/callback?", "error=invalid_target", "iss="],
-            "!location": ["code="],
-        },
-        BROKER,
-    ),
-    *(
-        (
-            who,
-            f"POST {path}",
-            FORM,
-            "grant_type=refresh_token&refresh_token=x&client_id=" + client,
-            {"status": status, "json": {"error": error}, "cache-control": ["no-store"]},
-            PASS_ON,
-        )
-        for who, path, client, status, error in (
-            ("clients that ignore metadata", "/token", "nobody", 401, "invalid_client"),
-            ("every client", "/oauth/token", "{client}", 400, "invalid_grant"),
-        )
-    ),
-)
 HINTS = {
     403: BOTS,
     413: "raise the proxy's limit for bodies",
@@ -15930,18 +15579,161 @@ HINTS = {
 }
 
 
-def unlike(found, rules):
-    """How a dict differs from what it must be, a few words for each rule that it breaks."""
+def discovery_probes(url: str) -> Iterator[Probe]:
+    """Yields what clients read first (RFC 9728, RFC 8414), in the spellings that they use."""
+    resource = {
+        "resource": f"{url}/mcp",
+        "authorization_servers": [url],
+        "!scopes_supported": ["offline_access"],
+    }
+    server = {
+        "issuer": url,
+        "authorization_endpoint": f"{url}/oauth/authorize",
+        "token_endpoint": f"{url}/oauth/token",
+        "response_types_supported": ["code"],
+        "registration_endpoint": f"{url}/oauth/register",
+        "revocation_endpoint": f"{url}/oauth/revoke",
+        "code_challenge_methods_supported": ["S256"],
+        "grant_types_supported": ["authorization_code", "refresh_token"],
+        "scopes_supported": ["offline_access"],
+        "token_endpoint_auth_methods_supported": ["none", "client_secret_post", "client_secret_basic"],
+        "authorization_response_iss_parameter_supported": True,
+    }
+    for who, path in (
+        ("Claude, VS Code, Gemini CLI, Zed, SDKs", "/mcp"),
+        ("clients given the URL with a slash", "/mcp/"),
+        ("ChatGPT, Claude Code", ""),
+    ):
+        path = f"/.well-known/oauth-protected-resource{path}"
+        yield Probe(who, f"GET {path}", {"status": 200, "json": resource}, PASS_ON)
+    version = {"MCP-Protocol-Version": "2024-11-05"}
+    for who, path in (
+        ("every client", "/.well-known/oauth-authorization-server"),
+        ("Claude.ai, Codex", "/.well-known/oauth-authorization-server/mcp"),
+        ("Codex", "/mcp/.well-known/oauth-authorization-server"),
+    ):
+        yield Probe(who, f"GET {path}", {"status": 200, "json": server}, PASS_ON, version)
+    for path in (
+        "/.well-known/openid-configuration",
+        "/.well-known/openid-configuration/mcp",
+        "/mcp/.well-known/openid-configuration",
+    ):
+        yield Probe("Claude.ai, ChatGPT, SDKs", f"GET {path}", {"status": 404, "json": {}}, PASS_ON)
+
+
+def endpoint_probes(url: str) -> Iterator[Probe]:
+    """Yields what clients ask of /mcp before they have a token, and with one that has expired."""
+    challenge = {
+        "status": 401,
+        "!www-authenticate": ["error="],
+        "www-authenticate": [
+            "bearer ",
+            f'resource_metadata="{url.lower()}/.well-known/oauth-protected-resource/mcp"',
+            "scope=",
+        ],
+    }
+    yield Probe("clients given the URL with a slash", "POST /mcp/", challenge, PASS_ON, body=PING)
+    for method, who in (
+        ("POST", "every client"),
+        ("HEAD", "Gemini CLI, Claude.ai"),
+        ("GET", "clients that open a stream first"),
+        ("DELETE", "SDKs"),
+    ):
+        body = PING if method == "POST" else ""
+        yield Probe(who, f"{method} /mcp", challenge, f"let the proxy pass {method} on", body=body)
+    modern = {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "server/discover"}
+    yield Probe("clients of revision 2026-07-28", "POST /mcp", challenge, PASS_ON, modern, PING)
+    for agent in USER_AGENTS:
+        yield Probe("the client of that name", "POST /mcp", challenge, BOTS, {"User-Agent": agent}, PING)
+    for origin in WEB:
+        yield Probe("clients in a browser", "POST /mcp", challenge, CORS, {"Origin": origin}, PING)
+    expired = {"status": 401, "www-authenticate": ['error="invalid_token"']}
+    token = {"Authorization": "Bearer fja_expired"}
+    yield Probe("every client whose token has expired", "POST /mcp", expired, PASS_ON, token, PING)
+
+
+def browser_probes() -> Iterator[Probe]:
+    """Yields the preflights of clients that run in a browser, and the request of an origin that may not call."""
+    for origin in WEB:
+        for path in ("/mcp", "/.well-known/oauth-protected-resource/mcp", "/oauth/register", "/oauth/token"):
+            headers = {
+                "Origin": origin,
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "authorization, content-type, mcp-session-id",
+            }
+            yield Probe("clients in a browser", f"OPTIONS {path}", PREFLIGHT, CORS, headers)
+    foreign = {"Origin": "https://attacker.example"}
+    fix = "let the proxy pass Origin on; allowed_origins is for origins you trust"
+    yield Probe("people who also visit other sites", "POST /mcp", {"status": 403}, fix, foreign, PING)
+
+
+def refusal_probes() -> Iterator[Probe]:
+    """Yields what must be refused, and how: clients go by the status and the `error` of the answer."""
+    script = {"status": 400, "json": {"error": "invalid_redirect_uri"}}
+    body: object = {"redirect_uris": ["javascript:alert(1)"]}
+    yield Probe("people: a script is no redirect URI", "POST /register", script, PASS_ON, body=body)
+    page = {"status": 400, "content-type": ["text/html"], "location": None}
+    unknown = "GET /authorize?client_id=nobody"
+    yield Probe("people whose client was forgotten", unknown, page, PASS_ON)
+    yield refresh_probe("clients that ignore metadata", "/token", "nobody", 401, "invalid_client")
+
+
+def refresh_probe(who: str, path: str, client: str, status: int, error: str) -> Probe:
+    """Returns the request of a client whose refresh token is unknown."""
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    want = {"status": status, "json": {"error": error}, "cache-control": ["no-store"]}
+    body = f"grant_type=refresh_token&refresh_token=x&client_id={client}"
+    return Probe(who, f"POST {path}", want, PASS_ON, form, body)
+
+
+def registration_probe() -> Probe:
+    """Returns the registration (RFC 7591) that the login's probes need; the broker answers it and keeps nothing."""
+    want = {"status": 201, "json": {**REGISTRATION, "client_secret": None}, "cache-control": ["no-store"]}
+    who = "Claude.ai, Cursor, VS Code: each its URI"
+    return Probe(who, "POST /oauth/register", want, "see allowed_redirect_schemes", body=REGISTRATION)
+
+
+def login_probes(url: str, client: str) -> Iterator[Probe]:
+    """Yields authorization requests as clients spell them, up to the consent page, and a refresh."""
+    authorize = (
+        f"GET /oauth/authorize?response_type=code&client_id={client}&state=s&code_challenge_method=S256"
+        f"&code_challenge={'A' * 43}&redirect_uri="
+    )
+    for who, uri in (
+        ("Codex, Zed, Goose: a loopback port of the day", f"{LOOPBACK}&resource={url}/mcp"),
+        ("clients without `resource`", LOOPBACK),
+        (
+            "Claude.ai, ChatGPT: unknown scopes, a slash",
+            f"{LOOPBACK}&scope=claudeai+openid&prompt=consent&resource={url}/mcp/",
+        ),
+        ("Cursor", f"cursor%3A%2F%2Fanysphere.cursor-mcp%2Foauth%2Fcallback&resource={url}"),
+        ("VS Code", "http%3A%2F%2F127.0.0.1%3A50001%2F"),
+    ):
+        yield Probe(who, authorize + uri, CONSENT, UNCHANGED)
+    error = {
+        "status": 303,
+        "location": ["http://localhost:41999/callback?", "error=invalid_target", "iss="],
+        "!location": ["code="],
+    }
+    foreign = f"{authorize}{LOOPBACK}&resource=https://attacker.example/mcp"
+    yield Probe("clients that check `iss`, on errors too", foreign, error, UNCHANGED)
+    yield refresh_probe("every client", "/oauth/token", client, 400, "invalid_grant")
+
+
+def unlike(found: Mapping[str, Any], rules: Mapping[str, Any]) -> Iterator[str]:
+    """Yields how an object differs from what it must be, a few words for each rule that it breaks."""
     for name, rule in rules.items():
         plain = name.removeprefix("!")
         value = found.get(plain)
         holds = [part in (value or ()) for part in rule] if isinstance(rule, list) else [value == rule]
-        if any(holds) if name != plain else not all(holds):
-            yield f"{plain} is {value!r}" + ("" if name != plain else f", not {rule!r}")
+        if name != plain and any(holds):
+            yield f"{plain} is {value!r}"
+        elif name == plain and not all(holds):
+            yield f"{plain} is {value!r}, not {rule!r}"
 
 
-def mistakes(answer, want, origin):
-    """What is wrong with an answer (Fetched)."""
+def mistakes(answer: Fetched, want: Mapping[str, Any], origin: str | None) -> list[str]:
+    """Returns what is wrong with an answer, a few words each."""
     headers = {name: value.lower() for name, value in answer.headers.items()}
     document = answer.json() if "json" in want else {}
     if origin and want["status"] != 403 and headers.get("access-control-allow-origin") != "*":
@@ -15958,99 +15750,849 @@ def mistakes(answer, want, origin):
     ]
 
 
-def examine(url, register=True):
-    """The findings of PROBES, and of whether a proxy holds streams back; without `register`, those that need a client are left out."""
-    client = ""
-    moments = []
-    for probe in map(json.dumps, PROBES):
-        if "{client}" in probe and not client or '"POST /oauth/register"' in probe and not register:
-            continue
-        who, request, headers, body, want, fix = json.loads(
-            probe.replace("{url}", url).replace("{client}", client)
-        )
-        (method, path) = request.split(" ")
-        before = time.monotonic()
-        answer = fetch(
-            method,
-            url + path,
-            headers=tuple({"Content-Type": "application/json", **headers}.items()),
-            body=(json.dumps(body) if isinstance(body, dict) else body).encode(),
-        )
-        client = client or str((answer.json() or {}).get("client_id", "")) if answer.status == 201 else client
-        wrong = "; ".join(mistakes(answer, want, headers.get("Origin")))
-        shown = f"{request.partition('?')[0]} {headers or ''}".strip()
-        if wrong:
-            yield (
-                "fail",
-                f"{shown}: {wrong}. Needed by {who}",
-                fix if answer.status == want["status"] else HINTS.get(answer.status, fix),
-            )
-        elif (took := time.monotonic() - before) > 2:
-            yield (
-                "warn",
-                f"{shown}: took {took:.0f} s; Codex gives up after 5, Claude after 10",
-                "look for what is slow between here and the broker",
-            )
-        else:
-            yield "ok", f"{shown}: {who}"
+def tried(url: str, probe: Probe) -> tuple[Finding, Fetched]:
+    """Returns what one probe shows, and the answer. Raises FetchFailed."""
+    method, path = probe.request.split(" ")
+    body = json.dumps(probe.body) if isinstance(probe.body, dict) else str(probe.body)
+    own_headers = probe.headers or {}
+    headers = {"Content-Type": "application/json", **own_headers}
+    before = time.monotonic()
+    answer = fetch(method, url + path, headers=tuple(headers.items()), body=body.encode())
+    took = time.monotonic() - before
+    wrong = "; ".join(mistakes(answer, probe.want, own_headers.get("Origin")))
+    shown = f"{probe.request.partition('?')[0]} {own_headers or ''}".strip()
+    if wrong:
+        is_status = answer.status != probe.want["status"]
+        fix = HINTS.get(answer.status, probe.fix) if is_status else probe.fix
+        return Finding("fail", f"{shown}: {wrong}. Needed by {probe.needed_by}", fix), answer
+    if took > 2:
+        text = f"{shown}: took {took:.0f} s; Codex gives up after 5, Claude after 10"
+        return Finding("warn", text, "look for what is slow between here and the broker"), answer
+    return Finding("ok", f"{shown}: {probe.needed_by}"), answer
+
+
+def examine(url: str, register: bool = True) -> Iterator[Finding]:
+    """Yields what every probe shows; without `register`, those that need a client are left out. Raises FetchFailed."""
+    for probe in (*discovery_probes(url), *endpoint_probes(url), *browser_probes(), *refusal_probes()):
+        yield tried(url, probe)[0]
+    if register:
+        finding, answer = tried(url, registration_probe())
+        yield finding
+        client = member(answer.json(), "client_id", str, "")
+        if answer.status == 201 and client:
+            for probe in login_probes(url, client):
+                yield tried(url, probe)[0]
+    yield from check_plain_http(url)
+    yield from check_streams(url)
+
+
+def check_plain_http(url: str) -> Iterator[Finding]:
+    """Yields a warning where an https URL is answered over http, too."""
     if url.startswith("https:"):
         with contextlib.suppress(FetchFailed):
             if "www-authenticate" in fetch("POST", url.replace("https:", "http:", 1) + "/mcp").headers:
-                yield (
-                    "warn",
-                    "POST /mcp: answered over http, too, where tokens travel in the clear",
-                    "let the proxy redirect http to https",
-                )
+                text = "POST /mcp: answered over http, too, where tokens travel in the clear"
+                yield Finding("warn", text, "let the proxy redirect http to https")
+
+
+def check_streams(url: str) -> Iterator[Finding]:
+    """Yields a failure where a proxy holds streams back: the first event of a short one came when it ended."""
+    moments: list[float] = []
     started = time.monotonic()
+    accept = (("Accept", "text/event-stream"),)
     fetch(
         "GET",
         url + "/healthz",
-        headers=(("Accept", "text/event-stream"),),
+        headers=accept,
         on_data=lambda: moments.append(time.monotonic() - started),
     )
-    if not moments or moments[0] > 0.5 * (
-        time.monotonic() - started
-    ):  # the first event of a short stream came when it ended
-        yield (
-            "fail",
-            "GET /healthz: a proxy holds streams back until they end. Needed by every client",
-            "turn its buffering off (docs/install.md)",
+    if not moments or moments[0] > 0.5 * (time.monotonic() - started):
+        text = "GET /healthz: a proxy holds streams back until they end. Needed by every client"
+        yield Finding("fail", text, "turn its buffering off (docs/install.md)")
+
+
+def collapsed(findings: Iterable[Finding]) -> Iterator[Finding]:
+    """Yields findings; failures of one remedy are told as one, if there are more than three of them."""
+    failures: dict[str, list[Finding]] = {}
+    for finding in findings:
+        if finding.level == "fail":
+            failures.setdefault(finding.fix, []).append(finding)
+        else:
+            yield finding
+    for fix, alike in failures.items():
+        if len(alike) <= 3:
+            yield from alike
+            continue
+        statuses = sorted(
+            {found[1] for each in alike if (found := re.search(r"status is ([0-9]+)", each.text))}
         )
+        what = f"status {', '.join(statuses)}" if statuses else "another answer than they must get"
+        yield Finding("fail", f"{len(alike)} requests get {what}, such as {alike[0].text}", fix)
 
 
-def doctor(arguments):
-    """Do what real clients do at a public URL, short of logging in; it registers one throw-away client. 1 when something would break."""
+def is_broker(url: str) -> Finding | None:
+    """Returns why what answers at a URL is not fjmcp-broker, None if it is one, or nearly. Raises FetchFailed."""
+    answer = fetch("GET", url + "/healthz")
+    if member(answer.json(), "git", str, "") and member(answer.json(), "version", str, ""):
+        return None
+    metadata = fetch("GET", url + "/.well-known/oauth-protected-resource/mcp").json()
+    if member(metadata, "resource", str, "") == url + "/mcp":
+        return None
+    fix = HINTS.get(
+        answer.status, "give the proxy the broker's address (docs/install.md), or use the right URL"
+    )
+    return Finding("fail", f"what answers at {url} is not fjmcp-broker: {unexpected(answer)}", fix)
+
+
+def examine_site(url: str, register: bool) -> Iterator[Finding]:
+    """Yields what clients would meet at a URL; what follows from one cause is one finding. Raises FetchFailed."""
+    stranger = is_broker(url)
+    if stranger:
+        yield stranger
+    else:
+        yield from collapsed(examine(url, register))
+
+
+def check_reach(public: SplitResult) -> Iterator[Finding]:
+    """Yields whether clients elsewhere can reach such a URL at all."""
+    if public.port and not is_loopback_name(public.hostname):
+        text = "public_url: it names a port; Claude.ai and others reach 443 only"
+        yield Finding("warn", text, "let the proxy serve https on its usual port, and leave the port out")
+    if public.scheme == "http":
+        text = "public_url: http on loopback is for trying out; web clients cannot reach it"
+        yield Finding("warn", text, "put a proxy with https in front")
+
+
+def doctor(arguments: Arguments) -> int:
+    """Does what real clients do at a public URL, short of logging in. Returns 1 when something would break, else 0."""
     try:
-        url = KINDS["origin"](arguments.word.rstrip("/").removesuffix("/mcp"))
+        url = str(KINDS["origin"](arguments.word.rstrip("/").removesuffix("/mcp")))
     except ValueError as error:
         raise ConfigurationError([f"{arguments.word} {error}"]) from None
-    return report(guarded(itertools.chain(check_reach(urlsplit(url)), examine(url))))
+    findings = itertools.chain(check_reach(urlsplit(url)), examine_site(url, register=True))
+    return int(report(guarded(findings))["fail"] > 0)
 
 
-# -- for operators
+# ======================================================================================================================
+# Check
+# Owns the trial of everything that serving needs, with the rights of the user that serves.
+# Must not change anything: what it starts it ends, what it opens it leaves as it was.
+# ======================================================================================================================
+
+MACHINES = {
+    3: "x86",
+    40: "ARM",
+    62: "x86-64",
+    183: "ARM64",
+    243: "RISC-V",
+    21: "POWER",
+    22: "S390",
+}  # ELF's e_machine
+# Networks in which http is nobody else's to read (RFC 1918, 4193, 6598; loopback and link-local).
+PRIVATE = tuple(
+    map(
+        ipaddress.ip_network,
+        "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 ::1 fc00::/7 fe80::/10".split(),
+    )
+)
+
+
+def check(arguments: Arguments) -> int:
+    """Tries everything that serving needs and names each problem with its fix. Returns 1 when something fails, else 0."""
+    named = arguments.options.get("as")
+    if named and os.getuid() != 0 and named != user_name(os.getuid()):
+        raise ConfigurationError(["--as is for root"])
+    if named and named not in (user.pw_name for user in pwd.getpwall()):
+        raise ConfigurationError([f"--as: there is no user {named!r}"])
+    counts = report(guarded(check_all(arguments)))
+    warned = f"{counts['warn']} warning{'' if counts['warn'] == 1 else 's'}"
+    print(f"{counts['ok']} ok, {warned}, {counts['fail']} failed")
+    return int(counts["fail"] > 0)
+
+
+def check_all(arguments: Arguments) -> Iterator[Finding]:
+    """Yields the findings of every part. Whoever is root acts as the user that serves from here on, for good."""
+    settings = arguments.settings()
+    server = serving_user(settings, arguments.options.get("as"))
+    files = needed_files(settings, arguments.config)
+    blob = git_blob_id(__file__)
+    exposed = list(check_modes(settings, arguments.config, server.pw_uid))
+    if server.pw_uid != os.getuid():
+        become(server)
+        yield Finding("ok", f"user: all of this is tried with the rights of {server.pw_name}")
+    yield from exposed
+    for part in (
+        check_files(files, server),
+        check_store(settings, server),
+        check_people(settings),
+        check_urls(settings),
+        check_upstream(settings),
+        check_containment(settings),
+        check_documents(settings),
+        check_public_url(settings, blob),
+    ):
+        yield from guarded(part)
+
+
+# -- with whose rights
+
+
+def user_name(uid: int) -> str:
+    """Returns a user's name, or the number where it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def serving_user(settings: Settings, named: str | None) -> pwd.struct_passwd:
+    """Returns the user that serves: the caller, or, as root, the one named, else the owner of the store or of its folder."""
+    uid, gid = os.getuid(), os.getgid()
+    if named:
+        return pwd.getpwnam(named)
+    path = os.path.abspath(settings.store_path)
+    for place in (path, os.path.dirname(path)):
+        if uid == 0 and os.path.exists(place):
+            uid = os.stat(place).st_uid
+            gid = os.stat(place).st_gid
+            break
+    try:
+        return pwd.getpwuid(uid)
+    except KeyError:
+        return pwd.struct_passwd((str(uid), "", uid, gid, "", "/", ""))
+
+
+def become(user: pwd.struct_passwd) -> None:
+    """Takes on a user's rights, for good: a program that is tried must not find root's."""
+    "name".encode(
+        "idna"
+    )  # what Python loads late must be loaded before: it may stand where that user cannot read
+    try:
+        groups = os.getgrouplist(user.pw_name, user.pw_gid)
+    except OSError:
+        groups = [user.pw_gid]
+    os.setgroups(groups)
+    os.setgid(user.pw_gid)
+    os.setuid(user.pw_uid)
+
+
+# -- files
+
+
+def needed_files(settings: Settings, config: str | None) -> list[tuple[str, str]]:
+    """Returns (setting, path) of the files that the user that serves reads by itself.
+
+    `secrets_file` is not among them: the service manager opens it, as root.
+    """
+    found = [("the program", os.path.abspath(__file__))]
+    found += [("the configuration", config)] if config else []
+    found += [(name + "_file", path) for name, path in value_files(settings)]
+    if not settings.key and os.path.exists(key_path(settings)):
+        found.append(("key_file", key_path(settings)))
+    found += [("forgejo_ca_file", settings.forgejo_ca_file)] if settings.forgejo_ca_file else []
+    return found
+
+
+def value_files(settings: Settings) -> list[tuple[str, str]]:
+    """Returns (setting, path) of the values that were read from a file of their own (X_file)."""
+    return [
+        (name, source.partition(", ")[2])
+        for name, source in settings.sources.items()
+        if ", " in source and os.path.exists(source.partition(", ")[2])
+    ]
+
+
+def secret_files(settings: Settings, config: str | None) -> dict[str, str]:
+    """Returns path -> what it is, of each file that holds a secret."""
+    secrets_in = {settings.sources.get(name, "") for name in SETTING if SETTING[name].secret}
+    found = {}
+    has_client_secret = any(client.client_secret for client in settings.clients)
+    if config and (has_client_secret or f"file {config}" in secrets_in):
+        found[config] = "the configuration"
+    if settings.secrets_file:
+        found[settings.secrets_file] = "secrets_file"
+    found |= {path: name + "_file" for name, path in value_files(settings) if SETTING[name].secret}
+    if not settings.key:
+        found[key_path(settings)] = "key_file"
+    found |= {settings.store_path + end: "store_path" for end in ("", "-wal", "-shm")}
+    found[os.path.dirname(os.path.abspath(settings.store_path))] = "store_path"
+    return found
+
+
+def check_modes(settings: Settings, config: str | None, server: int) -> Iterator[Finding]:
+    """Yields a warning for each file with a secret that other users may read. A group may where it is how the server reads it."""
+    for path, what in secret_files(settings, config).items():
+        try:
+            found = os.stat(path)
+        except OSError:
+            continue
+        is_folder = stat.S_ISDIR(found.st_mode)
+        if not is_folder and not stat.S_ISREG(found.st_mode):
+            continue
+        is_for_group = found.st_uid != server and not is_folder and what != "secrets_file"
+        others = 0o007 if is_for_group else 0o077
+        if found.st_mode & (others | 0o020):
+            mode = "700" if is_folder else "600" if others == 0o077 else "640"
+            yield Finding("warn", f"{what}: {path} is open to other users", f"chmod {mode} {path}")
+
+
+def obstacle(path: str, rights: int) -> str:
+    """Returns what keeps this process from a file, "" if nothing does; `rights` as for access(2)."""
+    path = os.path.abspath(path)
+    parts = path.split("/")
+    for number in range(2, len(parts)):
+        folder = "/".join(parts[:number])
+        if os.path.isdir(folder) and not os.access(folder, os.X_OK):
+            return f"it may not enter {folder}"
+    if not os.path.exists(path):
+        return "it is not there"
+    if not os.access(path, rights):
+        found = os.stat(path)
+        return f"it belongs to {user_name(found.st_uid)} and has mode {stat.S_IMODE(found.st_mode):04o}"
+    return ""
+
+
+def check_files(files: Sequence[tuple[str, str]], server: pwd.struct_passwd) -> Iterator[Finding]:
+    """Yields a failure for each file that the user that serves cannot read."""
+    for what, path in files:
+        reason = obstacle(path, os.R_OK)
+        if reason:
+            fix = f"let it: chown {server.pw_name} {path}, or chmod it and its folders"
+            yield Finding("fail", f"{what}: {server.pw_name} cannot read {path}: {reason}", fix)
+
+
+def check_store(settings: Settings, server: pwd.struct_passwd) -> Iterator[Finding]:
+    """Yields what is to say of the store, its folder, and the sealing key."""
+    path = os.path.abspath(settings.store_path)
+    key = os.path.abspath(key_path(settings))
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        text = f"store_path: {folder} is not a folder this user can write to ({obstacle(folder, os.W_OK)})"
+        owner = "" if server.pw_uid == 0 else f" -o {server.pw_name}"
+        yield Finding("fail", text, f"make it, for the user that serves: install -d -m 700{owner} {folder}")
+        return
+    if not settings.key and os.path.dirname(key) == folder:
+        text = f"key_file: {key} lies beside the store: who copies one has both"
+        yield Finding("warn", text, "keep the key elsewhere, and out of the backup of the store")
+    if not settings.key and os.path.exists(key) and not os.access(key, os.R_OK):
+        return  # check_files has said so
+    if not os.path.exists(path):
+        if settings.key or os.path.exists(key):
+            load_keyring(settings)
+        text = f"store_path: {path} will be made at the first start, and so will the key if there is none"
+        yield Finding("ok", text)
+        return
+    shut = [
+        each for each in (path, path + "-wal", path + "-shm") if os.path.exists(each) and obstacle(each, 6)
+    ]
+    for each in shut:
+        text = f"store_path: {server.pw_name} cannot write {each}: {obstacle(each, os.R_OK | os.W_OK)}"
+        yield Finding("fail", text, f"chown {server.pw_name} {each}; chmod 600 {each}")
+    if not shut:
+        yield from check_opened_store(settings, path)
+
+
+def check_opened_store(settings: Settings, path: str) -> Iterator[Finding]:
+    """Yields whether the key opens the store, whose Forgejo it is of, and what older keys are still needed for."""
+    keyring = load_keyring(settings)
+    with contextlib.closing(Store(path, keyring, alone=False)) as store:
+        older = sum(not keyring.is_newest(box) for _, _, box in store.boxes())
+        text = f"store_path: {path} opens with this key; sessions on file: {store.count_sessions()}"
+        yield Finding("ok", text)
+        known = store.forgejo_url()
+        if known not in (None, settings.forgejo_url) and store.known_people(1):
+            text = other_forgejo(str(known), settings.forgejo_url)
+            yield Finding("fail", text, "run rebind, or set forgejo_url back")
+    if older:
+        text = f"key_file: {older} credentials are still sealed with older keys"
+        yield Finding("warn", text, "run rotate-key, which goes on where it was")
+    elif len(keyring.keys) > 1:
+        count = len(keyring.keys)
+        text = f"key_file: every credential is sealed with the newest of {count} keys; the others can be taken out"
+        yield Finding("ok", text)
+
+
+# -- settings that are valid and still do not what is meant
+
+
+def check_people(settings: Settings) -> Iterator[Finding]:
+    """Yields what in the settings of people and lifetimes cannot be meant so."""
+    scopes = set(settings.forgejo_oauth_scopes.split())
+    if settings.allowed_groups and not scopes & {"read:organization", "read:admin", "all"}:
+        text = (
+            "allowed_groups: where Forgejo's [oauth2] ENABLE_ADDITIONAL_GRANT_SCOPES is true, it hides private"
+            " memberships from a login without the scope read:organization, and so refuses those people"
+            " (write:organization and groups do not help)"
+        )
+        fix = (
+            "add read:organization to forgejo_oauth_scopes; who logged in before removes the application in"
+            " Forgejo's settings and connects again"
+        )
+        yield Finding("warn", text, fix)
+    if settings.access_token_lifetime < 600:
+        text = (
+            f"access_token_lifetime: {settings.access_token_lifetime:g} s is short: some clients refresh only when"
+            " asked to log in again, or refuse tokens that live for less than 10 minutes"
+        )
+        yield Finding("warn", text, "set it to 10m or more; revocation is at once, whatever it is")
+
+
+def check_urls(settings: Settings) -> Iterator[Finding]:
+    """Yields what can be seen of the addresses without asking anybody."""
+    check_configured_clients(settings)
+    yield from check_reach(urlsplit(settings.public_url))
+    internal = urlsplit(settings.forgejo_internal_url)
+    if internal.scheme != "http" or internal.hostname is None:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        for *_, address in socket.getaddrinfo(internal.hostname, None):
+            found = ipaddress.ip_address(str(address[0]).partition("%")[0])
+            if not any(found in network for network in PRIVATE):
+                text = f"forgejo_internal_url: http to {found}, which is not private: tokens would travel in the clear"
+                yield Finding("warn", text, "use https")
+                return
+
+
+# -- Forgejo and forgejo-mcp: what serving needs of others
+
+
+def check_upstream(settings: Settings) -> Iterator[Finding]:
+    """Yields whether Forgejo and forgejo-mcp do what serving needs; tried again after each start."""
+    away = False
+    for finding in guarded(check_forgejo(settings)):
+        away = away or finding.level == "fail" and finding.text.startswith("forgejo_url:")
+        yield finding
+    base = settings.forgejo_internal_url or settings.forgejo_url
+    for finding in guarded(check_child(settings)):
+        # A child that ends because Forgejo is not there has nothing to add to that.
+        if not (away and finding.level == "fail" and urlsplit(base).netloc in finding.text):
+            yield finding
+
+
+def check_forgejo(settings: Settings) -> Iterator[Finding]:
+    """Yields whether Forgejo is there, is what it says, has our time, and knows this application and its redirect URI."""
+    base = settings.forgejo_internal_url or settings.forgejo_url
+    try:
+        answer = fetch("GET", base + "/.well-known/openid-configuration", ca_file=settings.forgejo_ca_file)
+        version = fetch("GET", base + "/api/v1/version", ca_file=settings.forgejo_ca_file)
+    except FetchFailed as error:
+        fix = "check the address, DNS, firewall and certificate (forgejo_ca_file)"
+        yield Finding("fail", f"forgejo_url: {base} does not answer: {error}", fix)
+        return
+    number = member(version.json(), "version", str, "unknown")
+    is_shut = any(each.status in (401, 403) or is_login_page(each) for each in (answer, version))
+    document = answer.json() if answer.status == 200 else None
+    if document is None and not is_shut:
+        text = f"forgejo_url: {base} is not Forgejo: it answers {unexpected(answer)}"
+        yield Finding("fail", text, "give the address under which Forgejo itself is")
+        return
+    shut = ", and answers only who is signed in" if is_shut else f", version {number}"
+    yield Finding("ok", f"forgejo_url: {base} answers{shut}")
+    if re.match(r"[0-8]\.", number):
+        text = "forgejo_url: this Forgejo knows no scopes of OAuth2 tokens: each has all of its user's power"
+        yield Finding("warn", text, "upgrade Forgejo to 9 or newer")
+    authorize = member(document, "authorization_endpoint", str, "")
+    if document is not None and authorize != settings.forgejo_url + "/login/oauth/authorize":
+        text = f"forgejo_url: Forgejo calls itself {member(document, 'issuer', str, 'nothing')}"
+        yield Finding("warn", text, "set forgejo_url to that, or ROOT_URL in Forgejo to the other")
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        skew = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time()
+        if abs(skew) > 60:
+            text = f"the clocks of Forgejo and of this machine differ by {abs(skew):.0f} s"
+            yield Finding("fail", text, "set both by NTP")
+    yield from check_application(settings)
+
+
+def is_login_page(answer: Fetched) -> bool:
+    """Whether an answer only leads to Forgejo's login."""
+    return 300 <= answer.status < 400 and "/user/login" in answer.headers.get("location", "")
+
+
+def check_application(settings: Settings) -> Iterator[Finding]:
+    """Yields whether Forgejo knows the application, its secret and its redirect URI.
+
+    A code that cannot be good is refused for the first thing that is wrong, in Forgejo's order: id, secret, redirect URI, code.
+    """
+    forgejo = Forgejo(settings, SteadyClock(Clock()))
+    try:
+        forgejo.exchange("check", "check")
+    except UpstreamMisconfigured as error:
+        which = "secret" if "secret" in str(error) else "id"
+        text = f"forgejo_oauth_client_{which}: Forgejo refuses it: {error}"
+        yield Finding("fail", text, "copy it again from the application in Forgejo")
+    except UpstreamRefused as error:
+        if "redirect" in str(error).lower():
+            text = "the application in Forgejo has another redirect URI"
+            yield Finding("fail", text, f"set it to {settings.public_url}/oauth/callback")
+        else:
+            yield check_secret(forgejo)
+    except UpstreamDown as error:
+        fix = "look into Forgejo's log, and at proxies between"
+        yield Finding("fail", f"Forgejo's token endpoint does not work: {error}", fix)
+
+
+def check_secret(forgejo: Forgejo) -> Finding:
+    """Returns whether Forgejo takes the secret where it always looks: a public application logs in with any."""
+    try:
+        forgejo.introspect("check")
+    except UpstreamDown as error:
+        if "status 401" in str(error):
+            text = (
+                "forgejo_oauth_client_secret: the application in Forgejo is public, so that logins work with any"
+                " secret; where Forgejo looks at it (introspection), it refuses this one"
+            )
+            return Finding("fail", text, "make the application confidential, and copy its secret again")
+    return Finding("ok", "Forgejo knows the application, its secret and its redirect URI")
+
+
+def check_child(settings: Settings) -> Iterator[Finding]:
+    """Yields whether forgejo-mcp is there, new enough, starts and answers; without a token, as an anonymous user."""
+    name = program_name(settings)
+    reason = unusable_program(name)
+    if reason:
+        fix = "install forgejo-mcp for this machine, where that user may run it, and give its path"
+        yield Finding("fail", f"forgejo_mcp_binary: {user_name(os.geteuid())} cannot run it: {reason}", fix)
+        yield from check_rules(settings, ())
+        return
+    try:
+        command = child_command(settings)
+        shown = program_version(settings, command)
+        number = re.search(r"(?<![0-9])([0-9]{1,9})\.[0-9]", shown)
+        if number and int(number[1]) < 2:
+            text = f"forgejo_mcp_binary: {shown} is too old"
+            yield Finding("fail", text, "install forgejo-mcp 2.34.1 or newer")
+        outcome = try_child(settings, command, "")
+        if not outcome.server and not outcome.wants_login:
+            other = try_child(settings, command, "a-token-that-is-none")
+            outcome = other if other.server or other.wants_login else outcome
+    except (ChildMissing, ChildFailed, OSError) as error:
+        fix = "install forgejo-mcp for this machine, and give its path"
+        yield Finding("fail", f"forgejo_mcp_binary: {error}", fix)
+        return
+    yield told(command[0], outcome)
+    yield from check_rules(settings, outcome.tools)
+
+
+def check_rules(settings: Settings, tools: Collection[str]) -> Iterator[Finding]:
+    """Yields what is doubtful in the tool rules, before these tools."""
+    for sentence in rule_warnings(settings.tool_rules, tools):
+        yield Finding("warn", sentence, 'see "Who may use which tool" in operate.md')
+
+
+def told(path: str, outcome: "ChildOutcome") -> Finding:
+    """Returns what the trial of a program has shown."""
+    if outcome.server:
+        who = f"{outcome.server.get('name')} {outcome.server.get('version')}"
+        return Finding("ok", f"forgejo_mcp_binary: {path} starts and answers as {who}")
+    said = "".join(f"\n      | {line}" for line in outcome.last_words)
+    if outcome.wants_login:
+        text = f"forgejo_mcp_binary: {path} starts, and wants a user's login, which no trial has{said}"
+        return Finding("ok", text)
+    fix = "run it by hand with FORGEJO_URL set"
+    return Finding("fail", f"forgejo_mcp_binary: {path} does not answer ({outcome.reason}){said}", fix)
+
+
+def program_name(settings: Settings) -> str:
+    """Returns the program that children run, as configured."""
+    command = settings.forgejo_mcp_binary
+    return command if isinstance(command, str) else str(command[0])
+
+
+def unusable_program(name: str) -> str:
+    """Returns why this process cannot run a program, "" if nothing speaks against it."""
+    path = shutil.which(name)
+    if path is None and "/" not in name:
+        return f"{name} is in no folder of PATH ({os.environ.get('PATH', '')})"
+    if path is None:
+        reason = obstacle(name, os.X_OK)
+        if os.path.isdir(name):
+            reason = "it is a folder"
+        elif os.path.exists(name) and os.access(os.path.dirname(os.path.abspath(name)), os.X_OK):
+            reason = f"it is no executable program for this user ({reason}; chmod 755 {name})"
+        return f"{name} is not an executable program: {reason}"
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return ""  # it may be run and not be read, as it should be
+    return foreign_program(path, head)
+
+
+def foreign_program(path: str, head: bytes) -> str:
+    """Returns why the kernel will not run a program that begins like this, "" if it will."""
+    if head.startswith(b"#!"):
+        line = head[2:].partition(b"\n")[0].decode(errors="replace")
+        interpreter = re.split(r"[ \t]", line.strip(" \t"))[0]
+        if not os.path.exists(interpreter):
+            ends = "; its lines end as on Windows (CR LF)" if line.endswith("\r") else ""
+            return f"{path} is a script for {interpreter!r}, which is not here{ends}"
+        if not os.access(interpreter, os.X_OK):
+            return f"{path} is a script for {interpreter!r}, which is not executable"
+        return ""
+    if head.startswith(b"\x7fELF") and len(head) >= 64:
+        return foreign_elf(path, head)
+    kinds = {b"MZ": "Windows", b"\xcf\xfa\xed\xfe": "macOS", b"\xca\xfe\xba\xbe": "macOS"}
+    system = next((name for magic, name in kinds.items() if head.startswith(magic)), "")
+    if system:
+        return f"{path} is a program for {system}"
+    archives = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+    archive = next((name for magic, name in archives.items() if head.startswith(magic)), "")
+    if archive:
+        return f"{path} is an archive ({archive}) and has to be unpacked"
+    return f"{path} is {'no program: it begins with ' + repr(head[:20]) if head else 'an empty file'}"
+
+
+def foreign_elf(path: str, head: bytes) -> str:
+    """Returns why this machine will not run an ELF file, "" if it will: its architecture, or its loader (elf(5), PT_INTERP)."""
+    with open("/proc/self/exe", "rb") as file:
+        own = file.read(64)
+    order: Literal["little", "big"] = "little" if head[5] == 1 else "big"
+    machine = int.from_bytes(head[18:20], order)
+    known = int.from_bytes(own[18:20], "little" if own[5] == 1 else "big")
+    if machine != known and (machine, known) != (3, 62):
+        theirs = MACHINES.get(machine, f"machine {machine}")
+        return f"{path} is built for {theirs}, and this machine is {MACHINES.get(known, os.uname().machine)}"
+    if head[4] != 2:
+        return ""
+    start = int.from_bytes(head[32:40], order)
+    size = int.from_bytes(head[54:56], order)
+    for number in range(int.from_bytes(head[56:58], order)):
+        entry = head[start + number * size :][:size]
+        if len(entry) >= 56 and int.from_bytes(entry[:4], order) == 3:
+            offset = int.from_bytes(entry[8:16], order)
+            loader = head[offset : offset + 256].partition(b"\0")[0].decode(errors="replace")
+            if loader and not os.path.exists(loader):
+                return f"{path} needs the loader {loader}, which is not here: it is built for another Linux"
+    return ""
+
+
+def program_version(settings: Settings, command: list[str]) -> str:
+    """Returns what the program says to --version, "" where it is a list, which is run as it is."""
+    if not isinstance(settings.forgejo_mcp_binary, str):
+        return ""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(
+            [command[0], "--version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=20,
+            stdin=subprocess.DEVNULL,
+        )
+        return done.stdout.strip()[:200]
+    return ""
+
+
+@dataclass(frozen=True)
+class ChildOutcome:
+    """How the trial of a child ended: what it says of itself, or its last words and the reason of its end."""
+
+    server: dict[str, object]
+    last_words: list[str]
+    reason: str
+    refusal: str
+    tools: frozenset[str]
+
+    @property
+    def wants_login(self) -> bool:
+        """Whether it ended, or refused, because nobody is logged in: it, or Forgejo, answers no anonymous caller."""
+        return bool(NEEDS_LOGIN.search("\n".join([*self.last_words, self.refusal])))
+
+
+NEEDS_LOGIN = re.compile(
+    r"\b(?:401|403|unauthori[sz]ed|unauthenticated|forbidden|anonymous|sign(?:ed)?[- ]?in|log(?:ged)?[- ]?in"
+    r"|authenticat\w*|authori[sz]ation|credentials?|(?:access|api|missing|invalid|no)[ _-]tokens?"
+    r"|tokens? (?:is |are |was )?(?:required|missing|needed|invalid|not set|empty|does not))\b|FORGEJO_ACCESS_TOKEN",
+    re.IGNORECASE | re.ASCII,
+)
+
+
+def try_child(settings: Settings, command: list[str], token: str) -> ChildOutcome:
+    """Starts a child as a session does, asks who it is, and ends it. Raises ChildMissing or ChildFailed."""
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    with contextlib.closing(Guardian()) as guardian:
+        log = Log(settings, io.StringIO())
+        environment = child_environment(settings, token)
+        tools: frozenset[str] = frozenset()
+        child = Child(
+            command, environment, "check", guardian, settings, log, lines.put, lambda _: lines.put(b"")
+        )
+        try:
+            server, refusal = introduced(child, lines, settings.start_timeout)
+            if server and settings.tool_rules:
+                tools = listed_tools(child, lines, settings.start_timeout)
+        finally:
+            child.stop("checked")
+            child.ended.wait(1)
+            child.kill("checked")
+            child.ended.wait(settings.stop_timeout)
+    return ChildOutcome(server, list(child.last_words), str(child.reason), refusal, tools)
+
+
+def introduced(
+    child: Child, lines: "queue.SimpleQueue[bytes]", seconds: float
+) -> tuple[dict[str, object], str]:
+    """Returns what a child says of itself, in either era, and the message of an error; {} if it does not answer in time."""
+    end = time.monotonic() + seconds
+    us = {"name": "fjmcp-broker", "version": __version__}
+    meta = {META_VERSION: FIRST_MODERN_VERSION, META_CLIENT: us, META_CAPABILITIES: {}}
+    refusal = ""
+    for method, params in (
+        ("initialize", {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": {}, "clientInfo": us}),
+        ("server/discover", {"_meta": meta}),  # what refuses the handshake may speak the era that has none
+    ):
+        child.send(dump(asking(method, params, jsonrpc="2.0", id=method)))
+        answer = next_answer(lines, end)
+        result = member(answer, "result", dict, {})
+        server = member(result, "serverInfo", dict, None)
+        server = server or member(member(result, "_meta", dict, {}), META_SERVER, dict, None)
+        refusal = refusal or member(member(answer, "error", dict, {}), "message", str, "")
+        if server or child.ended.is_set():
+            return server or {}, refusal
+    return {}, refusal
+
+
+def listed_tools(child: Child, lines: "queue.SimpleQueue[bytes]", seconds: float) -> frozenset[str]:
+    """Returns the names of the tools that a child lists, in either era, over all pages; as far as it says them in time."""
+    end = time.monotonic() + seconds
+    us = {"name": "fjmcp-broker", "version": __version__}
+    meta = {META_VERSION: FIRST_MODERN_VERSION, META_CLIENT: us, META_CAPABILITIES: {}}
+    child.send(dump(asking("notifications/initialized", None, jsonrpc="2.0")))
+    names: set[str] = set()
+    cursor = ""
+    for _ in range(MAX_TOOL_PAGES):
+        params = {"_meta": meta, **({"cursor": cursor} if cursor else {})}
+        child.send(dump(asking("tools/list", params, jsonrpc="2.0", id="tools/list")))
+        result = member(next_answer(lines, end), "result", dict, {})
+        names |= {member(tool, "name", str, "") for tool in member(result, "tools", list, [])}
+        cursor = member(result, "nextCursor", str, "")
+        if not cursor:
+            break
+    return frozenset(names - {""})
+
+
+def next_answer(lines: "queue.SimpleQueue[bytes]", end: float) -> object:
+    """Returns the next message of a child that is no request or notification, None if none comes until `end`."""
+    answer: object = {"method": ""}
+    while member(answer, "method", str, None) is not None:  # it may say something before it answers
+        try:
+            line = lines.get(timeout=max(0.0, end - time.monotonic()))
+            answer = read_child_json(line.removeprefix(BYTE_ORDER_MARK)) if line else None
+        except (queue.Empty, ValueError):
+            return None
+        answer = answer[0] if isinstance(answer, list) and answer else answer
+    return answer
+
+
+def check_containment(settings: Settings) -> Iterator[Finding]:
+    """Yields whether a child, which runs as this user, is kept from the broker's memory and from other children's tokens."""
+    try:
+        path = os.path.realpath(child_command(settings)[0])
+        binary = os.stat(path)
+    except (ChildMissing, OSError):
+        return  # check_child has said so
+    if os.access(path, os.R_OK) or binary.st_uid == os.geteuid():
+        text = (
+            f"containment: {path} can be read by the user that serves, so the children of one user can read the"
+            " tokens of others"
+        )
+        fix = (
+            f"serve as a user of its own, not root; chown root:root {path}; chmod 0711 {path}"
+            " (a script cannot be protected so)"
+        )
+        yield Finding("warn", text, fix)
+    else:
+        yield Finding("ok", f"containment: children of {path} cannot read each other's tokens")
+    if hide_from_children():
+        text = "containment: children cannot read the broker's memory and environment (PR_SET_DUMPABLE is 0 when serving)"
+        yield Finding("ok", text)
+    else:
+        text = "containment: the broker cannot make itself unreadable (PR_SET_DUMPABLE)"
+        yield Finding("warn", text, "serve on Linux with /proc, outside of emulators")
+
+
+def hide_from_children() -> bool:
+    """Makes /proc/<our pid> unreadable for processes of this user, children above all. Returns whether it is (prctl(2), PR_SET_DUMPABLE)."""
+    with contextlib.suppress(OSError, AttributeError):
+        prctl = ctypes.CDLL(None).prctl
+        return prctl(4, 0, 0, 0, 0) == 0 and prctl(3, 0, 0, 0, 0) == 0
+    return False
+
+
+# -- from outside
+
+
+def check_documents(settings: Settings) -> Iterator[Finding]:
+    """Yields whether the descriptions that applications publish of themselves (CIMD) can be read from here."""
+    if not settings.client_documents:
+        return
+    reasons = unreadable_documents(PublicWeb(), settings.allowed_redirect_schemes)
+    if not reasons:
+        text = "client_documents: the descriptions that applications publish can be read from here"
+        yield Finding("ok", text)
+        return
+    text = (
+        "client_documents: none of three well-known ones can be read from here, so applications are told to"
+        f" register instead. {'; '.join(reasons)}"
+    )
+    fix = (
+        "let this server reach port 443 of the internet without a proxy, and look up names; or set"
+        " client_documents = false"
+    )
+    yield Finding("warn", text, fix)
+
+
+def check_public_url(settings: Settings, blob: str) -> Iterator[Finding]:
+    """Yields whether clients would find this broker at its public URL: what `doctor` tries, but for the registration."""
+    url = settings.public_url
+    try:
+        stranger = is_broker(url)
+        if stranger:
+            yield stranger._replace(text=f"public_url: {stranger.text}")
+            return
+        health = fetch("GET", url + "/healthz").json()
+        if member(health, "git", str, "") != blob:
+            text = "public_url: another revision of this file, or something else, is running there"
+            yield Finding("warn", text, "restart the broker; let the proxy pass all to it")
+        failures = [each for each in collapsed(examine(url, register=False)) if each.level != "ok"]
+        version = member(health, "version", str, "unknown")
+        yield from failures or [Finding("ok", f"public_url: {url} is answered by version {version}")]
+    except FetchFailed as error:
+        text = f"public_url: {url} does not answer from here: {error}"
+        fix = "start the broker and the proxy, then check again; some networks cannot reach their own public address"
+        yield Finding("warn", text, fix)
+
+
+# ======================================================================================================================
+# Operators
+# Owns what operators do beside a running broker: listings, revoking, backup, key rotation, another URL for Forgejo.
+# Must not know a running broker: it acts on the store, and the broker notices.
+# ======================================================================================================================
+
+MIN_COLUMN = 10  # characters; a table that would need narrower columns is told row by row
 
 
 @contextlib.contextmanager
-def acting_as(uid, gid):
-    """Do something as another user, where root runs the command: files that SQLite makes are the broker's, keys and backups are not."""
+def acting_as(uid: int, gid: int) -> Iterator[None]:
+    """Acts as another user within the block, where root runs the command: files that SQLite makes are the broker's, keys and backups are not."""
 
-    def become(uid, gid):
+    def become_for_now(uid: int, gid: int) -> None:
         if os.getuid() == 0:
             os.seteuid(0)
             os.setegid(gid)
             os.seteuid(uid)
 
     before = os.geteuid(), os.getegid()
-    become(uid, gid)
+    become_for_now(uid, gid)
     try:
         yield
     finally:
-        become(*before)
+        become_for_now(*before)
 
 
 @contextlib.contextmanager
-def open_store(arguments, alone=False):
-    """(settings, keyring, store), beside a broker that may be running unless `alone`; root acts as the store's owner meanwhile."""
+def open_store(arguments: Arguments, alone: bool = False) -> Iterator[tuple[Settings, Keyring, Store]]:
+    """Opens the store beside a broker that may be running, unless `alone`; root acts as the store's owner within the block."""
     settings = arguments.settings()
     if not os.path.exists(settings.store_path):
         raise ConfigurationError([f"store_path: there is no store at {settings.store_path}"])
@@ -16061,24 +16603,120 @@ def open_store(arguments, alone=False):
             yield settings, keyring, store
 
 
-def listing(arguments):
-    """users, clients, grants, sessions: a table for people, or JSON."""
+# -- listings
+
+
+def since_when(text: str, now: float) -> float:
+    """Returns the moment that --since names: a date with or without a time (local), or how long ago. Raises ConfigurationError."""
+    with contextlib.suppress(ValueError):
+        return datetime.datetime.fromisoformat(text).timestamp()
+    try:
+        return now - float(str(KINDS["duration"](text)))
+    except ValueError:
+        problem = f"--since: {text!r} is neither a date such as 2026-11-30 nor a time such as 90m or 7d"
+        raise ConfigurationError([problem]) from None
+
+
+def listing(arguments: Arguments) -> int:
+    """Prints users, clients, grants or sessions, as a table or as JSON. Returns the exit status."""
+    now = Clock().now()
+    since = since_when(arguments.options["since"], now) if "since" in arguments.options else 0.0
     with open_store(arguments) as (_, _, store):
-        names, rows = store.listing(arguments.command, Clock().now())
+        names, found = store.listing(arguments.command, now)
+    uses = [number for number, name in enumerate(names) if name in ("created_at", "used_at", "checked_at")]
+    rows = [row for row in found if not since or max(row[number] or 0 for number in uses) >= since]
     if "json" in arguments.options:
         print(json.dumps([dict(zip(names, row)) for row in rows], indent=1))
         return 0
-
-    def shown(name, value):
-        if name.endswith("_at") and value is not None:
-            return time.strftime("%Y-%m-%d %H:%M", time.localtime(value))
-        return "-" if value is None else clean_name(str(value), 300)
-
-    lines = [names, *([shown(name, value) for name, value in zip(names, row)] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        print("  ".join(value.ljust(width) for value, width in zip(line, widths)).rstrip())
+    cells = [[shown_cell(name, value) for name, value in zip(names, row)] for row in rows]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print("\n".join(table(list(names), cells, room)))
     return 0
+
+
+def shown_cell(name: str, value: object) -> str:
+    """Returns a value of a listing as people read it; the names of clients are strangers' texts."""
+    if name.endswith("_at") and isinstance(value, (int, float)):
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(value))
+    return "-" if value in (None, "") else clean_name(str(value), 300)
+
+
+def table(names: list[str], rows: list[list[str]], room: int | None) -> list[str]:
+    """Returns the lines of a table; where it is wider than `room`, long cells go on below, or each row is a list of its own."""
+    widths = [max(map(len, column)) for column in zip(names, *rows)]
+    gaps = 2 * (len(widths) - 1)
+    least = [min(width, MIN_COLUMN) for width in widths]
+    if room is not None and sum(least) + gaps > room:
+        label = max(map(len, names))
+        blocks = [[f"{name:{label}}  {cell}" for name, cell in zip(names, row)] for row in rows]
+        return [line for block in blocks for line in (*block, "")][:-1]
+    while room is not None and sum(widths) + gaps > room:
+        widths[widths.index(max(widths))] -= 1
+    lines = []
+    for row in (names, *rows):
+        cells = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths)]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            lines.append("  ".join(part.ljust(width) for part, width in zip(parts, widths)).rstrip())
+    return lines
+
+
+# -- revoking
+
+
+def revoke(arguments: Arguments) -> int:
+    """Ends the logins of a user, of a client, one, or all; a running broker acts on it within a second. Returns the exit status."""
+    options = dict(arguments.options)
+    forget = options.pop("forget", None) is not None
+    if len(options) != 1 or forget and "client" not in options:
+        wanted = "revoke needs exactly one of --user NAME, --client ID, --grant ID, --all; --forget goes with --client"
+        raise ConfigurationError([wanted])
+    kind, value = next(iter(options.items()))
+    with open_store(arguments) as (settings, _, store):
+        log = Log(settings)
+        removed = forget and forget_client(settings, store, log, value)
+        now = Clock().now()
+        ended = store.find_grants(kind, value, now)
+        if kind == "user" and not ended:
+            ended = grants_of_renamed(settings, store, value)
+        for grant in ended:
+            if store.end_grant(grant.grant_id, "revoked by operator", now, for_log=True):
+                log.audit(
+                    "token_revoked",
+                    user=grant.sub,
+                    client=grant.client_id,
+                    grant=grant.grant_id,
+                    reason="revoked by operator",
+                )
+        unknown = "" if ended or removed else unknown_target(store, kind, value, now)
+    if unknown:
+        print(f"fjmcp-broker: {unknown}", file=sys.stderr)
+        return 1
+    said = "; removed the registration" if removed else ""
+    print(f"ended {len(ended)} login{'' if len(ended) == 1 else 's'}{said}")
+    return 0
+
+
+def forget_client(settings: Settings, store: Store, log: Log, client_id: str) -> bool:
+    """Removes a client's registration, before its logins end: it starts no new one. Returns whether it was there."""
+    if any(client.client_id == client_id for client in settings.clients):
+        problem = f"{client_id} stands in [[clients]] of the configuration: take it out there, and restart"
+        raise ConfigurationError([problem])
+    removed = store.forget_client(client_id)
+    if removed:
+        log.audit("client_removed", client=client_id, reason="removed by operator")
+    return removed
+
+
+def unknown_target(store: Store, kind: str, value: str, now: float) -> str:
+    """Returns why there was nothing to revoke."""
+    if kind == "user":
+        names, rows = store.listing("users", now)
+        logins = {str(row[names.index("login")]).casefold() for row in rows}
+        return f"{value} has no login in force" if value.casefold() in logins else f"no such user: {value}"
+    if kind == "client":
+        known = store.client(value) is not None
+        return f"no login through {value} is in force" if known else f"no such client: {value}"
+    return f"no such login in force: {value}" if kind == "grant" else "no login is in force"
 
 
 def grants_of_renamed(settings: Settings, store: Store, login: str) -> list[Any]:
@@ -16093,31 +16731,11 @@ def grants_of_renamed(settings: Settings, store: Store, login: str) -> list[Any]
     return store.find_grants("user", user.login, Clock().now())
 
 
-def revoke(arguments):
-    """End the logins of a user, a client, one login, or all of them; a running broker acts on it within a second."""
-    if len(arguments.options) != 1:
-        raise ConfigurationError(["revoke needs exactly one of --user NAME, --client ID, --grant ID, --all"])
-    with open_store(arguments) as (settings, _, store):
-        log = Log(settings)
-        kind, value = next(iter(arguments.options.items()))
-        ended = store.find_grants(kind, value, Clock().now())
-        if kind == "user" and not ended:
-            ended = grants_of_renamed(settings, store, value)
-        for grant in ended:
-            if store.end_grant(grant.grant_id, "revoked by operator", Clock().now()):
-                log.audit(
-                    "token_revoked",
-                    user=grant.sub,
-                    client=grant.client_id,
-                    grant=grant.grant_id,
-                    reason="revoked by operator",
-                )
-    print(f"ended {len(ended)} login{'' if len(ended) == 1 else 's'}")
-    return 0 if ended else 1
+# -- backup and keys
 
 
-def backup(arguments):
-    """A consistent copy of the store; the key is not in it."""
+def backup(arguments: Arguments) -> int:
+    """Writes a consistent copy of the store; the key is not in it. Returns the exit status."""
     path = arguments.word
     try:
         with open_store(arguments) as (_, _, store), acting_as(os.getuid(), os.getgid()):
@@ -16129,38 +16747,66 @@ def backup(arguments):
     return 0
 
 
-def rotate_key(arguments):
-    """Put a new key before the others in key_file, then seal every credential anew; run again, it goes on where it was.
+def rotate_key(arguments: Arguments) -> int:
+    """Puts a new key before the others in key_file, then seals every credential anew; run again, it goes on where it was.
 
-    Where the keys come from `key`, the operator has put the new one first and restarted; then only the sealing is left to do.
+    Returns the exit status. Where the keys come from `key`, only the sealing is done. Raises ConfigurationError with the
+    three steps where `key` has no new one.
     """
-    count = lost = 0
     with open_store(arguments) as (settings, keyring, store):
-        if not settings.key and all(keyring.is_newest(box) for _, _, box in store.boxes()):
-            with acting_as(os.getuid(), os.getgid()):
-                before = read_file(key_path(settings))
-                with contextlib.suppress(
-                    FileExistsError
-                ):  # another rotate-key was faster: this one goes on with its key
-                    put_file(key_path(settings), new_key() + decode_text(before), expected=before)
-                keyring = load_keyring(settings)
-        for purpose, owner, box in store.boxes():
-            if not keyring.is_newest(box):
-                try:
-                    fresh = keyring.seal(purpose, owner, keyring.unseal(purpose, owner, box))
-                    count += store.replace_box(box, fresh) and purpose == "upstream"
-                except ValueError:
-                    lost += 1
+        is_done = all(keyring.is_newest(box) for _, _, box in store.boxes())
+        if settings.key and is_done and len(keyring.keys) == 1:
+            raise ConfigurationError([three_steps(settings)])
+        if not settings.key and is_done:
+            keyring = add_key(settings)
+        count, lost = seal_anew(store, keyring)
     print(
         f"sealed {count} credential{'' if count == 1 else 's'} with the newest key.\n"
         "When the logins that are under way now have ended (10 minutes), `check` says whether older keys can be taken out."
     )
     if lost:
-        print(
-            f"{lost} credentials open with no key that is here; their users have to log in again.",
-            file=sys.stderr,
-        )
+        text = f"{lost} credentials open with no key that is here; their users have to log in again."
+        print(text, file=sys.stderr)
     return int(lost > 0)
+
+
+def three_steps(settings: Settings) -> str:
+    """Returns how a key that stands in `key` is rotated: only the operator writes there."""
+    return (
+        f"the key stands in `key` ({settings.sources['key']}), where rotate-key writes nothing. Three steps:\n"
+        "  1. put a new key (openssl rand -base64 32) and a comma before the old one in `key`, and restart the broker\n"
+        "  2. run rotate-key: it seals everything with the new key\n"
+        "  3. ten minutes later, when check says that the old key can be taken out, take it out and restart"
+    )
+
+
+def add_key(settings: Settings) -> Keyring:
+    """Puts a new key before the others in key_file, and returns the keyring. If another rotate-key was faster, its key is used."""
+    path = key_path(settings)
+    with acting_as(os.getuid(), os.getgid()):
+        before = read_file(path)
+        with contextlib.suppress(FileExistsError):
+            put_file(path, new_key() + decode_text(before), expected=before)
+        return load_keyring(settings)
+
+
+def seal_anew(store: Store, keyring: Keyring) -> tuple[int, int]:
+    """Seals what older keys have sealed with the newest; returns how many credentials, and how many open with no key."""
+    count = 0
+    lost = 0
+    for purpose, owner, box in store.boxes():
+        if keyring.is_newest(box):
+            continue
+        try:
+            fresh = keyring.seal(purpose, owner, keyring.unseal(purpose, owner, box))
+        except ValueError:
+            lost += 1
+            continue
+        count += store.replace_box(box, fresh) and purpose == "upstream"
+    return count, lost
+
+
+# -- another URL for Forgejo
 
 
 def rebind(arguments: Arguments) -> int:
@@ -16220,8 +16866,11 @@ def differing_people(settings: Settings, people: Sequence[Any]) -> str:
     )
 
 
-# -- serve
-
+# ======================================================================================================================
+# Serve
+# Owns the life of the serving process: the service manager, signals, what is tried once after the start, the exit status.
+# Must not know how anything is served: that is the Broker's.
+# ======================================================================================================================
 
 RESTART_PAUSE = 5  # seconds
 
@@ -16232,7 +16881,7 @@ def is_activated() -> bool:
 
 
 def inherited_sockets() -> list[tuple[str, socket.socket]]:
-    """(name, socket) of each listening socket that the service manager handed over; none of it is left for children to find.
+    """Returns (name, socket) of each listening socket that the service manager handed over; none of it is left for children to find.
 
     Raises ConfigurationError for what is no listening stream socket.
     """
@@ -16262,24 +16911,16 @@ def inherited_sockets() -> list[tuple[str, socket.socket]]:
     return found
 
 
-def notify_service_manager(state):
-    """Tell the service manager, where there is one (sd_notify(3))."""
+def notify_service_manager(state: str) -> None:
+    """Tells the service manager, where there is one (sd_notify(3))."""
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
-def hide_from_children():
-    """Make /proc/<our pid> unreadable for processes of the same user: children, above all. Whether it is (prctl(2), PR_SET_DUMPABLE)."""
-    with contextlib.suppress(OSError, AttributeError):
-        prctl = ctypes.CDLL(None).prctl
-        return prctl(4, 0, 0, 0, 0) == 0 and prctl(3, 0, 0, 0, 0) == 0
-    return False
-
-
-def serve(arguments):
-    """Serve until SIGTERM or SIGINT; SIGHUP re-reads the settings. The exit status."""
+def serve(arguments: Arguments) -> int:
+    """Serves until SIGTERM or SIGINT; SIGHUP re-reads the settings. Returns the exit status."""
     settings = arguments.settings()
     hide_from_children()
     broker = Broker(settings, sockets=inherited_sockets())
@@ -16289,33 +16930,15 @@ def serve(arguments):
     signals, wakes = socket.socketpair()
     wakes.setblocking(False)
     signal.set_wakeup_fd(wakes.fileno())
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: None)
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(each, lambda number, frame: None)
     broker.start()
     warn_of_rules(broker)
     broker.look_out()
-    broker.log.event(
-        "info",
-        "serving",
-        url=settings.public_url,
-        port=broker.server.port,
-        sockets=[f"{server.purpose}: {address}" for server in broker.servers for address in server.addresses],
-        version=__version__,
-    )
-    if broker.is_activated and settings.sources["listen"] != "default":
-        broker.log.event(
-            "warning",
-            "listen_not_used",
-            listen="%s:%d" % settings.listen,
-            means="the service manager holds the sockets; change ListenStream= in its socket unit",
-        )
-    if settings.debug:
-        broker.log.event(
-            "warning",
-            "debug_on",
-            means="what forgejo-mcp writes to its stderr is logged, and each request's path",
-        )
+    announce(broker)
     notify_service_manager("READY=1")
+    if settings.check_at_start:
+        threading.Thread(target=try_upstream, args=(broker,), daemon=True, name="check").start()
     while True:
         for number in signals.recv(64):
             if number == signal.SIGHUP:
@@ -16333,8 +16956,39 @@ def warn_of_rules(broker: Broker) -> None:
         broker.log.event("warning", "tool_rules_doubtful", problem=sentence)
 
 
-def reload(broker, arguments):
-    """SIGHUP: take over what may change, name what may not, keep everything when the new settings are wrong."""
+def announce(broker: Broker) -> None:
+    """Logs what is served where, and what of the settings an operator may not expect."""
+    settings = broker.settings
+    sockets = [f"{server.purpose}: {address}" for server in broker.servers for address in server.addresses]
+    broker.log.event(
+        "info",
+        "serving",
+        url=settings.public_url,
+        port=broker.server.port,
+        sockets=sockets,
+        version=__version__,
+    )
+    if broker.is_activated and settings.sources["listen"] != "default":
+        broker.log.event(
+            "warning",
+            "listen_not_used",
+            listen="%s:%d" % settings.listen,
+            means="the service manager holds the sockets; change ListenStream= in its socket unit",
+        )
+    if settings.debug:
+        means = "what forgejo-mcp writes to its stderr is logged, and each request's path"
+        broker.log.event("warning", "debug_on", means=means)
+
+
+def try_upstream(broker: Broker) -> None:
+    """Logs as warnings what `check` finds wrong with Forgejo and forgejo-mcp; serving goes on whatever it finds."""
+    for level, text, fix in check_upstream(broker.settings):
+        if level == "fail":
+            broker.log.event("warning", "check_failed", problem=text, fix=fix or None)
+
+
+def reload(broker: Broker, arguments: Arguments) -> None:
+    """SIGHUP: takes over what may change, names what may not, keeps everything when the new settings are wrong."""
     try:
         refused = broker.settings.reload(arguments.settings())
         broker.log.event("info", "settings_reloaded", needs_restart=refused or None)
@@ -16344,47 +16998,24 @@ def reload(broker, arguments):
         broker.log.event("error", "settings_not_reloaded", problems=error.problems)
 
 
-COMMANDS = {
-    "serve": Command(serve, "serve (the default command)"),
-    "check": Command(
-        check, "validate the configuration, then try it: store, key, Forgejo, forgejo-mcp, public URL"
-    ),
-    "init": Command(
-        init, "write a commented configuration, asking for what it cannot know (flags answer for it)"
-    ),
-    "doctor": Command(
-        doctor,
-        "URL: do what real clients do at a public URL, short of logging in, and name what would break each",
-        word="URL",
-    ),
-    **{
-        kind: Command(listing, f"list the {what}; as JSON with --json", ("json",))
-        for kind, what in (
-            ("users", "users"),
-            ("clients", "clients"),
-            ("grants", "logins"),
-            ("sessions", "sessions"),
-        )
-    },
-    "revoke": Command(
-        revoke,
-        "end logins: --user NAME, --client ID, --grant ID or --all; in force within a second",
-        ("user", "client", "grant", "all"),
-    ),
-    "rebind": Command(
-        rebind,
-        "the same Forgejo has another URL: it is asked for users known here; --forget: it is another Forgejo, all logins end",
-        ("forget",),
-    ),
-    "backup": Command(
-        backup, "FILE: write a consistent copy of the store, also while the broker runs", word="FILE"
-    ),
-    "rotate-key": Command(rotate_key, "seal everything under a new key; may be interrupted and run again"),
+RUN: dict[str, Callable[[Arguments], int]] = {  # what runs each command of COMMANDS
+    "serve": serve,
+    "check": check,
+    "init": init,
+    "doctor": doctor,
+    "users": listing,
+    "clients": listing,
+    "grants": listing,
+    "sessions": listing,
+    "revoke": revoke,
+    "rebind": rebind,
+    "backup": backup,
+    "rotate-key": rotate_key,
 }
 
 
 def failed(problems: list[str], status: int, activated: bool) -> int:
-    """The exit status, after the problems were told; under a service manager that holds our sockets, after a pause.
+    """Prints the problems and returns the exit status; under a service manager that holds our sockets, after a pause.
 
     It starts us again as soon as we are gone, for the connections that wait: without the pause it would give up for good.
     """
@@ -16397,27 +17028,42 @@ def failed(problems: list[str], status: int, activated: bool) -> int:
     return status
 
 
-def byte_order_mark(arguments: list[str]) -> list[str]:
-    """A note for the operator that the configuration file begins with a byte order mark: where it is wrong, that is worth knowing."""
-    with contextlib.suppress(ConfigurationError, OSError, TypeError):
+def notes(arguments: Sequence[str]) -> list[str]:
+    """Returns what is worth knowing about the configuration file when something is wrong with the configuration."""
+    with contextlib.suppress(ConfigurationError, OSError):
         path = parse_arguments(arguments).config
-        if read_file(path).startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        if path is None and os.path.exists("broker.toml"):
+            return [
+                "note: ./broker.toml was not read: others could write to it or its folder; name it with --config"
+            ]
+        if path and read_file(path).startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return [f"note: {path} begins with a byte order mark (BOM), which is skipped"]
     return []
 
 
+def help_for(arguments: Sequence[str]) -> str | None:
+    """Returns the text that --help or --version asks for, None where neither is asked."""
+    if "--version" in arguments:
+        return f"fjmcp-broker {__version__}"
+    if not {"--help", "-h"} & set(arguments):
+        return None
+    words, _, _ = split_flags([each for each in arguments if each not in ("--help", "-h")], [])
+    return command_usage(words[0]) if words and words[0] in COMMANDS else usage()
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; the exit status: 0, 1 for a failure while running, 2 for wrong usage or configuration."""
+    """Runs a command line. Returns the exit status: 0, 1 for a failure while running, 2 for wrong usage or configuration."""
     arguments = sys.argv[1:] if arguments is None else arguments
     activated = is_activated()
-    if {"--help", "-h", "--version"} & set(arguments):
-        print(f"fjmcp-broker {__version__}" if "--version" in arguments else usage())
+    text = help_for(arguments)
+    if text is not None:
+        print(text)
         return 0
     try:
         parsed = parse_arguments(arguments)
-        return COMMANDS[parsed.command].run(parsed)
+        return RUN[parsed.command](parsed)
     except ConfigurationError as error:
-        return failed([*error.problems, *byte_order_mark(arguments)], 2, activated)
+        return failed([*error.problems, *notes(arguments)], 2, activated)
     except StoreUnavailable as error:
         return failed([error.reason], 1, activated)
     except OSError as error:

@@ -253,8 +253,17 @@ def test_a_listing_that_is_killed_changes_nothing(offline, words):
 LISTED = {
     "users": {"sub", "login", "name", "state", "upstream_scope", "checked_at", "grants", "sessions"},
     "clients": {"client_id", "kind", "name", "auth_method", "created_at", "used_at", "grants"},
-    "grants": {"grant_id", "login", "client_id", "scope", "created_at", "used_at", "expires_at"},
-    "sessions": {"session", "login", "client_id", "protocol_version", "created_at", "used_at"},
+    "grants": {
+        "grant_id",
+        "login",
+        "client_id",
+        "client_name",
+        "scope",
+        "created_at",
+        "used_at",
+        "expires_at",
+    },
+    "sessions": {"session", "login", "client_id", "client_name", "protocol_version", "created_at", "used_at"},
 }
 
 

@@ -124,7 +124,7 @@ def test_https_is_wanted_from_end_to_end(make_installation, monkeypatch):
     done = run_program("doctor", installation.url.replace("http:", "https:"))
     assert (
         done.returncode == 1
-        and "does not answer: SSLError" in done.stdout
+        and "does not answer: it speaks no TLS" in done.stdout
         and "its certificate" in done.stdout
     )
 
@@ -269,17 +269,33 @@ def test_every_probe_fails_where_nothing_but_a_proxy_answers(shared):
         answer.update(status=502, headers={"Content-Type": "text/html"}, body=b"Bad gateway")
 
     found = findings(shared, broken)
-    independent = [probe for probe in fjmcp_broker.PROBES if "{client}" not in json.dumps(probe)]
-    assert len(failures(found)) == len(found) == len(independent) + 1  # and the stream
+    assert len(failures(found)) == len(found) == len(probes(shared.url)) - len(LOGIN) + 1  # and the stream
     assert all("start the broker" in mend for _, _, mend in found[:-1])
 
 
-def rules():
-    """(number of the probe, where, name) of every single expectation in the table."""
-    for number, probe in enumerate(fjmcp_broker.PROBES):
-        want = probe[4]
-        yield from ((number, "json", name) for name in want.get("json", {}))
-        yield from ((number, "headers", name) for name in want if name not in ("status", "json"))
+LOGIN = list(fjmcp_broker.login_probes("https://mcp.example.org", "client"))
+
+
+def probes(url):
+    """Every probe, in the order in which examine() tries them."""
+    return [
+        *fjmcp_broker.discovery_probes(url),
+        *fjmcp_broker.endpoint_probes(url),
+        *fjmcp_broker.browser_probes(),
+        *fjmcp_broker.refusal_probes(),
+        fjmcp_broker.registration_probe(),
+        *fjmcp_broker.login_probes(url, "client"),
+    ]
+
+
+def rules(url):
+    """(number of the probe, where, name, rule) of every single expectation in the tables."""
+    for number, probe in enumerate(probes(url)):
+        for name, rule in probe.want.get("json", {}).items():
+            yield number, "json", name, rule
+        for name, rule in probe.want.items():
+            if name not in ("status", "json"):
+                yield number, "headers", name, rule
 
 
 def spoiled(answer, where, name, rule):
@@ -313,13 +329,11 @@ def test_every_single_expectation_of_the_table_can_fail_and_names_itself(broker,
         return spoil(answers[key]) if spoil else answers[key]
 
     monkeypatch.setattr(fjmcp_broker, "fetch", remembered)
-    for number, where, name in rules():
-        rule = json.loads(json.dumps(fjmcp_broker.PROBES[number][4]).replace("{url}", broker.url))
-        rule = rule["json"][name] if where == "json" else rule[name]
+    for number, where, name, rule in rules(broker.url):
         plan, calls = {number: lambda answer: spoiled(answer, where, name, rule)}, []
         found = failures(fjmcp_broker.examine(broker.url))[:-1]
         assert len(found) == 1 and f"{name.removeprefix('!')} is " in found[0][1], (
-            fjmcp_broker.PROBES[number][1],
+            probes(broker.url)[number].request,
             name,
             found,
         )

@@ -15,11 +15,7 @@ MAX_PARAMETERS = 8
 HEADING = re.compile(r"^# =+\n# (.+)\n(?:# .*\n)+# =+$", re.MULTILINE)
 
 # What is not so yet. These lists only shrink: an entry that is no longer needed fails the test.
-LONG_FUNCTIONS: set[str] = {
-    "check_forgejo",
-    "examine",
-    "init",
-}
+LONG_FUNCTIONS: set[str] = set()
 LONG_CLASSES: set[str] = set()
 WIDE_CONSTRUCTORS: set[str] = set()
 NAMED_FROM_BELOW: set[str] = set()
