@@ -28,7 +28,7 @@ def put_rules(rig, *tables):
     """What SIGHUP does with other rules in the file."""
     broker = rig.broker
     broker.settings.tool_rules = fjmcp_broker.KINDS["tool_rules"](list(tables))
-    broker.endpoint.rules_changed()
+    broker.endpoint.judge.rules_changed(broker.sessions)
 
 
 @pytest.fixture
