@@ -722,7 +722,7 @@ def test_pages_carry_a_strict_policy_and_their_own_style(shared):
 )
 def test_C10_C11_a_clients_name_is_shown_as_text_and_nothing_else(shared, name, shown):
     page = consent(shared, name=name).body.decode()
-    assert f'<span class="big">{shown}</span>' in page
+    assert f'<bdi class="big">{shown}</bdi>' in page
     assert not re.search("[\u200b\u202e\x00\x1b]", page)
 
 

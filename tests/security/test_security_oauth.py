@@ -739,17 +739,22 @@ def test_K15_proxies_of_the_environment_are_ignored_and_certificates_checked(rig
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     assert rig.login().tokens
     web = DocumentWeb(make_authority(tmp_path))
+    here = ["127.0.0.1"]
     try:
         with pytest.raises(fjmcp_broker.FetchFailed, match="CERTIFICATE|certificate"):
             fjmcp_broker.fetch(
-                "GET", "https://app.example/", connect=lambda timeout: web._connect(("x", 443), timeout)
+                "GET",
+                "https://app.example/",
+                addresses=here,
+                connect=lambda address, timeout: web._connect(("x", 443), timeout),
             )
         with pytest.raises(fjmcp_broker.FetchFailed, match="ostname|match"):
             fjmcp_broker.fetch(
                 "GET",
                 "https://other.example/",
                 ca_file=str(web._ca),
-                connect=lambda timeout: web._connect(("x", 443), timeout),
+                addresses=here,
+                connect=lambda address, timeout: web._connect(("x", 443), timeout),
             )
         assert not web.asked
     finally:
