@@ -715,7 +715,7 @@ def test_pages_carry_a_strict_policy_and_their_own_style(shared):
         ("Claude\u202egro.evil", "Claudegro.evil"),
         ("a\x00b\x1bc", "abc"),
         ("", "An application without a name"),
-        ("x" * 500, "x" * 100),
+        ("x" * 500, "x" * 99 + "…"),
         ("Cl\u200baude", "Claude"),
         ("two\nlines", "two lines"),
     ],
