@@ -35,7 +35,7 @@ WANTED_PYTHONS = ((3, 13), (3, 11))
 # The module proxy does not serve every module to everyone: without a binary its tests are a skip that names it, in CI too.
 OPTIONAL_PARTS = ("forgejo-mcp",)
 FORGEJO_MCP_MODULE = "git.b4mad.industries/agentic-forges/forgejo-mcp/v2@v2.34.1"
-PYTHON_PARTS = ("mcp1", "mcp2", "fastmcp")
+PYTHON_PARTS = ("mcp1", "mcp2", "fastmcp", "lint")
 DEBIAN_PARTS = {
     "caddy": "caddy",
     "nginx": "nginx",
@@ -56,6 +56,7 @@ on a Debian without chromium, caddy and nginx, apt-get's lists are expected. A p
   python3 tests/run.py                                  everything, on two Pythons where two are found
   python3 tests/run.py tests/oauth/test_oauth.py              one file
   python3 tests/run.py tests/oauth/test_oauth.py -k refresh   one test, in seconds; anything that pytest takes may follow
+  python3 tests/run.py tests/unit/test_lint.py          ruff and mypy alone
 
   --all          also the real clients that are second of their kind
   --assistants   also the assistants (their packages are large), before a stand-in of their model on this machine

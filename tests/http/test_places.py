@@ -380,7 +380,7 @@ def test_bytes_of_bodies_stay_within_their_limit_and_every_byte_is_given_back():
         with contextlib.suppress(HTTPError):
             for _ in range(number % 5):
                 bodies.grow(body, 20000)
-        assert bodies.total == sum(map(lambda each: each.charged * (not each.ended), made)) <= limit
+        assert bodies.total == sum(each.charged * (not each.ended) for each in made) <= limit
     assert ended and all(made[number].ended for number in ended)
     with pytest.raises(HTTPError):  # one that was ended while it waited learns it with its next byte
         bodies.grow(made[ended[0]], 1)

@@ -452,7 +452,7 @@ def test_P19_without_file_descriptors_no_child_starts_nothing_leaks_and_it_recov
     warm.child.stop("over")
     warm.end()
     refused, before, limits = 0, counts(), resource.getrlimit(resource.RLIMIT_NOFILE)
-    for spare in range(0, 9):
+    for spare in range(9):
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest_descriptor() + 1 + spare, limits[1]))
         made = None
         try:

@@ -132,7 +132,7 @@ def test_who_reads_slowly_from_all_sides_holds_up_nobody_else():
     assert reader.take(0.0).data.startswith(b"a")
     fifth = answered(stream_of(kept, "slow 1", 10), 2 * SMALL)  # who holds much himself is not let by
     assert not is_there(fifth)
-    for stream, other in slow:
+    for _, other in slow:
         assert other.take(0.0).data.startswith(b"a")
 
 

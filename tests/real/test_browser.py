@@ -52,7 +52,7 @@ class Site:
         self.thread.start()
 
     def browser(self, *args, **options):
-        return Browser(*args, routes={origin: self.url for origin in ORIGINS}, **options)
+        return Browser(*args, routes=dict.fromkeys(ORIGINS, self.url), **options)
 
     def redirect(self, path, status, location, **headers):
         self.answers[path] = status, {"Location": location, **headers}, ""

@@ -334,7 +334,7 @@ class ModernCall(Call):
         self.round += 1
         if self.round <= len(self.rounds):
             return self.rounds[self.round - 1]
-        for method, params in questions:
+        for method, _params in questions:
             if KINDS[method] not in self.capabilities:
                 raise Refused(-32021, f"needs {KINDS[method]}", {"requiredCapabilities": {KINDS[method]: {}}})
         keys = [f"round{self.round}-{number}" for number in range(len(questions))]

@@ -750,7 +750,7 @@ def advertised(rig):
 def test_documents_are_advertised_until_none_could_be_read_for_half_an_hour_and_again_after_one(cimd, web):
     look = cimd.broker.documents.look_out
     assert advertised(cimd) and not look() and advertised(cimd)
-    assert {url for url in web.asked} == set(fjmcp_broker.WELL_KNOWN_DOCUMENTS)
+    assert set(web.asked) == set(fjmcp_broker.WELL_KNOWN_DOCUMENTS)
     warned = cimd.log.named("client_documents_unreadable")
     assert len(warned) == 1 and all("status 404" in reason for reason in warned[0]["reasons"])
     cimd.clock.advance(1790)

@@ -1367,10 +1367,9 @@ def test_D07_the_client_chooses_neither_its_id_nor_its_secret(rig):
 def test_D08_D10_nothing_that_a_registration_names_is_fetched_and_it_cannot_be_managed(make_rig):
     web = NothingFetched()
     rig = make_rig(web=web)
-    urls = {
-        name: "https://a.example/x"
-        for name in ("jwks_uri", "sector_identifier_uri", "logo_uri", "policy_uri", "tos_uri")
-    }
+    urls = dict.fromkeys(
+        ("jwks_uri", "sector_identifier_uri", "logo_uri", "policy_uri", "tos_uri"), "https://a.example/x"
+    )
     made = OAuthClient(rig.url).register(software_statement="a.b.c", **urls).json()
     assert not {"registration_client_uri", "registration_access_token"} & made.keys()
     assert Browser().get(registered(rig, **urls).authorize_url()).status == 200 and not web.asked

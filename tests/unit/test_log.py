@@ -69,7 +69,7 @@ def test_L03_an_exception_in_a_handler_tells_the_operator_where_and_the_client_o
     monkeypatch.setattr(rig.broker.server, "handle", fails)
     answer = raw(
         rig.url,
-        "POST /mcp HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer fja_bearer\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}".encode(),
+        b"POST /mcp HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer fja_bearer\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}",
     )
     (record,) = rig.log.wait("internal_error")
     assert record["error"] == "RuntimeError" and record["line"]

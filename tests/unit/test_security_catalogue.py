@@ -81,7 +81,7 @@ def test_each_case_has_one_row():
 
 def test_each_row_names_tests_that_there_are_and_in_full():
     assert named_in(PAGE) - KNOWN == set()
-    assert {word for word in re.findall(r"(?<!::)\btest_\w+(?!\w*\.py)", PAGE)} == set()
+    assert set(re.findall(r"(?<!::)\btest_\w+(?!\w*\.py)", PAGE)) == set()
     assert [case for case, tests, _ in ROWS if not named_in(tests)] == []
 
 

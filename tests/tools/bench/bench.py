@@ -535,7 +535,7 @@ def main() -> int:
     for what, figures in others.items():
         print(f"{what}: {json.dumps(figures)}")
     record = {
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
         "quick": options.quick,
         "ratios": {row["row"]: ratios(row) for row in rows},
