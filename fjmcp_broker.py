@@ -80,7 +80,7 @@ import unicodedata
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, IO, Literal, NamedTuple, Protocol, TextIO, TypeVar
+from typing import IO, Any, Final, Literal, NamedTuple, Protocol, TextIO, TypeVar
 from urllib.parse import SplitResult, parse_qsl, quote, unquote_plus, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -1724,7 +1724,7 @@ def is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
 
 def rfc3339(seconds: float) -> str:
     """A time as RFC 3339 has it, in UTC, with milliseconds."""
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -8712,7 +8712,7 @@ class Child:
         settings: Settings,
         log: Log,
         on_line: Callable[[bytes], object],
-        on_end: "Callable[[Child], object]",
+        on_end: Callable[[Child], object],
     ) -> None:
         self._guardian = guardian
         self._settings = settings
@@ -9493,7 +9493,7 @@ class OpenQuestion:
 
     def __init__(
         self,
-        backend: "Backend",
+        backend: Backend,
         key: object,
         method: str,
         params: dict[str, object] | None,
@@ -9522,19 +9522,19 @@ class BackendOwner(Protocol):
     ) -> bool:
         """Ends a call in flight."""
 
-    def on_questions(self, backend: "Backend", questions: list[OpenQuestion], call: Call | None) -> None:
+    def on_questions(self, backend: Backend, questions: list[OpenQuestion], call: Call | None) -> None:
         """The child asks its client for things; `call`: in the middle of this one."""
 
-    def on_withdrawn(self, backend: "Backend", message: Message) -> None:
+    def on_withdrawn(self, backend: Backend, message: Message) -> None:
         """The child wants no answer to a question any more."""
 
-    def on_notification(self, backend: "Backend", message: Message, is_subscribed: bool) -> None:
+    def on_notification(self, backend: Backend, message: Message, is_subscribed: bool) -> None:
         """The child notifies its client; `is_subscribed`: of what was subscribed to, so that it belongs to no call."""
 
-    def on_call_done(self, backend: "Backend", call: Call, message: Message | None) -> None:
+    def on_call_done(self, backend: Backend, call: Call, message: Message | None) -> None:
         """A call is over; `message`: by this answer of the child."""
 
-    def on_end(self, backend: "Backend") -> None:
+    def on_end(self, backend: Backend) -> None:
         """The child has ended."""
 
 
@@ -9600,7 +9600,7 @@ class Backend:
         return self._dialect is not None
 
     @property
-    def subscriptions(self) -> "LegacySubscriptions | ModernSubscriptions":
+    def subscriptions(self) -> LegacySubscriptions | ModernSubscriptions:
         """What the child is subscribed to."""
         assert self._subscriptions
         return self._subscriptions
@@ -10788,9 +10788,7 @@ class ChildStart:
 class Backends:
     """A session's children: the one that serves now, and those that only end their calls. Guarded by the session's lock."""
 
-    def __init__(
-        self, session: "Session", services: Services, launcher: Launcher, capacity: Capacity
-    ) -> None:
+    def __init__(self, session: Session, services: Services, launcher: Launcher, capacity: Capacity) -> None:
         self._session = session
         self._lock = session.lock
         self._settings = services.settings
@@ -11772,14 +11770,14 @@ class SuspendedCalls:
         self._lock = threading.Lock()  # guards the dict; a leaf
         self.calls: dict[str, tuple[ModernCall, float]] = {}
 
-    def add(self, call: "ModernCall") -> str:
+    def add(self, call: ModernCall) -> str:
         """Stores a suspended call; returns the name its retry must carry."""
         name = new_secret()
         with self._lock:
             self.calls[name] = (call, time.monotonic() + self._settings.input_timeout + 60)
         return name
 
-    def take(self, name: str) -> "ModernCall | None":
+    def take(self, name: str) -> ModernCall | None:
         """Returns the call of a name, once; None when there is none (any more)."""
         with self._lock:
             return self.calls.pop(name, (None, 0.0))[0]
@@ -11800,7 +11798,7 @@ class ModernCall(Call):
 
     def __init__(
         self,
-        frontend: "StatelessFrontend",
+        frontend: StatelessFrontend,
         message: Message,
         deadline: float,
         meta: RequestMeta,
@@ -11936,7 +11934,7 @@ class ModernCall(Call):
         }
         return result_message(self.id, result)
 
-    def anew(self, message: Message) -> "ModernCall":
+    def anew(self, message: Message) -> ModernCall:
         """Returns a call for a retry that does not go on with this one."""
         return ModernCall(
             self._frontend, message, self.deadline, self.meta, self._suspended, self._seal, self._change
@@ -12109,7 +12107,7 @@ class StatelessFrontend:
             uris = set()
         uris -= self._subscribe(uris, bool(kinds))
         stream = session.new_stream(1)
-        honoured: dict[str, object] = {kind: True for kind in sorted(kinds)}
+        honoured: dict[str, object] = dict.fromkeys(sorted(kinds), True)
         if uris:
             honoured["resourceSubscriptions"] = sorted(uris)
         acknowledgement = "notifications/subscriptions/acknowledged"
@@ -12249,7 +12247,7 @@ def known_capabilities(capabilities: dict[str, object]) -> dict[str, object]:
 class Lease:
     """One request's use of a shared session; release() gives it back, once."""
 
-    def __init__(self, sessions: "Sessions", frontend: StatelessFrontend) -> None:
+    def __init__(self, sessions: Sessions, frontend: StatelessFrontend) -> None:
         self._sessions = sessions
         self.frontend = frontend
         self._is_held = True
@@ -16279,7 +16277,7 @@ def check_rules(settings: Settings, tools: Collection[str]) -> Iterator[Finding]
         yield Finding("warn", sentence, 'see "Who may use which tool" in operate.md')
 
 
-def told(path: str, outcome: "ChildOutcome") -> Finding:
+def told(path: str, outcome: ChildOutcome) -> Finding:
     """Returns what the trial of a program has shown."""
     if outcome.server:
         who = f"{outcome.server.get('name')} {outcome.server.get('version')}"
@@ -16430,7 +16428,7 @@ def try_child(settings: Settings, command: list[str], token: str) -> ChildOutcom
 
 
 def introduced(
-    child: Child, lines: "queue.SimpleQueue[bytes]", seconds: float
+    child: Child, lines: queue.SimpleQueue[bytes], seconds: float
 ) -> tuple[dict[str, object], str]:
     """Returns what a child says of itself, in either era, and the message of an error; {} if it does not answer in time."""
     end = time.monotonic() + seconds
@@ -16452,7 +16450,7 @@ def introduced(
     return {}, refusal
 
 
-def listed_tools(child: Child, lines: "queue.SimpleQueue[bytes]", seconds: float) -> frozenset[str]:
+def listed_tools(child: Child, lines: queue.SimpleQueue[bytes], seconds: float) -> frozenset[str]:
     """Returns the names of the tools that a child lists, in either era, over all pages; as far as it says them in time."""
     end = time.monotonic() + seconds
     us = {"name": "fjmcp-broker", "version": __version__}
@@ -16471,7 +16469,7 @@ def listed_tools(child: Child, lines: "queue.SimpleQueue[bytes]", seconds: float
     return frozenset(names - {""})
 
 
-def next_answer(lines: "queue.SimpleQueue[bytes]", end: float) -> object:
+def next_answer(lines: queue.SimpleQueue[bytes], end: float) -> object:
     """Returns the next message of a child that is no request or notification, None if none comes until `end`."""
     answer: object = {"method": ""}
     while member(answer, "method", str, None) is not None:  # it may say something before it answers
@@ -16515,7 +16513,7 @@ def hide_from_children() -> bool:
     """Makes /proc/<our pid> unreadable for processes of this user, children above all. Returns whether it is (prctl(2), PR_SET_DUMPABLE)."""
     with contextlib.suppress(OSError, AttributeError):
         prctl = ctypes.CDLL(None).prctl
-        return prctl(4, 0, 0, 0, 0) == 0 and prctl(3, 0, 0, 0, 0) == 0
+        return bool(prctl(4, 0, 0, 0, 0) == 0 and prctl(3, 0, 0, 0, 0) == 0)
     return False
 
 

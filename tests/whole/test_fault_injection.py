@@ -218,7 +218,7 @@ def prepare(faults, kind):
         for owner, name in DELIVERIES:
             faults.wrap(owner, name, lambda: RuntimeError("injected"))
     else:
-        for name, function in inspect.getmembers(fjmcp_broker.Store, inspect.isfunction):
+        for name, _function in inspect.getmembers(fjmcp_broker.Store, inspect.isfunction):
             if not name.startswith("_") and name not in NOT_CALLS:
                 faults.wrap(fjmcp_broker.Store, name, unavailable)
 
