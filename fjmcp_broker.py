@@ -1307,15 +1307,23 @@ class Table:
     def line(self, key: str) -> str:
         """Returns ` (line 3)`, where a key of the TOML's top level begins; "" where the values are no TOML."""
         lines = self.text.splitlines()
-        begins = re.compile(rf"""\s*(\[\[?\s*)?(["']?){re.escape(key)}\2\s*[\].=]""")
         for number, line in enumerate(lines):
-            if begins.match(line):
+            if begins_with_key(line, key):
                 with contextlib.suppress(
                     ValueError
                 ):  # within a text of several lines, what comes before is no TOML
                     tomllib.loads("\n".join(lines[:number]))
                     return f" (line {number + 1})"
         return ""
+
+
+def begins_with_key(line: str, key: str) -> bool:
+    """Returns whether a line of TOML begins with this key, bare or quoted, as a value's or a table's name."""
+    rest = line.strip().lstrip("[").lstrip()
+    for spelled in (key, f'"{key}"', f"'{key}'"):
+        if rest.startswith(spelled) and rest[len(spelled) :].lstrip()[:1] in ("]", ".", "="):
+            return True
+    return False
 
 
 class Given(NamedTuple):
@@ -1749,6 +1757,7 @@ class Log:
         self._to_journal = is_journal(self._stream, os.environ)
         # Guards the stream and the bursts; a leaf.
         self._lock = threading.Lock()
+        self._closed = False
         self._request = threading.local()
         self._bursts: dict[tuple[str, str], Burst] = {}
         self.metrics = Metrics()
@@ -1780,8 +1789,14 @@ class Log:
         if self._to_journal:
             line = f"<{PRIORITIES[level]}>{line}"
         with self._lock, contextlib.suppress(OSError, ValueError):
-            self._stream.write(line)
-            self._stream.flush()
+            if not self._closed:
+                self._stream.write(line)
+                self._stream.flush()
+
+    def close(self) -> None:
+        """Writes no more: a daemon thread within the stream as the interpreter ends would abort the process (Py_FinalizeEx)."""
+        with self._lock:
+            self._closed = True
 
     def _hide_addresses(self, fields: dict[str, object]) -> None:
         """Says no more of addresses than `log_addresses` allows."""
@@ -16945,6 +16960,7 @@ def serve(arguments: Arguments) -> int:
             notify_service_manager("STOPPING=1")
             broker.log.event("info", "stopping")
             broker.stop()
+            broker.log.close()
             return 0
 
 

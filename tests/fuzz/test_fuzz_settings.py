@@ -164,6 +164,7 @@ GOOD = {
     "names": ["", "a,b"],
     "networks": ["10.0.0.0/8", ""],
     "log_format": ["json", "text"],
+    "log_addresses": ["full", "network", "off"],
     "address": ["127.0.0.1:1", "[::1]:2"],
     "any_address": ["", "127.0.0.1:3"],
     "any_url": ["", "https://a.example"],

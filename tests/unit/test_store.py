@@ -337,7 +337,7 @@ ROWS_OF = {"client_row": fjmcp_broker.ClientRow, "user_row": fjmcp_broker.UserRo
 def test_the_fields_of_a_row_are_the_columns_of_its_statement(store):
     compared = set()
     for node in ast.walk(ast.parse(inspect.getsource(fjmcp_broker))):
-        if is_call_of_self(node) and node.func.attr in ("_all", "_one"):
+        if is_call_of_self(node) and node.args and node.func.attr in ("_all", "_one"):
             make = ast.unparse(node.args[0])
             row = ROWS_OF.get(make) or getattr(fjmcp_broker, make.removesuffix("._make"), None)
             for statement in values_of(node.args[1]) if hasattr(row, "_fields") else ():
