@@ -235,7 +235,7 @@ PARENT = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 import fjmcp_broker as b, io
-class S: max_line, stop_timeout, debug, log_format = 1 << 20, 5, False, "json"
+class S: max_line, stop_timeout, debug, log_format, log_addresses = 1 << 20, 5, False, "json", "full"
 log, guardian = b.Log(S, io.StringIO()), b.Guardian()
 children = [b.Child([sys.executable, "-I", "-u", "-c", program], {}, "u", guardian, S, log, lambda line: None, lambda child: None)
             for program in (sys.argv[2], sys.argv[3], sys.argv[2])]

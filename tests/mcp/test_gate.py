@@ -599,9 +599,9 @@ def test_a_list_that_never_stands_still_lets_nothing_through(listing, monkeypatc
 
 
 def test_a_child_that_does_not_say_its_tools_lets_nothing_through(listing, monkeypatch):
-    mcp = listing.session()
-    listing.say()
+    listing.say()  # before the session: a child that has said its tools is not asked again
     monkeypatch.setattr(fjmcp_broker, "QUESTION_GRACE", 0.2)
+    mcp = listing.session()
     answer = mcp.post(request("tools/call", {"name": READER}))
     assert answer.status == 503 and listing.heard("tools/call") == []
 

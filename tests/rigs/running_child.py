@@ -15,7 +15,7 @@ TOKEN = "eyJhbGciOiJSUzI1NiJ9.eyJnbnQiOjF9.c2lnbmF0dXJl"
 class Values:
     """The settings that a Child reads."""
 
-    max_line, stop_timeout, debug, log_format = 1 << 20, 0.3, True, "json"
+    max_line, stop_timeout, debug, log_format, log_addresses = 1 << 20, 0.3, True, "json", "full"
 
 
 class Running:
