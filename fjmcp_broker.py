@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """fjmcp-broker: lets people use their own Forgejo from MCP clients, as themselves.
 
-It is three things at once: an OAuth 2.1 authorization server for MCP clients, an OAuth client of Forgejo (which says who the user
-is), and a supervisor that gives each MCP session its own `forgejo-mcp --transport stdio` child holding only that user's token.
+It is three things at once: an OAuth 2.1 authorization server for MCP clients, an OAuth client of Forgejo
+(which says who the user is), and a supervisor that gives each MCP session its own `forgejo-mcp --transport
+stdio` child holding only that user's token.
 
     MCP client --HTTPS--> Caddy/nginx --HTTP--> fjmcp_broker.py --stdio--> forgejo-mcp --> Forgejo
 
@@ -10,12 +11,14 @@ Four ideas carry the design:
   1. A session is a durable row; a child is a cache. Children stop and come back, the client never notices.
   2. One Forgejo credential per Forgejo user, because Forgejo keeps one refresh token per (user, application).
   3. Every era of MCP on one URL; what an era means is decided at the edge, per request.
-  4. Nothing is lost and no one gets in: consent in the same browser, hashed tokens, sealed credentials, commit before answer.
+  4. Nothing is lost and no one gets in: consent in the same browser,
+     hashed tokens, sealed credentials, commit before answer.
 
 Contents, in dependency order; a section names only what stands above it:
-  Vocabulary · Settings · Log and metrics · Seal · Store · Messages · HTTP values · Outgoing HTTP · Forgejo · Forgejo credentials · Pages ·
-  Clients · Authorization · Child · Session · Eras · Registry and reaper · Gate and /mcp · HTTP server · Broker ·
-  Command line · Init · Doctor · Check · Operators · Serve
+  Vocabulary · Tool rules · Settings · Log and metrics · Seal · Store · Messages · HTTP values · Outgoing HTTP ·
+  Forgejo · Forgejo credentials · Pages · Clients · Authorization ·
+  Child process · Calls · Dialects · Backend · Launcher and capacity · Session · Frontends · Sessions ·
+  Maintenance · Endpoint · HTTP server · Broker · Command line · Init · Doctor · Check · Operators · Serve
 """
 
 from __future__ import annotations
@@ -86,11 +89,11 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote_plus, urlencode,
 __version__ = "0.1.0"
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Vocabulary
 # Owns the words and numbers of the protocols, the three kinds of refusal, the clock and randomness.
 # Must not know configuration, storage, or HTTP.
-# ======================================================================================================================
+# ============================================================================================================
 
 READ = "forgejo:read"
 WRITE = "forgejo:write"
@@ -173,8 +176,8 @@ class RpcError(Exception):
 def anew(error: AnyError) -> AnyError:
     """Returns a copy of an exception without its traceback, cause and context.
 
-    An exception that is kept is kept like this, and raised like this: each `raise` adds the frames of its thread, with all that
-    these requests hold, to the traceback of the one object.
+    An exception that is kept is kept like this, and raised like this: each `raise` adds the frames of its
+    thread, with all that these requests hold, to the traceback of the one object.
     """
     copy = type(error).__new__(type(error), *error.args)
     copy.__dict__.update(error.__dict__)
@@ -182,7 +185,10 @@ def anew(error: AnyError) -> AnyError:
 
 
 class Clock:
-    """The machine's three clocks, in seconds. Tests inject others; waits on sockets and locks use real time and never ask them."""
+    """The machine's three clocks, in seconds.
+
+    Tests inject others; waits on sockets and locks use real time and never ask them.
+    """
 
     def now(self) -> float:
         """Returns the wall clock's time, which an operator, NTP or a bad battery may set at any moment."""
@@ -200,8 +206,8 @@ class Clock:
 class SteadyClock:
     """Wall time that a step of the wall clock does not move: read at the start, carried on by CLOCK_BOOTTIME.
 
-    A wall clock that differs is followed once it has for FOLLOW_AFTER seconds. What such a step forward expires is
-    forgiven for a while, because the step itself may be the error.
+    A wall clock that differs is followed once it has for FOLLOW_AFTER seconds. What such a step forward
+    expires is forgiven for a while, because the step itself may be the error.
     """
 
     TOLERANCE = 60.0
@@ -284,7 +290,10 @@ def new_secret(prefix: str = "") -> str:
 
 
 def token_hash(secret: str) -> bytes:
-    """Returns the SHA-256 of a token, which the store keeps of it. No stretching: the token has 256 bits of entropy."""
+    """Returns the SHA-256 of a token, which the store keeps of it.
+
+    No stretching: the token has 256 bits of entropy.
+    """
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -316,18 +325,23 @@ def network_of(address: str, v4: int = 32, v6: int = 64) -> str:
     return str(ipaddress.ip_network(f"{address.partition('%')[0]}/{prefix}", strict=False))
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Tool rules
-# Owns who may use which tool: the values of [[tool_rules]], the rule that decides about a caller, and what is doubtful in a list of rules.
-# Must not know the configuration file, HTTP or sessions. A rule sees a tool's name, never what its arguments make of it.
-# ======================================================================================================================
+# Owns who may use which tool: the values of [[tool_rules]], the rule that decides about a caller, and what is
+# doubtful in a list of rules.
+# Must not know the configuration file, HTTP or sessions. A
+# rule sees a tool's name, never what its arguments make of it.
+# ============================================================================================================
 
 MAX_NAME = 256  # characters of a tool's name, or a task's id, that is remembered
 
 
 @dataclass(frozen=True)
 class Rights:
-    """What a rule leaves to a caller. `allow` and `deny` are globs of tool names; `allow` None admits every name."""
+    """What a rule leaves to a caller.
+
+    `allow` and `deny` are globs of tool names; `allow` None admits every name.
+    """
 
     allow: tuple[str, ...] | None = None
     deny: tuple[str, ...] = ()
@@ -347,9 +361,10 @@ NO_RIGHTS = Rights(allow=(), resources=False, prompts=False)
 
 @dataclass(frozen=True)
 class ToolRule:
-    """One rule: whom it is for, and the rights that it leaves. None is everybody; of each condition given one entry must match.
+    """One rule: whom it is for, and the rights that it leaves.
 
-    `users` (globs of a login, or `id:` and a number) and `groups` are casefolded; `clients` are globs of a client_id.
+    None is everybody; of each condition given one entry must match. `users` (globs of a login, or `id:` and a
+    number) and `groups` are casefolded; `clients` are globs of a client_id.
     """
 
     users: tuple[str, ...] | None = None
@@ -369,7 +384,10 @@ class ToolRule:
 
 
 def matches_any(text: str, globs: Iterable[str]) -> bool:
-    """Returns whether one of the globs matches the whole text, with case. Linear: fnmatch never goes back behind a `*`."""
+    """Returns whether one of the globs matches the whole text, with case.
+
+    Linear: fnmatch never goes back behind a `*`.
+    """
     return any(fnmatch.fnmatchcase(text, glob) for glob in globs)
 
 
@@ -402,7 +420,10 @@ def rights_sentence(rights: Rights | None) -> str:
 
 
 def rule_warnings(rules: Sequence[ToolRule], tools: Collection[str] = ()) -> list[str]:
-    """Returns a sentence for each thing in these rules that hardly means what it says. `tools`: the child's tools, empty if not known."""
+    """Returns a sentence for each thing in these rules that hardly means what it says.
+
+    `tools`: the child's tools, empty if not known.
+    """
     found = []
     reached = []
     for number, rule in enumerate(rules, 1):
@@ -449,7 +470,8 @@ def covers(wide: str, narrow: str) -> bool:
     """Returns whether a glob surely matches whatever another one does; a False may be wrong."""
     if wide == narrow or matches_everything(wide):
         return True
-    # Read as a text, a glob stands for all that it matches only if its wildcards fall to a `*`, and it has no set of characters.
+    # Read as a text, a glob stands for all that it matches only if
+    # its wildcards fall to a `*`, and it has no set of characters.
     return not set(wide) & set("?[") and "[" not in narrow and fnmatch.fnmatchcase(narrow, wide)
 
 
@@ -543,11 +565,12 @@ def gives_more(more: Rights, less: Rights, tools: Collection[str]) -> bool:
     )
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Settings
-# Owns the one table from which the TOML keys, flags, environment variables, `--help` and the documentation come.
+# Owns the one table from which the TOML keys, flags,
+# environment variables, `--help` and the documentation come.
 # Must not know what the settings are used for; it reads files, and opens nothing else.
-# ======================================================================================================================
+# ============================================================================================================
 
 REQUIRED: Final = object()
 ENVIRONMENT_PREFIX = "FJMCP_BROKER_"
@@ -851,7 +874,8 @@ SETTINGS = (
     ),
 )
 SETTING = {setting.name: setting for setting in SETTINGS}
-# Every key that may be given -> (its setting, whether the value names a file that holds it: for whatever is one piece of text).
+# Every key that may be given -> (its setting, whether the value
+# names a file that holds it: for whatever is one piece of text).
 KEYS = {
     setting.name + "_file": (setting, True)
     for setting in SETTINGS
@@ -983,7 +1007,10 @@ def _list(value: object) -> tuple[str, ...]:
 
 
 def _names(value: object) -> tuple[str, ...]:
-    """Returns a list of words. A space or a quote in one means that the list was written in another way than was read."""
+    """Returns a list of words.
+
+    A space or a quote in one means that the list was written in another way than was read.
+    """
     items = _list(value)
     for item in items:
         if re.search(r"[\s\"'`]", item):
@@ -1134,7 +1161,8 @@ def _is_client_glob(text: str) -> bool:
     return bool(re.fullmatch(r"[\x21-\x7e]+", text))
 
 
-# Each kind of setting: how a value is read, as text or as TOML has it. Raises ValueError with what it must be.
+# Each kind of setting: how a value is read, as text or as
+# TOML has it. Raises ValueError with what it must be.
 KINDS: dict[str, Callable[[object], object]] = {
     "text": _text,
     "path": _text,
@@ -1239,7 +1267,10 @@ class Settings:
         self.sources = sources
 
     def reload(self, newer: Settings) -> list[str]:
-        """Takes over what may change while running. Returns the names of settings that changed but may not."""
+        """Takes over what may change while running.
+
+        Returns the names of settings that changed but may not.
+        """
         changed = [
             setting for setting in SETTINGS if getattr(newer, setting.name) != getattr(self, setting.name)
         ]
@@ -1473,11 +1504,12 @@ def find_configuration(environ: Mapping[str, str], is_to_be_made: bool = False) 
     return SYSTEM_CONFIGURATION if os.path.exists(SYSTEM_CONFIGURATION) else None
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Log and metrics
 # Owns what leaves the program for operators: one line per event on stderr, and the numbers of /metrics.
-# Must not be handed a token, code, secret, cookie or tool argument; it escapes what it is given and judges nothing.
-# ======================================================================================================================
+# Must not be handed a token, code, secret, cookie or tool
+# argument; it escapes what it is given and judges nothing.
+# ============================================================================================================
 
 # What the journal calls a level (sd-daemon(3)).
 PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
@@ -1545,7 +1577,8 @@ REASONS = {
     }.items()
 }
 
-# The clients that are counted by name: hosts of their metadata documents, and what their names and User-Agents begin with.
+# The clients that are counted by name: hosts of their metadata
+# documents, and what their names and User-Agents begin with.
 KNOWN_CLIENTS = {
     "claude": (("claude.ai", "claude.com"), ("claude",), ("claude",)),
     "chatgpt": (("chatgpt.com", "openai.com"), ("chatgpt", "openai"), ("openai", "python/3.12 aiohttp")),
@@ -1629,7 +1662,10 @@ FAMILIES = (
 
 
 class Metrics:
-    """The counters and histograms of /metrics. Each has all its series from the start, so nothing grows with what comes in."""
+    """The counters and histograms of /metrics.
+
+    Each has all its series from the start, so nothing grows with what comes in.
+    """
 
     def __init__(self) -> None:
         self._families = {family.name: family for family in FAMILIES}
@@ -1647,7 +1683,10 @@ class Metrics:
         }
 
     def count(self, name: str, labels: tuple[str, ...] = (), by: int = 1) -> None:
-        """Adds to a counter. Labels that are no series of it count as the one whose last label is `other`, if there is one."""
+        """Adds to a counter.
+
+        Labels that are no series of it count as the one whose last label is `other`, if there is one.
+        """
         with self._lock:
             key = (name, labels)
             if key not in self._values:
@@ -1873,7 +1912,10 @@ class Log:
 
 
 class Allowance:
-    """A token bucket for what one child sends: `burst` units at once, then `rate` a second. Not safe from several threads."""
+    """A token bucket for what one child sends: `burst` units at once, then `rate` a second.
+
+    Not safe from several threads.
+    """
 
     def __init__(self, burst: float, rate: float) -> None:
         self._burst = burst
@@ -1903,11 +1945,12 @@ class Allowance:
         return max(0.0, -self._left / self._rate)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Seal
-# Owns the sealing keys and the one construction by which a secret may lie in the database (encrypt-then-MAC, HMAC-SHA256).
+# Owns the sealing keys and the one construction by which a
+# secret may lie in the database (encrypt-then-MAC, HMAC-SHA256).
 # Must not know what it seals, nor where that is stored.
-# ======================================================================================================================
+# ============================================================================================================
 
 MAGIC = b"FJ1"
 
@@ -2031,7 +2074,10 @@ class Keyring:
 
     @classmethod
     def parse(cls, text: str, path: str | None = None) -> Keyring:
-        """Returns a keyring of the base64 keys of 32 bytes in these lines (or between commas). Raises ValueError."""
+        """Returns a keyring of the base64 keys of 32 bytes in these lines (or between commas).
+
+        Raises ValueError.
+        """
         keys = []
         for line in filter(None, map(str.strip, re.split(r"[\n,]", text))):
             try:
@@ -2054,7 +2100,10 @@ class Keyring:
         return seal_with(self.keys[0], purpose, owner, plain + b" " * (-len(plain) % 256))
 
     def unseal(self, purpose: str, owner: str, box: bytes) -> Any:
-        """Returns the JSON value in a box. Raises ValueError when no key opens it for this purpose and owner."""
+        """Returns the JSON value in a box.
+
+        Raises ValueError when no key opens it for this purpose and owner.
+        """
         for key in self.keys:
             if bytes(box[3:7]) == _key_id(key):
                 return json.loads(unseal_with(key, purpose, owner, bytes(box)))
@@ -2130,12 +2179,13 @@ def load_keyring(settings: Settings) -> Keyring:
         raise ConfigurationError([f"{'key' if settings.key else 'key_file: ' + path}: {error}"]) from None
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Store
-# Owns all SQL: what survives a crash (docs/storage.md). A method is one static batch that takes and returns plain values. Database runs
-# batches; ClientStore, UserStore, LoginStore, TokenStore and SessionStore hold the statements of an entity each; Store is all of them.
+# Owns all SQL: what survives a crash (docs/storage.md). A method is one static batch that takes and returns
+# plain values. Database runs batches; ClientStore, UserStore, LoginStore, TokenStore and SessionStore hold
+# the statements of an entity each; Store is all of them.
 # Must not know what a box holds, nor decide anything between two statements.
-# ======================================================================================================================
+# ============================================================================================================
 
 SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -3063,7 +3113,10 @@ class UserStore(Database):
         now: float,
         account_created: float | None = None,
     ) -> None:
-        """Makes or refreshes what Forgejo says of a user; the status and the credential stay. A login that changed is kept as the former."""
+        """Makes or refreshes what Forgejo says of a user; the status and the credential stay.
+
+        A login that changed is kept as the former.
+        """
         self._run(
             {
                 "sub": sub,
@@ -3150,12 +3203,13 @@ class UserStore(Database):
         obtained_at: float,
         began: int = 0,
     ) -> int | None:
-        """Replaces a known user's credential, whatever their status. Returns its sequence number, None when a newer one is stored.
+        """Replaces a known user's credential, whatever their status.
 
-        `began` is what credential_order() said before the exchange or refresh. A stored credential that was saved by
-        then is the older one, whatever Forgejo counts: a Forgejo restored from a backup counts from an older place. Of
-        two that overlapped Forgejo's numbers tell the later: its grant's, then the grant's counter; equal or
-        unreadable: the last one saved.
+        Returns its sequence number, None when a newer one is stored. `began` is what
+        credential_order() said before the exchange or refresh. A stored credential that was
+        saved by then is the older one, whatever Forgejo counts: a Forgejo restored from a
+        backup counts from an older place. Of two that overlapped Forgejo's numbers tell the
+        later: its grant's, then the grant's counter; equal or unreadable: the last one saved.
         """
         saved = self._run(
             {
@@ -3261,7 +3315,10 @@ class UserStore(Database):
         return self.forgejo_url() or forgejo_url
 
     def rebind(self, forgejo_url: str, forget: bool) -> list[GrantRow]:
-        """Gives the store to another URL; with `forget` every user goes with all their logins. Returns the grants that ended by that."""
+        """Gives the store to another URL; with `forget` every user goes with all their logins.
+
+        Returns the grants that ended by that.
+        """
         ended = self._run({"url": forgejo_url}, *(FORGET_USERS if forget else ()), BIND)
         return [GrantRow._make(row) for row in ended]
 
@@ -3293,7 +3350,10 @@ class LoginStore(Database):
         taken_at: float | None = None,
         decision: str = "",
     ) -> bool:
-        """Keeps an approved (or, with taken_at, a refused) login. Returns False when this form was answered before."""
+        """Keeps an approved (or, with taken_at, a refused) login.
+
+        Returns False when this form was answered before.
+        """
         return bool(
             self._run(
                 {
@@ -3381,7 +3441,8 @@ class LoginStore(Database):
     ) -> int:
         """Makes the grant of an approved login and its authorization code. Returns the grant's id.
 
-        `answered`: the login's state_hash and the sealed answer to its callback, on disk together with the code in it.
+        `answered`: the login's state_hash and the sealed answer
+        to its callback, on disk together with the code in it.
         """
         state_hash, answer = answered
         made = self._run(
@@ -3434,7 +3495,8 @@ class LoginStore(Database):
         )
 
 
-# A batch that issues tokens inserts the access token first, if its conditions hold. That it is there decides about the rest.
+# A batch that issues tokens inserts the access token first, if
+# its conditions hold. That it is there decides about the rest.
 ISSUED = "EXISTS (SELECT 1 FROM access_tokens WHERE hash = :access)"
 ISSUE_REFRESH_TOKEN = """
     INSERT INTO refresh_tokens (hash, grant_id, issued_at, expires_at)
@@ -3522,10 +3584,11 @@ class TokenStore(Database):
         refresh: tuple[bytes, float],
         attempts: int,
     ) -> GrantRow | None:
-        """Turns a code into a token pair, once. Returns the grant, or None and nothing is changed but a counted attempt.
+        """Turns a code into a token pair, once.
 
-        `access`, `refresh`: (hash, expires_at). RFC 6749 4.1.3, RFC 7636 4.6. An empty `redirect_uri` is one that the client
-        did not send, as OAuth 2.1 10.2 has it: the challenge binds the code.
+        Returns the grant, or None and nothing is changed but a counted attempt. `access`, `refresh`: (hash,
+        expires_at). RFC 6749 4.1.3, RFC 7636 4.6. An empty `redirect_uri` is one that the client did not
+        send, as OAuth 2.1 10.2 has it: the challenge binds the code.
         """
         issued = self._run(
             {
@@ -3581,7 +3644,10 @@ class TokenStore(Database):
         refresh: tuple[bytes, float],
         successor: bytes,
     ) -> GrantRow | None:
-        """Replaces a refresh token by a pair, once. Returns the grant, None when it was rotated, has expired or its grant has ended."""
+        """Replaces a refresh token by a pair, once.
+
+        Returns the grant, None when it was rotated, has expired or its grant has ended.
+        """
         issued = self._run(
             {
                 "hash": token_hash,
@@ -3618,9 +3684,9 @@ class TokenStore(Database):
         self._run({"hash": token_hash}, "DELETE FROM access_tokens WHERE hash = :hash")
 
     def end_grant(self, grant_id: int, reason: str, now: float, for_log: bool = False) -> GrantRow | None:
-        """Ends a grant with all its tokens, and its owner's sessions if it was their last. Returns None when it had ended before.
+        """Ends a grant with all its tokens, and its owner's sessions if it was their last.
 
-        `for_log`: the broker that runs finds it in operator_records.
+        Returns None when it had ended before. `for_log`: the broker that runs finds it in operator_records.
         """
         ended = self._run(
             {"grant_id": grant_id, "reason": reason, "now": now, "for_log": for_log},
@@ -3902,7 +3968,10 @@ class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore):
         )
 
     def replace_box(self, old: bytes, new: bytes) -> bool:
-        """Replaces a box by one of the same content. Returns whether it was still there; no two are equal, each has its own salt."""
+        """Replaces a box by one of the same content.
+
+        Returns whether it was still there; no two are equal, each has its own salt.
+        """
         return bool(
             self._run(
                 {"old": old, "new": new},
@@ -3912,21 +3981,26 @@ class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore):
         )
 
     def sweep(self, now: float, session_lifetime: float, client_lifetime: float = 30 * 86400) -> list[bytes]:
-        """Drops what has had its time; tombstones that reuse detection needs stay as long as their grant. Returns ended sessions."""
+        """Drops what has had its time; tombstones that reuse detection needs stay as long as their grant.
+
+        Returns ended sessions.
+        """
         ended = self._run(
             {"now": now, "session_lifetime": session_lifetime, "client_lifetime": client_lifetime}, *SWEEPS
         )
         return [only(row) for row in ended]
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Messages
-# Owns what a JSON-RPC message is, in one function, and how one is written; and strict reading of JSON from outside.
+# Owns what a JSON-RPC message is, in one function, and how
+# one is written; and strict reading of JSON from outside.
 # Must not know methods, sessions or HTTP.
-# ======================================================================================================================
+# ============================================================================================================
 
 MAX_DEPTH = 64
-# A parsed value costs up to 250 bytes, and the parser lets no other thread run: this many cost 0.1 s and 60 MiB at most.
+# A parsed value costs up to 250 bytes, and the parser lets no
+# other thread run: this many cost 0.1 s and 60 MiB at most.
 MAX_VALUES = 1 << 18
 MAX_CHILD_VALUES = 1 << 20
 NO_STRUCTURE = bytes(set(range(256)) - set(b'"[]{},'))
@@ -3993,7 +4067,8 @@ def _check_values(body: bytes, most: int) -> None:
 def _check_depth(body: bytes) -> None:
     """ValueError if a JSON text is nested deeper than MAX_DEPTH, so that no recursive parser sees it.
 
-    Taking away all empty pairs of brackets makes a text one less deep. What is not JSON may be refused here or by the parser.
+    Taking away all empty pairs of brackets makes a text one less
+    deep. What is not JSON may be refused here or by the parser.
     """
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return
@@ -4076,7 +4151,8 @@ def parse_json_object(body: bytes, error: str) -> dict[str, object]:
 def member(value: object, name: str, kind: type[Kind], default: Default) -> Kind | Default:
     """Returns a member of a JSON object from outside if it is there and of this type, else `default`.
 
-    Anything may stand where a specification wants an object or a text: what is no object has no members, and a boolean is no integer.
+    Anything may stand where a specification wants an object or a text:
+    what is no object has no members, and a boolean is no integer.
     """
     found = value.get(name) if isinstance(value, dict) else None
     if not isinstance(found, kind) or isinstance(found, bool) and kind is not bool:
@@ -4154,8 +4230,8 @@ def classify_sloppy(value: object) -> Message:
 def mended(value: object) -> object:
     """Returns a message without the habits of serializers that leave no doubt about what is meant.
 
-    Some write every member: a null where nothing is, beside a `method`, a `result` or an `error`. Some write `[]` for an empty
-    object. Some know only numbers with a fraction: 3.0 is 3.
+    Some write every member: a null where nothing is, beside a `method`, a `result` or an `error`. Some write
+    `[]` for an empty object. Some know only numbers with a fraction: 3.0 is 3.
     """
     if not isinstance(value, dict):
         return value
@@ -4254,12 +4330,13 @@ def _is_plain(line: bytes, message: Message, envelope: re.Match[bytes]) -> bool:
     return int(envelope[1]) == message.id and message.body.keys() <= members and b"\r" not in line
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # HTTP values
-# Owns what a handler is given and what it gives back: Request, Response, and EventStream, the value of everything that waits; and what is
-# counted for whom: Limiter (requests by the minute), Places (at once), Bodies (in bytes).
+# Owns what a handler is given and what it gives back: Request, Response, and
+# EventStream, the value of everything that waits; and what is counted for
+# whom: Limiter (requests by the minute), Places (at once), Bodies (in bytes).
 # Must not know sockets, routes, or what the bytes mean.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 def read_address(text: str) -> str:
@@ -4450,10 +4527,11 @@ class Owner:
 class KeptBytes:
     """The accountant of everything that waits on streams for a client: how much, whose, and since when.
 
-    Bounds (settings): `kept_bytes` over all, a quarter of it for one user, `kept_bytes_per_session`, `kept_time`. At a bound the oldest
-    item of whoever holds most there is dropped; where a client reads all of that, whoever wants to add waits. While
-    all is full a user may still hold an equal share: who reads slowly, from many sides, holds up nobody else.
-    `lock` guards everything; a leaf: no stream's lock is taken while it is held. Each operation is O(log n).
+    Bounds (settings): `kept_bytes` over all, a quarter of it for one user, `kept_bytes_per_session`,
+    `kept_time`. At a bound the oldest item of whoever holds most there is dropped; where a client reads all
+    of that, whoever wants to add waits. While all is full a user may still hold an equal share: who reads
+    slowly, from many sides, holds up nobody else. `lock` guards everything; a leaf: no stream's lock is taken
+    while it is held. Each operation is O(log n).
     """
 
     def __init__(self, settings: Settings, clock: SteadyClock) -> None:
@@ -4493,9 +4571,9 @@ class KeptBytes:
                 tries += 1
 
     def _full(self, owner: Owner, size: int) -> Holder | None:
-        """Who has to give something up before an owner can have so much more; None when there is room. Under the lock.
+        """Who has to give something up before an owner can have so much more; None when there is room.
 
-        What is larger than a bound by itself needs all else there to go.
+        Under the lock. What is larger than a bound by itself needs all else there to go.
         """
         every = self._settings.kept_bytes
         session = self.sessions.get(owner.session)
@@ -4600,10 +4678,11 @@ SMALL_ANSWER = 16384  # one that a client waits for is charged only if it stays:
 class EventStream:
     """What the broker has to say on one POST or GET: numbered, bounded, resumable, with one reader at a time.
 
-    Producers call put(); a reader takes items in order. Items stay for a client that resumes: events within `max_items` and
-    `max_bytes`, answers as long as the accountant `kept` allows. A producer waits while an attached reader lags by more than that;
-    without a reader the oldest events fall out. Nothing stays on a stream that no client can name: `on_named` is called when the
-    first event id is sent. `lost(request_id)` is said instead of an answer that is gone.
+    Producers call put(); a reader takes items in order. Items stay for a client that resumes: events within
+    `max_items` and `max_bytes`, answers as long as the accountant `kept` allows. A producer waits while an
+    attached reader lags by more than that; without a reader the oldest events fall out. Nothing stays on a
+    stream that no client can name: `on_named` is called when the first event id is sent. `lost(request_id)`
+    is said instead of an answer that is gone.
     """
 
     def __init__(
@@ -4638,7 +4717,10 @@ class EventStream:
         self.finished = False
 
     def put(self, data: bytes, answer: bool = False, status: int = 200, request_id: object = None) -> bool:
-        """Add a message; the last of the expected answers ends the stream. False when it has ended already."""
+        """Add a message; the last of the expected answers ends the stream.
+
+        False when it has ended already.
+        """
         charged = False
         if self._kept and (not answer or len(data) >= SMALL_ANSWER):
             charged = self._reserve(data, answer)
@@ -4678,7 +4760,10 @@ class EventStream:
         return self._events >= self._max_items or self._bytes >= self._max_bytes
 
     def _let_events_go(self) -> None:
-        """Drop the oldest events that are too many, but none that an attached reader has still to take. Under the lock."""
+        """Drop the oldest events that are too many, but none that an attached reader has still to take.
+
+        Under the lock.
+        """
         while self._events > self._max_items or self._bytes > self._max_bytes and self._events > 1:
             oldest = next(item for item in self._items.values() if not item.answer)
             if self._reader and oldest.number > self._reader.cursor:
@@ -4697,7 +4782,10 @@ class EventStream:
     # -- what is kept for a client that comes back
 
     def _reserve(self, data: bytes, answer: bool) -> bool:
-        """Charge the owner for a message. A client that reads lets its child wait; nobody else does, but for a large answer."""
+        """Charge the owner for a message.
+
+        A client that reads lets its child wait; nobody else does, but for a large answer.
+        """
         assert self._kept
         patience = self._stall if answer or self._reader else 0.0
         return self._kept.reserve(self._owner, len(data), patience, lambda: self.finished or self._unwanted)
@@ -4917,7 +5005,10 @@ class Seat:
         self.owner = ""  # who asked last, be it in vain
 
     def take(self, kind: str, owner: str, limit: int | None, name: object = None) -> None:
-        """Moves to a place of `owner`; HTTPError 429 when they have `limit` of that kind. Seats of one `name` count once."""
+        """Moves to a place of `owner`; HTTPError 429 when they have `limit` of that kind.
+
+        Seats of one `name` count once.
+        """
         self.owner = owner
         wanted = (kind, owner, self if name is None else name)
         if not self._places.move(self._held, wanted, limit):
@@ -4957,7 +5048,8 @@ class Body:
 class Bodies:
     """The bytes of bodies being read, charged to their owners as they arrive; the first FREE of each are not.
 
-    When there are more than `body_bytes`, the slowest body of who holds most is ended: not the newcomer's, whoever that is.
+    When there are more than `body_bytes`, the slowest body of
+    who holds most is ended: not the newcomer's, whoever that is.
     """
 
     FREE = 16384
@@ -5013,7 +5105,10 @@ class Bodies:
 
 
 class Limiter:
-    """Token buckets by key: a burst of `rate` and `rate` a minute after that. HTTPError 429 with Retry-After when empty."""
+    """Token buckets by key: a burst of `rate` and `rate` a minute after that.
+
+    HTTPError 429 with Retry-After when empty.
+    """
 
     def __init__(self, clock: SteadyClock) -> None:
         self._clock = clock
@@ -5047,11 +5142,11 @@ class Limiter:
             )
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Outgoing HTTP
 # Owns every outgoing request: name resolution, connecting, TLS, one deadline and one cap over each answer.
 # Must not know Forgejo, OAuth or MCP.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 class FetchFailed(Exception):
@@ -5154,9 +5249,10 @@ def resolve_name(host: str) -> list[str]:
 def resolve_until(
     end: float, host: str, resolve: Callable[[str], list[str]], places: threading.BoundedSemaphore
 ) -> list[str]:
-    """Returns the addresses of a name. Raises FetchFailed when there is none, or none is known at `end` (monotonic).
+    """Returns the addresses of a name.
 
-    getaddrinfo(3) has no deadline: a name server that says nothing holds it for as long as the resolver tries. So it runs in a
+    Raises FetchFailed when there is none, or none is known at `end` (monotonic). getaddrinfo(3) has no
+    deadline: a name server that says nothing holds it for as long as the resolver tries. So it runs in a
     thread of its own, one of as many as there are `places`.
     """
     with contextlib.suppress(ValueError):
@@ -5210,9 +5306,8 @@ def open_socket(
 ) -> socket.socket:
     """Returns a socket to the first of these addresses that accepts, with TLS where the URL is https.
 
-    Raises FetchFailed, or ssl.SSLCertVerificationError.
-    No address but the last may use up the time until `end` (monotonic): each gets its share. Wherever it leads, the
-    certificate must be of the URL's name.
+    Raises FetchFailed, or ssl.SSLCertVerificationError. No address but the last may use up the time until
+    `end` (monotonic): each gets its share. Wherever it leads, the certificate must be of the URL's name.
     """
     context = tls_context(ca_file) if parts.scheme == "https" else None
     trouble: Exception = OSError("no address")
@@ -5301,7 +5396,8 @@ def fetch(
             sock.close()
 
 
-# An explicit list, because `is_global` lets NAT64, 6to4, site-local and multicast addresses through. Of IPv6 only 2000::/3 is in use.
+# An explicit list, because `is_global` lets NAT64, 6to4, site-local
+# and multicast addresses through. Of IPv6 only 2000::/3 is in use.
 # fmt: off
 NOT_PUBLIC = tuple(map(ipaddress.ip_network, (
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
@@ -5335,8 +5431,8 @@ class PublicWeb:
     def get(self, url: str, cap: int) -> Fetched:
         """Returns an answer of at most `cap` bytes within 5 s, resolving included. Raises FetchFailed.
 
-        One bad address among a name's refuses them all. Those that were checked are connected to, one after the other: a
-        name that resolves anew may resolve otherwise (DNS rebinding).
+        One bad address among a name's refuses them all. Those that were checked are connected to, one after
+        the other: a name that resolves anew may resolve otherwise (DNS rebinding).
         """
         end = time.monotonic() + self.SECONDS
         host = urlsplit(url).hostname or ""
@@ -5359,11 +5455,11 @@ def with_query(url: str, parameters: Mapping[str, str]) -> str:
     return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Forgejo
 # Owns what this broker asks of Forgejo and what the answers mean.
 # Must not know the store, MCP clients' tokens, sessions or children.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 class UpstreamDown(Exception):
@@ -5430,7 +5526,10 @@ def _token_life(answer: Mapping[str, object]) -> float:
 
 @dataclass(frozen=True)
 class Credential:
-    """Forgejo's tokens for a user. `grant` and `count` are its own numbers, by which newer is told from older; 0: unreadable."""
+    """Forgejo's tokens for a user.
+
+    `grant` and `count` are its own numbers, by which newer is told from older; 0: unreadable.
+    """
 
     access: str
     refresh: str
@@ -5550,7 +5649,10 @@ class Forgejo:
             self._metrics.observe("fjmcp_forgejo_request_duration_seconds", labels, seconds)
 
     def authorize_url(self, state: str, challenge: str) -> str:
-        """Returns where the browser logs in. PKCE is sent but not relied on: older Forgejo drops the challenge."""
+        """Returns where the browser logs in.
+
+        PKCE is sent but not relied on: older Forgejo drops the challenge.
+        """
         query = {
             "response_type": "code",
             "client_id": self._settings.forgejo_oauth_client_id,
@@ -5565,8 +5667,9 @@ class Forgejo:
     def _grant(self, form: Mapping[str, str], old_refresh: str = "") -> Credential:
         """Returns the Credential that the token endpoint gives for a form.
 
-        Raises UpstreamMisconfigured where Forgejo does not accept this broker, UpstreamRefused where it does not
-        accept the code or token (it says both with status 400, RFC 6749 5.2 with 401 too), UpstreamDown for all else.
+        Raises UpstreamMisconfigured where Forgejo does not accept this broker,
+        UpstreamRefused where it does not accept the code or token (it says both
+        with status 400, RFC 6749 5.2 with 401 too), UpstreamDown for all else.
         """
         form = {
             **form,
@@ -5601,7 +5704,10 @@ class Forgejo:
         return self._grant({"grant_type": "refresh_token", "refresh_token": refresh_token}, refresh_token)
 
     def probe(self) -> None:
-        """Returns if the token endpoint answers as one does, raises UpstreamDown otherwise. No token is spent, no secret sent."""
+        """Returns if the token endpoint answers as one does, raises UpstreamDown otherwise.
+
+        No token is spent, no secret sent.
+        """
         form = {
             "grant_type": "refresh_token",
             "client_id": self._settings.forgejo_oauth_client_id,
@@ -5641,7 +5747,10 @@ class Forgejo:
         return Account.from_answer(answer.json()) if answer.status == 200 else None
 
     def named_account(self, login: str) -> Account | None:
-        """Returns the account that Forgejo shows under a login to anybody, None where it shows none. Raises UpstreamDown."""
+        """Returns the account that Forgejo shows under a login to anybody, None where it shows none.
+
+        Raises UpstreamDown.
+        """
         answer = self._fetch("GET", f"{self._api}/users/{quote(login, safe='')}")
         if answer.status == 404 and answer.json() is not None:
             return None
@@ -5691,7 +5800,10 @@ def unexpected(answer: Fetched) -> str:
 
 
 def _prohibition(answer: Fetched, access: str) -> str:
-    """Returns the first sentence of the 403 that a user gets who may not sign in, else "". A 403 that names a scope is about the token."""
+    """Returns the first sentence of the 403 that a user gets who may not sign in, else "".
+
+    A 403 that names a scope is about the token.
+    """
     message = member(answer.json() if answer.status == 403 else None, "message", str, "")
     if not message.strip() or "scope" in message.lower():
         return ""
@@ -5710,11 +5822,11 @@ def missing_scopes(asked: str, granted: str) -> list[str]:
     return [scope for scope in asked.split() if not granted_by(scope)]
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Forgejo credentials
 # Owns the one credential of each user at Forgejo, and whether that user may be here.
 # Must not know MCP clients' tokens, sessions or children.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 def same_person(user: UserRow, login: str, created: float | None) -> bool:
@@ -5808,7 +5920,10 @@ class Admission:
         self._log.audit("identity_changed", user=user.sub, was=user.login, login=login, grants=len(ended))
 
     def suspend(self, user: UserRow | None, sentence: str) -> None:
-        """Notes that Forgejo keeps a user out, unless a login came meanwhile. Nothing is deleted: a suspension may be lifted."""
+        """Notes that Forgejo keeps a user out, unless a login came meanwhile.
+
+        Nothing is deleted: a suspension may be lifted.
+        """
         if user and self._store.set_user_status(user.sub, "suspended", user.credential_seq, sentence):
             self._log.audit("suspended", user=user.sub, login=user.login, reason=sentence)
 
@@ -5911,7 +6026,8 @@ class ForgejoCredentials:
         self._clock = clock
         # Guards the three below; a leaf.
         self._lock = threading.Lock()
-        # A user's lock allows one refresh at a time; the only lock held across the network, taken before any other.
+        # A user's lock allows one refresh at a time; the only
+        # lock held across the network, taken before any other.
         self._user_locks: dict[str, threading.Lock] = {}
         self._refused: dict[str, Refused] = {}
         self._callbacks: set[object] = set()
@@ -5951,8 +6067,9 @@ class ForgejoCredentials:
     def login(self, code: str, verifier: str) -> UserInfo:
         """Exchanges a callback's code and returns who logged in.
 
-        Raises NotAllowed, UpstreamRefused, UpstreamMisconfigured or UpstreamDown. The exchange has killed the user's
-        older refresh token, so its credential is saved as soon as it is known whose it is, whatever becomes of the login.
+        Raises NotAllowed, UpstreamRefused, UpstreamMisconfigured or UpstreamDown.
+        The exchange has killed the user's older refresh token, so its credential
+        is saved as soon as it is known whose it is, whatever becomes of the login.
         """
         try:
             return self._login(code, verifier)
@@ -5987,8 +6104,8 @@ class ForgejoCredentials:
     def _identify(self, credential: Credential, began: int) -> tuple[UserInfo, float | None]:
         """Returns who a new credential belongs to and when that account was made (None: unreadable).
 
-        Raises NotAllowed for a suspended user, UpstreamRefused or UpstreamDown where Forgejo does not say; a known
-        user's credential is saved before that.
+        Raises NotAllowed for a suspended user, UpstreamRefused or UpstreamDown where Forgejo does not say; a
+        known user's credential is saved before that.
         """
         try:
             account = self._forgejo.account(credential.access)
@@ -6079,9 +6196,10 @@ class ForgejoCredentials:
         return box["access"], user.credential_seq, user.access_expires_at - min(60, life / 8)
 
     def refresh(self, sub: str, seen: int | None = None) -> bool:
-        """Refreshes a user's credential, one thread at a time. Returns False when another thread or login already did since `seen`.
+        """Refreshes a user's credential, one thread at a time.
 
-        Raises LoggedOut, UpstreamDown or UpstreamMisconfigured.
+        Returns False when another thread or login already did since
+        `seen`. Raises LoggedOut, UpstreamDown or UpstreamMisconfigured.
         """
         if seen is None:
             seen = getattr(self._store.user(sub), "credential_seq", None)
@@ -6116,7 +6234,8 @@ class ForgejoCredentials:
     def _refresh_refused(self, user: UserRow, reason: str) -> bool:
         """Believes a refusal if no login is under way that may have caused it, and no login came first.
 
-        Returns False if one did. Raises LoggedOut, or UpstreamDown until the callbacks that are under way now have ended.
+        Returns False if one did. Raises LoggedOut, or UpstreamDown
+        until the callbacks that are under way now have ended.
         """
         with self._lock:
             callbacks = frozenset(self._callbacks)
@@ -6131,7 +6250,10 @@ class ForgejoCredentials:
         raise LoggedOut(user.sub)
 
     def _logged_out(self, user: UserRow, reason: str) -> bool:
-        """Notes that a user has to log in again, unless another credential is stored than the one refused. Returns whether it did."""
+        """Notes that a user has to log in again, unless another credential is stored than the one refused.
+
+        Returns whether it did.
+        """
         if not self._store.set_user_status(user.sub, "logged_out", user.credential_seq):
             return False
         self.waits.forget(user.sub)
@@ -6178,7 +6300,10 @@ class ForgejoCredentials:
         return True
 
     def _judge(self, sub: str, access: str) -> str:
-        """Asks the API about a user's token and acts on it. Returns `good`, `refused`, `unknown` or `suspended`."""
+        """Asks the API about a user's token and acts on it.
+
+        Returns `good`, `refused`, `unknown` or `suspended`.
+        """
         user = self._store.user(sub)
         try:
             word = self._forgejo.standing(access)
@@ -6191,13 +6316,17 @@ class ForgejoCredentials:
         return word
 
     def may_ask(self, sub: str) -> bool:
-        """Returns whether the API may be asked (again) about a user's token: at most once a minute. It counts as asked."""
+        """Returns whether the API may be asked (again) about a user's token: at most once a minute.
+
+        It counts as asked.
+        """
         return self._asked.due(sub)
 
     def examine(self, sub: str) -> str:
         """Asks Forgejo about a user's token.
 
-        Returns `good`, `refused`, `suspended`, `logged out`, `misconfigured` (Forgejo refuses this broker) or `unknown`.
+        Returns `good`, `refused`, `suspended`, `logged out`,
+        `misconfigured` (Forgejo refuses this broker) or `unknown`.
 
         A 401 says only that this access token is no good: a refresh decides, at most once in ten minutes.
         """
@@ -6224,11 +6353,12 @@ class ForgejoCredentials:
         return getattr(self._store.user(sub), "status", None) == "active"
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Pages
-# Owns all HTML: what people see. Plain functions from values to Response; templates escape every value they take in.
+# Owns all HTML: what people see. Plain functions from values
+# to Response; templates escape every value they take in.
 # Must not know what a decision leads to.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 class Html(str):
@@ -6306,7 +6436,8 @@ button.main{background:var(--accent);border-color:var(--accent);color:var(--on)}
 li.line{margin:.4rem 0}
 """
 STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-# No form-action: Chromium applies it to the whole redirect chain behind a form, down to the client's callback.
+# No form-action: Chromium applies it to the whole redirect
+# chain behind a form, down to the client's callback.
 CONTENT_POLICY = (
     f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; base-uri 'none'; frame-ancestors 'none'"
 )
@@ -6506,8 +6637,9 @@ def rights_in_words(scopes: str, *, may_write: bool) -> list[str]:
 class ConsentQuestion:
     """What the consent page asks and tells.
 
-    `client_host`: where the client's own description stands, if it has one; `unconfirmed_since`: since when that could not be read.
-    `account`: the address of the account page. `lifetime`: seconds without use after which the access ends. `login_box`, `csrf`: what the form carries.
+    `client_host`: where the client's own description stands, if it has one; `unconfirmed_since`: since when
+    that could not be read. `account`: the address of the account page. `lifetime`: seconds without use after
+    which the access ends. `login_box`, `csrf`: what the form carries.
     """
 
     client_name: str
@@ -6524,8 +6656,9 @@ class ConsentQuestion:
     csrf: str
 
 
-# Enter presses the first submit button of a form: none where that is disabled (HTML 4.10.21.2), the first that is not disabled
-# in Chromium. So the first is disabled, and the second submits to a dialog that is not there, which does nothing.
+# Enter presses the first submit button of a form: none where that is disabled (HTML
+# 4.10.21.2), the first that is not disabled in Chromium. So the first is disabled,
+# and the second submits to a dialog that is not there, which does nothing.
 CONSENT_TEMPLATE = """
 <div class="box"><p><bdi class="big">{q.client_name}</bdi> wants to use <span class="big">{host}</span> as you.</p>
 <p class="quiet">{known}</p>
@@ -6703,7 +6836,10 @@ def application_line(application: Application) -> Html:
 def account_page(
     login: str, forgejo_host: str, address: str, applications: Sequence[Application], csrf: str, notes: Html
 ) -> Response:
-    """Returns what a user has connected, each with the button that ends it. `address` is that of the MCP endpoint."""
+    """Returns what a user has connected, each with the button that ends it.
+
+    `address` is that of the MCP endpoint.
+    """
     lines = fill(NOTHING_CONNECTED, item=address)
     if applications:
         lines = fill(
@@ -6829,11 +6965,11 @@ def home_page(public_url: str, forgejo_url: str) -> Response:
     return page(200, "Forgejo for AI assistants", body)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Clients
-# Owns who may ask for a login: registration (RFC 7591), pre-registered clients, clients that describe themselves at their own URL,
-# redirect URIs, client authentication. Must not know users, tokens or Forgejo.
-# ======================================================================================================================
+# Owns who may ask for a login: registration (RFC 7591), pre-registered clients, clients that describe
+# themselves at their own URL, redirect URIs, client authentication. Must not know users, tokens or Forgejo.
+# ============================================================================================================
 
 
 @dataclass(frozen=True, slots=True)
@@ -6900,7 +7036,10 @@ LOOPBACK_URI = re.compile(
 
 
 def redirect_matches(registered: str, asked: str) -> bool:
-    """Returns whether a redirect URI is a registered one. Exact, but for loopback: any port, its three names alike, and an empty path is `/` (RFC 8252 7.3)."""
+    """Returns whether a redirect URI is a registered one.
+
+    Exact, but for loopback: any port, its three names alike, and an empty path is `/` (RFC 8252 7.3).
+    """
     if registered == asked:
         return True
     ours = LOOPBACK_URI.fullmatch(registered)
@@ -6943,7 +7082,8 @@ def choose(document: Mapping[str, object], key: str, supported: tuple[str, ...])
 def has_rate(request: Request) -> bool:
     """Returns whether a request's address has a rate limit.
 
-    A loopback peer that speaks for nobody is the operator, or a proxy that hides who asks: no limit could be fair (clients.md 17).
+    A loopback peer that speaks for nobody is the operator, or a proxy
+    that hides who asks: no limit could be fair (clients.md 17).
     """
     return not (request.direct and (is_loopback_name(request.address) or request.address == UNIX_PEER))
 
@@ -6956,7 +7096,8 @@ def rate_limit(limiter: Limiter, settings: Settings, kind: str, request: Request
         limiter.spend(kind, "all", 20 * rate)
 
 
-# A name in lower case with a last label that is no number, so no spelling of an IP address; no port, user name, fragment or dot segment.
+# A name in lower case with a last label that is no number, so no spelling of an IP address; no port, user
+# name, fragment or dot segment.
 DOCUMENT_URL = re.compile(
     r"https://((?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?)"
     r"(?=/)(?!/*(?:\?|$))(?!\S*/(?:\.|%2[eE]){1,2}(?:[/?]|$))/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*(?:\?[A-Za-z0-9._~!$&'()*+,;=:@%/?-]*)?"
@@ -6968,7 +7109,10 @@ RsaKey = tuple[str | None, int, int]  # kid, n, e
 
 
 def verify_rs256(message: bytes, signature: bytes, n: int, e: int) -> bool:
-    """Returns whether a signature is RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017 8.2.2). The whole block is compared, never parsed."""
+    """Returns whether a signature is RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017 8.2.2).
+
+    The whole block is compared, never parsed.
+    """
     size = (n.bit_length() + 7) // 8
     number = int.from_bytes(signature, "big")
     if len(signature) != size or number >= n:
@@ -6979,7 +7123,10 @@ def verify_rs256(message: bytes, signature: bytes, n: int, e: int) -> bool:
 
 
 def public_rsa_keys(jwks: object) -> list[RsaKey]:
-    """Returns the usable keys of a JWK set (RFC 7517): RSA, 2048 to 4096 bits. ValueError for a secret or private one."""
+    """Returns the usable keys of a JWK set (RFC 7517): RSA, 2048 to 4096 bits.
+
+    ValueError for a secret or private one.
+    """
     keys = member(jwks, "keys", list, None)
     if keys is None or not all(isinstance(key, dict) for key in keys):
         raise ValueError("the keys are no JWK set")
@@ -6997,7 +7144,8 @@ def public_rsa_keys(jwks: object) -> list[RsaKey]:
 
 MAX_DOCUMENT = 5120  # bytes
 MAX_KEY_SET = 65536  # bytes
-# Documents that stand where real applications say. If none of them can be read from here, no application's can.
+# Documents that stand where real applications say. If none
+# of them can be read from here, no application's can.
 WELL_KNOWN_DOCUMENTS = (
     "https://claude.ai/oauth/mcp-oauth-client-metadata",
     "https://chatgpt.com/oauth/client.json",
@@ -7041,8 +7189,8 @@ def read_client_document(
 ) -> tuple[str, list[str], str, dict[str, Any]]:
     """What a Client ID Metadata Document says, as (name, redirect URIs, auth method, what else is kept).
 
-    Raises ValueError or OAuthError. draft-ietf-oauth-client-id-metadata-document 4: its client_id is its own URL, byte for
-    byte, and it has no secret.
+    Raises ValueError or OAuthError. draft-ietf-oauth-client-id-metadata-document 4: its client_id is its own
+    URL, byte for byte, and it has no secret.
     """
     document = answer.json() if answer.status == 200 else None
     if document is None:
@@ -7089,8 +7237,9 @@ def temporarily(sentence: str, seconds: int, cause: str = "") -> HTTPError:
 class ClientMetadataDocuments:
     """Client ID Metadata Documents: a client_id that is the https URL of the client's own description.
 
-    A stranger chooses the URL. So it is fetched from the public internet only, few at a time, and what came of it, good or bad, is
-    kept: a good one as long as its origin says, a failure for a minute. While the origin only fails, the last good one serves
+    A stranger chooses the URL. So it is fetched from the public internet only, few at a
+    time, and what came of it, good or bad, is kept: a good one as long as its origin
+    says, a failure for a minute. While the origin only fails, the last good one serves
     for a week, its keys for a day. /token never fetches one; it uses what the login used.
     """
 
@@ -7108,7 +7257,8 @@ class ClientMetadataDocuments:
         self._clock = services.clock
         self._limiter = services.limiter
         self._web = web
-        # Strangers' documents never hold up those of applications that people have logged in to, nor one stranger's another's.
+        # Strangers' documents never hold up those of applications
+        # that people have logged in to, nor one stranger's another's.
         self._slots = [threading.BoundedSemaphore(4) for in_use in (False, True)]
         self._shares: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         self._flights: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
@@ -7171,8 +7321,8 @@ class ClientMetadataDocuments:
     def client(self, url: str, owner: str | None = None) -> ClientRow | None:
         """Returns the client's row for a login, fetched if need be; None when its document cannot be used.
 
-        `owner` is whose request it is: one's fetches do not hold up another's. Its `fetched_at` is later than `confirmed_at`
-        where the last good document serves because its origin fails.
+        `owner` is whose request it is: one's fetches do not hold up another's. Its `fetched_at` is later than
+        `confirmed_at` where the last good document serves because its origin fails.
         """
         row = self._store.client(url)
         if self._is_due(row):
@@ -7529,11 +7679,12 @@ class Clients:
         return list(dict.fromkeys(readings))
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Authorization
-# Owns the OAuth 2.1 endpoints: metadata, authorize, consent, callback, token, revoke; and the rules of grants and tokens.
+# Owns the OAuth 2.1 endpoints: metadata, authorize, consent,
+# callback, token, revoke; and the rules of grants and tokens.
 # Must not know sessions or children; that a grant ended is learnt by others from the store.
-# ======================================================================================================================
+# ============================================================================================================
 
 SPENT_PATIENCE = 2  # seconds that an address which has spent its rate has for the body of a token request
 GRANT_RATE = 120  # requests a minute to /token that one login may make
@@ -7733,7 +7884,10 @@ class ForgejoLogins:
         return {"way": new_secret(), "verifier": new_secret()}
 
     def keep(self, kind: str, login: dict[str, Any], cookie: str, form_hash: bytes, decided: str) -> bool:
-        """Keeps a login that only this browser can finish. Returns False when its form was answered before."""
+        """Keeps a login that only this browser can finish.
+
+        Returns False when its form was answered before.
+        """
         now = self._clock.now()
         state_hash = token_hash(login["way"])
         denied = decided == "deny"
@@ -7925,13 +8079,17 @@ class AuthorizationEndpoint:
         self._forms = forms
         self._logins = logins
         self._accounts = accounts
-        # One callback of a state at a time: a second one (a double click, a reload) waits for the first one's answer. The first
-        # lock guards the map and is a leaf; a state's own is held across the network, and taken before a user's.
+        # One callback of a state at a time: a second one (a double click, a reload)
+        # waits for the first one's answer. The first lock guards the map and is a
+        # leaf; a state's own is held across the network, and taken before a user's.
         self._finishing_lock = threading.Lock()
         self._finishing: weakref.WeakValueDictionary[bytes, threading.Lock] = weakref.WeakValueDictionary()
 
     def authorize(self, request: Request) -> Response:
-        """GET /oauth/authorize: validate, then show our own consent page. Nothing is stored and nothing goes to Forgejo yet."""
+        """GET /oauth/authorize: validate, then show our own consent page.
+
+        Nothing is stored and nothing goes to Forgejo yet.
+        """
         rate_limit(self._limiter, self._settings, "authorize", request)
         form = parse_form(request.query, ErrorPage("malformed"))
         client, redirect_uri = self._authorized_target(form, request)
@@ -8033,7 +8191,8 @@ class AuthorizationEndpoint:
         access = form.get("access")
         if decision not in ("approve", "deny") or (decision == "approve" and access not in ("full", "read")):
             raise ErrorPage("undecided")
-        # Reading is less than writing, so read only is a narrower grant even where only forgejo:write was asked.
+        # Reading is less than writing, so read only is a
+        # narrower grant even where only forgejo:write was asked.
         granted = login["scope"] if access == "full" and WRITE in login["scope"] else [READ]
         denied = decision == "deny"
         decided = "deny" if denied else " ".join(granted)
@@ -8232,9 +8391,11 @@ class TokenEndpoint:
     ) -> tuple[ClientRow, dict[str, str], list[str]]:
         """Returns (client, form, resources) of a request with a token in one of these fields.
 
-        Whoever holds a token that we issued is limited by its grant, whatever address they share; all others by their address.
+        Whoever holds a token that we issued is limited by its grant,
+        whatever address they share; all others by their address.
         """
-        # A charset is ignored: this type has none (WHATWG URL 5), and clients write several for the same ASCII.
+        # A charset is ignored: this type has none (WHATWG URL
+        # 5), and clients write several for the same ASCII.
         kind = (request.header("content-type") or "").partition(";")[0]
         if kind.strip().lower() != "application/x-www-form-urlencoded":
             raise OAuthError("invalid_request", "Send the parameters as application/x-www-form-urlencoded.")
@@ -8302,7 +8463,8 @@ class TokenEndpoint:
             CODE_ATTEMPTS,
         )
         if grant is None:
-            # A code that comes twice was stolen from one of the two: what the first made ends (RFC 6749 4.1.2).
+            # A code that comes twice was stolen from one of the
+            # two: what the first made ends (RFC 6749 4.1.2).
             row = self._store.code(token_hash(code))  # read anew: the first may have come since
             if row and row.used_at is not None and row.client_id == client.client_id:
                 end_grant(self._services, row, "code replayed", "reuse_detected")
@@ -8320,8 +8482,9 @@ class TokenEndpoint:
     def _refresh(self, client: ClientRow, form: dict[str, str]) -> dict[str, object]:
         """Returns a rotated refresh token with its access token, or the newest pair of its chain.
 
-        A client that lost an answer, or two of its processes, re-send a token shortly after its rotation: within 120 s
-        that is answered with the newest pair. Later it is theft, and the grant ends (RFC 9700 4.14.2).
+        A client that lost an answer, or two of its processes, re-send a token
+        shortly after its rotation: within 120 s that is answered with the
+        newest pair. Later it is theft, and the grant ends (RFC 9700 4.14.2).
         """
         token = form.get("refresh_token", "")
         now = self._clock.now()
@@ -8473,11 +8636,11 @@ class Authorization:
         return resource_metadata(self._settings)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Child process
 # Owns processes: how a child is started, spoken to, stopped and reaped, and that none outlives the broker.
 # Must not know JSON-RPC, sessions or users.
-# ======================================================================================================================
+# ============================================================================================================
 
 GUARDIAN_SCRIPT = r"""
 trap '' TERM INT HUP
@@ -8594,7 +8757,8 @@ class Guardian:
                 self._process = None
 
 
-# What a child sends unasked costs a unit a piece and one for each FLOOD_UNIT bytes; above this it is read no faster.
+# What a child sends unasked costs a unit a piece and one for
+# each FLOOD_UNIT bytes; above this it is read no faster.
 FLOOD_UNIT = 8192
 FLOOD_BURST = 4096
 FLOOD_RATE = 1024  # units a second
@@ -8615,7 +8779,8 @@ ENVIRONMENT_PASSED = (
 )
 
 
-# Where systems keep their certificate authorities in one file; the places where Go looks (crypto/x509, root_linux.go).
+# Where systems keep their certificate authorities in one file;
+# the places where Go looks (crypto/x509, root_linux.go).
 AUTHORITIES = (
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
@@ -8659,7 +8824,10 @@ def is_own_folder(path: str) -> bool:
 
 
 def put_authorities(path: str, content: bytes) -> None:
-    """Writes the file whole or not at all. Where it stands beside the store, `check` may have written it as root for another user."""
+    """Writes the file whole or not at all.
+
+    Where it stands beside the store, `check` may have written it as root for another user.
+    """
     fresh = f"{path}.{os.getpid()}.{threading.get_ident()}"
     try:
         with open(fresh, "xb") as file:
@@ -8673,7 +8841,10 @@ def put_authorities(path: str, content: bytes) -> None:
 
 
 def child_environment(settings: Settings, access_token: str) -> dict[str, str]:
-    """Returns a child's whole environment: an allow-list and the user's own token. Nothing else of ours is inherited (P01, P02)."""
+    """Returns a child's whole environment: an allow-list and the user's own token.
+
+    Nothing else of ours is inherited (P01, P02).
+    """
     environment = {name: os.environ[name] for name in ENVIRONMENT_PASSED if name in os.environ}
     if settings.forgejo_ca_file:
         environment["SSL_CERT_FILE"] = authorities_file(settings)
@@ -8713,9 +8884,9 @@ LAST_WORD = 400  # characters of each
 class Child:
     """A running child: lines in, lines out, and a certain end.
 
-    `on_line(bytes)` is called for each line of output and `on_end(child)` once, both in the stdout reader's thread. The child's own
-    token stands in no line: a tool that quotes its request in an error text must not show it to a client or a model.
-    `too_long` is the beginning of the line above `max_line` that ended it.
+    `on_line(bytes)` is called for each line of output and `on_end(child)` once, both in the stdout reader's
+    thread. The child's own token stands in no line: a tool that quotes its request in an error text must not
+    show it to a client or a model. `too_long` is the beginning of the line above `max_line` that ended it.
     """
 
     def __init__(
@@ -8793,7 +8964,10 @@ class Child:
         return self.reason is None
 
     def send(self, line: bytes, deadline: float = 10.0) -> bool:
-        """Write a line; False when the child is gone or does not read. Half a line cannot be taken back, so that ends the child."""
+        """Write a line; False when the child is gone or does not read.
+
+        Half a line cannot be taken back, so that ends the child.
+        """
         data = memoryview(line + b"\n")
         end = time.monotonic() + deadline
         with self._write_lock:
@@ -8812,7 +8986,10 @@ class Child:
             return not data
 
     def stop(self, reason: str, asked: bool = True) -> None:
-        """Begin the end: close stdin, SIGTERM; tick() goes on to SIGKILL. The first reason stays, and whether we wanted it."""
+        """Begin the end: close stdin, SIGTERM; tick() goes on to SIGKILL.
+
+        The first reason stays, and whether we wanted it.
+        """
         with self._lock:
             if self.reason is not None:
                 return
@@ -8987,11 +9164,12 @@ class Child:
             self._guardian.reaped(self.pid)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Calls
-# Owns one request on its way to a child: what it asks, its states, its deadline and its one end, which is on record.
+# Owns one request on its way to a child: what it asks, its
+# states, its deadline and its one end, which is on record.
 # Must not know eras, children or sessions; where an answer goes is for its subclasses to say.
-# ======================================================================================================================
+# ============================================================================================================
 
 MAX_LOGGED_NAME = 128  # characters of a tool's name in its record
 UNKNOWN_TOOL = "(unknown)"
@@ -9034,7 +9212,8 @@ class ListChanged(Exception):
 class ToolCallRecord:
     """The audit record of one tools/call: written once, by whatever ends the call.
 
-    `is_listed` is asked when the record is written: a name that no child lists is a client's free text, and not logged.
+    `is_listed` is asked when the record is written: a name that
+    no child lists is a client's free text, and not logged.
     """
 
     def __init__(self, who: Mapping[str, object], tool: str, write: Callable[..., object]) -> None:
@@ -9099,9 +9278,10 @@ SESSION_META = RequestMeta()
 class Call:
     """One request in the form that both eras share: `params` without its era's own fields.
 
-    A subclass knows where answers go: notify(), answer(), give(), error(), refuse() and close() put them there, and finish() is the
-    only one that lets them. `on_success` is called with the result before it is delivered, `on_done` once when nothing more can
-    come. `listing` is the child's list of tools by which the call was judged; None: it was not judged by one.
+    A subclass knows where answers go: notify(), answer(), give(), error(), refuse() and close() put them
+    there, and finish() is the only one that lets them. `on_success` is called with the result before it is
+    delivered, `on_done` once when nothing more can come. `listing` is the child's list of tools by which the
+    call was judged; None: it was not judged by one.
     """
 
     is_internal = False
@@ -9209,9 +9389,10 @@ class Call:
         state: CallState = CallState.DONE,
         outcome: str = "",
     ) -> None:
-        """Ends the call, once: delivers its end (None: nobody waits), calls `on_done`, writes its record. Raises nothing.
+        """Ends the call, once: delivers its end (None: nobody waits), calls `on_done`, writes its record.
 
-        A delivery that raises would leave its client waiting for ever, since no deadline covers the call now: an error goes instead.
+        Raises nothing. A delivery that raises would leave its client waiting for ever, since no deadline
+        covers the call now: an error goes instead.
         """
         with self._state_lock:
             if self.state in ENDED:
@@ -9282,11 +9463,12 @@ class InternalCall(Call):
         return self.body
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Dialects
-# Owns how a child of each era is spoken to: a call becomes a line, and a line one of four events. Legacy is 2025-11-25 and before
-# (initialize), modern 2026-07-28 (metadata in each request). Must not know children, sessions or clients; it takes no lock.
-# ======================================================================================================================
+# Owns how a child of each era is spoken to: a call becomes a line, and a line one of four events. Legacy is
+# 2025-11-25 and before (initialize), modern 2026-07-28 (metadata in each request). Must not know children,
+# sessions or clients; it takes no lock.
+# ============================================================================================================
 
 META = "io.modelcontextprotocol/"
 META_CLIENT = META + "clientInfo"
@@ -9314,7 +9496,8 @@ class Answer:
 class Question:
     """What a child asks its client: (key, method, params) of each thing.
 
-    `number` is the call it belongs to, None where the child does not say; `request_state` is for the child to read again.
+    `number` is the call it belongs to, None where the child does
+    not say; `request_state` is for the child to read again.
     """
 
     number: int | None
@@ -9477,11 +9660,13 @@ def input_requests(result: dict[str, object]) -> tuple[tuple[object, str, dict[s
     )
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Backend
-# Owns a child together with its dialect and what is under way on it: the calls it works on, and what it is subscribed to.
-# Must not know clients, HTTP or who else has a child; it is given an owner, and tells that what its child says.
-# ======================================================================================================================
+# Owns a child together with its dialect and what is under way
+# on it: the calls it works on, and what it is subscribed to.
+# Must not know clients, HTTP or who else has a child; it is
+# given an owner, and tells that what its child says.
+# ============================================================================================================
 
 MAX_LISTING = 1 << 20  # bytes of what is kept of a child's list of tools
 MAX_TOOL_PAGES = 100
@@ -9502,7 +9687,10 @@ class Program:
 
 
 class OpenQuestion:
-    """One thing that a child asks its client in the middle of a call. `key` is its name where the child gave one, else its request id."""
+    """One thing that a child asks its client in the middle of a call.
+
+    `key` is its name where the child gave one, else its request id.
+    """
 
     __slots__ = ("backend", "key", "method", "params", "call", "deadline", "size")
 
@@ -9554,7 +9742,10 @@ class BackendOwner(Protocol):
 
 
 class Backend:
-    """A child, the dialect it speaks, and what is under way on it. `pending` is guarded by the owner's lock."""
+    """A child, the dialect it speaks, and what is under way on it.
+
+    `pending` is guarded by the owner's lock.
+    """
 
     def __init__(self, owner: BackendOwner, user: str, log: Log, seq: int, fresh_until: float) -> None:
         self.owner = owner
@@ -9710,7 +9901,10 @@ class Backend:
     def answer(
         self, question: OpenQuestion, result: object, error: dict[str, object] | None, is_last: bool
     ) -> None:
-        """Hands a client's answer to the child. To a modern one all answers go with the retry; a refusal ends the call there."""
+        """Hands a client's answer to the child.
+
+        To a modern one all answers go with the retry; a refusal ends the call there.
+        """
         if isinstance(self.dialect, LegacyDialect):
             self.child.send(self.dialect.encode_answer(question.key, result, error))
             return
@@ -9908,9 +10102,10 @@ class ToolList:
             self.tools = None
 
     def read(self) -> dict[str, Tool] | None:
-        """Returns what the child lists, over all pages; None when it does not say in time. Raises ListChanged when it changed meanwhile.
+        """Returns what the child lists, over all pages; None when it does not say in time.
 
-        An error for an answer is a child without tools; it is not kept, since it may have had a passing reason.
+        Raises ListChanged when it changed meanwhile. An error for an answer is a child without tools; it is
+        not kept, since it may have had a passing reason.
         """
         changes = self._changes
         end = time.monotonic() + QUESTION_GRACE
@@ -9984,7 +10179,10 @@ class ToolList:
 
 
 class LegacySubscriptions:
-    """What a legacy child is subscribed to: each resource by a request of its own. Changes of lists it tells unasked."""
+    """What a legacy child is subscribed to: each resource by a request of its own.
+
+    Changes of lists it tells unasked.
+    """
 
     hears_list_changes = True
     is_listening = True
@@ -10042,7 +10240,10 @@ class ModernSubscriptions:
         return self.is_listening or "toolsListChanged" not in self._kinds
 
     def update(self, uris: set[str]) -> set[str]:
-        """Listens to every change of lists and to these resources; returns those that the child refused. One stream replaces another."""
+        """Listens to every change of lists and to these resources; returns those that the child refused.
+
+        One stream replaces another.
+        """
         backend = self._backend
         wanted = self._kinds | ({"resourceSubscriptions": sorted(uris)} if uris else {})
         number = backend.next_number()
@@ -10087,9 +10288,10 @@ def run_later(seconds: float, function: Callable[..., object], *arguments: objec
 
 
 def add_tools(tools: dict[str, Tool], page: list[object], room: int) -> int:
-    """Adds a page of tools/list, in `room` bytes; returns those that are left. What is not kept counts as not listed.
+    """Adds a page of tools/list, in `room` bytes; returns those that are left.
 
-    Of a name that is listed twice nobody knows which tool runs: it reads only if both do.
+    What is not kept counts as not listed. Of a name that is listed
+    twice nobody knows which tool runs: it reads only if both do.
     """
     for tool in page:
         name = tool.get("name") if isinstance(tool, dict) else None
@@ -10122,11 +10324,12 @@ def marked_properties(schema: object, path: tuple[str, ...] = ()) -> Iterator[tu
         yield from marked_properties(part, (*path, key))
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Launcher and capacity
-# Owns how a child is started: credential, process, handshake, and what is known of its program; and how many may be awake at once.
+# Owns how a child is started: credential, process, handshake, and
+# what is known of its program; and how many may be awake at once.
 # Must not know sessions: who holds a slot is known by what it can be asked for.
-# ======================================================================================================================
+# ============================================================================================================
 
 PROBE_WAIT = 5.0  # seconds a child may keep silent when it is asked for its era; then it is legacy
 MAX_SERVER = 1 << 18  # bytes of what a child says of itself when it starts
@@ -10166,7 +10369,10 @@ class Handshake:
 
 
 class Launcher:
-    """Starts children, and knows what they have said of their programs. `lock` guards its containers; a leaf."""
+    """Starts children, and knows what they have said of their programs.
+
+    `lock` guards its containers; a leaf.
+    """
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -10234,7 +10440,8 @@ class Launcher:
     def shake_hands(self, backend: Backend, handshake: Handshake, probe: bool) -> dict[str, object] | None:
         """Shakes hands with a child, by the era its program is known to be of (legacy, unless `probe`).
 
-        Returns what the child says of itself as an initialize result, None when it did not answer. Raises RpcError when it will not.
+        Returns what the child says of itself as an initialize result,
+        None when it did not answer. Raises RpcError when it will not.
         """
         program = self._note_program(binary_fingerprint(child_command(self._settings)))
         backend.program = program
@@ -10380,7 +10587,10 @@ def supported_versions(body: dict[str, object] | None) -> list[object]:
 
 
 def initialized(backend: Backend, handshake: Handshake, seconds: float) -> dict[str, object] | None:
-    """Initializes a legacy child; returns its result, None when it gives none. Raises RpcError when it refuses."""
+    """Initializes a legacy child; returns its result, None when it gives none.
+
+    Raises RpcError when it refuses.
+    """
     params = handshake.initialize | ({"protocolVersion": handshake.version} if handshake.version else {})
     body = backend.ask("initialize", params, seconds)
     if body is None or "error" in body and backend.child.ended.is_set():
@@ -10559,11 +10769,12 @@ def invalid_token(settings: Settings, description: str, cause: str) -> HTTPError
     return HTTPError(401, "invalid_token", description, headers, cause)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Session
-# Owns what one child at a time serves: calls and questions on their way, and the child's life: start, replay, replace, sleep, end.
+# Owns what one child at a time serves: calls and questions on their
+# way, and the child's life: start, replay, replace, sleep, end.
 # Must not know HTTP, tokens or eras: a frontend speaks with its client, backends with its children.
-# ======================================================================================================================
+# ============================================================================================================
 
 MAX_TASKS = 256  # of a session
 MAX_URI = 2048  # bytes of a resource's URI that is kept because somebody subscribed to it
@@ -10801,7 +11012,10 @@ class ChildStart:
 
 
 class Backends:
-    """A session's children: the one that serves now, and those that only end their calls. Guarded by the session's lock."""
+    """A session's children: the one that serves now, and those that only end their calls.
+
+    Guarded by the session's lock.
+    """
 
     def __init__(self, session: Session, services: Services, launcher: Launcher, capacity: Capacity) -> None:
         self._session = session
@@ -11019,7 +11233,10 @@ class Backends:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Whose a session is. `name` is its name on file, None for one that is shared by requests without a session."""
+    """Whose a session is.
+
+    `name` is its name on file, None for one that is shared by requests without a session.
+    """
 
     name: bytes | None
     sub: str
@@ -11480,11 +11697,12 @@ def fail_lost(call: Call, reason: str, is_too_large: bool) -> None:
         )
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Frontends
-# Owns how clients of each era are spoken to: where answers, questions and notifications of a session's child go.
+# Owns how clients of each era are spoken to: where answers,
+# questions and notifications of a session's child go.
 # Must not know HTTP or tokens; of children only what the session tells.
-# ======================================================================================================================
+# ============================================================================================================
 
 HEADER_MISMATCH = -32020
 MISSING_CAPABILITY = -32021
@@ -11717,7 +11935,10 @@ class SessionFrontend:
         stream.put(dump_notification(message))
 
     def on_questions(self, backend: Backend, questions: list[OpenQuestion], call: Call | None) -> None:
-        """Sends questions to the client, where it listens. Without an open stream it has 10 s instead of `input_timeout`."""
+        """Sends questions to the client, where it listens.
+
+        Without an open stream it has 10 s instead of `input_timeout`.
+        """
         session = self.session
         stream, guess = self._target(backend)
         for question in questions:
@@ -11876,7 +12097,10 @@ class ModernCall(Call):
         self.outcome = "ok"
 
     def error(self, code: int, text: str, data: object) -> None:
-        """Delivers an error; the legacy era's own code for it is not used in this one. A call that was suspended is gone with it."""
+        """Delivers an error; the legacy era's own code for it is not used in this one.
+
+        A call that was suspended is gone with it.
+        """
         if self.ended_suspended:  # no retry can find it any more
             self.is_gone = True
             self._suspended.take(self._name)
@@ -11956,7 +12180,10 @@ class ModernCall(Call):
         )
 
     def resume(self, request_id: object, responses: dict[str, object]) -> Reader:
-        """The client came back, with answers or without: returns a Reader of what follows. What is missing is asked again."""
+        """The client came back, with answers or without: returns a Reader of what follows.
+
+        What is missing is asked again.
+        """
         with self.session.lock:
             is_waiting = self.waiting_since is not None
             self.enter(CallState.WAITING_FOR_CLIENT if is_waiting else CallState.SENT)
@@ -11964,7 +12191,8 @@ class ModernCall(Call):
             asked = self._asked
             self._asked = {}
             answers = {key: responses[key] for key in asked if isinstance(responses.get(key), dict)}
-            # A question that came with others has a timer of its own, which must not ask it again while it is being answered.
+            # A question that came with others has a timer of its own,
+            # which must not ask it again while it is being answered.
             self._answering = {asked[key] for key in answers}
             reader = self.stream.open()
         for key, answer in answers.items():
@@ -12102,7 +12330,8 @@ class StatelessFrontend:
             except RpcError as error:
                 if uris or member(error.data, "reason", str, "") != "upstream_down":
                     raise
-                # A client that is refused may never listen again, and the next start of a child tells which lists changed.
+                # A client that is refused may never listen again, and
+                # the next start of a child tells which lists changed.
                 return {kind: {"listChanged": True} for kind in LIST_KINDS}
             known = session.server
         return member(known, "capabilities", dict, {})
@@ -12241,11 +12470,12 @@ def tagged(method: str, params: dict[str, object], request_id: object) -> bytes:
     return dump({"jsonrpc": "2.0", "method": method, "params": {**params, "_meta": meta}})
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Sessions
-# Owns which sessions are in memory, by name, and which shared ones, by user, client and what the client can be asked.
+# Owns which sessions are in memory, by name, and which shared
+# ones, by user, client and what the client can be asked.
 # Must not know HTTP, or what a message says.
-# ======================================================================================================================
+# ============================================================================================================
 
 MAX_CAPABILITIES = 4096  # bytes of what a client says it can be asked, as JSON
 MAX_POOLED = 32  # shared sessions of one user, used or not; above it those go that nobody uses
@@ -12417,7 +12647,10 @@ class Sessions:
         return frontend
 
     def _make_room_in_pools(self, sub: str, key: PoolKey) -> list[StatelessFrontend]:
-        """Takes out what a user has too much of: those used longest ago that nobody uses now. Under the lock."""
+        """Takes out what a user has too much of: those used longest ago that nobody uses now.
+
+        Under the lock.
+        """
         if key in self.pools:
             return []
         own = [frontend for name, pool in self.pools.items() if name[0] == sub for frontend in pool]
@@ -12542,16 +12775,20 @@ class Sessions:
         return not any((backend := session.backend) and backend.pending for session in self.all())
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Maintenance
-# Owns everything that happens by the clock: late calls, idle children, revocation, refreshes, rows and memory that go.
+# Owns everything that happens by the clock: late calls, idle
+# children, revocation, refreshes, rows and memory that go.
 # Must not know HTTP or what a message says.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose token came: the user, client and grant, and what it may do. `requested_scope` is what the login had asked for."""
+    """Whose token came: the user, client and grant, and what it may do.
+
+    `requested_scope` is what the login had asked for.
+    """
 
     sub: str
     login: str
@@ -12654,9 +12891,10 @@ class Reaper:
         self._stop.set()
 
     def tick(self) -> None:
-        """One round: late calls, idle children, ended grants and sessions, tokens to refresh, rows to sweep. Raises nothing.
+        """One round: late calls, idle children, ended grants and sessions, tokens to refresh, rows to sweep.
 
-        A step that fails, for one session or for all, is logged and done again by the next round; the other steps go on.
+        Raises nothing. A step that fails, for one session or for all, is
+        logged and done again by the next round; the other steps go on.
         """
         self._step(self._compare_clocks)
         now = self._clock.now()
@@ -12816,15 +13054,18 @@ class Reaper:
                 self._refreshing.discard(sub)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Endpoint
 # Owns /mcp: who is calling, what they may do, and which HTTP answer a JSON-RPC message gets.
 # Must not know sockets or children.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 class Names:
-    """Names that the broker knows of the members of an object. Everybody else may read others for them; it finds those."""
+    """Names that the broker knows of the members of an object.
+
+    Everybody else may read others for them; it finds those.
+    """
 
     def __init__(self, *names: str) -> None:
         self._exact = frozenset(names)
@@ -12834,8 +13075,9 @@ class Names:
     def _fold(name: str) -> str:
         """A name as lenient parsers compare it.
 
-        Go's encoding/json ignores case, by Unicode's simple folding: U+017F is an s, U+212A a k; no other character becomes
-        an ASCII letter, and nothing is normalized. casefold() folds these and more. encoding/json/v2 can be told to ignore `_` and `-` too.
+        Go's encoding/json ignores case, by Unicode's simple folding: U+017F is an s, U+212A a k; no other
+        character becomes an ASCII letter, and nothing is normalized. casefold() folds these and more.
+        encoding/json/v2 can be told to ignore `_` and `-` too.
         """
         return name.casefold().replace("_", "").replace("-", "")
 
@@ -12882,7 +13124,8 @@ KNOWN_META = Names(
     META_SUBSCRIPTION,
     META + "related-task",
 )
-# What a login that may not write is served besides tools/call: the specification's methods that change nothing at Forgejo.
+# What a login that may not write is served besides tools/call:
+# the specification's methods that change nothing at Forgejo.
 READING_METHODS = frozenset(
     (
         "server/discover",
@@ -12916,7 +13159,8 @@ MAY_BE_ABSENT = {
 class Verdict:
     """What the judge says of a request.
 
-    `refuse` answers it (None: it may go to the child), with `outcome` on record; `listing` is the list of tools it was judged by.
+    `refuse` answers it (None: it may go to the child), with `outcome`
+    on record; `listing` is the list of tools it was judged by.
     """
 
     refuse: Callable[[Call], None] | None = None
@@ -12954,7 +13198,10 @@ class Judge:
         self._log = services.log
 
     def submit(self, caller: Caller, session: Session, asked: Sequence[tuple[Message, Call]]) -> None:
-        """Sends those requests that this caller may make, and answers the others. Raises HTTPError as judge() does."""
+        """Sends those requests that this caller may make, and answers the others.
+
+        Raises HTTPError as judge() does.
+        """
         for _ in range(3):
             note_rights(session, self.rights(caller))
             verdicts = [self.judge(caller, session, message) for message, _ in asked]
@@ -12977,9 +13224,10 @@ class Judge:
     def judge(self, caller: Caller, session: Session, message: Message) -> Verdict:
         """Returns whether this caller may make this request.
 
-        Raises HTTPError 403, which leads to a step-up, and RpcError when the child does not say what it lists. Everything that
-        the operator's rules or a token's scope forbid is forbidden here. Under a rule, or without forgejo:write, only what is known
-        passes: a reading method of the specification, a tool that the child lists under exactly this name, a task of such a tool.
+        Raises HTTPError 403, which leads to a step-up, and RpcError when the child does not say what it
+        lists. Everything that the operator's rules or a token's scope forbid is forbidden here. Under a rule,
+        or without forgejo:write, only what is known passes: a reading method of the specification, a tool
+        that the child lists under exactly this name, a task of such a tool.
         """
         rights = self.rights(caller)
         if caller.may_write and rights is None:
@@ -13034,7 +13282,8 @@ class Judge:
                 "This tool writes; the login was for reading only.",
                 (("WWW-Authenticate", challenge_header(self._settings, "insufficient_scope")),),
             )
-        # The person was asked and chose read only: asking again would be a loop, so the model is told instead.
+        # The person was asked and chose read only: asking
+        # again would be a loop, so the model is told instead.
         text = "This connection is read only: that was chosen at its login. To use this tool, connect again and choose full access."
         result: dict[str, object] = {"content": [{"type": "text", "text": text}], "isError": True}
         return Verdict(lambda call: call.give(result))
@@ -13515,7 +13764,10 @@ def read_value(request: Request, limit: int) -> object:
 
 
 def initialize_params(message: Message, limit: int) -> dict[str, object]:
-    """Returns the params of initialize, of at most `limit` bytes: they are kept, and replayed to each child. Raises RpcError 400."""
+    """Returns the params of initialize, of at most `limit` bytes: they are kept, and replayed to each child.
+
+    Raises RpcError 400.
+    """
     params = message.params
     if params is None or member(params, "protocolVersion", str, None) is None:
         raise RpcError(INVALID_PARAMS, "initialize needs params.protocolVersion.", None, 400)
@@ -13641,10 +13893,11 @@ def owner_of_state(caller: Caller, message: Message) -> str:
 
 
 def message_from(value: object) -> Message | None:
-    """What a client sent as a message, with its params as they are meant; None for what is dropped. RpcError 400.
+    """What a client sent as a message, with its params as they are meant; None for what is dropped.
 
-    All that goes to a child is written anew from this: its method, and its params without a member that a child could read as another
-    than the gate does. A request without an id would pass the gate as a notification, and is none.
+    RpcError 400. All that goes to a child is written anew from this: its method, and its params without a
+    member that a child could read as another than the gate does. A request without an id would pass the gate
+    as a notification, and is none.
     """
     try:
         message = classify(value)
@@ -13670,7 +13923,10 @@ def message_from(value: object) -> Message | None:
 
 
 def as_meant(method: str, params: dict[str, object]) -> dict[str, object]:
-    """Params without what is null or, for an object, an empty list: it stands for what is absent. Capabilities are empty then."""
+    """Params without what is null or, for an object, an empty list: it stands for what is absent.
+
+    Capabilities are empty then.
+    """
     absent = {
         name for name in MAY_BE_ABSENT.get(method, ("_meta",)) if name in params and is_absent(params[name])
     }
@@ -13886,11 +14142,12 @@ def tools_left(
     return {**result, "tools": left}
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # HTTP server
-# Owns sockets: accepting, strict framing and parsing, the one header writer, and the pump of everything that waits.
+# Owns sockets: accepting, strict framing and parsing, the
+# one header writer, and the pump of everything that waits.
 # Must not know routes or what is served; it is given one function from Request to Response.
-# ======================================================================================================================
+# ============================================================================================================
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]+) HTTP/([0-9]\.[0-9])")
 FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t -~\x80-\xff]*)")
@@ -13993,7 +14250,10 @@ class Listeners:
             self._epoll.register(number, select.EPOLLIN)
 
     def accept(self) -> tuple[socket.socket, Any] | None:
-        """Returns the next connection and its peer, None once stopped. Raises OSError when a connection cannot be taken."""
+        """Returns the next connection and its peer, None once stopped.
+
+        Raises OSError when a connection cannot be taken.
+        """
         while True:
             number = self._epoll.poll(-1, 1)[0][0]
             if number == self._wake:
@@ -14038,7 +14298,10 @@ def listen_on(address: tuple[str, int]) -> socket.socket:
 
 
 class Server:
-    """Accepts connections within the limits and gives each a thread. `handle` makes a Response of a Request."""
+    """Accepts connections within the limits and gives each a thread.
+
+    `handle` makes a Response of a Request.
+    """
 
     def __init__(
         self,
@@ -14085,7 +14348,8 @@ class Server:
             try:
                 accepted = self._listeners.accept()
             except OSError:
-                # No file descriptor is left (H16): until a connection ends, or for a moment, instead of spinning.
+                # No file descriptor is left (H16): until a connection
+                # ends, or for a moment, instead of spinning.
                 with self._changed:
                     self._changed.wait(0.05)
                 continue
@@ -14193,8 +14457,8 @@ class Server:
     def drain(self) -> None:
         """Accept no more; idle connections and idle streams end now, the others with their answer.
 
-        One that was used a moment ago may have its next request on the way, which a close would meet with a reset: it has a
-        moment for it, and then `Connection: close`.
+        One that was used a moment ago may have its next request on the way, which a close would meet with a
+        reset: it has a moment for it, and then `Connection: close`.
         """
         self._listeners.stop()
         if self._acceptor.ident:
@@ -14233,7 +14497,10 @@ def http_date(second: int) -> str:
 
 
 def write_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
-    """The one place where headers are written. CR, LF and NUL are refused: nothing reflected can split a response (H12)."""
+    """The one place where headers are written.
+
+    CR, LF and NUL are refused: nothing reflected can split a response (H12).
+    """
     lines = [
         f"HTTP/1.1 {status} {http.client.responses[status]}",
         f"Date: {http_date(int(time.time()))}",
@@ -14261,7 +14528,10 @@ class Head:
 
 
 def read_fields(lines: Iterable[bytes]) -> dict[str, list[str]]:
-    """Returns header or trailer fields: lower-case names to the lists of their values. Raises HTTPError 400."""
+    """Returns header or trailer fields: lower-case names to the lists of their values.
+
+    Raises HTTPError 400.
+    """
     fields: dict[str, list[str]] = {}
     for line in lines:
         match = FIELD.fullmatch(line)
@@ -14272,7 +14542,10 @@ def read_fields(lines: Iterable[bytes]) -> dict[str, list[str]]:
 
 
 class RequestReader:
-    """Reads the requests of one connection, strictly, one at a time. Gone when the connection has ended, or must."""
+    """Reads the requests of one connection, strictly, one at a time.
+
+    Gone when the connection has ended, or must.
+    """
 
     def __init__(self, sock: socket.socket, settings: Settings, bodies: Bodies, seat: Seat) -> None:
         self._sock = sock
@@ -14449,7 +14722,10 @@ class RequestReader:
         return body
 
     def _chunks(self, limit: int, deadline: float, too_large: HTTPError) -> bytes:
-        """A chunked body (RFC 9112 7.1). A chunk costs a few microseconds however small it is, so their number has a bound, too."""
+        """A chunked body (RFC 9112 7.1).
+
+        A chunk costs a few microseconds however small it is, so their number has a bound, too.
+        """
         body = bytearray()
         for _ in range(MIN_CHUNKS + limit // 64):
             line = self._line(deadline, MAX_LINE, (400, "bad_request", "A chunk's line is too long."))
@@ -14818,10 +15094,10 @@ class Connection:
         return b"%x\r\n%s\r\n" % (len(data), data) if self.http11 else data
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Broker
 # Owns the wiring and the route table: which path is whose, and the order of checks before a handler is asked.
-# ======================================================================================================================
+# ============================================================================================================
 
 LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 LOOK_OUT = 600  # seconds between two looks whether client documents can be read, while none can
@@ -15043,7 +15319,10 @@ class Broker:
         return replace(response, headers=(*response.headers, *cors)) if cors else response
 
     def _cors(self, request: Request, kind: str) -> tuple[tuple[str, str], ...]:
-        """The CORS headers of the answer; HTTPError 403 for a web origin that may not call. Forms are judged by who reads them."""
+        """The CORS headers of the answer; HTTPError 403 for a web origin that may not call.
+
+        Forms are judged by who reads them.
+        """
         if kind == "public":
             return ("Access-Control-Allow-Origin", "*"), EXPOSED
         origins = request.headers.get("origin", ()) if kind == "mcp" else ()
@@ -15071,7 +15350,10 @@ class Broker:
         return home_page(self.settings.public_url, self.settings.forgejo_url)
 
     def health(self, request: Request) -> Response:
-        """GET /healthz: 200, or 503 when the store fails. As an event stream it lasts a moment, which shows proxies that buffer."""
+        """GET /healthz: 200, or 503 when the store fails.
+
+        As an event stream it lasts a moment, which shows proxies that buffer.
+        """
         if request.method == "GET" and takes_streams(request):
             # No timer ends it: strangers would double the threads that they are allowed.
             return Response(200, streaming=StreamingResponse(EventStream().open(), Delivery.SSE, quiet=0.5))
@@ -15156,7 +15438,10 @@ class Broker:
 
 
 def is_page_request(request: Request) -> bool:
-    """Returns whether a person's browser asks for a page. What is under /.well-known/ is for programs, whoever asks."""
+    """Returns whether a person's browser asks for a page.
+
+    What is under /.well-known/ is for programs, whoever asks.
+    """
     accepts_pages = any("text/html" in value for value in request.headers.get("accept", ()))
     return accepts_pages and request.method in ("GET", "HEAD") and "/.well-known/" not in request.path
 
@@ -15184,11 +15469,12 @@ def git_blob_id(path: str) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Command line
-# Owns the words of a command line: the table of commands, their flags, the help texts, which configuration file is read.
+# Owns the words of a command line: the table of commands, their
+# flags, the help texts, which configuration file is read.
 # Must not know what a command does.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 @dataclass(frozen=True)
@@ -15316,7 +15602,10 @@ class Arguments:
 
 
 def parse_arguments(arguments: Sequence[str]) -> Arguments:
-    """Returns the Arguments of a command line; flags stand before or after the command. Raises ConfigurationError."""
+    """Returns the Arguments of a command line; flags stand before or after the command.
+
+    Raises ConfigurationError.
+    """
     problems: list[str] = []
     words, options, flags = split_flags(arguments, problems)
     name, *words = words or ["serve"]
@@ -15366,11 +15655,12 @@ def split_flags(
     return words, options, flags
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Init
-# Owns the first configuration file: the questions, the commented text, and the files that keep its secrets apart.
+# Owns the first configuration file: the questions, the
+# commented text, and the files that keep its secrets apart.
 # Must not know whether what it writes works: `check` tries that.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 def configuration_text(values: Mapping[str, str]) -> str:
@@ -15462,7 +15752,10 @@ def keep_secrets_apart(values: dict[str, str], folder: str, problems: list[str])
 
 
 def init(arguments: Arguments) -> int:
-    """Writes broker.toml and the files of its secrets, never over a file that is there. Returns the exit status."""
+    """Writes broker.toml and the files of its secrets, never over a file that is there.
+
+    Returns the exit status.
+    """
     path = os.path.abspath(arguments.config or CONFIGURATION_FILE)
     folder = os.path.dirname(path)
     problems: list[str] = []
@@ -15486,11 +15779,11 @@ def init(arguments: Arguments) -> int:
     return 0
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Doctor
 # Owns the tables of what real clients send to a public URL and must get back, and how findings are told.
 # Must not know this machine's configuration: it sees the URL as clients do.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 class Finding(NamedTuple):
@@ -15529,8 +15822,8 @@ def guarded(findings: Iterable[Finding]) -> Iterator[Finding]:
 class Probe:
     """A request of real clients: who needs it, `METHOD /path`, what must come back, how to mend it.
 
-    `want` has the `status`, members of the JSON object (`json`) and headers in lower case. A value must be equal; of a list,
-    each part must be in it; where the name begins with `!`, none may be.
+    `want` has the `status`, members of the JSON object (`json`) and headers in lower case. A value must be
+    equal; of a list, each part must be in it; where the name begins with `!`, none may be.
     """
 
     needed_by: str
@@ -15785,7 +16078,10 @@ def tried(url: str, probe: Probe) -> tuple[Finding, Fetched]:
 
 
 def examine(url: str, register: bool = True) -> Iterator[Finding]:
-    """Yields what every probe shows; without `register`, those that need a client are left out. Raises FetchFailed."""
+    """Yields what every probe shows; without `register`, those that need a client are left out.
+
+    Raises FetchFailed.
+    """
     for probe in (*discovery_probes(url), *endpoint_probes(url), *browser_probes(), *refusal_probes()):
         yield tried(url, probe)[0]
     if register:
@@ -15844,7 +16140,10 @@ def collapsed(findings: Iterable[Finding]) -> Iterator[Finding]:
 
 
 def is_broker(url: str) -> Finding | None:
-    """Returns why what answers at a URL is not fjmcp-broker, None if it is one, or nearly. Raises FetchFailed."""
+    """Returns why what answers at a URL is not fjmcp-broker, None if it is one, or nearly.
+
+    Raises FetchFailed.
+    """
     answer = fetch("GET", url + "/healthz")
     if member(answer.json(), "git", str, "") and member(answer.json(), "version", str, ""):
         return None
@@ -15858,7 +16157,10 @@ def is_broker(url: str) -> Finding | None:
 
 
 def examine_site(url: str, register: bool) -> Iterator[Finding]:
-    """Yields what clients would meet at a URL; what follows from one cause is one finding. Raises FetchFailed."""
+    """Yields what clients would meet at a URL; what follows from one cause is one finding.
+
+    Raises FetchFailed.
+    """
     stranger = is_broker(url)
     if stranger:
         yield stranger
@@ -15877,7 +16179,10 @@ def check_reach(public: SplitResult) -> Iterator[Finding]:
 
 
 def doctor(arguments: Arguments) -> int:
-    """Does what real clients do at a public URL, short of logging in. Returns 1 when something would break, else 0."""
+    """Does what real clients do at a public URL, short of logging in.
+
+    Returns 1 when something would break, else 0.
+    """
     try:
         url = str(KINDS["origin"](arguments.word.rstrip("/").removesuffix("/mcp")))
     except ValueError as error:
@@ -15886,11 +16191,11 @@ def doctor(arguments: Arguments) -> int:
     return int(report(guarded(findings))["fail"] > 0)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Check
 # Owns the trial of everything that serving needs, with the rights of the user that serves.
 # Must not change anything: what it starts it ends, what it opens it leaves as it was.
-# ======================================================================================================================
+# ============================================================================================================
 
 MACHINES = {
     3: "x86",
@@ -15911,7 +16216,10 @@ PRIVATE = tuple(
 
 
 def check(arguments: Arguments) -> int:
-    """Tries everything that serving needs and names each problem with its fix. Returns 1 when something fails, else 0."""
+    """Tries everything that serving needs and names each problem with its fix.
+
+    Returns 1 when something fails, else 0.
+    """
     named = arguments.options.get("as")
     if named and os.getuid() != 0 and named != user_name(os.getuid()):
         raise ConfigurationError(["--as is for root"])
@@ -15924,7 +16232,10 @@ def check(arguments: Arguments) -> int:
 
 
 def check_all(arguments: Arguments) -> Iterator[Finding]:
-    """Yields the findings of every part. Whoever is root acts as the user that serves from here on, for good."""
+    """Yields the findings of every part.
+
+    Whoever is root acts as the user that serves from here on, for good.
+    """
     settings = arguments.settings()
     server = serving_user(settings, arguments.options.get("as"))
     files = needed_files(settings, arguments.config)
@@ -16033,7 +16344,10 @@ def secret_files(settings: Settings, config: str | None) -> dict[str, str]:
 
 
 def check_modes(settings: Settings, config: str | None, server: int) -> Iterator[Finding]:
-    """Yields a warning for each file with a secret that other users may read. A group may where it is how the server reads it."""
+    """Yields a warning for each file with a secret that other users may read.
+
+    A group may where it is how the server reads it.
+    """
     for path, what in secret_files(settings, config).items():
         try:
             found = os.stat(path)
@@ -16224,7 +16538,8 @@ def is_login_page(answer: Fetched) -> bool:
 def check_application(settings: Settings) -> Iterator[Finding]:
     """Yields whether Forgejo knows the application, its secret and its redirect URI.
 
-    A code that cannot be good is refused for the first thing that is wrong, in Forgejo's order: id, secret, redirect URI, code.
+    A code that cannot be good is refused for the first thing that
+    is wrong, in Forgejo's order: id, secret, redirect URI, code.
     """
     forgejo = Forgejo(settings, SteadyClock(Clock()))
     try:
@@ -16525,7 +16840,10 @@ def check_containment(settings: Settings) -> Iterator[Finding]:
 
 
 def hide_from_children() -> bool:
-    """Makes /proc/<our pid> unreadable for processes of this user, children above all. Returns whether it is (prctl(2), PR_SET_DUMPABLE)."""
+    """Makes /proc/<our pid> unreadable for processes of this user, children above all.
+
+    Returns whether it is (prctl(2), PR_SET_DUMPABLE).
+    """
     with contextlib.suppress(OSError, AttributeError):
         prctl = ctypes.CDLL(None).prctl
         return bool(prctl(4, 0, 0, 0, 0) == 0 and prctl(3, 0, 0, 0, 0) == 0)
@@ -16576,11 +16894,12 @@ def check_public_url(settings: Settings, blob: str) -> Iterator[Finding]:
         yield Finding("warn", text, fix)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Operators
-# Owns what operators do beside a running broker: listings, revoking, backup, key rotation, another URL for Forgejo.
+# Owns what operators do beside a running broker: listings,
+# revoking, backup, key rotation, another URL for Forgejo.
 # Must not know a running broker: it acts on the store, and the broker notices.
-# ======================================================================================================================
+# ============================================================================================================
 
 MIN_COLUMN = 10  # characters; a table that would need narrower columns is told row by row
 
@@ -16620,7 +16939,10 @@ def open_store(arguments: Arguments, alone: bool = False) -> Iterator[tuple[Sett
 
 
 def since_when(text: str, now: float) -> float:
-    """Returns the moment that --since names: a date with or without a time (local), or how long ago. Raises ConfigurationError."""
+    """Returns the moment that --since names: a date with or without a time (local), or how long ago.
+
+    Raises ConfigurationError.
+    """
     with contextlib.suppress(ValueError):
         return datetime.datetime.fromisoformat(text).timestamp()
     try:
@@ -16677,7 +16999,10 @@ def table(names: list[str], rows: list[list[str]], room: int | None) -> list[str
 
 
 def revoke(arguments: Arguments) -> int:
-    """Ends the logins of a user, of a client, one, or all; a running broker acts on it within a second. Returns the exit status."""
+    """Ends the logins of a user, of a client, one, or all; a running broker acts on it within a second.
+
+    Returns the exit status.
+    """
     options = dict(arguments.options)
     forget = options.pop("forget", None) is not None
     if len(options) != 1 or forget and "client" not in options:
@@ -16710,7 +17035,10 @@ def revoke(arguments: Arguments) -> int:
 
 
 def forget_client(settings: Settings, store: Store, log: Log, client_id: str) -> bool:
-    """Removes a client's registration, before its logins end: it starts no new one. Returns whether it was there."""
+    """Removes a client's registration, before its logins end: it starts no new one.
+
+    Returns whether it was there.
+    """
     if any(client.client_id == client_id for client in settings.clients):
         problem = f"{client_id} stands in [[clients]] of the configuration: take it out there, and restart"
         raise ConfigurationError([problem])
@@ -16794,7 +17122,10 @@ def three_steps(settings: Settings) -> str:
 
 
 def add_key(settings: Settings) -> Keyring:
-    """Puts a new key before the others in key_file, and returns the keyring. If another rotate-key was faster, its key is used."""
+    """Puts a new key before the others in key_file, and returns the keyring.
+
+    If another rotate-key was faster, its key is used.
+    """
     path = key_path(settings)
     with acting_as(os.getuid(), os.getgid()):
         before = read_file(path)
@@ -16825,7 +17156,8 @@ def seal_anew(store: Store, keyring: Keyring) -> tuple[int, int]:
 def rebind(arguments: Arguments) -> int:
     """Gives the store to the configured forgejo_url, while no broker runs. Returns the exit status.
 
-    Without --forget it has to be the same Forgejo under another URL: it is asked for users known here, who must be the same.
+    Without --forget it has to be the same Forgejo under another
+    URL: it is asked for users known here, who must be the same.
     """
     with open_store(arguments, alone=True) as (settings, _, store):
         known = store.bound_to(settings.forgejo_url)
@@ -16879,11 +17211,12 @@ def differing_people(settings: Settings, people: Sequence[Any]) -> str:
     )
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Serve
-# Owns the life of the serving process: the service manager, signals, what is tried once after the start, the exit status.
+# Owns the life of the serving process: the service manager,
+# signals, what is tried once after the start, the exit status.
 # Must not know how anything is served: that is the Broker's.
-# ======================================================================================================================
+# ============================================================================================================
 
 RESTART_PAUSE = 5  # seconds
 
@@ -16939,7 +17272,8 @@ def serve(arguments: Arguments) -> int:
     broker = Broker(settings, sockets=inherited_sockets())
     broker.launcher.reaps = adopts_orphans()
     threading.excepthook = broker.thread_failed
-    # The kernel may give a signal to any thread, and a main thread that waits for a lock would not hear of it: it waits here instead.
+    # The kernel may give a signal to any thread, and a main thread that
+    # waits for a lock would not hear of it: it waits here instead.
     signals, wakes = socket.socketpair()
     wakes.setblocking(False)
     signal.set_wakeup_fd(wakes.fileno())
@@ -17066,7 +17400,10 @@ def help_for(arguments: Sequence[str]) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command line. Returns the exit status: 0, 1 for a failure while running, 2 for wrong usage or configuration."""
+    """Runs a command line.
+
+    Returns the exit status: 0, 1 for a failure while running, 2 for wrong usage or configuration.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     activated = is_activated()
     text = help_for(arguments)

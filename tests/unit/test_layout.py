@@ -67,6 +67,11 @@ def test_each_section_says_in_its_heading_what_it_owns():
     assert [title for title, _, heading in found if not heading[2].startswith("# Owns ")] == []
 
 
+def test_the_contents_at_the_top_are_the_sections():
+    contents = ast.get_docstring(TREE).partition("stands above it:")[2]
+    assert " ".join(contents.split()).replace(" · ", "|").split("|") == [title for title, _, _ in sections()]
+
+
 def bound_in(function):
     """The names that a function binds itself: parameters and whatever it assigns."""
     arguments = function.args
