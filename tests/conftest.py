@@ -16,7 +16,7 @@ settings.register_profile(
     "ci", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("ci")
-pytest_plugins = ("rigs.real_parts",)
+pytest_plugins = ("rigs.real_parts", "rigs.postgresql")
 PR_SET_CHILD_SUBREAPER = 36
 END_LIMIT = 10
 

@@ -36,13 +36,17 @@ WANTED_PYTHONS = ((3, 13), (3, 11))
 OPTIONAL_PARTS = ("forgejo-mcp",)
 FORGEJO_MCP_MODULE = "git.b4mad.industries/agentic-forges/forgejo-mcp/v2@v2.34.1"
 PYTHON_PARTS = ("mcp1", "mcp2", "fastmcp", "lint")
+# part: its package, its program, and what else of the package is run
 DEBIAN_PARTS = {
-    "caddy": "caddy",
-    "nginx": "nginx",
-    "chromium": "chromium",
-    "systemd-analyze": "systemd",
-    "promtool": "prometheus",
-}  # program: its package
+    "caddy": ("caddy", "caddy"),
+    "nginx": ("nginx", "nginx"),
+    "haproxy": ("haproxy", "haproxy"),
+    "pgbouncer": ("pgbouncer", "pgbouncer"),
+    "postgresql": ("postgresql", "postgres", "initdb", "pg_basebackup", "pg_dump", "psql"),
+    "chromium": ("chromium", "chromium"),
+    "systemd-analyze": ("systemd", "systemd-analyze"),
+    "promtool": ("prometheus", "promtool"),
+}
 DESKTOP_PACKAGE = "xdg-utils"
 MAVEN_COPY = "org.apache.maven.plugins:maven-dependency-plugin:3.7.0:copy-dependencies"
 INSTALL_LIMIT = 540
@@ -51,7 +55,7 @@ DRAIN_LIMIT = 5.0  # what pytest's descendants may still write once it has ended
 HELP = """python3 tests/run.py [flags] [pytest arguments]
 
 Runs the tests. What they need is installed into .cache/ (or $FJMCP_CACHE); Python 3.11 or newer, git, npm, go, mvn with a JDK, openssl and,
-on a Debian without chromium, caddy and nginx, apt-get's lists are expected. A part that cannot be had is a skip with its name, with CI set a failure.
+on a Debian without chromium, caddy, nginx, haproxy and postgresql, apt-get's lists are expected. A part that cannot be had is a skip with its name, with CI set a failure.
 
   python3 tests/run.py                                  everything, on two Pythons where two are found
   python3 tests/run.py tests/oauth/test_oauth.py              one file
@@ -398,18 +402,21 @@ def install_desktop(folder, commands):
 
 
 def install_debian(folder, name, commands):
-    """The program `name`: from PATH, or out of its package in Debian; its path."""
-    there = shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin")
-    if there:
-        return there
+    """The program of the part `name`: from PATH, or out of its package in Debian; its path, what else is run of it is beside it."""
+    package, *programs = DEBIAN_PARTS[name]
+    folders = [os.environ.get("PATH", os.defpath), "/usr/sbin", *glob.glob("/usr/lib/postgresql/*/bin")]
+    there = shutil.which(programs[0], path=os.pathsep.join(folders))
+    beside = there and os.path.dirname(os.path.realpath(there))
+    if there and all(os.access(os.path.join(beside, other), os.X_OK) for other in programs[1:]):
+        return os.path.join(beside, programs[0]) if programs[1:] else there
     if shutil.which("apt-get") is None:
-        raise InstallFailed("%s is not on PATH, and there is no apt-get to take it from Debian" % name)
+        raise InstallFailed("%s is not on PATH, and there is no apt-get to take it from Debian" % programs[0])
     with APT:
-        return unpack_debian(folder, name, commands)
+        return unpack_debian(folder, package, programs, commands)
 
 
-def unpack_debian(folder, name, commands):
-    """Debian's package with the program `name`, and what it needs and this machine lacks, unpacked but not set up; a program that runs it."""
+def unpack_debian(folder, package, programs, commands):
+    """Debian's package, and what it needs and this machine lacks, unpacked but not set up; a program that runs the first of `programs`."""
     listing = [
         "apt-get",
         "install",
@@ -417,7 +424,7 @@ def unpack_debian(folder, name, commands):
         "--yes",
         "-qq",
         "--no-install-recommends",
-        DEBIAN_PARTS[name],
+        package,
     ]
     downloads, root = folder / "deb", folder / "root"
     downloads.mkdir(parents=True)
@@ -428,24 +435,27 @@ def unpack_debian(folder, name, commands):
         found = commands.run(listing)
     packages = [line.split()[1].partition("_")[0] for line in found.splitlines() if line.startswith("'")]
     commands.run(["apt-get", "download", "-qq", *packages], cwd=downloads)
-    for package in downloads.glob("*.deb"):
-        commands.run(["dpkg", "-x", package, root])
+    for archive in downloads.glob("*.deb"):
+        commands.run(["dpkg", "-x", archive, root])
     shutil.rmtree(downloads)
-    programs = [
-        path
-        for path in (root / place / name for place in ("usr/lib/" + name, "usr/bin", "usr/sbin"))
-        if path.is_file()
-    ]
-    if not programs:
-        raise InstallFailed("Debian's package %s has no program %s" % (DEBIAN_PARTS[name], name))
     libraries = [
         path
         for pattern in ("usr/lib/*-linux-gnu", "lib/*-linux-gnu", "usr/lib/*-linux-gnu/*")
         for path in root.glob(pattern)
     ]
+    wrappers = [wrap_unpacked(folder, root, name, libraries) for name in programs]
+    return wrappers[0]
+
+
+def wrap_unpacked(folder, root, name, libraries):
+    """Write a program into `folder` that runs the unpacked program `name` with the unpacked libraries; its path."""
+    places = ["usr/lib/" + name, "usr/bin", "usr/sbin", "usr/lib/postgresql/*/bin"]
+    found = [path for place in places for path in root.glob(place + "/" + name) if path.is_file()]
+    if not found:
+        raise InstallFailed("Debian's packages have no program " + name)
     wrapper = folder / name
     wrapper.write_text(
-        "#!/bin/sh\nLD_LIBRARY_PATH='%s' exec '%s' \"$@\"\n" % (":".join(map(str, libraries)), programs[0])
+        "#!/bin/sh\nLD_LIBRARY_PATH='%s' exec '%s' \"$@\"\n" % (":".join(map(str, libraries)), found[0])
     )
     wrapper.chmod(0o755)
     return wrapper

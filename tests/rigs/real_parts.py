@@ -1,7 +1,9 @@
 """pytest plugin for tests marked `@pytest.mark.real(name)`: they run last, and wait for their part's install.
 
 Names: "mcp1", "mcp2" and "fastmcp" (an interpreter with that package), "npm" (a Node with the JavaScript clients), "assistants" (one of
-their programs), "go-clients" (one of them, the others beside it), "java-client", "desktop" (its xdg-open), "forgejo-mcp", "mcp-go-child" (a small server on its SDK), "caddy", "nginx", "chromium" and "systemd-analyze" (programs).
+their programs), "go-clients" (one of them, the others beside it), "java-client", "desktop" (its xdg-open), "forgejo-mcp",
+"mcp-go-child" (a small server on its SDK), "postgresql" (its server, its other programs beside it), "caddy", "nginx", "haproxy",
+"pgbouncer", "chromium", "promtool" and "systemd-analyze" (programs).
 """
 
 import functools
