@@ -129,9 +129,10 @@ AnyError = TypeVar("AnyError", bound=Exception)
 
 
 class HTTPError(Exception):
-    """A request is answered with an error: HTTP `status`, `code` (a word for programs), `description` (a sentence), `headers`.
+    """A request is answered with this HTTP `status` and `headers`, and with an error in its body.
 
-    `cause` is one of REASONS, for the log and the metrics; often that is the code.
+    `code` is a word for programs, `description` a sentence for people. `cause` is one of REASONS, for the log
+    and the metrics; often that is the code.
     """
 
     def __init__(
@@ -146,7 +147,10 @@ class HTTPError(Exception):
 
 
 class OAuthError(HTTPError):
-    """An OAuth endpoint answers with an error; `code` is the `error` of RFC 6749 5.2, RFC 7591 3.2.2 or RFC 8707 2."""
+    """An OAuth endpoint answers with an error.
+
+    `code` is the `error` of RFC 6749 5.2, RFC 7591 3.2.2 or RFC 8707 2.
+    """
 
     def __init__(
         self, code: str, description: str, status: int = 400, headers: Headers = (), cause: str = ""
@@ -155,7 +159,7 @@ class OAuthError(HTTPError):
 
 
 class RpcError(Exception):
-    """A JSON-RPC error on its way to a client: `code`, `message`, `data`, and the HTTP `status` it travels with."""
+    """A JSON-RPC error for a client: `code`, `message`, `data`; HTTP `status` and `headers`."""
 
     def __init__(
         self,
@@ -195,7 +199,10 @@ class Clock:
         return time.time()
 
     def boottime(self) -> float:
-        """Returns the time since the machine's boot, which nobody sets and which runs on while the machine is suspended."""
+        """Returns the time since the machine's boot.
+
+        Nobody sets this clock, and it runs on while the machine is suspended.
+        """
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def monotonic(self) -> float:
@@ -235,7 +242,7 @@ class SteadyClock:
         return self._clock.monotonic()
 
     def leap(self) -> float:
-        """Returns by how many seconds steps of the wall clock that were followed have moved now() forward, 0 once that is long ago."""
+        """Returns the seconds by which now() has lately followed the wall clock forward, else 0."""
         return self._leap if self._clock.boottime() - self._leaped_at < self.FORGIVEN_FOR else 0.0
 
     def compare(self) -> tuple[str, float] | None:
@@ -285,7 +292,10 @@ class Seldom:
 
 
 def new_secret(prefix: str = "") -> str:
-    """Returns a random token of 256 bits, URL-safe, after a prefix (`fja_` access, `fjr_` refresh, `fjc_` code)."""
+    """Returns a random URL-safe token of 256 bits after a prefix.
+
+    `fja_` is an access token, `fjr_` a refresh token, `fjc_` a code.
+    """
     return prefix + secrets.token_urlsafe(32)
 
 
@@ -318,7 +328,7 @@ UNIX_PEER = "unix"  # stands for the peer of a Unix socket, which has no address
 
 
 def network_of(address: str, v4: int = 32, v6: int = 64) -> str:
-    """Returns whom an address is counted for: whoever has one IPv6 address has the other 2^64 of its network too."""
+    """Returns the network for which an address is counted: an IPv6 address's /64, which has one owner."""
     if address == UNIX_PEER or ":" not in address and v4 == 32:
         return address
     prefix = v6 if ":" in address else v4
@@ -350,7 +360,7 @@ class Rights:
     prompts: bool = True
 
     def admits(self, tool: str) -> bool:
-        """Returns whether tools of this name may be used at all; with `reads_only` the tool must also be one that reads."""
+        """Returns whether a tool of this name may be used; with `reads_only` the tool must also only read."""
         if len(tool) > MAX_NAME or matches_any(tool, self.deny):
             return False
         return self.allow is None or matches_any(tool, self.allow)
@@ -394,7 +404,10 @@ def matches_any(text: str, globs: Iterable[str]) -> bool:
 def rights_of(
     rules: Sequence[ToolRule], sub: str, login: str, groups: Iterable[str], client_id: str
 ) -> Rights | None:
-    """Returns the rights that the first matching rule leaves to a caller, NO_RIGHTS when none matches, None when there are no rules."""
+    """Returns the rights that the first matching rule leaves to a caller.
+
+    NO_RIGHTS when none matches, None when there are no rules.
+    """
     if not rules:
         return None
     return next((rule.rights for rule in rules if rule.is_for(sub, login, groups, client_id)), NO_RIGHTS)
@@ -483,7 +496,10 @@ def takes_user(wide: str, narrow: str) -> bool:
 
 
 def takes_group(wide: str, narrow: str) -> bool:
-    """Returns whether members of a group are surely in another: Forgejo reports a member of `org:team` as one of `org` too."""
+    """Returns whether all members of a group are in another one.
+
+    Forgejo reports a member of `org:team` as a member of `org` too.
+    """
     return wide == narrow or narrow.startswith(wide + ":")
 
 
@@ -497,7 +513,7 @@ def takes_all(
 
 
 def never_reached(rule: ToolRule, earlier: Sequence[ToolRule]) -> list[int]:
-    """Returns the numbers of the earlier rules that together take all whom a rule is for; empty when they do not."""
+    """Returns the numbers of the earlier rules that together match every caller of a rule, else []."""
     numbers: set[int] = set()
     for user, group, client in itertools.product(
         rule.users or (None,), rule.groups or (None,), rule.clients or (None,)
@@ -516,7 +532,7 @@ def never_reached(rule: ToolRule, earlier: Sequence[ToolRule]) -> list[int]:
 
 
 def reaches_into_host(glob: str) -> bool:
-    """Returns whether a glob of a client_id matches URLs of hosts that it does not name: a wildcard stands before the path."""
+    """Returns whether a glob of a client_id has a wildcard before the path: it may match other hosts."""
     prefix = re.split(r"[*?\[]", glob, maxsplit=1)[0]
     if prefix == glob:
         return False
@@ -524,9 +540,9 @@ def reaches_into_host(glob: str) -> bool:
 
 
 def escapes_to(narrow: ToolRule, wide: ToolRule, tools: Collection[str]) -> bool:
-    """Returns whether who is no longer in the group, or no longer has the login, of a rule may get more by a later one.
+    """Returns whether a user who leaves the rule's group, or changes the login, may get more by a later rule.
 
-    Not if the later one names its people one by one, or if whoever it is for is taken by the earlier one too.
+    Not if the later rule names its users one by one, or if the earlier rule matches all of the later one's.
     """
     by_name = narrow.groups is not None or any(not user.startswith("id:") for user in narrow.users or ())
     named = wide.users is not None and not any(set(user) & set("*?[") for user in wide.users)
@@ -548,7 +564,10 @@ def escapes_to(narrow: ToolRule, wide: ToolRule, tools: Collection[str]) -> bool
 
 
 def gives_more(more: Rights, less: Rights, tools: Collection[str]) -> bool:
-    """Returns whether some rights hold a thing that others do not: of these tools, or where none are known judged by the globs."""
+    """Returns whether some rights include a thing that others do not.
+
+    `tools` are compared by name; where none are known, the globs are.
+    """
     if more.resources and not less.resources or more.prompts and not less.prompts:
         return True
     if less.reads_only and not more.reads_only and more.allow != ():
@@ -1083,7 +1102,7 @@ def _truth(value: object) -> bool:
 def _whom(
     is_good: Callable[[str], object], what: str, fold: bool = True
 ) -> Callable[[object], tuple[str, ...]]:
-    """Returns a parser of a condition of a rule: a list with at least one entry, each of which must be good."""
+    """Returns a parser of a rule's condition: a list with at least one entry, each of which must be valid."""
 
     def parse(value: object) -> tuple[str, ...]:
         entries = _list(value)
@@ -1189,7 +1208,7 @@ KINDS: dict[str, Callable[[object], object]] = {
 
 
 class Settings:
-    """The settings in force, each an attribute of its kind's type; `sources` says where each value came from."""
+    """The settings in force, an attribute for each; `sources` says where each value came from."""
 
     public_url: str
     listen: tuple[str, int]
@@ -1301,7 +1320,7 @@ def did_you_mean(name: str) -> str:
 
 @functools.cache
 def _standard_input() -> bytes:
-    """Returns all of standard input, read once and then closed to everybody: children must find nothing there."""
+    """Returns all of standard input, and closes it: children must find nothing there."""
     data = sys.stdin.buffer.read()
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -1309,9 +1328,9 @@ def _standard_input() -> bytes:
 
 
 def decode_text(data: bytes) -> str:
-    """Returns the text of a file: UTF-8, or as its byte order mark says, which Windows editors and PowerShell's `>` write.
+    """Returns the text of a file: UTF-8, or the encoding of its byte order mark.
 
-    Raises ValueError.
+    Windows editors and PowerShell's `>` write such marks. Raises ValueError.
     """
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
@@ -1336,7 +1355,7 @@ class Table:
     secrets_only: bool = False
 
     def line(self, key: str) -> str:
-        """Returns ` (line 3)`, where a key of the TOML's top level begins; "" where the values are no TOML."""
+        """Returns ` (line 3)`, where a key of the TOML's top level begins; "" for values without TOML."""
         lines = self.text.splitlines()
         for number, line in enumerate(lines):
             if begins_with_key(line, key):
@@ -1440,7 +1459,7 @@ def _conflicts(values: Mapping[str, Any], given: Mapping[str, Given]) -> Iterato
 def load_settings(
     flags: Mapping[str, str], environ: Mapping[str, str], config_path: str | None = None
 ) -> Settings:
-    """Returns settings from flags (name -> text), the environment and a TOML file, in that order of precedence, else defaults.
+    """Returns settings from flags (name -> text), the environment, a TOML file and defaults, in that order.
 
     Raises ConfigurationError with every problem at once, each naming its key and where the value came from.
     """
@@ -1481,7 +1500,7 @@ def load_settings(
 
 
 def _is_mine_alone(path: str) -> bool:
-    """Returns whether a file, and the folder it is in, belong to the caller and nobody else can write there."""
+    """Returns whether a file and its folder belong to the caller, and nobody else can write there."""
     real = os.path.realpath(path)
     try:
         found = [
@@ -1600,7 +1619,7 @@ CODEX_DOCUMENT = "https://chatgpt.com/oauth/codex/"
 
 
 def known_client(client_id: str = "", name: str = "", user_agent: str = "") -> str:
-    """Returns the word of KNOWN_CLIENTS under which a client is counted, `other` for one that is not known."""
+    """Returns the word of KNOWN_CLIENTS under which a client is counted, `other` for all others."""
     if client_id.startswith(CODEX_DOCUMENT):
         return "codex"
     host = client_id[8:].partition("/")[0] if client_id.startswith("https://") else ""
@@ -1613,7 +1632,10 @@ def known_client(client_id: str = "", name: str = "", user_agent: str = "") -> s
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A metric family: `labels` and the values of each, so that every series is there from the start; `buckets` of a histogram."""
+    """A metric family: its `labels`, and all values that each may have; `buckets` are those of a histogram.
+
+    So every series is there from the start.
+    """
 
     name: str
     kind: str
@@ -1710,7 +1732,7 @@ class Metrics:
             return self._values[name, labels]
 
     def text(self, gauges: Mapping[tuple[str, tuple[str, ...]], float]) -> bytes:
-        """Returns all families in Prometheus' text format 0.0.4; `gauges` are values that are read only now."""
+        """Returns all families in Prometheus' text format 0.0.4; the values of `gauges` are read now."""
         with self._lock:
             values = {**self._values, **gauges}
             observed = {key: (list(counts), total[0]) for key, (counts, total) in self._observed.items()}
@@ -1761,7 +1783,10 @@ def process_metrics() -> dict[tuple[str, tuple[str, ...]], float]:
 
 
 def is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
-    """Whether a stream goes to systemd's journal: JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
+    """Returns whether a stream goes to systemd's journal.
+
+    JOURNAL_STREAM names the journal's device and inode (systemd.exec(5)).
+    """
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):  # no file at all
@@ -1777,7 +1802,10 @@ def rfc3339(seconds: float) -> str:
 
 @dataclass(slots=True)
 class Burst:
-    """The records of one event and owner within a minute: how many were written, how many suppressed, and what they are about."""
+    """The records of one event and owner within a minute: how many were written and how many suppressed.
+
+    `fields` says what they are about.
+    """
 
     since: float
     level: str
@@ -1811,7 +1839,10 @@ class Log:
             self._request.id = None
 
     def event(self, level: str, event: str, **fields: object) -> None:
-        """Log one event: `level` is debug, info, warning or error, `event` one snake_case word; fields are plain values."""
+        """Logs one event: `level` is debug, info, warning or error, `event` one word in snake_case.
+
+        Fields are plain values.
+        """
         if level == "debug" and not self._settings.debug:
             return
         moment = self._clock.now()
@@ -1833,7 +1864,10 @@ class Log:
                 self._stream.flush()
 
     def close(self) -> None:
-        """Writes no more: a daemon thread within the stream as the interpreter ends would abort the process (Py_FinalizeEx)."""
+        """Writes nothing from now on.
+
+        A daemon thread that holds the stream as the interpreter ends would abort the process (Py_FinalizeEx).
+        """
         with self._lock:
             self._closed = True
 
@@ -1881,7 +1915,7 @@ class Log:
         return True
 
     def flush(self) -> None:
-        """Forget the minutes that are over, with a record of what was suppressed in each; the reaper calls this."""
+        """Forgets the minutes that are over, and writes how many records each suppressed."""
         now = time.monotonic()
         with self._lock:
             over = [(key, burst) for key, burst in self._bursts.items() if now - burst.since >= 60]
@@ -1899,7 +1933,10 @@ class Log:
     def refused(
         self, endpoint: str, status: int, reason: str, address: str, who: Mapping[str, object]
     ) -> None:
-        """Counts and logs that a request was turned away; `who`: client, client_name, user, user_agent as far as known."""
+        """Counts and logs that a request was refused.
+
+        `who`: client, client_name, user, user_agent, as far as known.
+        """
         self.metrics.count("fjmcp_refusals_total", (endpoint, reason))
         level = "debug" if reason in ROUTINE_REASONS else "info"
         owner = f"{endpoint} {reason} {who.get('user') or who.get('client') or address}"
@@ -1983,7 +2020,7 @@ def _tag(mac_key: bytes, *parts: bytes) -> bytes:
 
 
 def seal_with(key: bytes, purpose: str, owner: str, plain: bytes, salt: bytes | None = None) -> bytes:
-    """Returns a box with `plain` (at most 64 KiB) in it, which opens only with the same key, purpose and owner.
+    """Returns `plain` (at most 64 KiB) in a box that opens only with the same key, purpose and owner.
 
     Raises ValueError for a longer one.
     """
@@ -2012,10 +2049,10 @@ def unseal_with(key: bytes, purpose: str, owner: str, box: bytes) -> bytes:
 
 @contextlib.contextmanager
 def new_file(path: str, expected: bytes | None = None) -> Iterator[str]:
-    """Makes a file that only its owner can read, whole or not at all: yields the name under which it is to be filled.
+    """Makes a file that only its owner can read, whole or not at all; yields a temporary name to fill.
 
-    Raises FileExistsError unless the file's content is `expected` (None: it must not exist). The file is on disk, with its
-    name, when the block has ended.
+    Raises FileExistsError unless the file's content is `expected` (None: it must not exist). The file is on
+    disk, with its name, when the block has ended.
     """
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
     fresh = f"{path}.new"
@@ -2110,7 +2147,7 @@ class Keyring:
         raise ValueError("box of an unknown key")
 
     def chained(self, token: str) -> Keyring:
-        """Returns the keyring that only the holder of `token` has, one key for each: for a rotated token's successor."""
+        """Returns the keyring that only the holder of `token` can make, for sealing the token's successor."""
         return Keyring(hkdf(token.encode(), key, b"fjmcp/v1/grace", 32) for key in self.keys)
 
 
@@ -2154,9 +2191,10 @@ def key_path(settings: Settings) -> str:
 
 
 def load_keyring(settings: Settings) -> Keyring:
-    """Returns the keyring of `key`, `key_file` or the file beside the store, which is made when neither it nor the store exists.
+    """Returns the keyring of `key`, of `key_file`, or of the file beside the store.
 
-    A key is never made for an existing store: it could open nothing in it. Raises ConfigurationError.
+    That file is made when neither it nor the store exists. A key is never made for an existing store: it
+    could open nothing in it. Raises ConfigurationError.
     """
     path = key_path(settings)
     try:
@@ -2666,12 +2704,16 @@ class StoreUnavailable(HTTPError):
 
 
 class Database:
-    """The SQLite file: one writer and one reader connection, WAL, every commit on disk before the call returns."""
+    """The SQLite file in WAL mode: one writer and one reader connection.
+
+    Every commit is on disk before the call returns.
+    """
 
     def __init__(self, path: str, keyring: Keyring, alone: bool = True) -> None:
-        """Opens, makes or migrates the store; `alone` keeps a second broker out, operators' commands come beside one.
+        """Opens, makes or migrates the store.
 
-        Raises ConfigurationError for a file that is none, is damaged, newer, in use, or sealed with another key.
+        `alone` keeps a second broker out; operators' commands open the store beside a broker. Raises
+        ConfigurationError for a file that is no store, is damaged, newer, in use, or sealed with another key.
         """
         self.path = path
         self._opened = contextlib.ExitStack()
@@ -2841,7 +2883,7 @@ class Database:
         return rows[0] if rows else None
 
     def change_marker(self) -> int:
-        """Returns a value that changes when anyone has committed: the reader sees our writer as it sees other processes."""
+        """Returns a value that changes with every commit, of any process (PRAGMA data_version)."""
         return int(self._one(only, "PRAGMA data_version", {}) or 0)
 
     def healthy(self) -> bool:
@@ -2986,7 +3028,10 @@ class ClientStore(Database):
         hourly: int = REGISTRATIONS_AN_HOUR,
         total: int = REGISTRATIONS_IN_ALL,
     ) -> None:
-        """Keeps a registration, and of those nobody has logged in through `hourly` of its network in an hour, `total` in all: the oldest go."""
+        """Keeps a registration, and drops the oldest that nobody has logged in through in an hour.
+
+        Of those `hourly` stay for one network and `total` in all.
+        """
         self._run(
             {
                 "client_id": client_id,
@@ -3024,10 +3069,11 @@ class ClientStore(Database):
         keep: int = 1000,
         away: bool = False,
     ) -> None:
-        """Keeps what a client_id's own document says, or (without a name) that it could not be used; an older good one stays on file.
+        """Keeps a client's metadata document, or (without a name) that it could not be used.
 
-        `away`: its origin could not be asked, so the older one counts as confirmed when it was. Bounded: above `keep` the
-        longest unused go, but never one with a live grant.
+        An older good document stays on file. `away`: its origin could not be asked, so the older one counts
+        as confirmed when it was. Bounded: above `keep` the longest unused go, but never one with a live
+        grant.
         """
         self._run(
             {
@@ -3047,12 +3093,15 @@ class ClientStore(Database):
         )
 
     def documents_failing_since(self) -> float | None:
-        """Returns when it began that no document of a client could be read from here; None: one was read last."""
+        """Returns since when no client's document can be read; None when the last one was read."""
         since = self._one(only, "SELECT value FROM meta WHERE name = 'documents_failing_since'", {})
         return None if since is None else float(since)
 
     def documents_fail(self, since: float | None) -> None:
-        """Notes that no document can be read (from when on, unless that is noted already), or (None) that one was."""
+        """Notes since when no document can be read, or (None) that one was read.
+
+        An earlier `since` that is noted already stays.
+        """
         if since is None:
             self._run({}, "DELETE FROM meta WHERE name = 'documents_failing_since'")
         else:
@@ -3143,9 +3192,9 @@ class UserStore(Database):
         )
 
     def end_person(self, sub: str, reason: str, now: float) -> list[GrantRow]:
-        """Ends every grant, session and account login of a user's number and forgets the credential: it means another person now.
+        """Ends all grants, sessions and account logins of a user's number, and forgets the credential.
 
-        Returns the grants that ended.
+        For a number that means another person now. Returns the grants that ended.
         """
         ended = self._run(
             {"sub": sub, "reason": reason, "now": now},
@@ -3186,11 +3235,14 @@ class UserStore(Database):
         self._run({"sub": sub, "scope": scope}, "UPDATE users SET upstream_scope = :scope WHERE sub = :sub")
 
     def refresh_started(self, sub: str, now: float) -> None:
-        """Notes that the stored refresh token is about to be spent: after a crash its refusal is known to be ours."""
+        """Notes that the stored refresh token will be used: if Forgejo refuses it after a crash, we did."""
         self._run({"sub": sub, "now": now}, "UPDATE users SET refreshing_since = :now WHERE sub = :sub")
 
     def credential_order(self) -> int:
-        """Returns the number of the last credential saved, of any user: read before an exchange or refresh begins."""
+        """Returns the number of the last credential saved, of any user.
+
+        It is read before an exchange or refresh begins.
+        """
         return int(self._one(only, "SELECT max(credential_order) FROM users", {}) or 0)
 
     def save_credential(
@@ -3246,9 +3298,9 @@ class UserStore(Database):
     def set_user_status(
         self, sub: str, status: str, if_seq: int | None = None, reason: str | None = None
     ) -> bool:
-        """Sets a user's status and Forgejo's reason for it; with `if_seq` only while that credential is the stored one.
+        """Sets a user's status and Forgejo's reason for it.
 
-        Returns whether the status is another than before.
+        With `if_seq` only while that credential is the stored one. Returns whether the status changed.
         """
         return bool(
             self._run(
@@ -3267,11 +3319,14 @@ class UserStore(Database):
         )
 
     def shut_out(self) -> set[str]:
-        """Returns the users whose logins are of no use at present: logged out upstream, suspended or not allowed."""
+        """Returns the users who cannot use their logins: logged out upstream, suspended or not allowed."""
         return set(self._all(only, "SELECT sub FROM users WHERE status != 'active'", {}))
 
     def users_to_refresh(self, obtained_before: float, now: float) -> list[str]:
-        """Returns the users with a live grant whose credential is older than that: Forgejo's refresh token dies after 730 h unused."""
+        """Returns the users with a live grant whose credential is older than that.
+
+        Forgejo's refresh token dies after 730 h without use.
+        """
         return self._all(
             only,
             f"""
@@ -3298,9 +3353,10 @@ class UserStore(Database):
         return url
 
     def bound_to(self, forgejo_url: str) -> str:
-        """Returns the URL of the Forgejo whose users these are; a store that knows none, or has no user yet, takes the given one.
+        """Returns the URL of the Forgejo whose users these are.
 
-        Users are known by their number, which means another person at another Forgejo.
+        A store without a URL or without users takes the given one. Users are known by their number, which
+        means another person at another Forgejo.
         """
         if self.forgejo_url() != forgejo_url:
             self._run(
@@ -4038,7 +4094,10 @@ def _finite(text: str) -> float:
 
 
 def _finite_or_null(text: str) -> float | None:
-    """A child's number; null for one that no double can hold, as JSON.stringify has it: one number fails no call."""
+    """Returns a number of a child; None for one that no double can hold.
+
+    JSON.stringify writes null for such a number. One number fails no call.
+    """
     value = float(text)
     return None if math.isinf(value) else value
 
@@ -4051,13 +4110,19 @@ _ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False)
 
 
 def _structure(body: bytes) -> bytes:
-    """The brackets and commas of a JSON text that stand outside its strings, found by passes of C that are linear in it."""
+    """Returns the brackets and commas of a JSON text that stand outside its strings.
+
+    Found by passes of C that are linear in the text.
+    """
     bare = body.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, NO_STRUCTURE)
     return b"".join(bare.replace(b'""', b"").split(b'"')[::2])
 
 
 def _check_values(body: bytes, most: int) -> None:
-    """ValueError if a JSON text may hold more values than `most`; each but one follows a bracket or a comma."""
+    """Raises ValueError if a JSON text may hold more than `most` values.
+
+    Each value but the first follows a bracket or a comma.
+    """
     if len(body) > most and sum(map(body.count, (b"[", b"{", b","))) > most:
         marks = _structure(body)
         if len(marks) - marks.count(b"]") - marks.count(b"}") > most:
@@ -4081,7 +4146,10 @@ def _check_depth(body: bytes) -> None:
 
 
 def without_lone_surrogates(body: bytes) -> bytes:
-    """A JSON text in which each escape of half a surrogate pair is U+FFFD, as Go and others read it; Python keeps such halves."""
+    """Returns a JSON text in which each escape of half a surrogate pair is U+FFFD.
+
+    Go and others read it like that; Python would keep such halves.
+    """
     if b"\\ud" not in body and b"\\uD" not in body:
         return body
     # An escaped backslash is written in another way, so that each one that is left begins an escape.
@@ -4097,9 +4165,11 @@ def _decode(decoder: json.JSONDecoder, body: bytes) -> object:
 
 
 def read_json(body: bytes) -> object:
-    """The value of a JSON text from outside; ValueError unless it is strict UTF-8 without duplicate keys, NaN or endless numbers.
+    """Returns the value of a JSON text from outside.
 
-    At most MAX_DEPTH deep and of MAX_VALUES values, both known before it is parsed. Lone surrogates become U+FFFD.
+    Raises ValueError unless it is strict UTF-8 without duplicate keys, NaN or endless numbers, at most
+    MAX_DEPTH deep and of at most MAX_VALUES values; depth and values are counted before it is parsed. Lone
+    surrogates become U+FFFD.
     """
     _check_values(body, MAX_VALUES)
     _check_depth(body)
@@ -4113,9 +4183,10 @@ def read_child_json(line: bytes) -> object:
 
 
 def id_of_bad_line(line: bytes) -> object:
-    """Returns the `id` of an answer that is almost JSON: NaN, a byte that is no UTF-8 or a bare control character in it. Else None.
+    """Returns the `id` of an answer that is almost JSON, else None.
 
-    Of one with too many values to be parsed, it is read from the beginning.
+    Such an answer has NaN, a byte that is no UTF-8 or a bare control character in it. With too many values to
+    be parsed, its id is read from its beginning.
     """
     try:
         _check_values(line, MAX_CHILD_VALUES)
@@ -4172,7 +4243,7 @@ class Message:
 
 
 def is_absent(value: object) -> bool:
-    """Whether a value where an object is due stands for none: null of serializers that write what is not there, PHP's empty map."""
+    """Returns whether a value that should be an object stands for none: null, or PHP's `[]`."""
     return value is None or value == []
 
 
@@ -4186,7 +4257,10 @@ def is_request_id(value: object) -> bool:
 
 
 def classify(value: object) -> Message:
-    """Returns what a JSON value is as a JSON-RPC message (JSON-RPC 2.0 4 and 5); ValueError says why it is none."""
+    """Returns a JSON value as a JSON-RPC message (JSON-RPC 2.0 4 and 5).
+
+    Raises ValueError with the reason when it is none.
+    """
     if not isinstance(value, dict):
         raise ValueError("a message must be an object")
     if value.get("jsonrpc") != "2.0":
@@ -4217,7 +4291,10 @@ def _classify_request(value: dict[str, Any]) -> Message:
 
 
 def classify_sloppy(value: object) -> Message:
-    """Returns what a child's JSON value is as a message, where what is meant leaves no doubt; ValueError says why it is none."""
+    """Returns a child's JSON value as a message, also one with mistakes that leave no doubt.
+
+    Raises ValueError with the reason when it is none.
+    """
     try:
         message = classify(value)
     except ValueError:
@@ -4267,7 +4344,7 @@ def asking(method: str, params: object, **more: object) -> dict[str, object]:
 
 
 def without_meta(params: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Returns params (or a result) whose `_meta` lacks these names; without a `_meta` when nothing is left of it."""
+    """Returns params (or a result) without these names in `_meta`, and without an empty `_meta`."""
     meta = params.get("_meta")
     if not isinstance(meta, dict) or meta.keys().isdisjoint(names):
         return params
@@ -4282,7 +4359,10 @@ def result_message(request_id: object, result: object) -> bytes:
 
 
 def error_message(request_id: object, code: int, message: str, data: object = None) -> bytes:
-    """Returns a JSON-RPC error as bytes; without an id when none could be read, as MCP's schemas have it (JSON-RPC itself says null)."""
+    """Returns a JSON-RPC error as bytes, without an id when none could be read.
+
+    MCP's schemas want it left out; JSON-RPC itself says null.
+    """
     body: dict[str, object] = {"jsonrpc": "2.0"}
     if request_id is not None:
         body["id"] = request_id
@@ -4293,7 +4373,10 @@ def error_message(request_id: object, code: int, message: str, data: object = No
 
 
 def escape_line_separators(line: bytes) -> bytes:
-    """A JSON text that parses, with those characters escaped that some readers of event streams take for the end of a line."""
+    """Returns a JSON text with U+0085, U+2028 and U+2029 escaped.
+
+    Some readers of event streams take them for the end of a line.
+    """
     if not line.isascii():
         for separator, escape in LINE_SEPARATORS:
             line = line.replace(separator, escape)
@@ -4325,7 +4408,7 @@ def with_id(
 
 
 def _is_plain(line: bytes, message: Message, envelope: re.Match[bytes]) -> bool:
-    """Whether the id that stands first in a line is the only one, and the message ends where the line does."""
+    """Returns whether the line's first id is the only one, and nothing follows the message in the line."""
     members = {"jsonrpc", "id", "result", "error"}
     return int(envelope[1]) == message.id and message.body.keys() <= members and b"\r" not in line
 
@@ -4340,10 +4423,10 @@ def _is_plain(line: bytes, message: Message, envelope: re.Match[bytes]) -> bool:
 
 
 def read_address(text: str) -> str:
-    """Returns the one spelling of an IP address, an IPv4-mapped one as IPv4; raises ValueError for anything else.
+    """Returns the one spelling of an IP address, an IPv4-mapped one as IPv4; raises ValueError for all else.
 
-    Takes what proxies write into X-Forwarded-For: with a port (Azure, IIS, AWS's ALB on request), in brackets, as `::ffff:192.0.2.1`
-    (one dual-stack socket: nginx, HAProxy, Node).
+    Takes what proxies write into X-Forwarded-For: with a port (Azure, IIS, AWS's ALB on request), in
+    brackets, as `::ffff:192.0.2.1` (one dual-stack socket: nginx, HAProxy, Node).
     """
     host = text.strip(" \t")
     if len(host) > 64:  # the longest address with a zone, brackets and a port
@@ -4366,7 +4449,7 @@ def read_address(text: str) -> str:
 
 @dataclass(slots=True)
 class Context:
-    """What is learnt of a request while it is served, for the log and the metrics: where it went, and from whom it comes."""
+    """A request's endpoint and sender, as learnt while it is served, for the log and the metrics."""
 
     endpoint: str = "other"
     client: str | None = None
@@ -4386,11 +4469,13 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One HTTP request: `headers` maps a lower-case name to the list of its values; `target` is the raw path, `query` the raw query.
+    """One HTTP request.
 
-    `read_body(limit, seconds)` returns the body's bytes, reading them only then; HTTPError 413, 408 or 400. `address` is the client's,
-    as far as trusted proxies tell. `direct`: no proxy spoke for the client. `is_proxy`: the address is a trusted proxy's own, which
-    stands for who knows how many clients. `seat` is what the request holds among what is served at once.
+    `headers` maps a lower-case name to the list of its values; `target` is the raw path, `query` the raw
+    query. `read_body(limit, seconds)` reads and returns the body; HTTPError 413, 408 or 400. `address` is the
+    client's, as far as trusted proxies tell. `direct`: no proxy spoke for the client. `is_proxy`: the address
+    is a trusted proxy's own, which stands for an unknown number of clients. `seat` is the request's place
+    among what is served at once.
     """
 
     method: str
@@ -4436,12 +4521,13 @@ JSON_WAIT = 2.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class StreamingResponse:
-    """An answer that is still to come: the connection's thread pumps `reader` (of an EventStream) until its last item.
+    """An answer that is still to come: the connection's thread writes the events of `reader` until the last.
 
-    `event_ids`: the client can come back for what it missed; MCP 2026-07-28 has none. `prime`: open the event stream with an empty
-    event that carries an id (MCP 2025-11-25). `batch`: the answers form one JSON array. `on_disconnect` is called when the client
-    hangs up before the last item (MCP 2026-07-28 cancellation). `quiet`: the event stream ends once nothing has come for so many
-    seconds; without it a comment is sent every 15 s.
+    `event_ids`: the client can come back for what it missed; MCP 2026-07-28 has none. `prime`: open the event
+    stream with an empty event that carries an id (MCP 2025-11-25). `batch`: the answers form one JSON array.
+    `on_disconnect` is called when the client hangs up before the last item (MCP 2026-07-28 cancellation).
+    `quiet`: the event stream ends once nothing has come for so many seconds; without it a comment is sent
+    every 15 s.
     """
 
     reader: Reader
@@ -4455,9 +4541,9 @@ class StreamingResponse:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One HTTP response: a status, headers as (name, value) pairs and a body of bytes, or `streaming`, which is pumped.
+    """One HTTP response: a status, headers as (name, value) pairs, and a body of bytes or `streaming`.
 
-    `cause`, one of REASONS: the request was turned away, for the log and the metrics.
+    `cause`, one of REASONS: the request was refused, for the log and the metrics.
     """
 
     status: int
@@ -4483,16 +4569,16 @@ def error_response(error: HTTPError, headers: Headers = ()) -> Response:
 
 
 def redirect(location: str) -> Response:
-    """A 303: what follows a form must be a GET (RFC 9700 4.12), and a URL with a code in it must not be cached."""
+    """Returns a 303: a form is followed by a GET (RFC 9700 4.12), and a URL with a code is never cached."""
     headers = (("Location", location), ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"))
     return Response(303, headers=headers)
 
 
 @dataclass(slots=True, eq=False)
 class Event:
-    """One thing on a stream: a number, the bytes of a JSON-RPC message, whether it is an answer, and whether it is the last.
+    """One event of a stream: its number, a JSON-RPC message, whether it is an answer, whether it is the last.
 
-    `status` is that of the HTTP response, should the answer be all there is. `kept`: whether its owner is charged for it;
+    `status` is the HTTP response's, should the answer be all there is. `kept`: its owner is charged for it.
     `dropped`: it stands for an answer that is gone.
     """
 
@@ -4518,7 +4604,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who is charged for a stream: a user, and one session (or place in a pool) of that user by its number."""
+    """Who is charged for a stream: a user, and one session (or slot of a pool) of that user by its number."""
 
     user: str
     session: int
@@ -4548,7 +4634,7 @@ class KeptBytes:
         self._most: list[tuple[int, str]] = []
 
     def reserve(self, owner: Owner, size: int, patience: float, over: Callable[[], bool]) -> bool:
-        """Charge an owner; False when there is no room and none was made within `patience` seconds, or before over()."""
+        """Charges an owner; False when there is no room within `patience` seconds, or before over()."""
         deadline = time.monotonic() + patience
         tries = 0
         while True:
@@ -4867,7 +4953,10 @@ class EventStream:
             self._changed.notify_all()
 
     def open(self, after: int | None = None) -> Reader:
-        """A Reader from the item after number `after` (default: what was not yet taken); it takes over from an older one."""
+        """Returns a Reader from the event after number `after` (default: the first not yet taken).
+
+        It takes over from an older reader.
+        """
         with self._changed:
             if self._reader:
                 self._reader.ended = True
@@ -4903,7 +4992,10 @@ class EventStream:
 
 
 class Reader:
-    """One client's reading of an EventStream. take(timeout) -> Event, None on time-out; `ended` once there will be no more."""
+    """One client's reading of an EventStream.
+
+    take(timeout) -> Event, None on time-out; `ended` once there will be no more.
+    """
 
     def __init__(self, stream: EventStream, cursor: int) -> None:
         self.stream = stream
@@ -4940,7 +5032,7 @@ class Reader:
         return self.stream.finished and self.cursor >= self.stream._number
 
     def close(self) -> None:
-        """The client is gone, or has all it needs: the stream has no reader any more (unless a newer one took over)."""
+        """The client is gone, or has all it needs: the stream has no reader, unless a newer one took over."""
         stream = self.stream
         with stream._changed:
             self.ended = True
@@ -4955,9 +5047,10 @@ class Reader:
 
 
 class Places:
-    """Counts what is served at once by kind ("requests", "streams", "lingering") and owner ("user 42", "address 192.0.2.1").
+    """Counts what is served at once, by kind and owner.
 
-    Only a Seat takes and gives back, so that the count falls whatever becomes of a request.
+    A kind is "requests", "streams" or "lingering"; an owner is "user 42" or "address 192.0.2.1". Only a Seat
+    takes and gives back, so that the count falls whatever becomes of a request.
     """
 
     def __init__(self) -> None:
@@ -4978,7 +5071,10 @@ class Places:
     def move(
         self, old: tuple[str, str, object] | None, new: tuple[str, str, object] | None, limit: int | None
     ) -> bool:
-        """Gives `old` back and takes `new`, each (kind, owner, name); returns False, changing nothing, if the owner has `limit` of that kind."""
+        """Gives `old` back and takes `new`, each (kind, owner, name).
+
+        Returns False, changing nothing, if the owner has `limit` of that kind.
+        """
         with self._lock:
             if new:
                 names = self._held.get(new[:2], {})
@@ -5028,14 +5124,20 @@ class Seat:
 
 
 def seat_of_address(request: Request, settings: Settings) -> None:
-    """Counts a request without a valid token for its address, but for a proxy's own: HTTPError 429 above `max_requests_per_address`."""
+    """Counts a request without a valid token for its address, unless that is a proxy's own.
+
+    HTTPError 429 above `max_requests_per_address`.
+    """
     limit = None if request.is_proxy else settings.max_requests_per_address
     request.seat.take("requests", f"address {network_of(request.address)}", limit)
 
 
 @dataclass(eq=False, slots=True)
 class Body:
-    """A request's body while it is read: for whom, since when, how its reading is ended, what came, and what of it is charged."""
+    """A request's body while it is read: its owner, its beginning, its bytes, and how many are charged.
+
+    `end` ends the reading.
+    """
 
     owner: str
     began: float
@@ -5190,7 +5292,7 @@ def _time_left(deadline: float) -> float:
 
 
 def plain_reason(error: object) -> str:
-    """Returns what went wrong with a request, for operators: in words, not in the names of Python's classes."""
+    """Returns why a request failed, in words for operators instead of names of Python's classes."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not good: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -5205,7 +5307,10 @@ def plain_reason(error: object) -> str:
 
 
 class _Socket(io.RawIOBase):
-    """A socket for http.client with one deadline over a whole answer: a time-out per read would start anew at each byte."""
+    """A socket for http.client with one deadline over a whole answer.
+
+    A time-out for each read would start anew at each byte.
+    """
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self._sock = sock
@@ -5373,10 +5478,10 @@ def fetch(
     connect: Callable[..., socket.socket] = socket.create_connection,
     on_data: Callable[[], None] | None = None,
 ) -> Fetched:
-    """Returns the answer to one HTTP request, without proxies or redirects, within `deadline` seconds and `cap` bytes.
+    """Returns the answer to one HTTP request, without proxies or redirects.
 
-    Raises FetchFailed. `addresses` are used instead of the name's; TLS and Host stay the name's. `on_data` is called when
-    the body begins.
+    It may take `deadline` seconds and have `cap` bytes. Raises FetchFailed. `addresses` are used instead of
+    the name's; TLS and Host stay the name's. `on_data` is called when the body begins.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
@@ -5414,7 +5519,10 @@ def is_public(address: str) -> bool:
 
 
 class PublicWeb:
-    """GETs what strangers name: from the public internet only, on port 443, with strict limits (OWASP SSRF; security.md finding 9)."""
+    """GETs URLs that strangers name: from the public internet only, on port 443, with strict limits.
+
+    OWASP SSRF; security.md finding 9.
+    """
 
     SECONDS = 5.0
 
@@ -5463,7 +5571,7 @@ def with_query(url: str, parameters: Mapping[str, str]) -> str:
 
 
 class UpstreamDown(Exception):
-    """Forgejo cannot be asked just now, or answered with something that means nothing: keep what there is, try later."""
+    """Forgejo cannot be reached, or its answer means nothing: nothing is changed, and tried again later."""
 
 
 class UpstreamRefused(Exception):
@@ -5475,7 +5583,10 @@ class UpstreamMisconfigured(Exception):
 
 
 class Suspended(Exception):
-    """Forgejo lets this user do nothing (suspended, inactive, a password to change); the text is Forgejo's first sentence."""
+    """Forgejo lets this user do nothing: suspended, inactive, or with a password to change.
+
+    The text is Forgejo's first sentence.
+    """
 
 
 class LoggedOut(Exception):
@@ -5493,7 +5604,10 @@ class NotAllowed(Exception):
 
 
 def jwt_claims(token: object) -> dict[str, object]:
-    """Returns the claims of a JWT, unverified: Forgejo's came straight over TLS, a client's are checked later. {} for no JWT."""
+    """Returns the claims of a JWT, unverified; {} for a text that is no JWT.
+
+    Forgejo's came straight over TLS, a client's are checked later.
+    """
     try:
         claims = read_json(unb64url(str(token).split(".")[1]))
     except (ValueError, IndexError):
@@ -5508,7 +5622,7 @@ def _number(claims: Mapping[str, object], name: str) -> int:
 
 
 def _token_life(answer: Mapping[str, object]) -> float:
-    """Returns how many seconds the access token of a token answer lives; an hour where the answer does not say."""
+    """Returns the lifetime of a token answer's access token in seconds; an hour where it does not say."""
     life: float = member(answer, "expires_in", int, 0) or member(answer, "expires_in", float, 0.0)
     said = member(answer, "expires_in", str, "")
     if re.fullmatch(r"[0-9]{1,9}", said):
@@ -5574,7 +5688,7 @@ class UserInfo:
 
 @dataclass(frozen=True)
 class Account:
-    """An account as the API shows it: the number as text, the login, and when it was made (None: unreadable)."""
+    """An account as the API shows it: number (as text), login, and creation time (None: unreadable)."""
 
     sub: str
     login: str
@@ -5734,9 +5848,9 @@ class Forgejo:
         return UserInfo(sub, login, member(value, "name", str, ""), tuple(groups))
 
     def account(self, access: str) -> Account | None:
-        """Returns the account behind an access token as /api/v1/user shows it, None where that cannot be read.
+        """Returns the account of an access token as /api/v1/user shows it, None where it cannot be read.
 
-        It needs the scope read:user. Raises Suspended.
+        The token needs the scope read:user. Raises Suspended.
         """
         try:
             answer = self._fetch("GET", self._api + "/user", authorization=f"token {access}")
@@ -5760,9 +5874,10 @@ class Forgejo:
         return account
 
     def standing(self, access: str) -> str:
-        """Asks the API, which alone sees suspension, about a token: returns `good`, `refused` (401), or `unknown`.
+        """Asks the API about a token: returns `good`, `refused` (401) or `unknown`.
 
-        /version needs no scope. Raises Suspended for a suspended, inactive or must-change-password user.
+        Only the API sees suspension; /version needs no scope. Raises Suspended for a suspended, inactive or
+        must-change-password user.
         """
         try:
             answer = self._fetch("GET", self._api + "/version", authorization=f"token {access}")
@@ -5786,7 +5901,7 @@ class Forgejo:
 
 
 def unexpected(answer: Fetched) -> str:
-    """Returns an answer that is not Forgejo's, in words for the operator: status, kind, where a redirect leads."""
+    """Returns a description of an answer that is not Forgejo's: its status, type, and redirect."""
     target = answer.headers.get("location", "")
     if 300 <= answer.status < 400 and target:
         parts = urlsplit(target)
@@ -5812,7 +5927,10 @@ def _prohibition(answer: Fetched, access: str) -> str:
 
 
 def missing_scopes(asked: str, granted: str) -> list[str]:
-    """Returns which of the scopes asked for are not within those granted: write:x has read:x, `all` has every one of the API's."""
+    """Returns the scopes asked for that are not granted.
+
+    write:x includes read:x, `all` includes every scope of the API.
+    """
     has = set(granted.split())
 
     def granted_by(scope: str) -> bool:
@@ -5830,9 +5948,10 @@ def missing_scopes(asked: str, granted: str) -> list[str]:
 
 
 def same_person(user: UserRow, login: str, created: float | None) -> bool:
-    """Returns whether a number of Forgejo still means the user on file: by when the account was made, else by the login.
+    """Returns whether a user's number at Forgejo still means the same person.
 
-    A Forgejo that was restored or made anew gives numbers again.
+    Decided by the creation time of the account, else by the login. A Forgejo that was restored or made anew
+    gives numbers again.
     """
     if created is not None and user.account_created is not None:
         return created == user.account_created
@@ -5840,7 +5959,10 @@ def same_person(user: UserRow, login: str, created: float | None) -> bool:
 
 
 def allowed(settings: Settings, info: UserInfo) -> bool:
-    """Returns whether a user may use this broker, by login or by group; Forgejo compares both without case, and so does this."""
+    """Returns whether a user may use this broker, by login or by group, both compared without case.
+
+    Forgejo compares them without case, too.
+    """
     if not settings.allowed_users and not settings.allowed_groups:
         return True
     users = {user.casefold() for user in settings.allowed_users}
@@ -5937,7 +6059,7 @@ class Admission:
 
 
 class Wait(NamedTuple):
-    """When a user's next attempt is due (monotonic), how long that is after the last one, and how that one failed."""
+    """When a user's next refresh is due (monotonic), how long after the last, and how that one failed."""
 
     not_before: float
     seconds: float
@@ -5945,7 +6067,7 @@ class Wait(NamedTuple):
 
 
 class RefreshWaits:
-    """When a refresh that failed may be tried again: after 1 s, doubling to 60 s, or once Forgejo answers again."""
+    """When a failed refresh is tried again: after 1 s, doubling to 60 s, or once Forgejo answers again."""
 
     PROBE_EVERY = 3.0  # with the probe's own 4 s, a Forgejo that answers again is known to within 10 s
 
@@ -5979,14 +6101,17 @@ class RefreshWaits:
             self._waits.pop(sub, None)
 
     def probe_due(self) -> bool:
-        """Returns whether refreshes wait for a Forgejo that may answer again; the probe is then to be made, now."""
+        """Returns whether to probe Forgejo now: refreshes wait, and the last probe is long enough ago."""
         now = self._clock.monotonic()
         with self._lock:
             is_waiting = any(wait.not_before > now for wait in self._waits.values())
         return is_waiting and self._probed.due("")
 
     def probe(self) -> None:
-        """Ends every wait once the token endpoint answers again: sessions come back within 10 s, however long it was away."""
+        """Ends every wait once the token endpoint answers again.
+
+        Sessions so come back within 10 s, however long Forgejo was away.
+        """
         try:
             self._forgejo.probe()
         except UpstreamDown:
@@ -6003,9 +6128,10 @@ class RefreshWaits:
 
 
 class ForgejoCredentials:
-    """The one credential of each user at Forgejo: refreshed by one thread at a time, saved before it is used, shared by all clients.
+    """The one credential of each user at Forgejo, shared by all clients.
 
-    Forgejo keeps one refresh token per user and application, and every exchange or refresh kills the older one.
+    One thread at a time refreshes it, and it is saved before it is used. Forgejo keeps one refresh token per
+    user and application, and every exchange or refresh kills the older one.
     """
 
     def __init__(
@@ -6046,7 +6172,7 @@ class ForgejoCredentials:
 
     @contextlib.contextmanager
     def callback(self) -> Iterator[None]:
-        """Lasts while a login is exchanged: a refusal seen meanwhile may be of the token that the login replaces."""
+        """Lasts while a login is exchanged: a refusal meanwhile may be that of the replaced token."""
         this = object()
         with self._lock:
             self._callbacks.add(this)
@@ -6122,7 +6248,7 @@ class ForgejoCredentials:
         return info, account.created if account else None
 
     def _turned_away(self, credential: Credential, began: int, sentence: str) -> NotAllowed:
-        """Returns the refusal of a login whose user Forgejo lets do nothing; the credential is kept for when that ends."""
+        """Returns the refusal of a suspended user's login; the credential is kept for when that ends."""
         info = self._forgejo.userinfo(credential.access)
         user = self._store.user(info.sub)
         if user and same_person(user, info.login, None):
@@ -6131,7 +6257,7 @@ class ForgejoCredentials:
         return NotAllowed(info.sub, info.login, f"Forgejo says: {sentence}")
 
     def _save_for_known(self, credential: Credential, account: Account | None, began: int) -> None:
-        """Saves the credential of a login that fails because userinfo does, if the API or the id_token say whose it is."""
+        """Saves a login's credential when userinfo fails but the API or the id_token name its user."""
         sub = account.sub if account else credential.subject
         login = account.login if account else credential.login
         user = self._store.user(sub) if isinstance(sub, str) else None
@@ -6171,7 +6297,7 @@ class ForgejoCredentials:
         return user.access_expires_at - self._clock.now(), user.access_expires_at - user.obtained_at
 
     def needs_refresh(self, sub: str) -> tuple[int | None, bool]:
-        """Returns (sequence number of a user's credential, whether it is to be refreshed ahead of need); (None, False) if logged out."""
+        """Returns (number of a user's credential, whether to refresh it now); (None, False) if logged out."""
         user = self._store.user(sub)
         if user is None or user.status != "active":
             return None, False
@@ -6265,7 +6391,7 @@ class ForgejoCredentials:
     # -- may this user be here
 
     def _check_again(self, user: UserRow, access: str) -> None:
-        """Acts, after each refresh, on whether the token is the same person's, who is allowed here and not suspended."""
+        """Checks after each refresh: the same person's token, allowed here, not suspended; and acts on it."""
         sub = user.sub
         try:
             info = self._forgejo.userinfo(access)
@@ -6282,9 +6408,9 @@ class ForgejoCredentials:
         self._judge(sub, access)
 
     def _still_the_same(self, user: UserRow, info: UserInfo, access: str) -> bool:
-        """Returns whether the token is still that person's: a restored Forgejo may give a grant's number again.
+        """Returns whether the token is still that person's, whose logins end if it is not.
 
-        If it is not, that person's logins end.
+        A restored Forgejo may give a grant's number again.
         """
         if info.sub != user.sub:
             self._admission.end_person(user, info.login)
@@ -6346,7 +6472,7 @@ class ForgejoCredentials:
         return word
 
     def readmitted(self, sub: str) -> bool:
-        """Returns whether a suspended user is let in again; a request of theirs asks Forgejo, at most once a minute."""
+        """Returns whether a suspended user is let in again; asks Forgejo at most once a minute."""
         if not self.may_ask(sub):
             return False
         self.examine(sub)
@@ -6477,7 +6603,10 @@ def duration_in_words(seconds: float) -> str:
 
 
 def clean_name(text: object, limit: int = 100) -> str:
-    """Returns a client's name (any JSON value) for people: one line, no control or formatting characters, "…" where it was cut."""
+    """Returns a client's name (any JSON value) for people: one line without control or formatting characters.
+
+    "…" stands where it was cut.
+    """
     kept = "".join(
         " " if unicodedata.category(c) in ("Zl", "Zp", "Zs") or c in "\t\r\n" else c
         for c in (text if isinstance(text, str) else "")
@@ -6560,7 +6689,7 @@ REQUEST_ID = """If you ask the operator for help, name the request <code>{item}<
 
 
 def error_page(text: ErrorText, request_id: str, headers: Headers = ()) -> Response:
-    """Returns the page that says what went wrong, what to do, and by which id the operator finds it in the log."""
+    """Returns the page that says what failed, what to do, and the id under which it is in the log."""
     advice = NO_HTML
     if text.advice:
         advice = fill("<ul>{items}</ul>", items=fill_each("<li>{item}</li>", text.advice))
@@ -6576,7 +6705,7 @@ def refusal_page(error: HTTPError, request_id: str) -> Response:
 
 
 class ErrorPage(Exception):
-    """A refusal that is shown to a person: one of ERROR_PAGES, with its own sentence where `sentence` is given.
+    """An error shown to a person: one of ERROR_PAGES, with its own sentence where `sentence` is given.
 
     Nothing is redirected to a URI that was not validated.
     """
@@ -6615,9 +6744,10 @@ SCOPE_MEANINGS = {
 
 
 def rights_in_words(scopes: str, *, may_write: bool) -> list[str]:
-    """Returns what Forgejo's scopes allow in plain words, a line each: what can be changed (if `may_write`), then what can be seen.
+    """Returns the rights of Forgejo's scopes in plain words, a line each.
 
-    Scopes that only say who somebody is (openid, profile) allow nothing and are left out.
+    First what can be changed (if `may_write`), then what can be seen. Scopes that only say who somebody is
+    (openid, profile) allow nothing and are left out.
     """
     if "all" in scopes.split():
         return ["see and change all that you can"] if may_write else ["see all that you can see"]
@@ -6693,7 +6823,7 @@ def who_asks(question: ConsentQuestion) -> str:
 
 
 def consent_choices(question: ConsentQuestion, host: str) -> Html:
-    """Returns the choices of the consent form, each with the rights it gives; one that stands alone is chosen already."""
+    """Returns the consent form's choices, each with its rights; a single choice is chosen already."""
 
     def choice(value: str, title: str, summary: str, note: Html) -> Html:
         rights = rights_in_words(question.forgejo_scopes, may_write=value == "full")
@@ -6716,7 +6846,7 @@ def consent_choices(question: ConsentQuestion, host: str) -> Html:
 
 
 def consent_page(question: ConsentQuestion, headers: Headers = ()) -> Response:
-    """Returns the broker's own consent: who asks, where the answer goes, what is allowed; the person chooses or refuses."""
+    """Returns the consent page: it names the client, where the answer goes, and the rights asked for."""
     host = urlsplit(question.forgejo_url).netloc
     is_website = urlsplit(question.redirect_uri).scheme == "https"
     body = fill(
@@ -6764,7 +6894,7 @@ def account_login_page(forgejo_host: str, csrf: str, headers: Headers = ()) -> R
 
 
 def missing_rights(missing: Sequence[str], forgejo_url: str) -> Html:
-    """Returns what the account page says where Forgejo granted less than this server asks for, with the remedy."""
+    """Returns the account page's note where Forgejo granted less than this server asks for."""
     if not missing:
         return NO_HTML
     settings_url = forgejo_url + "/user/settings/applications"
@@ -6772,7 +6902,10 @@ def missing_rights(missing: Sequence[str], forgejo_url: str) -> Html:
 
 
 def rules_note(left: Sequence[tuple[str, str]]) -> Html:
-    """Returns what the operator's rules leave to each application, given as (its name, a sentence); nothing where no rule is."""
+    """Returns a note of what the operator's rules leave to each application, "" without rules.
+
+    `applications` are (name, sentence).
+    """
     lines = [
         fill("<li><strong>{name}</strong>: {rights}</li>", name=name, rights=rights)
         for name, rights in left
@@ -6861,7 +6994,10 @@ def account_page(
 
 
 class Assistant(NamedTuple):
-    """An application that can be connected: the steps (`code`, *what is shown*, {url}), and what was last seen to work, and when."""
+    """An application that can be connected: the steps, and its version that was last seen to work, and when.
+
+    Steps have `code`, *labels on screen* and {url}.
+    """
 
     name: str
     steps: str
@@ -7001,11 +7137,17 @@ NEVER_ALLOWED_SCHEMES = frozenset(
 
 
 class UnusableScheme(ValueError):
-    """A redirect URI with a private-use scheme that is not allowed here; harmless, so it may be left out of a set."""
+    """A redirect URI with a private-use scheme that is not allowed here.
+
+    It is harmless, so it may be left out of a set.
+    """
 
 
 def check_redirect_uri(uri: object, schemes: Collection[str]) -> str:
-    """Returns a URI that may be registered: https, http on loopback, or an allowed private-use scheme; ValueError with the reason."""
+    """Returns a URI that may be registered: https, http on loopback, or an allowed private-use scheme.
+
+    Raises ValueError with the reason.
+    """
     if not isinstance(uri, str) or not URI_CHARACTERS.fullmatch(uri):
         raise ValueError("is not a URI of at most 2,000 plain characters")
     if "#" in uri:
@@ -7050,7 +7192,10 @@ def redirect_matches(registered: str, asked: str) -> bool:
 
 
 def registrable_uris(uris: object, schemes: Collection[str], limit: int) -> list[str]:
-    """Returns those of a client's redirect URIs that may be used here; OAuthError when there is none, or one that deceives."""
+    """Returns those of a client's redirect URIs that may be used here.
+
+    Raises OAuthError when there is none, or one that deceives.
+    """
     if not isinstance(uris, list) or not 1 <= len(uris) <= limit:
         raise OAuthError("invalid_redirect_uri", f"redirect_uris must be a list of 1 to {limit} URIs.")
     usable = []
@@ -7068,7 +7213,10 @@ def registrable_uris(uris: object, schemes: Collection[str], limit: int) -> list
 
 
 def choose(document: Mapping[str, object], key: str, supported: tuple[str, ...]) -> list[str]:
-    """Returns what is served of a list that was asked for; OAuthError unless it has the first supported one, which is the default."""
+    """Returns the entries of a requested list that are supported.
+
+    An absent list stands for the first supported entry. Raises OAuthError unless that entry is requested.
+    """
     values = document.get(key) or [supported[0]]  # null and an empty list are what some send for nothing
     if (
         not isinstance(values, list)
@@ -7089,7 +7237,7 @@ def has_rate(request: Request) -> bool:
 
 
 def rate_limit(limiter: Limiter, settings: Settings, kind: str, request: Request) -> None:
-    """HTTPError 429 above the `rate_<kind>` of the request's address, or twenty times that of all together."""
+    """HTTPError 429 above the `rate_<kind>` of the request's address, or twenty times that of all."""
     if has_rate(request):
         rate = getattr(settings, f"rate_{kind}")
         limiter.spend(kind, network_of(request.address), rate)
@@ -7154,7 +7302,10 @@ WELL_KNOWN_DOCUMENTS = (
 
 
 def refuse_failing_origin(answer: Fetched) -> Fetched:
-    """The answer, unless its origin (or a filter before it) only says that it will not answer now: FetchFailed, away."""
+    """Returns the answer; raises FetchFailed (`away`) for one that only says that the origin is out of order.
+
+    A filter before the origin may say so, too.
+    """
     if answer.status in (403, 429) or 500 <= answer.status <= 599:
         raise FetchFailed(f"status {answer.status}", away=True)
     return answer
@@ -7220,7 +7371,10 @@ def read_client_document(
 
 
 def freshness(answer: Fetched) -> float:
-    """Returns the seconds for which a document may be used, by its Cache-Control: an hour if that is silent, a minute to a day."""
+    """Returns the seconds for which a document may be used, by its Cache-Control.
+
+    An hour if that is silent, else a minute to a day.
+    """
     control = answer.headers.get("cache-control", "").lower()
     if re.search("no-store|no-cache", control):
         return 60
@@ -7270,9 +7424,10 @@ class ClientMetadataDocuments:
 
     @property
     def advertised(self) -> bool:
-        """Whether metadata say that documents are read here: not where a login's failed, or all have for half an hour.
+        """Returns whether the server's metadata say that documents are read here.
 
-        Clients that read it register no other way, and end on a page that blames them (clients.md 19).
+        Not where a login's document failed, or where all have failed for half an hour. Clients that read it
+        register no other way, and end on a page that blames them (clients.md 19).
         """
         since = self._failing_since
         fails = since is not None and self._clock.now() - since >= self.ADVERTISED
@@ -7306,7 +7461,10 @@ class ClientMetadataDocuments:
             self._log.event("info", "client_documents_readable")
 
     def may_be_one(self, client_id: str) -> bool:
-        """Returns whether a client_id is the URL of a document that we would fetch: not our own host's, nor Forgejo's."""
+        """Returns whether a client_id is the URL of a document that may be fetched.
+
+        Not one of our own host, nor of Forgejo's.
+        """
         settings = self._settings
         if len(client_id) > 2000 or not settings.client_documents:
             return False
@@ -7341,7 +7499,10 @@ class ClientMetadataDocuments:
 
     @contextlib.contextmanager
     def _turn(self, url: str, in_use: bool, owner: str | None = None) -> Iterator[None]:
-        """One fetch of a URL at a time, few of all, and a stranger's not too often from one host: nobody is flooded through us."""
+        """Allows one fetch of a URL at a time, few in all, and a stranger's not too often from one host.
+
+        So nobody is flooded through this server.
+        """
         if not in_use:
             self._limiter.spend("document", urlsplit(url).hostname or "", 60)
         with self._lock:
@@ -7378,7 +7539,10 @@ class ClientMetadataDocuments:
             )
 
     def check_assertion(self, client: ClientRow, assertion: str) -> None:
-        """Raises ValueError, with the reason, unless a JWT proves that the client made it, for us, just now (RFC 7523 3; RS256 only)."""
+        """Raises ValueError, with the reason, unless a JWT proves that the client made it, for us, just now.
+
+        RFC 7523 3; RS256 only.
+        """
         signed, _, signature = assertion.rpartition(".")
         parts = signed.split(".")
         if len(parts) != 2:
@@ -7404,7 +7568,7 @@ class ClientMetadataDocuments:
             raise ValueError("it was used before")
 
     def _check_claims(self, client: ClientRow, claims: dict[str, object]) -> float:
-        """Returns when an assertion expires; ValueError unless it is the client's, for this server, and valid now."""
+        """Returns when an assertion expires; ValueError unless it is the client's, for us, and valid now."""
         now = self._clock.now()
         url = self._settings.public_url
         audience = claims.get("aud")
@@ -7424,7 +7588,10 @@ class ClientMetadataDocuments:
         return expires
 
     def _keys(self, client: ClientRow, kid: str | None) -> list[RsaKey]:
-        """Returns the client's keys; from its jwks_uri anew when `kid` is none of them, or after an hour, but at most once a minute."""
+        """Returns the client's keys.
+
+        They are fetched anew when `kid` is none of them, or after an hour, but at most once a minute.
+        """
         if "jwks" in client.metadata:
             return public_rsa_keys(client.metadata["jwks"])
         url = client.metadata.get("jwks_uri")
@@ -7454,7 +7621,10 @@ class ClientMetadataDocuments:
         return age >= self.RETRY and (age >= self.KEYS_FRESH or not kept["ok"] or not known)
 
     def _fetch_keys(self, client: ClientRow, url: str, kept: dict[str, Any]) -> dict[str, Any]:
-        """Returns the client's keys, asked for and kept; where their origin only fails, the last good ones for a day."""
+        """Fetches, keeps and returns the client's keys.
+
+        Where their origin only fails, the last good ones serve for a day.
+        """
         now = self._clock.now()
         try:
             answer = refuse_failing_origin(self._web.get(url, MAX_KEY_SET))
@@ -7471,7 +7641,10 @@ class ClientMetadataDocuments:
 
 
 def check_configured_clients(settings: Settings) -> None:
-    """Raises ConfigurationError for redirect URIs that no client may have; any private-use scheme is the operator's to choose."""
+    """Raises ConfigurationError for redirect URIs that no client may have.
+
+    The operator may choose any private-use scheme.
+    """
     problems = []
     for client in settings.clients:
         for uri in client.redirect_uris:
@@ -7527,7 +7700,7 @@ class Clients:
         return self._documents
 
     def for_login(self, client_id: str, request: Request) -> ClientRow | None:
-        """Returns the client of an id, its document fetched if it has one that is due; None when it is unknown or cannot be used."""
+        """Returns the client of an id, whose document is fetched when due; None if unknown or unusable."""
         client = self.find(client_id)
         if client and client.kind != "document":
             return client
@@ -7537,7 +7710,7 @@ class Clients:
         return self._documents.client(client_id, owner)
 
     def register(self, request: Request) -> Response:
-        """POST /oauth/register: dynamic registration (RFC 7591 3). Open to all, so nothing in it is believed."""
+        """POST /oauth/register: dynamic registration (RFC 7591 3), open to all; nothing in it is believed."""
         rate_limit(self._limiter, self._settings, "register", request)
         document = parse_json_object(self._registration(request), "invalid_client_metadata")
         uris = registrable_uris(document.get("redirect_uris"), self._settings.allowed_redirect_schemes, 10)
@@ -7586,7 +7759,10 @@ class Clients:
         return json_response(201, answer, NO_STORE)
 
     def _registration(self, request: Request) -> bytes:
-        """Returns the body of a registration; above 4 KiB, which no client needs, OAuthError: strangers' rows stay on file."""
+        """Returns the body of a registration; OAuthError above 4 KiB.
+
+        No client needs more, and strangers' rows stay on file.
+        """
         limit = min(MAX_REGISTRATION, self._settings.max_form)
         try:
             return request.read_body(limit)
@@ -7599,9 +7775,10 @@ class Clients:
             ) from None
 
     def authenticate(self, request: Request, form: dict[str, str]) -> ClientRow:
-        """Returns the client that speaks on /token or /revoke (RFC 6749 2.3.1): by Basic, post, an assertion, or its id alone.
+        """Returns the client of a request to /token or /revoke (RFC 6749 2.3.1).
 
-        Raises OAuthError `invalid_client` for one that is unknown, or whose secret or assertion is wrong.
+        It authenticates by Basic, post, an assertion, or its id alone. Raises OAuthError `invalid_client` for
+        one that is unknown, or whose secret or assertion is wrong.
         """
         assertion = form.get("client_assertion", "")
         authorization = request.header("authorization")
@@ -7638,7 +7815,7 @@ class Clients:
         return client
 
     def _check_assertion(self, client: ClientRow, form: dict[str, str], assertion: str) -> None:
-        """Raises OAuthError `invalid_client` unless the assertion in the form is the client's (RFC 7521 4.2)."""
+        """Raises OAuthError `invalid_client` unless the form's assertion is the client's (RFC 7521 4.2)."""
         try:
             if (
                 form.get("client_assertion_type") != "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
@@ -7653,14 +7830,15 @@ class Clients:
 
     @staticmethod
     def _refused(basic: bool, sentence: str, cause: str = "") -> OAuthError:
-        """Returns the refusal of a client that did not prove who it is; to Basic it names the scheme (RFC 6749 5.2)."""
+        """Returns the error of failed client authentication; to Basic it names the scheme (RFC 6749 5.2)."""
         headers = (("WWW-Authenticate", 'Basic realm="fjmcp-broker"'),) if basic else ()
         return OAuthError("invalid_client", sentence, 401, headers, cause)
 
     def _basic(self, authorization: str, form: dict[str, str]) -> list[tuple[str, str]]:
-        """The readings (client_id, secret) of an Authorization header: form-encoded as RFC 6749 2.3.1 wants, and as it stands.
+        """Returns the readings (client_id, secret) of an Authorization header, one or two.
 
-        Most clients do not encode, and a secret of an operator's own may hold `+` or `%`.
+        Form-encoded as RFC 6749 2.3.1 wants, and as it stands: most clients do not encode, and a secret of an
+        operator's own may hold `+` or `%`.
         """
         scheme, _, value = authorization.partition(" ")
         name = colon = secret = ""
@@ -7712,9 +7890,10 @@ class AuthorizationError(Exception):
 
 
 def parse_form(raw: bytes | str, refusal: Exception) -> dict[str, list[str]]:
-    """A form (bytes) or query as {name: [values]}; raises `refusal` when it is not clean UTF-8, or has too many fields.
+    """Returns a form (bytes) or query as {name: [values]}.
 
-    A parameter without a value is an absent one (RFC 6749 3.1, 3.2).
+    Raises `refusal` when it is not clean UTF-8, or has too many fields. A parameter without a value is an
+    absent one (RFC 6749 3.1, 3.2).
     """
     values: dict[str, list[str]] = {}
     try:
@@ -7734,7 +7913,10 @@ def known_scopes(asked: str) -> list[str]:
 
 
 def is_our_resource(values: Iterable[str], settings: Settings) -> bool:
-    """Returns whether every `resource` means our MCP endpoint, as real clients spell it; none given means it too (RFC 8707 2)."""
+    """Returns whether every `resource` means our MCP endpoint, as real clients spell it (RFC 8707 2).
+
+    None given means it too.
+    """
     accepted = {settings.resource, settings.resource + "/", settings.public_url, settings.public_url + "/"}
     for value in values:
         scheme, separator, rest = value.partition("://")
@@ -7842,7 +8024,7 @@ class BrowserForms:
         return b64url(hmac.digest(cookie.encode(), purpose.encode(), "sha256"))
 
     def cookie(self, request: Request, wanted: str) -> str | None:
-        """Returns the value of a cookie, None when it is absent or not one we made; two of the name are an attack (C16)."""
+        """Returns the value of our cookie, None when it is absent or not ours; two are an attack (C16)."""
         values = [
             value
             for line in request.headers.get("cookie", ())
@@ -7854,7 +8036,10 @@ class BrowserForms:
         return values[0] if values and re.fullmatch(r"[A-Za-z0-9_-]{43}", values[0]) else None
 
     def mark(self, request: Request) -> tuple[str, Headers]:
-        """Returns (the browser's cookie, made now if it has none, the headers that set it); several tabs share one (C07)."""
+        """Returns (the browser's cookie, the headers that set it).
+
+        The cookie is made if the browser has none. Several tabs share one (C07).
+        """
         cookie = self.cookie(request, self.name) or new_secret()
         return cookie, (self.set_cookie(self.name, cookie, self._settings.login_lifetime),)
 
@@ -7864,7 +8049,7 @@ class BrowserForms:
 
 
 class ForgejoLogins:
-    """Logins at Forgejo: kept for the browser that began them, sent there, and finished with the code that comes back."""
+    """Logins at Forgejo: each is kept for the browser that began it, and finished with Forgejo's code."""
 
     def __init__(
         self, services: OAuthServices, upstream: ForgejoCredentials, forgejo: Forgejo, forms: BrowserForms
@@ -7904,14 +8089,14 @@ class ForgejoLogins:
         )
 
     def redirect(self, login: dict[str, Any], cookie: str) -> Response:
-        """Returns the redirect to Forgejo's login; the browser's mark lives as long as the login that was just kept."""
+        """Returns the redirect to Forgejo's login; the browser's cookie lives as long as the login."""
         challenge = b64url(hashlib.sha256(login["verifier"].encode()).digest())
         response = redirect(self._forgejo.authorize_url(login["way"], challenge))
         mark = self._forms.set_cookie(self._forms.name, cookie, self._settings.login_lifetime)
         return replace(response, headers=(*response.headers, mark))
 
     def finish(self, form: dict[str, list[str]], verifier: str) -> UserInfo:
-        """Returns who logged in at Forgejo; AuthorizationError otherwise, in our words: Forgejo's are not shown."""
+        """Returns the user who logged in at Forgejo; AuthorizationError in our words, never Forgejo's."""
         if "error" in form:
             denied = form["error"][0] == "access_denied"
             raise AuthorizationError(
@@ -7962,7 +8147,7 @@ class AccountPages:
         self._forgejo_host = urlsplit(services.settings.forgejo_url).netloc
 
     def show(self, request: Request) -> Response:
-        """GET /account: what a user has connected; first a login, which is bound to this browser as every other is."""
+        """GET /account: what a user has connected, after a login that is bound to this browser."""
         rate_limit(self._limiter, self._settings, "authorize", request)
         cookie = self._forms.cookie(request, self._forms.account_name)
         user = self._store.account(token_hash(cookie), self._clock.now()) if cookie else None
@@ -7984,7 +8169,7 @@ class AccountPages:
         )
 
     def _rights_of(self, sub: str, client_id: str) -> str:
-        """Returns what the operator's rules leave to a user through one application, in words; empty without rules."""
+        """Returns what the operator's rules leave to a user through one application; empty without rules."""
         user = self._store.user(sub) if self._settings.tool_rules else None
         if user is None:
             return ""
@@ -7993,7 +8178,7 @@ class AccountPages:
         )
 
     def _applications(self, sub: str) -> list[Application]:
-        """Returns what a user has connected, the last used first; several logins of one application are one to people."""
+        """Returns a user's applications, the last used first; several logins of one application are one."""
         grants: dict[str, list[AccountGrantRow]] = {}
         for grant in self._store.grants_of(sub, self._clock.now()):
             grants.setdefault(grant.client_id, []).append(grant)
@@ -8041,7 +8226,7 @@ class AccountPages:
         )
 
     def end(self, request: Request) -> Response:
-        """POST /account/end: ends all grants, one application's, one session, or this login; nothing but the user's own."""
+        """POST /account/end: ends all grants, one application's, one session or this login, of this user."""
         form, cookie = self._forms.posted(request, self._forms.account_name, "account")
         now = self._clock.now()
         user = self._store.account(token_hash(cookie), now)
@@ -8059,7 +8244,7 @@ class AccountPages:
 
 
 class AuthorizationEndpoint:
-    """The authorization endpoint (RFC 6749 3.1): consent on our own page, the login at Forgejo, and the answer to the client."""
+    """The authorization endpoint (RFC 6749 3.1): consent page, login at Forgejo, answer to the client."""
 
     def __init__(
         self,
@@ -8120,7 +8305,7 @@ class AuthorizationEndpoint:
         return consent_page(question, headers)
 
     def _authorized_target(self, form: dict[str, list[str]], request: Request) -> tuple[ClientRow, str]:
-        """The client and its validated redirect URI; before these are known, errors are shown and never redirected."""
+        """Returns the client and its validated redirect URI; until then errors are shown, not redirected."""
         if len(form.get("client_id", ())) > 1 or len(form.get("redirect_uri", ())) > 1:
             raise ErrorPage("repeated")
         client_id = form.get("client_id", [""])[0]
@@ -8137,7 +8322,7 @@ class AuthorizationEndpoint:
     def _authorization_request(
         self, form: dict[str, list[str]], client: ClientRow, redirect_uri: str
     ) -> dict[str, Any]:
-        """Everything else about an authorization request, checked in one place; AuthorizationError says what is wrong."""
+        """Returns the login that the rest of the request asks for; AuthorizationError says what is wrong."""
         one = {name: values[0] for name, values in form.items()}
         pkce = one.get("code_challenge_method") == "S256" and re.fullmatch(
             r"[A-Za-z0-9_-]{43}", one.get("code_challenge", "")
@@ -8177,7 +8362,7 @@ class AuthorizationEndpoint:
         }
 
     def consent(self, request: Request) -> Response:
-        """POST /oauth/consent: the person's decision, believed only from the browser that was shown the page (C02 to C05)."""
+        """POST /oauth/consent: the decision, only from the browser that was shown the page (C02 to C05)."""
         form, cookie = self._forms.posted(request, self._forms.name, "consent:")
         box = form.get("login", "")
         try:
@@ -8210,7 +8395,7 @@ class AuthorizationEndpoint:
         return self._logins.redirect(login, cookie)
 
     def _decided(self, cookie: str, box: str, login: dict[str, Any], decided: str) -> bool:
-        """Keeps the decision on a form; whether it is the first, False for the same one sent again while its login lives.
+        """Keeps the decision on a form; False for the same decision sent again while its login lives.
 
         Raises ErrorPage for another decision than the first (C05), or a form that is too old.
         """
@@ -8299,7 +8484,7 @@ class AuthorizationEndpoint:
     def _finished(
         self, kind: str, login: dict[str, Any], form: dict[str, list[str]], state_hash: bytes
     ) -> Response:
-        """The answer to the callback of a login that was just taken; kept for the same callback sent again."""
+        """Returns the answer to a login's callback, and keeps it for the same callback sent again."""
         now = self._clock.now()
         try:
             info = self._logins.finish(form, login["verifier"])
@@ -8352,14 +8537,14 @@ class AuthorizationEndpoint:
         self._log.connect_step(step, client_id, client.name if client else "")
 
     def _to_client(self, login: dict[str, Any], **answer: str) -> Response:
-        """The authorization response: to the validated URI, with `iss` always (RFC 9207 2) and `state` byte for byte."""
+        """The authorization response, to the validated URI: `iss` (RFC 9207 2), `state` byte for byte."""
         if login["state"] is not None:
             answer["state"] = login["state"]
         return redirect(with_query(login["redirect_uri"], {**answer, "iss": self._settings.public_url}))
 
 
 class TokenEndpoint:
-    """The token endpoint (RFC 6749 3.2) and the revocation endpoint (RFC 7009): the rules of grants and tokens."""
+    """The token endpoint (RFC 6749 3.2) and the revocation endpoint (RFC 7009), with the rules of grants."""
 
     def __init__(self, services: OAuthServices, clients: Clients, upstream: ForgejoCredentials) -> None:
         self._services = services
@@ -8425,9 +8610,10 @@ class TokenEndpoint:
         return self._clients.authenticate(request, form), form, resources
 
     def _form_body(self, request: Request) -> bytes:
-        """Returns the body of a token request; of an address that has spent its rate only one that is there at once, else HTTPError 429.
+        """Returns the body of a token request.
 
-        Such an address is not refused unread: the body may name a login that has a rate of its own.
+        For an address above its rate only a body that has arrived already, else HTTPError 429. Such an
+        address is not refused unread: the body may name a login that has a rate of its own.
         """
         rate = self._settings.rate_token
         if not has_rate(request) or not self._limiter.is_spent("token", network_of(request.address), rate):
@@ -8525,13 +8711,16 @@ class TokenEndpoint:
         raise OAuthError("invalid_grant", "The refresh token is too old. Log in again.")
 
     def _expired(self, expires_at: float, now: float, sentence: str, cause: str) -> HTTPError:
-        """Returns the refusal of a code or token that has expired; what only a step of the wall clock expires may be good again soon."""
+        """Returns the refusal of an expired code or token.
+
+        If only a step of the wall clock expired it, it may be good again soon.
+        """
         if now - self._clock.leap() < expires_at:
             return temporarily(CLOCK_WAS_SET, 60, "clock_was_set")
         return OAuthError("invalid_grant", sentence, cause=cause)
 
     def _check_user(self, row: CodeRow | RefreshTokenRow) -> None:
-        """Raises OAuthError while Forgejo does not let a token's user in; a suspended one may be let in again by now."""
+        """Raises OAuthError while Forgejo shuts a token's user out, who may be readmitted by now."""
         if row.status == "suspended" and self._upstream.readmitted(row.sub):
             return
         if row.status != "active":
@@ -8540,7 +8729,7 @@ class TokenEndpoint:
             )
 
     def _successor(self, token: str, row: RefreshTokenRow, rotated_at: float, now: float) -> dict[str, str]:
-        """Returns the pair that a rotated token was answered with; reuse after the grace ends the grant (RFC 9700 4.14.2)."""
+        """Returns a rotated token's successors; reuse after the grace ends the grant (RFC 9700 4.14.2)."""
         grace_ends = rotated_at + REFRESH_GRACE
         if grace_ends < now <= grace_ends + self._clock.leap():
             raise temporarily(CLOCK_WAS_SET, 60, "clock_was_set")
@@ -8558,9 +8747,10 @@ class TokenEndpoint:
 
     @staticmethod
     def _narrowed(asked: str, granted: str) -> str:
-        """The scope of a refresh's access token: what is both asked and granted, or the grant where that is nothing.
+        """Returns the scopes that are both asked and granted, or the grant's where there are none.
 
-        Clients repeat at each refresh what they asked at first, which the person may have narrowed (RFC 6749 6 would refuse it).
+        Clients repeat at each refresh what they asked at first, which the person may have narrowed (RFC 6749
+        6 would refuse it).
         """
         return " ".join(scope for scope in known_scopes(asked) if scope in granted.split()) or granted
 
@@ -8585,7 +8775,7 @@ class TokenEndpoint:
         }
 
     def revoke(self, request: Request) -> Response:
-        """POST /oauth/revoke (RFC 7009): a refresh token ends its grant, an access token only itself; always 200."""
+        """POST /oauth/revoke (RFC 7009): ends a refresh token's grant, or only an access token. Always 200."""
         client, form, _ = self._authenticated(request, "token")
         token = form.get("token", "")
         if not token:
