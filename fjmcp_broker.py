@@ -7720,10 +7720,10 @@ class Clients:
                 "invalid_client_metadata",
                 f"token_endpoint_auth_method must be one of {', '.join(AUTH_METHODS)}.",
             )
-        # Clients compare the answer with what they asked (clients.md 10); a refresh token is issued whatever it says.
+        # Clients compare the answer with their request (clients.md 10). A refresh token is always issued.
         grant_types = choose(document, "grant_types", ("authorization_code", "refresh_token"))
         response_types = choose(document, "response_types", ("code",))
-        # Whatever scope was asked, a later login decides; what is echoed is all that clients read (clients.md 10, 11).
+        # The scope of each login counts, not this one; clients only read the echo (clients.md 10, 11).
         scope = member(document, "scope", str, "") or " ".join(SCOPES)
         client_id = new_secret("fjd_")[:36]
         secret = None if method == "none" else new_secret("fjs_")
@@ -8775,7 +8775,7 @@ class TokenEndpoint:
         }
 
     def revoke(self, request: Request) -> Response:
-        """POST /oauth/revoke (RFC 7009): ends a refresh token's grant, or only an access token. Always 200."""
+        """POST /oauth/revoke (RFC 7009): ends a refresh token's grant, or an access token. Always 200."""
         client, form, _ = self._authenticated(request, "token")
         token = form.get("token", "")
         if not token:
@@ -8863,7 +8863,10 @@ class ChildFailed(Exception):
 
 
 def adopts_orphans() -> bool:
-    """Whether processes whose parents end are handed to this one: as process 1, or as a subreaper (prctl(2), PR_GET_CHILD_SUBREAPER)."""
+    """Returns whether processes whose parents end become children of this one.
+
+    As process 1, or as a subreaper (prctl(2), PR_GET_CHILD_SUBREAPER).
+    """
     is_subreaper = ctypes.c_int(0)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(37, ctypes.byref(is_subreaper), 0, 0, 0)
@@ -8871,10 +8874,11 @@ def adopts_orphans() -> bool:
 
 
 class Guardian:
-    """A small shell that outlives the broker by a moment and kills what children it left, also after `kill -9`.
+    """A small shell that outlives the broker by a moment and kills its children, also after `kill -9`.
 
-    It knows a child by its process group, and one that is about to start by the pipe of its standard input (`stdin:INODE`).
-    So it also knows which processes the broker did not start: those can be reaped for others.
+    It knows a child by its process group, and one that is about to start by the pipe of its standard input
+    (`stdin:INODE`). So it also knows which processes the broker did not start: those can be reaped for
+    others.
     """
 
     def __init__(self) -> None:
@@ -8923,11 +8927,11 @@ class Guardian:
             self._ending.discard(child)
 
     def reap_adopted(self) -> None:
-        """Reap processes that have ended and were handed to the broker, but none that it started: its own threads wait for those.
+        """Reaps ended processes that became the broker's children, but none that it started itself.
 
-        A process whose parent ends becomes a child of process 1, or of the nearest subreaper (prctl(2)), and stays a zombie until
-        that one waits for it. A process of ours that is about to start is announced, and its number not known yet: the next call
-        looks again.
+        The broker's own threads wait for its children. A process whose parent ends becomes a child of process
+        1, or of the nearest subreaper (prctl(2)), and stays a zombie until that one waits for it. A process
+        of ours that is about to start is announced, and its number not known yet: the next call looks again.
         """
         with self._lock, contextlib.suppress(ChildProcessError):
             while not any(isinstance(each, str) for each in self._known):
@@ -8982,10 +8986,11 @@ AUTHORITIES = (
 
 
 def authorities_file(settings: Settings) -> str:
-    """Returns the path of a PEM file with the system's certificate authorities and `forgejo_ca_file`; it is written when it is not there.
+    """Returns the path of a PEM file with the system's certificate authorities and `forgejo_ca_file`.
 
-    SSL_CERT_FILE replaces a program's own list of authorities, so the operator's one alone would take the public ones away. Where
-    no such file can be written, `forgejo_ca_file` itself is returned: Go still reads the system's directory of certificates.
+    It is written when it is not there. SSL_CERT_FILE replaces a program's own list of authorities, so the
+    operator's one alone would take the public ones away. Where no such file can be written, `forgejo_ca_file`
+    itself is returned: Go still reads the system's directory of certificates.
     """
     system = os.environ.get("SSL_CERT_FILE") or next(filter(os.path.isfile, AUTHORITIES), "")
     with contextlib.suppress(OSError):
@@ -9003,7 +9008,10 @@ def authorities_file(settings: Settings) -> str:
 
 
 def is_own_folder(path: str) -> bool:
-    """Makes the folder if it is not there; whether nobody else can put anything into it: others can make names in /tmp, too."""
+    """Makes the folder if it is missing; returns whether nobody else can put anything into it.
+
+    Others can make names in /tmp, too.
+    """
     try:
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
@@ -9054,7 +9062,7 @@ def signal_name(number: int) -> str:
 
 
 def child_command(settings: Settings) -> list[str]:
-    """A child's arguments, from the configuration alone (P08); ChildMissing when the program cannot be found."""
+    """Returns a child's arguments, from the configuration alone (P08); ChildMissing without the program."""
     command = settings.forgejo_mcp_binary
     name = command if isinstance(command, str) else command[0]
     path = shutil.which(name)
@@ -9223,7 +9231,10 @@ class Child:
                 self._stdin = None
 
     def _chunks(self, pipe: IO[bytes] | None) -> Iterator[bytes]:
-        """What comes out of a pipe, until its end or a second after the process's: then only a grandchild holds it open."""
+        """Yields a pipe's bytes until its end, or until a second after the process's.
+
+        Then only a grandchild holds it open.
+        """
         assert pipe and self._exit is not None
         poll = select.poll()
         until: float | None = None
@@ -9262,16 +9273,17 @@ class Child:
                         self._on_line(line)
 
     def hold_back(self, seconds: float) -> None:
-        """Wait so long, or until the process has ended; in a reader's thread, so that the child waits at its full pipe."""
+        """Waits so long, or until the process ends: the child's reader waits, then the child at its pipe."""
         if seconds > 0 and self._exit is not None:
             poll = select.poll()
             poll.register(self._exit, select.POLLIN)
             poll.poll(math.ceil(seconds * 1000))
 
     def _stderr_lines(self) -> Iterator[bytes]:
-        """Lines without the token, of each the first STDERR_LINE bytes; a token may come in two pieces, or stand across that limit.
+        """Yields lines without the token, of each the first STDERR_LINE bytes.
 
-        Of a flood the middle of each chunk is read and dropped.
+        A token may come in two pieces, or stand across that limit. Of a flood the middle of each chunk is
+        read and dropped.
         """
         limit = STDERR_LINE + len(self._token)
         flood = Allowance(FLOOD_BURST, FLOOD_RATE)
@@ -9306,7 +9318,7 @@ class Child:
         return list(self._last_words)
 
     def _run(self) -> None:
-        """From the first line to the end of the output, which is that of the process: it is reaped and reported, once."""
+        """Reads lines until the output ends; then the process is reaped and its end reported, once."""
         stderr = threading.Thread(target=self._read_stderr, daemon=True, name=f"stderr-{self.pid}")
         try:
             stderr.start()
@@ -9322,7 +9334,8 @@ class Child:
             self._signal(signal.SIGKILL)
             if stderr.ident:
                 stderr.join()
-        finally:  # whatever went wrong: the process is reaped, and who has calls and a place there hears of the end
+        # Whatever went wrong: the process is reaped, and the owners of its calls and slot hear of the end.
+        finally:
             try:
                 self._end(self._release())
             finally:
@@ -9335,7 +9348,7 @@ class Child:
             )
 
     def _release(self) -> int:
-        """Reap the process and give back what it had of ours; its exit status (0 when it was never started)."""
+        """Reaps the process and frees its slot and pipes; returns its exit status (0 if it never started)."""
         if self.pid:
             self._guardian.forget(self.pid)
         with self._lock:
@@ -9366,7 +9379,10 @@ UNKNOWN_TOOL = "(unknown)"
 
 
 def unavailable(reason: str, sentence: str, status: int = 503, wait: int = 5) -> RpcError:
-    """An RpcError for what cannot be had just now: nothing was done, the client may try again after `wait` seconds (design 5)."""
+    """Returns an RpcError for what is not available now: nothing was done (design 5).
+
+    The client may try again after `wait` seconds.
+    """
     data = {"reason": reason, "outcome_unknown": False, "retryable": True}
     return RpcError(SERVER_ERROR, sentence, data, status, (("Retry-After", str(wait)),))
 
@@ -9377,7 +9393,7 @@ def session_not_found() -> RpcError:
 
 
 def answer_dropped(request_id: object, code: int = SERVER_ERROR) -> bytes:
-    """What a client is told that comes back for an answer which went because nobody came in time (design 5)."""
+    """Returns the error for a client that comes back for an answer which was dropped (design 5)."""
     data = {"reason": "answer_dropped", "outcome_unknown": False, "retryable": False}
     return error_message(request_id, code, "The answer was given up; nobody came for it in time.", data)
 
@@ -9389,7 +9405,7 @@ def modern_answer_dropped(request_id: object) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A tool of a child's list: whether its readOnlyHint is true, and the (path, name) of arguments with an x-mcp-header."""
+    """A tool in a child's list: its readOnlyHint, and the (path, name) of arguments with an x-mcp-header."""
 
     reads: bool
     mirrored: tuple[tuple[tuple[str, ...], str], ...]
@@ -9705,7 +9721,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Any other notification; `subscription` is the number of the stream it came on, None where the child does not say."""
+    """Any other notification; `subscription` is its stream's number, None where the child names none."""
 
     message: Message
     subscription: int | None = None
@@ -9841,7 +9857,10 @@ Dialect = LegacyDialect | ModernDialect
 
 
 def input_requests(result: dict[str, object]) -> tuple[tuple[object, str, dict[str, object] | None], ...]:
-    """What a result of `input_required` asks of the client, as far as a client can be asked (MCP 2026-07-28 patterns/mrtr)."""
+    """Returns what an `input_required` result asks of the client, as far as that can be asked.
+
+    MCP 2026-07-28 patterns/mrtr.
+    """
     requests = member(result, "inputRequests", dict, {})
     return tuple(
         (key, method, member(request, "params", dict, None))
@@ -9922,7 +9941,7 @@ class BackendOwner(Protocol):
         """The child wants no answer to a question any more."""
 
     def on_notification(self, backend: Backend, message: Message, is_subscribed: bool) -> None:
-        """The child notifies its client; `is_subscribed`: of what was subscribed to, so that it belongs to no call."""
+        """The child notifies its client; `is_subscribed`: of a subscribed resource, so not for a call."""
 
     def on_call_done(self, backend: Backend, call: Call, message: Message | None) -> None:
         """A call is over; `message`: by this answer of the child."""
@@ -10045,7 +10064,7 @@ class Backend:
         return self.child.send(line)
 
     def ask(self, method: str, params: dict[str, object] | None, seconds: float) -> dict[str, object] | None:
-        """Makes a call of the broker's own; returns the answer's body, or None when there was none in time."""
+        """Makes a call of the broker's own; returns the answer's body, None when there was none in time."""
         call = InternalCall(method, params, seconds)
         return call.wait(seconds) if self.start(call) else None
 
@@ -10058,7 +10077,7 @@ class Backend:
         self.child.send(encode_cancellation(number, params))
 
     def make_ready(self, uris: set[str] | None) -> None:
-        """The client's handshake is over; `uris`: resources of a session that hears of changes from the start."""
+        """The client's handshake is over; `uris` are resources that a session subscribes to at once."""
         if self.dialect.is_modern:
             if uris is not None and not self.subscriptions.is_listening:
                 self.subscriptions.update(uris)
@@ -10108,7 +10127,7 @@ class Backend:
     # -- what the child says
 
     def on_line(self, line: bytes) -> None:
-        """Takes a line of the child's output, which may be a batch (MCP 2025-03-26); in the child's reader thread. Raises nothing."""
+        """Takes a child's line, or batch (MCP 2025-03-26), in the thread that reads it; never raises."""
         # Either it was told to end, or it speaks before it was spoken to.
         if self.bad_lines >= BAD_LINES or self._dialect is None:
             return
@@ -10145,7 +10164,7 @@ class Backend:
                 self.send({"id": message.id, "error": {"code": INTERNAL_ERROR, "message": "Internal error"}})
 
     def _on_bad_line(self, line: bytes, about: object) -> None:
-        """A line that is no message; with the id of a call it is an improper answer to that one, which ends at once."""
+        """A line that is no message; if it has the id of a call, that call ends with an error at once."""
         with self.owner.lock:
             is_number = isinstance(about, int) and not isinstance(about, bool)
             call = self.pending.pop(about, None) if is_number and isinstance(about, int) else None
@@ -10255,7 +10274,7 @@ class Backend:
             self.owner.on_notification(self, message, False)
 
     def _hold_back(self, line: bytes) -> None:
-        """Lets a child that sends much unasked wait: what it costs is its own time, not that of everybody's threads."""
+        """Lets a child that sends much unasked wait, at its own cost and not that of other threads."""
         wait = self._flood.spend(1 + len(line) / FLOOD_UNIT)
         if wait and self._child:
             self._child.hold_back(wait)
@@ -10402,7 +10421,7 @@ class LegacySubscriptions:
 
 
 class ModernSubscriptions:
-    """What a modern child is subscribed to: one `subscriptions/listen` for everything (MCP 2026-07-28 patterns/subscriptions)."""
+    """A modern child's one `subscriptions/listen`, for everything (MCP 2026-07-28 patterns/subscriptions)."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -10426,7 +10445,7 @@ class ModernSubscriptions:
 
     @property
     def hears_list_changes(self) -> bool:
-        """Whether a change of the child's list of tools is heard of: only on a stream, if the child ever tells."""
+        """Returns whether the child notifies of changes of its list of tools: only on its stream, if ever."""
         return self.is_listening or "toolsListChanged" not in self._kinds
 
     def update(self, uris: set[str]) -> set[str]:
@@ -10468,7 +10487,10 @@ class ModernSubscriptions:
 
 
 def run_later(seconds: float, function: Callable[..., object], *arguments: object) -> None:
-    """Calls a function after a while, in a thread of its own; at once and in this one when no thread can be had."""
+    """Calls a function after a while in a thread of its own.
+
+    At once and in this thread when no other can be started.
+    """
     timer = threading.Timer(seconds, function, arguments)
     timer.daemon = True
     try:
@@ -10499,7 +10521,7 @@ def add_tools(tools: dict[str, Tool], page: list[object], room: int) -> int:
 
 
 def hint_reads(tool: dict[str, object]) -> bool:
-    """Whether a tool says of itself that it only reads; a hint of false decides nothing (mcp-go stamps it on all)."""
+    """Returns whether a tool's readOnlyHint is true; false decides nothing (mcp-go stamps it on all)."""
     annotations = tool.get("annotations")
     return isinstance(annotations, dict) and annotations.get("readOnlyHint") is True
 
@@ -10540,7 +10562,7 @@ class Services:
     kept: KeptBytes
 
     def write_tool_call(self, outcome: str, seconds: float, fields: dict[str, object]) -> None:
-        """Writes down what became of a tools/call: for the histogram, and as an audit record where `audit_calls` is on."""
+        """Counts the end of a tools/call, and writes its audit record where `audit_calls` is on."""
         self.log.metrics.observe("fjmcp_tool_call_duration_seconds", (outcome,), seconds)
         if self.settings.audit_calls:
             self.log.audit("tool_called", **fields, outcome=outcome, ms=round(seconds * 1000, 1))
@@ -10548,7 +10570,7 @@ class Services:
 
 @dataclass(frozen=True, slots=True)
 class Handshake:
-    """What a child is told first: `initialize` as the client sent it, and the version that was negotiated with a child before.
+    """A client's `initialize`, repeated to each child, and the version negotiated with the last child.
 
     `prefers_legacy`: where a child speaks both eras. The client of a session takes part in the legacy one.
     """
@@ -10575,7 +10597,7 @@ class Launcher:
         self.reaps = False  # whether processes that others started are handed to this one
 
     def credential(self, sub: str) -> tuple[str, int, float]:
-        """Returns what ForgejoCredentials.credential gives; raises RpcError or HTTPError when there is none to be had."""
+        """Returns what ForgejoCredentials.credential returns; raises RpcError or HTTPError where it fails."""
         try:
             return self._services.upstream.credential(sub)
         except LoggedOut:
@@ -10617,7 +10639,7 @@ class Launcher:
         return child
 
     def tick(self) -> None:
-        """Goes on with the end of every child that was told to stop, also of those that no session names any more."""
+        """Continues ending every child that was told to stop, also those that no session names any more."""
         with self.lock:
             self._children = children = [child for child in self._children if not child.ended.is_set()]
         for child in children:
@@ -10674,7 +10696,10 @@ class Launcher:
         return self._newest is not None and self._newest.sends_requests
 
     def note_sends_requests(self, program: Program) -> None:
-        """A child of this program has asked its client for things: from now on requests that can be asked get a child of it alone."""
+        """Notes that children of this program send requests to their client.
+
+        From now on a client that can be asked gets a child of its own.
+        """
         if program.sends_requests:
             return
         program.sends_requests = True
@@ -10697,9 +10722,9 @@ class Launcher:
     # -- why a child ended, or refused
 
     def why_not_started(self, sub: str) -> RpcError | HTTPError:
-        """Returns the reason for a child's end at its start: it exits alike when Forgejo is down and when it refuses the token.
+        """Returns why a child ended at its start, after asking Forgejo itself.
 
-        So the broker asks Forgejo itself.
+        forgejo-mcp exits alike when Forgejo is down and when it refuses the token.
         """
         found = self._services.upstream.examine(sub)
         if found in ("suspended", "logged out"):
@@ -10709,7 +10734,10 @@ class Launcher:
         return self._upstream_down() if found == "unknown" else self._starting_failed()
 
     def examine_in_background(self, sub: str) -> None:
-        """A tool's error may be Forgejo refusing the token: looks into it, but not in the thread that has an answer to deliver."""
+        """Looks, in another thread, whether Forgejo refuses the token: a tool's error may mean that.
+
+        The calling thread has an answer to deliver.
+        """
         upstream = self._services.upstream
 
         def examine() -> None:
@@ -10726,7 +10754,7 @@ class Launcher:
 
     @staticmethod
     def _upstream_misconfigured() -> RpcError:
-        """The error of a broker whose client id or secret Forgejo refuses, which only its operator can mend."""
+        """Returns the error for a client id or secret that Forgejo refuses; only the operator can mend it."""
         return unavailable("upstream_misconfigured", NOT_ACCEPTED, wait=60)
 
     @staticmethod
@@ -10739,10 +10767,11 @@ class Launcher:
 def connect(
     backend: Backend, handshake: Handshake, known: str, seconds: float
 ) -> tuple[str, dict[str, object] | None]:
-    """Shakes hands with a new child, probing its era unless it is `known` (MCP 2026-07-28 stdio, backward compatibility).
+    """Shakes hands with a new child, and probes its era unless it is `known`.
 
-    Returns (era, what the child says of itself as an initialize result), the latter None when it did not answer. Raises RpcError when
-    it answers that it will not. `both` is a child of either era.
+    Returns (era, the child's description of itself as an initialize result), the latter None when it did not
+    answer. Raises RpcError when the child refuses. `both` is a child of either era. MCP 2026-07-28 stdio,
+    backward compatibility.
     """
     era = known
     if known != "legacy" and not (known == "both" and handshake.prefers_legacy):
@@ -10795,7 +10824,7 @@ def initialized(backend: Backend, handshake: Handshake, seconds: float) -> dict[
 
 
 def discovered(backend: Backend, handshake: Handshake, result: dict[str, object]) -> dict[str, object]:
-    """A DiscoverResult in the form of an initialize result, with the version that the session's client negotiates."""
+    """Returns a DiscoverResult as an initialize result, with the version of the session's client."""
     capabilities = member(result, "capabilities", dict, {})
     if isinstance(backend.subscriptions, ModernSubscriptions):
         backend.subscriptions.note_capabilities(capabilities)
@@ -10890,7 +10919,7 @@ class Capacity:
         ]
 
     def _make_room(self, others: list[SlotHolder]) -> None:
-        """Puts a child to sleep: the longest idle one, else one that only waits for news and has for `session_idle_timeout`."""
+        """Stops the longest idle child, else one that only served listeners for `session_idle_timeout`."""
         if self._settings.child_keeps_state:
             return
         idle = [
@@ -10936,7 +10965,7 @@ class Capacity:
 
 
 def binary_fingerprint(command: list[str]) -> str:
-    """What tells whether a child's program is another than before: its words, and size and age of the files among them."""
+    """Returns a fingerprint of a child's program: its words, and size and age of the files among them."""
     files = [
         (file.st_size, file.st_mtime_ns)
         for word in command
@@ -10974,7 +11003,7 @@ MAX_QUESTION_BYTES = 1 << 20
 
 
 def subscriptions_refused(uris: Iterable[str], count: int, settings: Settings) -> str:
-    """Why these URIs may not be subscribed to, `count` being how many there would be in all; empty when they may."""
+    """Returns why these URIs may not be subscribed to, "" when they may; with them there would be `count`."""
     if any(len(uri.encode("utf-8", "surrogatepass")) > MAX_URI for uri in uris):
         return f"A resource's URI that is subscribed to may have at most {MAX_URI} bytes."
     if count > settings.max_subscriptions:
@@ -10989,10 +11018,10 @@ def list_digest(result: object, name: str) -> bytes:
 
 
 class ReplayState:
-    """What is replayed to a new child: log level and subscriptions; and a fingerprint of the tools that the client knows.
+    """What is replayed to a new child: log level and subscriptions; and a fingerprint of the client's tools.
 
-    `save` writes it down after a change, for a session that is on file. A shared one is not (None): there the listeners of a
-    resource are counted. `lock` is the session's.
+    `save` writes it down after a change, for a session that is on file. A shared one is not (None): there the
+    listeners of a resource are counted. `lock` is the session's.
     """
 
     def __init__(
@@ -11058,7 +11087,7 @@ class ReplayState:
         self._change(change)
 
     def begin_subscription(self, uri: object) -> str:
-        """Why a client may not subscribe to a resource, empty when it may; then it counts until end_subscription()."""
+        """Counts a subscription until end_subscription(); returns why it may not be made, "" when it may."""
         if not isinstance(uri, str):
             return ""  # the child says what is wrong with it
         with self.lock:
@@ -11084,9 +11113,10 @@ class Questions:
         self.open: set[OpenQuestion] = set()
 
     def ask(self, question: OpenQuestion, call: Call | None, seconds: float) -> bool:
-        """A question goes to the client: the clock of its call stands until it is answered, at most that long.
+        """Sends a question to the client; its call's deadline waits for the answer, at most that long.
 
-        Returns False, and the child has an error for an answer, when too many are open: a child that floods questions hurts itself.
+        Returns False, and answers the child with an error, when too many are open: a child that floods
+        questions hurts itself.
         """
         with self._lock:
             open_bytes = sum(each.size for each in self.open)
@@ -11239,7 +11269,7 @@ class Backends:
     # -- start
 
     def ensure(self) -> Backend:
-        """Returns the backend to an initialized child; one request starts it, the others wait for that start."""
+        """Returns the backend to an initialized child: one request starts it, the others wait for it."""
         with self._lock:
             if self._session.ended:
                 raise session_not_found()
@@ -11264,7 +11294,10 @@ class Backends:
         return start.backend
 
     def start_in_background(self, modest: bool = False, only_awake: bool = False) -> None:
-        """Starts a child without waiting for it; `modest`: only if a slot is free, `only_awake`: only if there is one already."""
+        """Starts a child without waiting for it.
+
+        `modest`: only if a slot is free. `only_awake`: only in the place of one that runs.
+        """
         with self._lock:
             if self._session.ended or self.starting or only_awake and not self.current:
                 return
@@ -11372,7 +11405,7 @@ class Backends:
     # -- replace, sleep, end
 
     def replace(self) -> None:
-        """Has a child that holds the user's newest token serve: an idle child is put to sleep, a busy one relieved."""
+        """Has a child with the user's newest token serve: an idle one is stopped, a busy one is drained."""
         if not self._settings.child_keeps_state and not self.sleep("token rotated"):
             self.start_in_background(only_awake=True)
 
@@ -11434,10 +11467,10 @@ class Identity:
 
 
 class Session:
-    """What one child at a time serves: a client's session (durable), or requests of a client that share a child.
+    """One child's user: a client's session (durable), or the requests of clients that share a child.
 
-    `lock` guards its backends and their calls, questions, `replay`, and what its frontend keeps; it is never held across a spawn, a
-    send or a wait.
+    `lock` guards its backends and their calls, questions, `replay`, and its frontend's state; it is never
+    held across a spawn, a send or a wait.
     """
 
     def __init__(
@@ -11504,9 +11537,9 @@ class Session:
     # -- calls and notifications of the client
 
     def submit(self, calls: Sequence[Call]) -> None:
-        """Sends requests to the child, waking it if need be; raises RpcError when it cannot be had or too much is in flight.
+        """Sends requests to the child, waking it if needed; RpcError without one, or above `max_inflight`.
 
-        Raises ListChanged, and nothing is sent, when one of them was judged by another list of tools than this child's.
+        Raises ListChanged, and sends nothing, when one was judged by another list of tools than this child's.
         """
         self.used_at = self.services.clock.monotonic()
         for _ in range(3):
@@ -11532,7 +11565,7 @@ class Session:
         raise unavailable("starting_failed", "The tool process ended again and again.")
 
     def _send(self, backend: Backend, calls: Iterable[Call], lines: Iterable[bytes]) -> None:
-        """Every call has an owner from here on, so none may be left behind: what cannot be sent is answered."""
+        """Sends calls that have an owner already, so none may be left behind: one that fails is answered."""
         for line in lines:
             try:
                 backend.child.send(line)  # a child that died meanwhile answers through on_end
@@ -11577,7 +11610,7 @@ class Session:
         deliver: Callable[[], object] | None = None,
         state: CallState = CallState.CANCELLED,
     ) -> bool:
-        """Ends a call in flight: `deliver` answers it (None: nobody waits), its child is told. Returns whether it was in flight."""
+        """Ends a call in flight: its child is told, `deliver` answers. Returns whether it was in flight."""
         with self.lock:
             backend = next((each for each in self.backends.all() if each.number_of(call) is not None), None)
             number = backend.number_of(call) if backend else None
@@ -11603,7 +11636,7 @@ class Session:
             return backend.subscriptions.update(uris) if backend else set()
 
     def on_handshake(self, backend: Backend, server: dict[str, object], is_replay: bool) -> None:
-        """A new child has said of itself what `server` is: the session takes it on, and replays what it knows."""
+        """A new child described itself as `server`: the session adopts that, and replays its own state."""
         said = len(dump(server))
         if said > MAX_SERVER:  # it is kept, in memory and on file
             self.log.event("error", "child_says_too_much_of_itself", user=self.sub, bytes=said)
@@ -11654,7 +11687,7 @@ class Session:
         self.frontend.on_notification(backend, message, is_subscribed)
 
     def on_call_done(self, backend: Backend, call: Call, message: Message | None) -> None:
-        """A call is over: drained children go, waiting requests may get the slot, a refusal by Forgejo is looked into."""
+        """A call is over: drained children stop, waiters may get the slot, a refused token is looked into."""
         if backend is not self.backend:
             self.backends.stop_if_drained(backend)
         self._capacity.slot_may_be_free()
@@ -11664,7 +11697,7 @@ class Session:
                 self.launcher.examine_in_background(self.sub)
 
     def on_end(self, backend: Backend) -> None:
-        """A child has ended: what was in flight on it is answered, its questions are moot, its slot is free."""
+        """A child has ended: its calls are answered, its questions are withdrawn, its slot is free."""
         try:
             with self.lock:
                 self.backends.remove(backend)
@@ -11708,7 +11741,7 @@ class Session:
         if not backends and self.frontend.is_listening:  # its child died: what it listens to must go on
             self.backends.start_in_background(modest=True)
         if stale or late:
-            # In a thread of its own: a child that does not read must not hold up the clock of all. Without one the next tick tries.
+            # In another thread: a child that does not read must not delay the reaper. Else the next tick tries.
             threading.Thread(target=self._give_up, args=(stale, late), daemon=True, name="give-up").start()
 
     def _give_up(self, questions: Iterable[OpenQuestion], calls: Iterable[Call]) -> None:
@@ -11729,7 +11762,7 @@ class Session:
             self.cancel(call, {"reason": "timed out"}, fail, CallState.TIMED_OUT)
 
     def end(self, reason: str) -> None:
-        """The session is over: its child stops, its streams end, what is in flight is answered and told that it is over."""
+        """Ends the session: its child stops, its streams end, its calls are answered with that."""
         with self.lock:
             if self.ended:
                 return
@@ -11755,7 +11788,7 @@ class Session:
     # -- tools
 
     def listing(self) -> dict[str, Tool] | None:
-        """Returns the tools that the child lists: asked once of each child, and again when it says that they changed; None when it is silent."""
+        """Returns the child's tools, asked once and after each change; None when the child is silent."""
         for _ in range(3):
             backend = self.backends.ensure()
             tools = backend.tool_list.tools
@@ -11773,7 +11806,7 @@ class Session:
         return backend.tool_list.has(name) if backend else self.launcher.lists_tool(name)
 
     def note_task(self, tool: str, result: object) -> None:
-        """Keeps which tool a task belongs to (MCP 2025-11-25 tasks; the tasks extension of 2026-07-28), for who may touch only some."""
+        """Keeps a task's tool, for tool rules (MCP 2025-11-25 tasks; the tasks extension of 2026-07-28)."""
         task = result.get("task", result) if isinstance(result, dict) else None
         task_id = member(task, "taskId", str, None)
         if task_id is not None and len(task_id) <= MAX_NAME and len(tool) <= MAX_NAME:
@@ -11784,7 +11817,10 @@ class Session:
 
 
 def note_rights(session: Session, rights: Rights | None) -> None:
-    """Tells the client of its lists when the operator's rules leave it another part of them than before; ends what it may not hear."""
+    """Notifies the client of its lists when the operator's rules leave it another part of them.
+
+    Ends subscriptions that it may not have any more.
+    """
     with session.lock:
         is_new = session.rights_noted and session.rights != rights
         session.rights_noted = True
@@ -11800,7 +11836,7 @@ def note_rights(session: Session, rights: Rights | None) -> None:
 
 
 def compare_tools(session: Session, backend: Backend) -> None:
-    """Tells the client when the new child has other tools than the one it knew; the comparison holds up nobody."""
+    """Notifies the client, in the background, when the new child has other tools than the last one."""
 
     def compare(result: object) -> None:
         if list_digest(result, "tools") != session.replay.tools_hash:
@@ -11819,7 +11855,7 @@ def is_local(backend: Backend, call: Call) -> bool:
 
 
 def serve_locally(session: Session, backend: Backend, call: Call) -> None:
-    """Answers such a call: a level goes with each request from now on, subscriptions into one stream of the child."""
+    """Answers, for a modern child: a log level goes with each request from now on, a subscription is made."""
     params = call.params or {}
     if call.method == "logging/setLevel":
         level = member(params, "level", str, "")
@@ -11837,7 +11873,7 @@ def serve_locally(session: Session, backend: Backend, call: Call) -> None:
 
 
 def change_subscription(session: Session, method: str, uri: str | None) -> bool:
-    """Subscribes a session to a resource of a modern child, or ends that; returns whether the child agrees."""
+    """Subscribes a session to a resource of a modern child, or ends that; returns whether it agrees."""
     if uri is None:
         return False
     if method == "resources/unsubscribe":
@@ -11851,7 +11887,7 @@ def change_subscription(session: Session, method: str, uri: str | None) -> bool:
 
 
 def report_end(session: Session, backend: Backend) -> None:
-    """Records the end of a child; one that nobody asked for is a warning with its last words, for only they say why."""
+    """Records the end of a child; an unexpected one is a warning with the last words of its stderr."""
     child = backend.child
     session.log.audit(
         "child_stopped", user=session.sub, client=session.client_id, pid=child.pid, reason=child.reason
@@ -11995,7 +12031,11 @@ class LegacyCall(Call):
 
 
 class SessionFrontend:
-    """A client with a session: what belongs to no request goes to its GET stream, questions go out as requests and come back as answers."""
+    """A client with a session (legacy).
+
+    What belongs to no request goes to its GET stream; questions go out as requests, and come back as
+    responses.
+    """
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -12037,11 +12077,12 @@ class SessionFrontend:
             self.streams[stream.key] = stream
 
     def open_stream(self, event_id: str | None, seat: Callable[[str], None]) -> Reader:
-        """Returns the reader of a GET: of the session's stream, or of the one that a Last-Event-ID names, from there on.
+        """Returns the reader of a GET: of the session's stream, or after the event that Last-Event-ID names.
 
-        A client resumes each stream it had by itself (MCP 2025-11-25 transports, *Resumability*), also one of before a restart.
-        Such an id opens the session's stream if nobody reads that; else a quiet one, or the two would end each other for ever.
-        `seat` is called with a stream's key before it is opened, and may refuse: then no other reader has been ended.
+        A client resumes each stream it had by itself (MCP 2025-11-25 transports, *Resumability*), also one of
+        before a restart. Such an id opens the session's stream if nobody reads that; else a quiet one, or the
+        two would end each other for ever. `seat` is called with a stream's key before it is opened, and may
+        refuse: then no other reader has been ended.
         """
         key, _, number = (event_id or "").rpartition("-")
         with self.session.lock:
@@ -12160,7 +12201,7 @@ class SessionFrontend:
     # -- time, and the end
 
     def tick(self) -> None:
-        """Forgets streams that were taken, all but the newest, and questions that are over; under the session's lock."""
+        """Forgets taken streams, but the newest, and questions that are over; under the session's lock."""
         over = [key for key, stream in self.streams.items() if stream.finished and not stream.is_open]
         taken = [key for key in over if self.streams[key].is_taken][:-8]
         for key in taken + over[: max(0, len(self.streams) - len(taken) - 64)]:
@@ -12216,10 +12257,10 @@ class SuspendedCalls:
 
 
 class ModernCall(Call):
-    """A call of a modern client; it may be answered by a question, and be asked again under another id (MCP 2026-07-28 patterns/mrtr).
+    """A call of a modern client, which may be asked for input and retry it under another id.
 
-    `seal` makes the requestState that a retry has to carry of the call's name among the suspended ones. `change` is what is done to a
-    result before this client sees it.
+    MCP 2026-07-28 patterns/mrtr. `seal` makes the retry's requestState from the name of the suspended call.
+    `change` is done to a result before this client sees it.
     """
 
     def __init__(
@@ -12325,7 +12366,7 @@ class ModernCall(Call):
     # -- suspended, and resumed
 
     def ask_client(self, questions: list[OpenQuestion], are_all: bool) -> None:
-        """The child asks for things in the middle of this call; `are_all`: these are all, else others may follow at once."""
+        """The child asks in the middle of this call; `are_all`: no further question follows at once."""
         for question in questions:
             self.session.questions.ask(question, self, self.session.settings.input_timeout)
         if are_all:
@@ -12393,7 +12434,7 @@ class ModernCall(Call):
 
 
 def named_questions(questions: list[OpenQuestion]) -> dict[str, OpenQuestion]:
-    """{key: question}: the child's own key; for a legacy child's the name of the one thing it asks for, else what kind it is."""
+    """Returns {key: question}: the child's key; a legacy child's questions are named by what they ask for."""
     named: dict[str, OpenQuestion] = {}
     for question in sorted(questions, key=lambda question: str(question.key)):
         key = str(question.key)
@@ -12457,7 +12498,10 @@ class StatelessFrontend:
         return not self._listeners and not self.users
 
     def discover(self) -> dict[str, object]:
-        """The result of server/discover, from what the child said of itself when it started (MCP 2026-07-28 server/discover)."""
+        """Returns the result of server/discover, from the child's own description.
+
+        MCP 2026-07-28 server/discover.
+        """
         session = self.session
         if session.server is None:
             session.backends.ensure()
@@ -12527,7 +12571,10 @@ class StatelessFrontend:
         return member(known, "capabilities", dict, {})
 
     def listen(self, request_id: object, wanted: dict[str, object]) -> EventStream:
-        """Serves a `subscriptions/listen`: returns its stream, which says first what is honoured (MCP 2026-07-28 patterns/subscriptions)."""
+        """Serves a `subscriptions/listen`: returns its stream, which first says what is honoured.
+
+        MCP 2026-07-28 patterns/subscriptions.
+        """
         session = self.session
         uris = {uri for uri in member(wanted, "resourceSubscriptions", list, []) if isinstance(uri, str)}
         capabilities = self._capabilities(uris)
@@ -12557,7 +12604,7 @@ class StatelessFrontend:
         return stream
 
     def _subscribe(self, uris: set[str], listens: bool) -> set[str]:
-        """Counts a listener's resources, and has the child watch them; returns those that it refused, which are not counted."""
+        """Counts a listener's resources, and subscribes the child to them; returns those it refused."""
         session = self.session
         counted: list[str] = []
         refused = uris
@@ -12602,7 +12649,10 @@ class StatelessFrontend:
             calls[0].notify(asking(message.method, message.params or None, jsonrpc="2.0"))
 
     def on_questions(self, backend: Backend, questions: list[OpenQuestion], call: Call | None) -> None:
-        """Questions go to the call they belong to, if it is known and its client can answer; nothing is attributed by guess."""
+        """Asks the client of the questions' call, if it is known and can be asked.
+
+        No question is attributed to a call by guess.
+        """
         session = self.session
         are_all = call is not None
         with session.lock:
@@ -12642,7 +12692,7 @@ class StatelessFrontend:
         """Nothing goes by the clock here."""
 
     def end(self) -> None:
-        """Streams of those who listen end in order (MCP 2026-07-28 patterns/subscriptions, graceful closure)."""
+        """Ends the listeners' streams in order (MCP 2026-07-28 patterns/subscriptions, graceful closure)."""
         with self.session.lock:
             listeners = list(self._listeners.values())
             self._listeners = {}
@@ -12755,7 +12805,7 @@ class Sessions:
         return session_id, session.server or {}
 
     def find(self, session_id: str, sub: str, client_id: str, use: bool = True) -> SessionFrontend:
-        """Returns the session of an id if it is this user's and client's; raises RpcError 404 for every other case, always the same.
+        """Returns the session of an id if it is this user's and client's; else always the same RpcError 404.
 
         Without `use` only its existence counts: it is not kept from being unloaded, nor from expiring.
         """
@@ -12872,7 +12922,7 @@ class Sessions:
     # -- the end of sessions
 
     def forget(self, names: Iterable[bytes], reason: str) -> None:
-        """Ends sessions that the store has dropped: all of them, for no later look at the store names them again."""
+        """Ends all sessions that the store has dropped; no later look at the store names them again."""
         for name in names:
             with self.lock:
                 frontend = self.sessions.pop(name, None)
@@ -12938,7 +12988,7 @@ class Sessions:
                 session.saved_at = used_at
 
     def unload(self, before: float) -> None:
-        """Drops from memory what sleeps, was not used since, and keeps nothing for a client: the row is enough to come back."""
+        """Drops idle sessions without unread answers from memory; their row is enough to come back."""
         unloaded = self._drop(lambda session: session.used_at < before and session.keeps_nothing)
         self.suspended.expire()
         for session in unloaded:
@@ -13002,9 +13052,10 @@ def resident_bytes() -> int:
 
 
 class Trimmer:
-    """Gives memory back to the system after a busy time: what the allocator keeps of it for later, and cyclic garbage.
+    """Gives memory back to the system after a busy time: free blocks of the allocator, and cyclic garbage.
 
-    glibc returns only what is free at the top of a heap; between long-lived objects tens of MiB stay (measured: docs/limits.md).
+    glibc returns only what is free at the top of a heap; between long-lived objects tens of MiB stay
+    (measured: docs/limits.md).
     """
 
     EVERY = 10.0  # seconds while nobody calls
@@ -13019,7 +13070,10 @@ class Trimmer:
         self._pause = self.EVERY
 
     def tick(self, now: float, is_quiet: Callable[[], bool]) -> None:
-        """Trim if there is more than at the best of times, the more seldom the less it helps; `now` is monotonic."""
+        """Trims if there is more than at the best of times, less often the less it helps.
+
+        `now` is monotonic.
+        """
         if now < self._last + self._pause:
             return
         before = resident_bytes()
@@ -13040,9 +13094,13 @@ OPERATOR_RECORDS = 500  # of operators' commands, logged in one tick
 
 
 class Reaper:
-    """What happens by the clock. tick() is a plain function; run() calls it at least once a second from a daemon thread."""
+    """Everything that happens by the clock: tick() does what is due, run() calls it at least once a second.
 
-    FIRST_SWEEP = 3600.0  # seconds: a machine that starts with a wrong clock has been set right by then, before anything is deleted
+    run() is a daemon thread.
+    """
+
+    # Seconds: a machine that starts with a wrong clock has been set right by then, before anything is deleted.
+    FIRST_SWEEP = 3600.0
 
     def __init__(self, services: Services, launcher: Launcher, sessions: Sessions) -> None:
         self._settings = services.settings
@@ -13066,7 +13124,10 @@ class Reaper:
         self._unseen: list[Reader] = []
 
     def track(self, reader: Reader, caller: Caller, is_call: bool) -> None:
-        """Ends an open stream within 1 s of its grant's end and 60 s of its token's expiry (a running call only at revocation)."""
+        """Has an open stream end 1 s after its grant, and 60 s after its token's expiry.
+
+        A running call ends only at revocation.
+        """
         with self._lock:
             self._streams[reader] = (caller, is_call)
             self._unseen.append(reader)  # its grant may have ended since it was let in
@@ -13123,7 +13184,7 @@ class Reaper:
             self._store.drop_operator_records(records[-1].record_id)
 
     def _compare_clocks(self) -> None:
-        """Follows the wall clock once it has differed for long; until then, and then, the operator is told."""
+        """Follows the wall clock once it has differed for long; tells the operator before and after."""
         found = self._clock.compare()
         if found and (found[0] != "differs" or self._clock_reported.due("differs")):
             what, difference = found
@@ -13195,9 +13256,10 @@ class Reaper:
         self._sessions.forget_but(pairs, sessions, "grant ended")
 
     def _refresh(self, now: float) -> None:
-        """Refreshes credentials of users with a child awake before they run out; every live one at least every ten days.
+        """Refreshes credentials of users with a running child early, and every live one each ten days.
 
-        A child with an older credential than the user's is replaced: by a refresh of ours, or by a login that overtook it.
+        A child with an older credential than the user's is replaced: by a refresh of ours, or by a login that
+        overtook it.
         """
         awake: dict[str, list[Session]] = collections.defaultdict(list)
         for session in self._sessions.all():
@@ -13272,7 +13334,7 @@ class Names:
         return name.casefold().replace("_", "").replace("-", "")
 
     def disguised(self, members: Mapping[str, object]) -> str | None:
-        """A member that is not known, but that a lenient parser reads as one that is; None when there is none."""
+        """Returns an unknown member that a lenient parser would read as a known one, else None."""
         for name in members:
             if name not in self._exact and self._fold(name) in self._folded:
                 return name
@@ -13479,7 +13541,7 @@ class Judge:
         return Verdict(lambda call: call.give(result))
 
     def change(self, caller: Caller, message: Message) -> Change | None:
-        """Returns what is done to a result before this caller sees it, or None: tools that it may not call are left out."""
+        """Returns the change to a result before this caller sees it (its tools alone are listed), or None."""
         rights = self.rights(caller)
         if message.method != "tools/list" or caller.may_write and rights is None:
             return None
@@ -13538,7 +13600,7 @@ class Gate:
         self._clock = services.clock
 
     def caller(self, request: Request) -> Caller:
-        """Returns whose bearer token a request carries; raises HTTPError 401 (RFC 6750 3). Each request reads its row: revocation is immediate."""
+        """Returns the owner of a request's bearer token, read anew; raises HTTPError 401 (RFC 6750 3)."""
         authorization = request.header("authorization")
         if authorization is None:
             seat_of_address(request, self._settings)
@@ -13667,7 +13729,7 @@ class Endpoint:
         return Response(200, result_message(message.id, server), "application/json", headers)
 
     def _session(self, request: Request, caller: Caller, use: bool = True) -> SessionFrontend | None:
-        """The session that a legacy request names, None when it names none; RpcError when there is none of that id."""
+        """Returns the session of a legacy request, None if it names none; RpcError if that does not exist."""
         session_id = request.header("mcp-session-id")
         if session_id is None:
             return None
@@ -13721,7 +13783,7 @@ class Endpoint:
     def _submit(
         self, caller: Caller, session: Session, asked: Sequence[tuple[Message, Call]], reader: Reader
     ) -> None:
-        """Sends requests to their child; where that fails they end, and the POST has the error for an answer."""
+        """Sends requests to their child; where that fails they end with an error, which answers the POST."""
         try:
             self.judge.submit(caller, session, asked)
         except BaseException as error:
@@ -13871,12 +13933,12 @@ class Endpoint:
         )
 
     def _seal_state(self, caller: Caller, message: Message, name: str) -> str:
-        """The requestState of a suspended call: sealed, and good for one retry of the same request (patterns/mrtr)."""
+        """Returns a suspended call's requestState: sealed, good for one retry of it (patterns/mrtr)."""
         content = {"held": name, "write": caller.may_write}
         return b64url(self._keyring.seal("mrtr", owner_of_state(caller, message), content))
 
     def _retry(self, exchange: Exchange, message: Message) -> Response:
-        """A retry with the answers that were asked for goes on with the call that asked; nothing is run again."""
+        """A retry with the input that was asked for continues the suspended call; nothing is run again."""
         exchange.drop_records()
         caller = exchange.caller
         name = open_state(self._keyring, caller, message)
@@ -13888,7 +13950,7 @@ class Endpoint:
         if self.judge.rights(caller) is not None:
             verdict = self.judge.judge(caller, call.session, message)
             if verdict.refuse:
-                # The rules have changed since the call was suspended: it ends, and its retry is answered as a new call would be.
+                # The rules changed since the call was suspended: it ends, its retry is judged as a new call.
                 call.session.cancel(call, {"reason": "the operator does not allow it any more"})
                 call = call.anew(message)
                 reader = call.stream.open()
@@ -13928,7 +13990,7 @@ class Endpoint:
         return Response(204)
 
     def _require_session(self, request: Request, caller: Caller, sentence: str) -> SessionFrontend:
-        """The session of a GET or DELETE; HTTPError 405 without one, and in the modern era, which has neither."""
+        """Returns the session of a GET or DELETE; HTTPError 405 without one, and in the modern era."""
         allow = (("Allow", "POST"),)
         if (request.header("mcp-protocol-version") or "") >= FIRST_MODERN_VERSION:
             raise HTTPError(405, "method_not_allowed", "This revision of MCP has only POST.", allow)
@@ -13994,7 +14056,7 @@ CAUSES = {
 
 
 def rpc_error_response(request_id: object, error: RpcError, modern: bool = False) -> Response:
-    """An RpcError as an HTTP answer; MCP 2026-07-28 has no use for the codes that earlier revisions allotted."""
+    """Returns an RpcError as an HTTP response; MCP 2026-07-28 does not use the codes of earlier revisions."""
     code = INTERNAL_ERROR if modern and error.code == SERVER_ERROR else error.code
     return Response(
         error.status,
@@ -14053,7 +14115,7 @@ def remembers(session: Session, message: Message) -> Callable[[object], object] 
 
 
 def open_state(keyring: Keyring, caller: Caller, message: Message) -> str:
-    """Returns the name of the suspended call that a retry goes on with; raises RpcError when its requestState is not good for it."""
+    """Returns the suspended call's name in a requestState; RpcError when it is not good for this retry."""
     try:
         box = unb64url(member(message.params, "requestState", str, ""))
         content = keyring.unseal("mrtr", owner_of_state(caller, message), box)
@@ -14136,7 +14198,7 @@ def as_meant(method: str, params: dict[str, object]) -> dict[str, object]:
 
 
 def canonical(value: object) -> bytes:
-    """A JSON value in one form for all that mean the same: members in order, a whole number without a fraction."""
+    """Returns equal JSON values in one form: members in order, a whole number without a fraction."""
 
     def whole(part: object) -> object:
         if isinstance(part, dict):
@@ -14152,7 +14214,10 @@ def canonical(value: object) -> bytes:
 
 
 def is_modern(request: Request, message: Message) -> bool:
-    """Whether a message is of the modern era (design 5): `initialize` never, if it is meant as one; else by `_meta` or by the header."""
+    """Returns whether a message is of the modern era (design 5): by its `_meta`, else by the header.
+
+    An `initialize` never is.
+    """
     meta = (message.params or {}).get("_meta")
     if message.method == "initialize" and "protocolVersion" in (message.params or {}):
         return False
@@ -14176,9 +14241,10 @@ def bad_metadata(code: int, sentence: str, data: dict[str, object] | None = None
 
 
 def check_metadata(request: Request, message: Message, limit: int) -> RequestMeta:
-    """Returns what a request says of its client, if its `_meta` and the headers are as they must be; raises RpcError 400.
+    """Returns a request's description of its client; RpcError 400 unless `_meta` and headers are correct.
 
-    `limit`: the bytes that capabilities may have, which are kept as the key of a pool (MCP 2026-07-28 basic, streamable-http).
+    `limit`: the bytes that capabilities may have, which are kept as the key of a pool (MCP 2026-07-28 basic,
+    streamable-http).
     """
     if message.kind == "response":
         raise bad_metadata(INVALID_REQUEST, "Clients of this revision do not send responses")
@@ -14203,7 +14269,7 @@ def check_metadata(request: Request, message: Message, limit: int) -> RequestMet
 
 
 def check_version(request: Request, meta: dict[str, object]) -> None:
-    """Returns if a request is of a version that is served, and its header says the same; raises RpcError 400."""
+    """Raises RpcError 400 unless a request's version is served, and its header says the same."""
     version = member(meta, META_VERSION, str, None)
     if version is None:
         raise bad_metadata(INVALID_PARAMS, f"params._meta needs {META_VERSION}")
@@ -14219,7 +14285,10 @@ def check_version(request: Request, meta: dict[str, object]) -> None:
 
 
 def decoded_header(request: Request, name: str) -> str | None:
-    """The value of a header that mirrors the body, None when it is absent; RpcError 400 for one that cannot be read (value encoding)."""
+    """Returns the value of a header that mirrors the body, None when it is absent.
+
+    RpcError 400 for one that cannot be read (value encoding).
+    """
     value = request.header(name.lower())
     match = re.fullmatch(r"=\?base64\?(.*)\?=", value or "", re.DOTALL)
     try:
@@ -14233,7 +14302,10 @@ def decoded_header(request: Request, name: str) -> str | None:
 
 
 def check_parameter_headers(request: Request, params: dict[str, object], session: Session) -> None:
-    """Mcp-Param headers mirror the arguments that a tool's schema marks with x-mcp-header; RpcError 400 where they do not."""
+    """Raises RpcError 400 where Mcp-Param headers differ from the arguments that they mirror.
+
+    A tool's schema marks those with x-mcp-header.
+    """
     name = params.get("name")
     tool = (session.listing() or {}).get(name) if isinstance(name, str) else None
     arguments = params.get("arguments")
@@ -14428,7 +14500,7 @@ class DisconnectWatcher(threading.Thread):
 
 
 class Listeners:
-    """Several listening sockets as one, for what accepts: whatever address a connection came to, it is counted together."""
+    """Several listening sockets as one, so that a connection is counted together whatever its address."""
 
     def __init__(self, sockets: Sequence[socket.socket]) -> None:
         self._sockets = {each.fileno(): each for each in sockets}
@@ -14578,10 +14650,11 @@ class Server:
         return self._make_room(newcomer)
 
     def _make_room(self, newcomer: Connection) -> bool:
-        """Ends the oldest connection of the address that holds most, and much more than the newcomer's; returns whether there was one.
+        """Ends the oldest connection of the address that holds most, and much more than the newcomer's.
 
-        Counted are connections that wait for a request, and requests without a valid token. So a few addresses that take every
-        connection, slowly, lose them again; whoever has logged in keeps theirs.
+        Returns whether there was one. Counted are connections that wait for a request, and requests without a
+        valid token. So a few addresses that take every connection, slowly, lose them again; whoever has
+        logged in keeps theirs.
         """
         owned = collections.defaultdict(list)
         for connection in self._connections:
@@ -14634,7 +14707,10 @@ class Server:
         return any(parsed in network for network in self.settings.trusted_proxies)
 
     def hear_no_proxy(self, peer: str) -> None:
-        """Logs, once, that a peer writes X-Forwarded-For and is not believed: else all its clients share one address unnoticed."""
+        """Logs, once, that a peer writes X-Forwarded-For and is not a trusted proxy.
+
+        Else all its clients would share one address unnoticed.
+        """
         if not self._unheard_proxies:
             self._unheard_proxies = True
             self.log.event(
@@ -14707,7 +14783,7 @@ def write_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A request's line and header: HTTP/1.1 or 1.0 (`http11`), whether the connection may be kept, and Expect: 100-continue."""
+    """A request's line and header; `http11`, whether the connection may be kept, and Expect: 100-continue."""
 
     method: str
     target: str
@@ -14805,7 +14881,10 @@ class RequestReader:
     # -- heads
 
     def read_head(self, patience: float) -> Head:
-        """Returns the next request's head; Gone when none begins in time, HTTPError for anything that is not strictly HTTP."""
+        """Returns the next request's head.
+
+        Raises Gone when none begins in time, HTTPError for anything that is not strictly HTTP.
+        """
         self._await_request(time.monotonic() + patience)
         first, fields = self._head_lines(time.monotonic() + self._settings.header_timeout)
         match = REQUEST_LINE.fullmatch(first)
@@ -14830,7 +14909,10 @@ class RequestReader:
         return Head(method, target, headers, http11, keep_alive, bool(expect) and http11)
 
     def _await_request(self, until: float) -> None:
-        """Wait for the first byte of a request, past one empty line (RFC 9112 2.2: some clients end a body with it); Gone after `until`."""
+        """Waits for a request's first byte, past one empty line; Gone after `until`.
+
+        RFC 9112 2.2: some clients end a body with such a line.
+        """
         if not self._buffer:
             self._receive(until, Gone())
         if self._buffer == b"\r":
@@ -14841,7 +14923,7 @@ class RequestReader:
                 self._receive(until, Gone())
 
     def _head_lines(self, deadline: float) -> tuple[bytes, Iterable[bytes]]:
-        """Returns the request line and the header's lines; those of a head that has arrived are cut at once."""
+        """Returns the request line and the header's lines; a head that has arrived is cut at once."""
         end = self._buffer.find(b"\r\n\r\n", 0, MAX_LINE)
         if end < 0:
             return self._line(deadline, MAX_LINE, URI_TOO_LONG), self._field_lines(deadline)
@@ -14853,7 +14935,7 @@ class RequestReader:
 
     @staticmethod
     def _origin_form(method: str, target: str, headers: dict[str, list[str]]) -> str:
-        """Returns the target as path and query; the host of one in absolute form is the request's (RFC 9112 3.2.2)."""
+        """Returns the target as path and query; an absolute form's host replaces Host (RFC 9112 3.2.2)."""
         if target.startswith("/") or (method, target) == ("OPTIONS", "*"):
             return target
         absolute = ABSOLUTE_TARGET.fullmatch(target)
@@ -14864,7 +14946,7 @@ class RequestReader:
 
     @staticmethod
     def _framing(headers: dict[str, list[str]], http11: bool) -> int:
-        """How the body is framed: a length, or CHUNKED; whatever could be read in two ways is refused (RFC 9112 6.3)."""
+        """Returns the body's length, or CHUNKED; refuses what could be read in two ways (RFC 9112 6.3)."""
         lengths = headers.get("content-length", ())
         codings = [coding.lower() for coding in headers.get("transfer-encoding", ())]
         if codings and (lengths or not http11):
@@ -14883,8 +14965,10 @@ class RequestReader:
     # -- bodies
 
     def read_body(self, limit: int, seconds: float | None = None) -> bytes:
-        """Returns the request's body, read only now; 413 above `limit`, 408 when it is too slow, 400 when it is malformed, 503 when
-        bodies have no room and this one is the slowest of who holds most.
+        """Returns the request's body, read only now.
+
+        HTTPError 413 above `limit`, 408 when it is too slow, 400 when it is malformed, 503 when bodies have
+        no room and this one is the slowest of whoever holds most.
         """
         if not self.unread:
             return b""
@@ -14963,7 +15047,7 @@ class Connection:
         """Serve requests until the connection ends."""
         if self.peer != UNIX_PEER:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A client that does not read holds this much of the kernel's memory, and not what it grows a buffer to (4 MiB and more).
+        # Without this the kernel grows the buffer of a client that does not read (to 4 MiB and more).
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         # A connection is worth keeping once a request has come over it.
         patience = self.settings.header_timeout
@@ -14986,8 +15070,8 @@ class Connection:
                 self.seat.leave()
             self.busy = False
             self.since = time.monotonic()
-            # Looked at after `busy` is cleared: drain() does it the other way round. An answer that began before the server
-            # drained did not say `Connection: close`, so the client may have sent its next request; that one's answer will.
+            # Read after `busy` is cleared; drain() does both in the other order. An answer that began before the
+            # server drained lacks `Connection: close`: the client may have sent a request, whose answer has it.
             patience = LAST_REQUEST if self.server.draining else self.settings.idle_timeout
 
     def _request(self, head: Head) -> Request:
@@ -15018,7 +15102,7 @@ class Connection:
         self._linger()
 
     def drain(self) -> None:
-        """The server drains: an idle connection ends now, an idle stream too, anything else after its answer."""
+        """The server drains: an idle connection or stream ends now, anything else after its answer."""
         reader = self.idle_reader
         # One that is finished ends by itself, once all of it is sent.
         if reader and not reader.stream.finished:
@@ -15027,7 +15111,7 @@ class Connection:
             interrupt(self.sock, socket.SHUT_RD)
 
     def owner(self) -> str | None:
-        """Returns whom this connection may be taken from to make room, None for nobody: a request with a good token is never cut.
+        """Returns whose connection this is among those that may be ended; None while a good token is served.
 
         One that waits for a request is its peer's; a proxy's, the last one's that was served over it.
         """
@@ -15037,7 +15121,7 @@ class Connection:
         return self.peer_owner or owner or None
 
     def _client_address(self, headers: dict[str, list[str]]) -> tuple[str, bool, bool]:
-        """Returns the client's address, whether no proxy spoke for it, and whether it is a trusted proxy's own.
+        """Returns the client's address, whether no proxy spoke for it, and whether it is a trusted proxy.
 
         A proxy's connection mostly brings one client's requests, so the last answer is remembered.
         """
@@ -15051,7 +15135,7 @@ class Connection:
         return found
 
     def _read_client_address(self, lines: list[str] | None) -> tuple[str, bool, bool]:
-        """X-Forwarded-For is read from the right, past trusted proxies; an entry that is no address ends the reading there."""
+        """X-Forwarded-For is read from the right, past trusted proxies, up to an entry that is no address."""
         trusted = self.server.trusts(self.peer)
         if lines is None or not trusted:
             if lines is not None:
@@ -15104,7 +15188,7 @@ class Connection:
             self._linger()
 
     def _write(self, data: bytes) -> None:
-        """Sends data to a client that may be slow but must be steady: TimeoutError when it has not taken 64 KiB, or the rest, in time."""
+        """Sends data to a client that may be slow but steady: TimeoutError unless 64 KiB go out in time."""
         deadline = time.monotonic() + self.settings.write_timeout
         self.sock.settimeout(self.settings.write_timeout)
         sent = self.sock.send(data)
@@ -15149,7 +15233,7 @@ class Connection:
         self.server.log.metrics.observe("fjmcp_http_request_duration_seconds", (endpoint,), seconds)
 
     def _linger(self) -> None:
-        """Reads what the client still sends for a moment, else the reset would take our answer with it; few at once of one owner."""
+        """Reads on for a moment, else a reset would destroy our answer; few at once of one owner."""
         owner = self.seat.owner or self.peer_owner or ""
         with contextlib.suppress(OSError, HTTPError):
             self.seat.take("lingering", owner, LINGERING)
@@ -15159,7 +15243,7 @@ class Connection:
     # -- what is still to come
 
     def _take(self, reader: Reader, timeout: float, after: int = 0) -> Event | None:
-        """The next event. The hang-up watch begins only once the wait is worth it, so that fast calls pay nothing."""
+        """Returns the next event; only a longer wait pays for watching whether the client hangs up."""
         event = reader.take(min(0.05, timeout), after)
         if event is None and not reader.ended and timeout > 0.05:
             self.server.watcher.watch(self.sock, reader)
@@ -15170,7 +15254,7 @@ class Connection:
         return event
 
     def _pump(self, response: Response, streaming: StreamingResponse) -> None:
-        """Send what is still to come: as JSON when the answers are there in time, else as a stream of events."""
+        """Sends what is still to come: as JSON when all answers are there in time, else as a stream."""
         reader = streaming.reader
         try:
             if streaming.delivery is Delivery.SSE:
@@ -15193,7 +15277,7 @@ class Connection:
                 streaming.on_disconnect()
 
     def _collect(self, streaming: StreamingResponse) -> list[Event]:
-        """Returns the answers up to the last; none, for a client that can take a stream, when something else comes before it, or it is late."""
+        """Returns all answers; [] for a client of streams if another event comes first, or they are late."""
         reader = streaming.reader
         may_stream = streaming.delivery is Delivery.JSON_THEN_SSE
         deadline = time.monotonic() + JSON_WAIT
@@ -15298,7 +15382,7 @@ EXPOSED = (
 
 
 def other_forgejo(known: str, configured: str) -> str:
-    """Returns the sentence that refuses a store whose users are of another Forgejo than the configured one."""
+    """Returns the error for a store whose users are of another Forgejo than the configured one."""
     return (
         f"forgejo_url: the users in this store are those of {known}, not of {configured}. If it is the same Forgejo"
         " under another URL, run `rebind`; if it is another Forgejo, `rebind --forget` ends all logins"
@@ -15328,7 +15412,7 @@ Handler = Callable[[Request], Response]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What is served at a path: the endpoint's name, the kind (page, health, public, mcp), and a handler for each method."""
+    """A path's endpoint: its name, its kind (page, health, public, mcp), and a handler for each method."""
 
     name: str
     kind: str
@@ -15404,9 +15488,10 @@ class Broker:
         )
 
     def _listen(self, sockets: Sequence[tuple[str, socket.socket]]) -> list[Server]:
-        """The server of HTTP, and the one of /metrics if there is one: on the sockets handed over, else on those of the settings.
+        """Opens the HTTP server, and the one of /metrics if there is one.
 
-        A socket is for /metrics by its name, or by the address that `metrics_listen` says; any other is for HTTP.
+        They use the service manager's sockets, else those of the settings. A socket is for /metrics by its
+        name, or by the address that `metrics_listen` says; any other is for HTTP.
         """
         settings = self.settings
         metrics_address = "%s:%d" % (settings.metrics_listen or ("", 0))
@@ -15480,7 +15565,7 @@ class Broker:
         return response
 
     def _answer(self, request: Request, route: Route) -> Response:
-        """Request -> Response, in the order of checks of design 3: Host, route, Origin, OPTIONS, bearer, method, body."""
+        """Answers a request, in design 3's order: Host, route, Origin, OPTIONS, bearer, method, body."""
         cors: tuple[tuple[str, str], ...] = ()
         try:
             if request.first_header("host").lower() not in self._hosts and route.kind != "health":
@@ -15585,7 +15670,7 @@ class Broker:
             server.start()
 
     def thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """A thread ended by an exception that nobody foresaw: a record for the operator instead of a traceback on stderr."""
+        """Logs an exception that ended a thread, instead of a traceback on stderr."""
         place = traceback.extract_tb(failure.exc_traceback)[-1:]
         self.log.event(
             "error",
@@ -15596,7 +15681,10 @@ class Broker:
         )
 
     def look_out(self) -> None:
-        """Learn in the background whether client documents can be read from here: at the start, then every 10 min while not."""
+        """Learns in the background whether client documents can be read from here.
+
+        At the start, then every 10 min while they cannot.
+        """
 
         def watch() -> None:
             while not self._stopping.wait(0):
@@ -15637,9 +15725,10 @@ def is_page_request(request: Request) -> bool:
 
 
 def own_hosts(public_url: str, ports: Sequence[int]) -> set[str]:
-    """What a Host header may say: the public name, its default port written or not, and loopback names with our ports.
+    """Returns what a Host header may be: the public name, and loopback names with our ports.
 
-    A Unix socket has no port (0), and so none in a Host header.
+    The public name's default port may be left out. A Unix socket has no port (0), and so none in a Host
+    header.
     """
     parts = urlsplit(public_url)
     name = parts.hostname or ""
@@ -15669,7 +15758,10 @@ def git_blob_id(path: str) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its help, its own flags (name -> what follows it, "" for a switch; and its help), and the word it takes."""
+    """A command: its help, the word it takes, and its own flags.
+
+    `flags`: name -> (the word that follows it, "" for a switch; its help).
+    """
 
     help: str
     flags: Mapping[str, tuple[str, str]] | None = None
@@ -15724,7 +15816,7 @@ def flag_of(name: str) -> str:
 
 
 def plain_settings() -> list[Setting]:
-    """Returns the settings that are one value each: not [[clients]] and the like, which are tables of the file."""
+    """Returns the settings that have one value each, without the file's tables such as [[clients]]."""
     return [setting for setting in SETTINGS if setting.kind not in FILE_ONLY_KINDS]
 
 
@@ -15778,7 +15870,7 @@ def command_usage(name: str) -> str:
 
 @dataclass(frozen=True)
 class Arguments:
-    """A command line: the configuration file, the command with its word and its own flags, and settings given as flags."""
+    """A command line: the configuration file, the command with its word and flags, and settings as flags."""
 
     config: str | None
     command: str
@@ -15817,7 +15909,10 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
 def split_flags(
     arguments: Sequence[str], problems: list[str]
 ) -> tuple[list[str], dict[str, str], dict[str, str]]:
-    """Returns the words, the commands' own flags and the settings of a command line; adds to `problems` what is wrong."""
+    """Returns the words, the command's flags and the settings of a command line.
+
+    Adds what is wrong to `problems`.
+    """
     words: list[str] = []
     options: dict[str, str] = {}
     flags: dict[str, str] = {}
@@ -15854,7 +15949,7 @@ def split_flags(
 
 
 def configuration_text(values: Mapping[str, str]) -> str:
-    """Returns a broker.toml with the given values; every other setting is commented out, with its default and its help."""
+    """Returns a broker.toml with these values; other settings are comments with their default and help."""
     lines = ["# fjmcp-broker. Each line that is commented out shows the default.", ""]
     for setting in plain_settings():
         keys = [key for key, (which, _) in KEYS.items() if which is setting and key in values]
@@ -15883,7 +15978,10 @@ def configuration_text(values: Mapping[str, str]) -> str:
 
 
 def ask(setting: Setting, problems: list[str]) -> str:
-    """Returns a required setting as typed on the terminal, asked again until it is valid; without a terminal it is a problem."""
+    """Returns a required setting, asked on the terminal until it is valid.
+
+    Without a terminal a missing one is a problem.
+    """
     if not sys.stdin.isatty():
         problems.append(f"{setting.name} is missing: {setting.help}. Give it as {flag_of(setting.name)}")
         return ""
@@ -15899,7 +15997,7 @@ def ask(setting: Setting, problems: list[str]) -> str:
 
 
 def answers(arguments: Arguments, problems: list[str]) -> dict[str, str]:
-    """Returns what the new file is to say: the flags, and an answer for each required setting that they leave out."""
+    """Returns the values of the new file: the flags, and an answer for each required setting without one."""
     values = dict(arguments.flags)
     for setting in SETTINGS:
         if setting.default is REQUIRED and not {setting.name, setting.name + "_file"} & values.keys():
@@ -15914,9 +16012,10 @@ def answers(arguments: Arguments, problems: list[str]) -> dict[str, str]:
 
 
 def keep_secrets_apart(values: dict[str, str], folder: str, problems: list[str]) -> dict[str, str]:
-    """Moves the client secret and a sealing key, which is made if none is given, out of `values`; returns path -> text.
+    """Moves the client secret and a sealing key out of `values`; returns path -> text.
 
-    Both go into `secrets_file` if that is given, else each into a file of its own.
+    A key is made if none is given. Both go into `secrets_file` if that is given, else each into a file of its
+    own.
     """
     secret = "forgejo_oauth_client_secret"
     together = os.path.abspath(values["secrets_file"]) if "secrets_file" in values else None
@@ -16149,7 +16248,7 @@ def endpoint_probes(url: str) -> Iterator[Probe]:
 
 
 def browser_probes() -> Iterator[Probe]:
-    """Yields the preflights of clients that run in a browser, and the request of an origin that may not call."""
+    """Yields the preflights of clients in a browser, and a request from an origin that is not allowed."""
     for origin in WEB:
         for path in ("/mcp", "/.well-known/oauth-protected-resource/mcp", "/oauth/register", "/oauth/token"):
             headers = {
@@ -16183,7 +16282,7 @@ def refresh_probe(who: str, path: str, client: str, status: int, error: str) -> 
 
 
 def registration_probe() -> Probe:
-    """Returns the registration (RFC 7591) that the login's probes need; the broker answers it and keeps nothing."""
+    """Returns the registration (RFC 7591) that the probes of a login need; the broker keeps nothing of it."""
     want = {"status": 201, "json": {**REGISTRATION, "client_secret": None}, "cache-control": ["no-store"]}
     who = "Claude.ai, Cursor, VS Code: each its URI"
     return Probe(who, "POST /oauth/register", want, "see allowed_redirect_schemes", body=REGISTRATION)
@@ -16295,7 +16394,7 @@ def check_plain_http(url: str) -> Iterator[Finding]:
 
 
 def check_streams(url: str) -> Iterator[Finding]:
-    """Yields a failure where a proxy holds streams back: the first event of a short one came when it ended."""
+    """Yields a failure where a proxy buffers streams: a short one's first event came at its end."""
     moments: list[float] = []
     started = time.monotonic()
     accept = (("Accept", "text/event-stream"),)
@@ -16460,7 +16559,10 @@ def user_name(uid: int) -> str:
 
 
 def serving_user(settings: Settings, named: str | None) -> pwd.struct_passwd:
-    """Returns the user that serves: the caller, or, as root, the one named, else the owner of the store or of its folder."""
+    """Returns the user that serves.
+
+    That is the caller; for root the one named, else the owner of the store or of its folder.
+    """
     uid, gid = os.getuid(), os.getgid()
     if named:
         return pwd.getpwnam(named)
@@ -16610,7 +16712,7 @@ def check_store(settings: Settings, server: pwd.struct_passwd) -> Iterator[Findi
 
 
 def check_opened_store(settings: Settings, path: str) -> Iterator[Finding]:
-    """Yields whether the key opens the store, whose Forgejo it is of, and what older keys are still needed for."""
+    """Yields whether the key opens the store, its Forgejo's URL, and which older keys are still needed."""
     keyring = load_keyring(settings)
     with contextlib.closing(Store(path, keyring, alone=False)) as store:
         older = sum(not keyring.is_newest(box) for _, _, box in store.boxes())
@@ -16687,7 +16789,7 @@ def check_upstream(settings: Settings) -> Iterator[Finding]:
 
 
 def check_forgejo(settings: Settings) -> Iterator[Finding]:
-    """Yields whether Forgejo is there, is what it says, has our time, and knows this application and its redirect URI."""
+    """Yields whether Forgejo answers, has our time, and knows this application and its redirect URI."""
     base = settings.forgejo_internal_url or settings.forgejo_url
     try:
         answer = fetch("GET", base + "/.well-known/openid-configuration", ca_file=settings.forgejo_ca_file)
@@ -16750,7 +16852,10 @@ def check_application(settings: Settings) -> Iterator[Finding]:
 
 
 def check_secret(forgejo: Forgejo) -> Finding:
-    """Returns whether Forgejo takes the secret where it always looks: a public application logs in with any."""
+    """Returns whether Forgejo accepts the secret at a place that always checks it.
+
+    A public application logs in with any secret.
+    """
     try:
         forgejo.introspect("check")
     except UpstreamDown as error:
@@ -16764,7 +16869,7 @@ def check_secret(forgejo: Forgejo) -> Finding:
 
 
 def check_child(settings: Settings) -> Iterator[Finding]:
-    """Yields whether forgejo-mcp is there, new enough, starts and answers; without a token, as an anonymous user."""
+    """Yields whether forgejo-mcp exists, is new enough, starts, and answers an anonymous user."""
     name = program_name(settings)
     reason = unusable_program(name)
     if reason:
@@ -16861,7 +16966,10 @@ def foreign_program(path: str, head: bytes) -> str:
 
 
 def foreign_elf(path: str, head: bytes) -> str:
-    """Returns why this machine will not run an ELF file, "" if it will: its architecture, or its loader (elf(5), PT_INTERP)."""
+    """Returns why this machine cannot run an ELF file, "" if it can: its architecture or loader.
+
+    elf(5), PT_INTERP.
+    """
     with open("/proc/self/exe", "rb") as file:
         own = file.read(64)
     order: Literal["little", "big"] = "little" if head[5] == 1 else "big"
@@ -16913,7 +17021,7 @@ class ChildOutcome:
 
     @property
     def wants_login(self) -> bool:
-        """Whether it ended, or refused, because nobody is logged in: it, or Forgejo, answers no anonymous caller."""
+        """Returns whether it ended, or refused, because an anonymous caller gets no answer."""
         return bool(NEEDS_LOGIN.search("\n".join([*self.last_words, self.refusal])))
 
 
@@ -16950,7 +17058,7 @@ def try_child(settings: Settings, command: list[str], token: str) -> ChildOutcom
 def introduced(
     child: Child, lines: queue.SimpleQueue[bytes], seconds: float
 ) -> tuple[dict[str, object], str]:
-    """Returns what a child says of itself, in either era, and the message of an error; {} if it does not answer in time."""
+    """Returns a child's description of itself, in either era, and an error's message; {} if it is late."""
     end = time.monotonic() + seconds
     us = {"name": "fjmcp-broker", "version": __version__}
     meta = {META_VERSION: FIRST_MODERN_VERSION, META_CLIENT: us, META_CAPABILITIES: {}}
@@ -16971,7 +17079,7 @@ def introduced(
 
 
 def listed_tools(child: Child, lines: queue.SimpleQueue[bytes], seconds: float) -> frozenset[str]:
-    """Returns the names of the tools that a child lists, in either era, over all pages; as far as it says them in time."""
+    """Returns the names of a child's tools, in either era, over all pages that arrive in time."""
     end = time.monotonic() + seconds
     us = {"name": "fjmcp-broker", "version": __version__}
     meta = {META_VERSION: FIRST_MODERN_VERSION, META_CLIENT: us, META_CAPABILITIES: {}}
@@ -16990,7 +17098,7 @@ def listed_tools(child: Child, lines: queue.SimpleQueue[bytes], seconds: float) 
 
 
 def next_answer(lines: queue.SimpleQueue[bytes], end: float) -> object:
-    """Returns the next message of a child that is no request or notification, None if none comes until `end`."""
+    """Returns a child's next message that is neither request nor notification, None after `end`."""
     answer: object = {"method": ""}
     while member(answer, "method", str, None) is not None:  # it may say something before it answers
         try:
@@ -17003,7 +17111,7 @@ def next_answer(lines: queue.SimpleQueue[bytes], end: float) -> object:
 
 
 def check_containment(settings: Settings) -> Iterator[Finding]:
-    """Yields whether a child, which runs as this user, is kept from the broker's memory and from other children's tokens."""
+    """Yields whether a child, run as this user, can read the broker's memory or other children's tokens."""
     try:
         path = os.path.realpath(child_command(settings)[0])
         binary = os.stat(path)
@@ -17044,7 +17152,7 @@ def hide_from_children() -> bool:
 
 
 def check_documents(settings: Settings) -> Iterator[Finding]:
-    """Yields whether the descriptions that applications publish of themselves (CIMD) can be read from here."""
+    """Yields whether clients' metadata documents (CIMD) can be read from here."""
     if not settings.client_documents:
         return
     reasons = unreadable_documents(PublicWeb(), settings.allowed_redirect_schemes)
@@ -17064,7 +17172,7 @@ def check_documents(settings: Settings) -> Iterator[Finding]:
 
 
 def check_public_url(settings: Settings, blob: str) -> Iterator[Finding]:
-    """Yields whether clients would find this broker at its public URL: what `doctor` tries, but for the registration."""
+    """Yields whether clients find this broker at its public URL: `doctor` without the registration."""
     url = settings.public_url
     try:
         stranger = is_broker(url)
@@ -17096,7 +17204,10 @@ MIN_COLUMN = 10  # characters; a table that would need narrower columns is told 
 
 @contextlib.contextmanager
 def acting_as(uid: int, gid: int) -> Iterator[None]:
-    """Acts as another user within the block, where root runs the command: files that SQLite makes are the broker's, keys and backups are not."""
+    """Runs the block as another user, where the caller is root.
+
+    Files that SQLite makes then are the broker's; keys and backups are not.
+    """
 
     def become_for_now(uid: int, gid: int) -> None:
         if os.getuid() == 0:
@@ -17114,7 +17225,7 @@ def acting_as(uid: int, gid: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_store(arguments: Arguments, alone: bool = False) -> Iterator[tuple[Settings, Keyring, Store]]:
-    """Opens the store beside a broker that may be running, unless `alone`; root acts as the store's owner within the block."""
+    """Opens the store for the block, beside a running broker unless `alone`; root acts as its owner."""
     settings = arguments.settings()
     if not os.path.exists(settings.store_path):
         raise ConfigurationError([f"store_path: there is no store at {settings.store_path}"])
@@ -17167,7 +17278,10 @@ def shown_cell(name: str, value: object) -> str:
 
 
 def table(names: list[str], rows: list[list[str]], room: int | None) -> list[str]:
-    """Returns the lines of a table; where it is wider than `room`, long cells go on below, or each row is a list of its own."""
+    """Returns the lines of a table.
+
+    Where it is wider than `room`, long cells go on below, or each row is a list of its own.
+    """
     widths = [max(map(len, column)) for column in zip(names, *rows)]
     gaps = 2 * (len(widths) - 1)
     least = [min(width, MIN_COLUMN) for width in widths]
@@ -17251,7 +17365,10 @@ def unknown_target(store: Store, kind: str, value: str, now: float) -> str:
 
 
 def grants_of_renamed(settings: Settings, store: Store, login: str) -> list[Any]:
-    """Returns the live grants of a user whom only Forgejo knows by that login yet: a new name is learnt at the next refresh."""
+    """Returns the live grants of a user who is known to Forgejo, but not yet here, by that login.
+
+    A new name is learnt at the next refresh.
+    """
     try:
         account = Forgejo(settings, SteadyClock(Clock())).named_account(login)
     except UpstreamDown:
@@ -17279,10 +17396,10 @@ def backup(arguments: Arguments) -> int:
 
 
 def rotate_key(arguments: Arguments) -> int:
-    """Puts a new key before the others in key_file, then seals every credential anew; run again, it goes on where it was.
+    """Puts a new key first in key_file, then seals every credential anew; returns the exit status.
 
-    Returns the exit status. Where the keys come from `key`, only the sealing is done. Raises ConfigurationError with the
-    three steps where `key` has no new one.
+    Run again, it goes on where it was. Where the keys come from `key`, only the sealing is done. Raises
+    ConfigurationError with the three steps where `key` has no new one.
     """
     with open_store(arguments) as (settings, keyring, store):
         is_done = all(keyring.is_newest(box) for _, _, box in store.boxes())
@@ -17325,7 +17442,10 @@ def add_key(settings: Settings) -> Keyring:
 
 
 def seal_anew(store: Store, keyring: Keyring) -> tuple[int, int]:
-    """Seals what older keys have sealed with the newest; returns how many credentials, and how many open with no key."""
+    """Seals with the newest key what older keys sealed.
+
+    Returns how many credentials, and how many open with no key.
+    """
     count = 0
     lost = 0
     for purpose, owner, box in store.boxes():
@@ -17375,9 +17495,10 @@ def rebind(arguments: Arguments) -> int:
 
 
 def differing_people(settings: Settings, people: Sequence[Any]) -> str:
-    """Returns why a Forgejo does not seem to have the users known here, "" if it has: number, login and the account's age agree.
+    """Returns why a Forgejo seems not to have the users known here, "" if it has.
 
-    It is asked as anybody may ask: no token goes to a server that may be another.
+    Compared are number, login and the account's creation. It is asked as anybody may ask: no token goes to a
+    server that may be another.
     """
     forgejo = Forgejo(settings, SteadyClock(Clock()))
     same = 0
@@ -17417,7 +17538,7 @@ def is_activated() -> bool:
 
 
 def inherited_sockets() -> list[tuple[str, socket.socket]]:
-    """Returns (name, socket) of each listening socket that the service manager handed over; none of it is left for children to find.
+    """Returns (name, socket) of each listening socket of the service manager; children inherit none.
 
     Raises ConfigurationError for what is no listening stream socket.
     """
@@ -17519,14 +17640,14 @@ def announce(broker: Broker) -> None:
 
 
 def try_upstream(broker: Broker) -> None:
-    """Logs as warnings what `check` finds wrong with Forgejo and forgejo-mcp; serving goes on whatever it finds."""
+    """Logs as warnings what `check` finds wrong with Forgejo and forgejo-mcp; serving goes on."""
     for level, text, fix in check_upstream(broker.settings):
         if level == "fail":
             broker.log.event("warning", "check_failed", problem=text, fix=fix or None)
 
 
 def reload(broker: Broker, arguments: Arguments) -> None:
-    """SIGHUP: takes over what may change, names what may not, keeps everything when the new settings are wrong."""
+    """SIGHUP: applies changes that may be made, names those that may not; wrong settings change nothing."""
     try:
         refused = broker.settings.reload(arguments.settings())
         broker.log.event("info", "settings_reloaded", needs_restart=refused or None)
@@ -17553,9 +17674,10 @@ RUN: dict[str, Callable[[Arguments], int]] = {  # what runs each command of COMM
 
 
 def failed(problems: list[str], status: int, activated: bool) -> int:
-    """Prints the problems and returns the exit status; under a service manager that holds our sockets, after a pause.
+    """Prints the problems and returns the exit status; after a pause where our sockets are the manager's.
 
-    It starts us again as soon as we are gone, for the connections that wait: without the pause it would give up for good.
+    The service manager starts us again as soon as we are gone, for the connections that wait: without the
+    pause it would give up for good.
     """
     for problem in problems:
         print(f"fjmcp-broker: {problem}", file=sys.stderr, flush=True)
@@ -17567,7 +17689,7 @@ def failed(problems: list[str], status: int, activated: bool) -> int:
 
 
 def notes(arguments: Sequence[str]) -> list[str]:
-    """Returns what is worth knowing about the configuration file when something is wrong with the configuration."""
+    """Returns remarks about the configuration file that help when the configuration is wrong."""
     with contextlib.suppress(ConfigurationError, OSError):
         path = parse_arguments(arguments).config
         if path is None and os.path.exists("broker.toml"):
