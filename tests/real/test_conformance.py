@@ -100,7 +100,10 @@ class Suite:
         log = results.with_suffix(".log")
         with open(log, "wb") as output:
             subprocess.run(
-                [self.node, self.program, "server", "--url", url, "--requirements", revision, "-o", results],
+                [
+                    *(self.node, "--import", self.folder / "patient-timers.mjs", self.program, "server"),
+                    *("--url", url, "--requirements", revision, "-o", results),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
