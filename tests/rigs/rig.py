@@ -20,13 +20,17 @@ CHILD = (sys.executable, "-I", str(TESTS / "stdio_child.py"))
 
 
 class FakeClock:
-    """A machine's clocks, moved by a test. They start at the real time and run with it, so that two moments differ."""
+    """A machine's clocks, moved by a test. They start at the real time and run on, so that two moments differ."""
 
     def __init__(self):
         self.offset, self.wrong_by, self._stopped_at = 0.0, 0.0, None
+        self._began = time.time() - time.monotonic()
+
+    def _runs(self):
+        return self._began + time.monotonic()  # unlike the machine's wall clock it is never set
 
     def boottime(self):
-        return (self._stopped_at or time.time()) + self.offset
+        return (self._stopped_at or self._runs()) + self.offset
 
     monotonic = __call__ = boottime
 
@@ -43,7 +47,7 @@ class FakeClock:
 
     def stop(self):
         """From here on only `advance` moves it: no rate limit recovers while a test runs."""
-        self._stopped_at = time.time()
+        self._stopped_at = self._runs()
 
 
 class AuditLog(fjmcp_broker.Log):
@@ -110,6 +114,7 @@ class Rig:
         self.broker = fjmcp_broker.Broker(
             settings, clock=self.clock, log=self.log, listener=self.socket.dup(), web=self.web
         )
+        tick_one_at_a_time(self.broker.reaper)
         self.broker.start()
         return self
 
@@ -148,6 +153,17 @@ class Rig:
 
     def tick(self):
         self.broker.reaper.tick()
+
+
+def tick_one_at_a_time(reaper):
+    """A test ticks beside the reaper's own thread: each tick is whole, as it is where only that thread ticks."""
+    tick, ticking = reaper.tick, threading.Lock()
+
+    def one_tick():
+        with ticking:
+            tick()
+
+    reaper.tick = one_tick
 
 
 def rows(store, statement, parameters=()):

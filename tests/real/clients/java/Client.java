@@ -22,6 +22,8 @@ import java.util.Base64;
 import java.util.LinkedHashMap;
 import java.util.List;
 import java.util.Map;
+import java.util.concurrent.CountDownLatch;
+import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicInteger;
 import java.util.stream.Collectors;
 import tools.jackson.databind.json.JsonMapper;
@@ -38,6 +40,7 @@ public class Client {
 
     final URI server;
     final AtomicInteger progress = new AtomicInteger();
+    volatile CountDownLatch awaited = new CountDownLatch(0);
     volatile Map<String, Object> tokens = Map.of();
     Map<String, Object> endpoints = Map.of();
     String clientId;
@@ -180,20 +183,26 @@ public class Client {
                 .elicitation(asked -> McpSchema.ElicitResult.builder(McpSchema.ElicitResult.Action.ACCEPT)
                         .content(Map.of("answer", "scripted"))
                         .build())
-                .progressConsumer(told -> progress.incrementAndGet())
+                .progressConsumer(told -> {
+                    progress.incrementAndGet();
+                    awaited.countDown();
+                })
                 .build();
         client.initialize();
         return client;
     }
 
     @SuppressWarnings("unchecked")
-    Map<String, Object> call(McpSyncClient client, String name, String arguments) {
+    Map<String, Object> call(McpSyncClient client, String name, String arguments) throws InterruptedException {
+        Map<String, Object> values = JSON.readValue(arguments, Map.class);
         progress.set(0);
+        awaited = new CountDownLatch(name.equals("get_progress") ? (Integer) values.get("n") : 0);
         var request = McpSchema.CallToolRequest.builder(name)
-                .arguments(JSON.readValue(arguments, Map.class))
+                .arguments(values)
                 .progressToken("told")
                 .build();
         var result = client.callTool(request);
+        awaited.await(30, TimeUnit.SECONDS); // the SDK tells of progress on another thread than it answers on
         String text = result.content().stream()
                 .filter(part -> part instanceof McpSchema.TextContent)
                 .map(part -> ((McpSchema.TextContent) part).text())

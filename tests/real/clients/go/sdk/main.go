@@ -60,7 +60,7 @@ func (c *client) Call(name string, arguments map[string]any) (lines.Result, erro
 	}
 	// The SDK handles notifications beside answers: the last may still be on its way to its handler.
 	wanted, _ := arguments["n"].(float64)
-	for wait := 0; wait < 500 && c.progress.Load() < int64(wanted); wait++ {
+	for wait := 0; wait < 3000 && c.progress.Load() < int64(wanted); wait++ {
 		time.Sleep(10 * time.Millisecond)
 	}
 	result := lines.Result{IsError: answer.IsError, Progress: int(c.progress.Load())}
