@@ -1583,7 +1583,7 @@ REASONS = {
         "resource_metadata": "",
         "register": _BODY + " invalid_request invalid_client_metadata invalid_redirect_uri",
         "authorize": _PAGE + _AUTHORIZE,
-        "consent": _FORM + " undecided answered access_denied",
+        "consent": _FORM + " undecided answered access_denied unknown_client",
         "callback": _PAGE + _CALLBACK,
         "token": _BODY + _CLIENT + _TOKEN,
         "revoke": _BODY + _CLIENT,
@@ -1794,6 +1794,18 @@ def is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
     return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
+def silence_if_broken(stream: TextIO) -> None:
+    """Turns a stream that cannot be written to /dev/null.
+
+    Else the interpreter complains, as it ends, of what is left in it.
+    """
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w", encoding="ascii") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
 def rfc3339(seconds: float) -> str:
     """A time as RFC 3339 has it, in UTC, with milliseconds."""
     moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
@@ -1870,6 +1882,7 @@ class Log:
         """
         with self._lock:
             self._closed = True
+            silence_if_broken(self._stream)
 
     def _hide_addresses(self, fields: dict[str, object]) -> None:
         """Says no more of addresses than `log_addresses` allows."""
@@ -7657,6 +7670,30 @@ def check_configured_clients(settings: Settings) -> None:
         raise ConfigurationError(problems)
 
 
+# What `doctor` registers: each redirect URI is some real client's. It is answered like any registration and kept nowhere, so
+# that a trial leaves nothing behind however it ends; nobody can log in through it.
+TRIAL_CLIENT = "fjmcp-broker-doctor"
+TRIAL_REGISTRATION: dict[str, Any] = {
+    "client_name": "fjmcp-broker doctor",
+    "application_type": "web",
+    "scope": "openid claudeai",
+    "token_endpoint_auth_method": "none",
+    "grant_types": ["authorization_code", "refresh_token"],
+    "response_types": ["code"],
+    "redirect_uris": [
+        "cursor://anysphere.cursor-mcp/oauth/callback",
+        "https://www.cursor.com/agents/mcp/oauth/callback",
+        "http://localhost:3118/callback",
+        "https://claude.ai/api/mcp/auth_callback",
+        "https://claude.com/api/mcp/auth_callback",
+        "https://chatgpt.com/connector/oauth/doctor",
+        "https://vscode.dev/redirect",
+        "http://127.0.0.1/",
+        "http://127.0.0.1:33418/",
+    ],
+}
+
+
 class Clients:
     """Finds, registers and authenticates clients."""
 
@@ -7686,6 +7723,8 @@ class Clients:
 
     def find(self, client_id: str) -> ClientRow | None:
         """Returns the client of an id as it was last known, or None. Nothing is fetched."""
+        if client_id == TRIAL_CLIENT:
+            return self._trial_client()
         client = self._store.client(client_id)
         usable = (
             client
@@ -7693,6 +7732,16 @@ class Clients:
             and (client.kind != "document" or self._settings.client_documents)
         )
         return client if usable else None
+
+    def _trial_client(self) -> ClientRow:
+        """Returns the client as which `doctor` asks."""
+        name = TRIAL_REGISTRATION["client_name"]
+        schemes = self._settings.allowed_redirect_schemes
+        uris = registrable_uris(TRIAL_REGISTRATION["redirect_uris"], schemes, 10)
+        now = self._clock.now()
+        return ClientRow(
+            TRIAL_CLIENT, "trial", name, uris, None, "none", {}, {}, now, now, now, now, now, None, None
+        )
 
     @property
     def documents(self) -> ClientMetadataDocuments:
@@ -7725,7 +7774,8 @@ class Clients:
         response_types = choose(document, "response_types", ("code",))
         # The scope of each login counts, not this one; clients only read the echo (clients.md 10, 11).
         scope = member(document, "scope", str, "") or " ".join(SCOPES)
-        client_id = new_secret("fjd_")[:36]
+        is_trial = document == TRIAL_REGISTRATION
+        client_id = TRIAL_CLIENT if is_trial else new_secret("fjd_")[:36]
         secret = None if method == "none" else new_secret("fjs_")
         now = self._clock.now()
         name = clean_name(document.get("client_name"))
@@ -7741,16 +7791,17 @@ class Clients:
             value = member(document, key, str, "")
             if 0 < len(value) <= 200:
                 metadata[key] = value
-        self._store.register_client(
-            client_id,
-            name,
-            uris,
-            token_hash(secret) if secret else None,
-            method,
-            {key: metadata[key] for key in metadata.keys() - KEPT_AS_COLUMNS},
-            network_of(request.address, 24, 48),
-            now,
-        )
+        if not is_trial:
+            self._store.register_client(
+                client_id,
+                name,
+                uris,
+                token_hash(secret) if secret else None,
+                method,
+                {key: metadata[key] for key in metadata.keys() - KEPT_AS_COLUMNS},
+                network_of(request.address, 24, 48),
+                now,
+            )
         self._log.audit("client_registered", client=client_id, name=name, address=request.address)
         self._log.connect_step("registered", name=name)
         answer = {"client_id": client_id, "client_id_issued_at": int(now), **metadata}
@@ -8380,6 +8431,8 @@ class AuthorizationEndpoint:
         # narrower grant even where only forgejo:write was asked.
         granted = login["scope"] if access == "full" and WRITE in login["scope"] else [READ]
         denied = decision == "deny"
+        if login["client"] == TRIAL_CLIENT and not denied:
+            raise ErrorPage("unknown_client")
         decided = "deny" if denied else " ".join(granted)
         if self._decided(cookie, box, {**login, "granted": granted}, decided):
             self._log.audit(
@@ -16123,25 +16176,6 @@ class Probe:
     body: object = ""
 
 
-REGISTRATION = {  # what real clients register, in one: each redirect URI is somebody's
-    "client_name": "fjmcp-broker doctor",
-    "application_type": "web",
-    "scope": "openid claudeai",
-    "token_endpoint_auth_method": "none",
-    "grant_types": ["authorization_code", "refresh_token"],
-    "response_types": ["code"],
-    "redirect_uris": [
-        "cursor://anysphere.cursor-mcp/oauth/callback",
-        "https://www.cursor.com/agents/mcp/oauth/callback",
-        "http://localhost:3118/callback",
-        "https://claude.ai/api/mcp/auth_callback",
-        "https://claude.com/api/mcp/auth_callback",
-        "https://chatgpt.com/connector/oauth/doctor",
-        "https://vscode.dev/redirect",
-        "http://127.0.0.1/",
-        "http://127.0.0.1:33418/",
-    ],
-}
 LOOPBACK = "http%3A%2F%2Flocalhost%3A41999%2Fcallback"
 WEB = ("https://claude.ai", "https://chatgpt.com", "http://localhost:6274")
 USER_AGENTS = ("Claude-User", "openai-mcp/1.0.0", "python-httpx/0.28.1", "node", "Ruby", "")
@@ -16283,9 +16317,13 @@ def refresh_probe(who: str, path: str, client: str, status: int, error: str) -> 
 
 def registration_probe() -> Probe:
     """Returns the registration (RFC 7591) that the probes of a login need; the broker keeps nothing of it."""
-    want = {"status": 201, "json": {**REGISTRATION, "client_secret": None}, "cache-control": ["no-store"]}
+    want = {
+        "status": 201,
+        "json": {**TRIAL_REGISTRATION, "client_secret": None},
+        "cache-control": ["no-store"],
+    }
     who = "Claude.ai, Cursor, VS Code: each its URI"
-    return Probe(who, "POST /oauth/register", want, "see allowed_redirect_schemes", body=REGISTRATION)
+    return Probe(who, "POST /oauth/register", want, "see allowed_redirect_schemes", body=TRIAL_REGISTRATION)
 
 
 def login_probes(url: str, client: str) -> Iterator[Probe]:
@@ -17680,7 +17718,12 @@ def failed(problems: list[str], status: int, activated: bool) -> int:
     pause it would give up for good.
     """
     for problem in problems:
-        print(f"fjmcp-broker: {problem}", file=sys.stderr, flush=True)
+        try:
+            print(f"fjmcp-broker: {problem}", file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:  # the exit status says it
+            silence_if_broken(sys.stderr)
     if activated:
         text = " ".join("; ".join(problems).split())
         notify_service_manager(f"STATUS=does not start: {text[:1500]}")
@@ -17711,28 +17754,75 @@ def help_for(arguments: Sequence[str]) -> str | None:
     return command_usage(words[0]) if words and words[0] in COMMANDS else usage()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs a command line.
+def open_standard_streams() -> None:
+    """Opens /dev/null where standard input, output or error is closed.
 
-    Returns the exit status: 0, 1 for a failure while running, 2 for wrong usage or configuration.
+    Else a file of ours would get its number, and what is printed.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    activated = is_activated()
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number, this one
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+
+
+def end_by(number: signal.Signals) -> int:
+    """Ends this process as a signal does that nobody handles.
+
+    Returns what the shell would see if that fails: 128 and its number.
+    """
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    return 128 + number
+
+
+def run(arguments: Sequence[str], activated: bool) -> int:
+    """Runs a command line and returns the exit status once all that it said is written.
+
+    Raises BrokenPipeError where nobody reads it.
+    """
     text = help_for(arguments)
-    if text is not None:
-        print(text)
-        return 0
     try:
-        parsed = parse_arguments(arguments)
-        return RUN[parsed.command](parsed)
+        if text is not None:
+            print(text)
+            status = 0
+        else:
+            parsed = parse_arguments(arguments)
+            status = RUN[parsed.command](parsed)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        return status
     except ConfigurationError as error:
         return failed([*error.problems, *notes(arguments)], 2, activated)
     except StoreUnavailable as error:
         return failed([error.reason], 1, activated)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         path = error.filename
-        sentence = f"cannot use {path}: {file_trouble(path, error)}" if isinstance(path, str) else str(error)
+        sentence = f"cannot go on: {error.strerror or error}"
+        if isinstance(path, str):
+            sentence = f"cannot use {path}: {file_trouble(path, error)}"
         return failed([sentence], 1, activated)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line. Returns the exit status: 0, 1 for a failure while running, 2 for wrong usage or configuration.
+
+    As programs do, it ends by SIGPIPE where nobody reads what it says, and by SIGINT where it is interrupted.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    open_standard_streams()
+    try:
+        return run(arguments, is_activated())
+    except BrokenPipeError:
+        return end_by(signal.SIGPIPE)
+    except KeyboardInterrupt:
+        return end_by(signal.SIGINT)
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            silence_if_broken(stream)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import pytest
 
 import fjmcp_broker
 from rigs.broker_process import Installation, run_program
+from rigs.browser import Browser, approve_login
 from rigs.fake_forgejo import FakeForgejo
+from rigs.mcp_client import OAuthClient
 from rigs.proxy import Proxy
 from rigs.rig import CHILD
 
@@ -61,13 +63,13 @@ def failures(found):
 # -- nothing wrong
 
 
-def test_all_is_well_at_a_real_broker_and_one_client_is_registered(broker):
+def test_all_is_well_at_a_real_broker_and_no_client_is_left_behind(broker):
     done = run_program("doctor", broker.url + "/mcp")
     assert done.returncode == 0 and "fail" not in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("ok   ") > 40
     assert [record["name"] for record in broker.records("client_registered")] == ["fjmcp-broker doctor"]
     with sqlite3.connect(broker.folder / "broker.db") as db:
-        assert db.execute("SELECT count(*) FROM clients").fetchone() == (1,)
+        assert db.execute("SELECT count(*) FROM clients").fetchone() == (0,)
         assert (
             db.execute("SELECT count(*) FROM logins").fetchone()
             == db.execute("SELECT count(*) FROM grants").fetchone()
@@ -127,6 +129,17 @@ def test_https_is_wanted_from_end_to_end(make_installation, monkeypatch):
         and "does not answer: it speaks no TLS" in done.stdout
         and "its certificate" in done.stdout
     )
+
+
+def test_nobody_logs_in_through_the_client_as_which_it_asks(broker):
+    client = OAuthClient(broker.url, redirect_uri="http://127.0.0.1:33418/")
+    client.discover()
+    client.client_id = fjmcp_broker.TRIAL_CLIENT
+    url = client.authorize_url(state="s")
+    with pytest.raises(Exception, match="not registered here"):
+        approve_login(Browser(), url, "alice", "secret")
+    assert "access_denied" in approve_login(Browser(), url, "alice", "secret", decision="deny")
+    assert not broker.records("consent_given") and broker.records("refused")[0]["reason"] == "unknown_client"
 
 
 # -- crippled
