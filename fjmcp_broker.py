@@ -15,8 +15,8 @@ Four ideas carry the design:
      hashed tokens, sealed credentials, commit before answer.
 
 Contents, in dependency order; a section names only what stands above it:
-  Vocabulary · Tool rules · Settings · Log and metrics · Seal · Store · Messages · HTTP values · Outgoing HTTP ·
-  Forgejo · Forgejo credentials · Pages · Clients · Authorization ·
+  Vocabulary · Tool rules · Settings · Log and metrics · Seal · Store · Messages · HTTP values ·
+  Outgoing HTTP · Forgejo · Forgejo credentials · Pages · Clients · Authorization ·
   Child process · Calls · Dialects · Backend · Launcher and capacity · Session · Frontends · Sessions ·
   Maintenance · Endpoint · HTTP server · Broker · Command line · Init · Doctor · Check · Operators · Serve
 """
@@ -453,9 +453,9 @@ def rule_warnings(rules: Sequence[ToolRule], tools: Collection[str] = ()) -> lis
         wider = [other for other, later in reached[place + 1 :] if escapes_to(rule, later, tools)]
         if wider:
             found.append(
-                f"tool_rules: rule {number} takes rights by group or login, and rule {wider[0]} after it gives more: who leaves"
-                " the group or is renamed gets that. Give the wider rights by group or login, and the narrower ones to the rest;"
-                " or name people by `id:` and their number"
+                f"tool_rules: rule {number} takes rights by group or login, and rule {wider[0]} after it "
+                "gives more: who leaves the group or is renamed gets that. Give the wider rights by group or "
+                "login, and the narrower ones to the rest; or name people by `id:` and their number"
             )
     return found
 
@@ -465,8 +465,8 @@ def doubtful_globs(rule: ToolRule, tools: Collection[str]) -> Iterator[str]:
     for glob in rule.clients or ():
         if reaches_into_host(glob):
             yield (
-                f"clients: {glob!r} has a wildcard that reaches into the host of a client's URL: clients of other hosts match it too."
-                " Put it behind the host, as in 'https://claude.ai/*'"
+                f"clients: {glob!r} has a wildcard that reaches into the host of a client's URL: "
+                "clients of other hosts match it too. Put it behind the host, as in 'https://claude.ai/*'"
             )
     for key, globs in (("allow", rule.rights.allow or ()), ("deny", rule.rights.deny)):
         for glob in globs:
@@ -666,14 +666,16 @@ SETTINGS = (
     Setting(
         "forgejo_oauth_scopes",
         "forgejo_scopes",
-        "openid profile read:user read:misc write:repository write:issue write:notification read:organization write:organization",
+        "openid profile read:user read:misc write:repository write:issue write:notification "
+        "read:organization write:organization",
         "what is asked of Forgejo; frozen by Forgejo at each user's first login",
     ),
     Setting(
         "forgejo_mcp_binary",
         "command",
         "forgejo-mcp",
-        "path, run with `--transport stdio --url <forgejo_internal_url, else forgejo_url>`; or a list, run as it is",
+        "path, run with `--transport stdio --url <forgejo_internal_url, else forgejo_url>`; "
+        "or a list, run as it is",
     ),
     Setting("store_path", "path", "broker.db", "SQLite database"),
     Setting(
@@ -877,15 +879,16 @@ SETTINGS = (
         "check_at_start",
         "switch",
         True,
-        "after each start, ask Forgejo and start forgejo-mcp once as `check` does; what fails is a warning in the log",
+        "after each start, ask Forgejo and start forgejo-mcp once as `check` does; "
+        "what fails is a warning in the log",
     ),
     Setting("debug", "switch", False, "log what children write to stderr, and each request", reload=True),
     Setting(
         "tool_rules",
         "tool_rules",
         (),
-        "[[tool_rules]]: users, groups, clients; allow, deny, access, resources, prompts: the first rule that matches a caller decides"
-        " (file only; see operate.md)",
+        "[[tool_rules]]: users, groups, clients; allow, deny, access, resources, prompts: "
+        "the first rule that matches a caller decides (file only; see operate.md)",
         reload=True,
     ),
     Setting(
@@ -933,7 +936,8 @@ def _url(value: object) -> str:
     match = URL.fullmatch(_text(value).rstrip("/"))
     if not match or not 0 < int(match[3] or 1) < 65536:
         raise ValueError(
-            "must be a URL that starts with https:// (or http:// on loopback), without user name, query or fragment"
+            "must be a URL that starts with https:// (or http:// on loopback), without user name, "
+            "query or fragment"
         )
     scheme = match[1].lower()
     host = match[2].lower()
@@ -1058,7 +1062,8 @@ def _forgejo_scopes(value: object) -> str:
     wrong = [name for name in names if not FORGEJO_SCOPE.fullmatch(name)]
     if wrong:
         raise ValueError(
-            f"contains no scope of Forgejo: {', '.join(wrong)}. Names are separated by spaces, such as `read:user`"
+            f"contains no scope of Forgejo: {', '.join(wrong)}. Names are separated by spaces, "
+            "such as `read:user`"
         )
     # Without one valid API scope Forgejo grants everything, the administration API included.
     if not any(":" in name or name == "all" for name in names):
@@ -1451,8 +1456,8 @@ def _conflicts(values: Mapping[str, Any], given: Mapping[str, Given]) -> Iterato
     if values.get("max_body", 0) * 4 > values.get("body_bytes", math.inf):
         source, line = given["max_body"][1:]
         yield (
-            f"{source}: max_body = {values['max_body']} is more than a quarter of body_bytes ="
-            f" {values['body_bytes']} ({given['body_bytes'].source}): raise body_bytes or lower max_body{line}"
+            f"{source}: max_body = {values['max_body']} is more than a quarter of body_bytes = "
+            f"{values['body_bytes']} ({given['body_bytes'].source}): raise body_bytes or lower max_body{line}"
         )
 
 
@@ -1491,8 +1496,8 @@ def load_settings(
     problems += _conflicts(values, given)
     if problems and not config_path and os.path.exists(CONFIGURATION_FILE):
         problems.append(
-            f"{CONFIGURATION_FILE} was not read: it or its folder belongs to another user, or others may write"
-            f" there. If it is yours, name it: --config {CONFIGURATION_FILE}"
+            f"{CONFIGURATION_FILE} was not read: it or its folder belongs to another user, "
+            f"or others may write there. If it is yours, name it: --config {CONFIGURATION_FILE}"
         )
     if problems:
         raise ConfigurationError(problems)
@@ -1538,9 +1543,9 @@ RECORD_OWNERS = 1000
 
 NULLABLE = ("session",)  # fields that are null where others are left out
 AUDIT_EVENTS = (
-    "client_registered client_removed consent_given consent_refused login account_opened token_issued token_refreshed"
-    " token_revoked reuse_detected logged_out_upstream suspended identity_changed access_refused session_opened"
-    " session_ended child_started child_stopped tool_called"
+    "client_registered client_removed consent_given consent_refused login account_opened token_issued "
+    "token_refreshed token_revoked reuse_detected logged_out_upstream suspended identity_changed "
+    "access_refused session_opened session_ended child_started child_stopped tool_called"
 ).split()
 CALL_OUTCOMES = "ok tool_error error denied cancelled started unknown".split()
 CHILD_STATES = "starting idle busy stopping".split()
@@ -1550,24 +1555,29 @@ CONNECT_STEPS = "discovery registered authorize consent login token first_call".
 
 # Why a request was turned away, by the endpoint at which that happens. Routine ones are records at debug.
 ROUTINE_REASONS = {
-    "no_token", "token_expired", "no_metadata", "method_not_allowed", "method_not_found", "unsupported_version",
+    "no_token", "token_expired", "no_metadata", "method_not_allowed", "method_not_found",
+    "unsupported_version",
 }  # fmt: skip
-_ANYWHERE = "misdirected_request method_not_allowed too_many_requests bad_request store_unavailable server_error other"
+_ANYWHERE = (
+    "misdirected_request method_not_allowed too_many_requests bad_request store_unavailable "
+    "server_error other"
+)
 _BODY = " content_too_large request_timeout temporarily_unavailable"
 _PAGE = " malformed two_cookies temporarily_unavailable"
 _AUTHORIZE = (
-    " repeated unknown_client unreadable_client redirect_uri no_pkce invalid_request unsupported_response_type"
-    " request_not_supported request_uri_not_supported invalid_target interaction_required"
+    " repeated unknown_client unreadable_client redirect_uri no_pkce invalid_request "
+    "unsupported_response_type request_not_supported request_uri_not_supported invalid_target "
+    "interaction_required"
 )
 _FORM = _BODY + " foreign_form malformed wrong_browser two_cookies expired"
 _CALLBACK = (
-    " malformed_answer expired wrong_browser not_logged_in access_denied forgejo_denied forgejo_failed forgejo_down"
-    " forgejo_misconfigured forgejo_refused account_refused"
+    " malformed_answer expired wrong_browser not_logged_in access_denied forgejo_denied forgejo_failed "
+    "forgejo_down forgejo_misconfigured forgejo_refused account_refused"
 )
 _CLIENT = " invalid_request unknown_client invalid_client bad_assertion keys_unreadable"
 _TOKEN = (
-    " unsupported_grant_type invalid_target bad_code code_expired code_used bad_refresh_token login_ended login_expired"
-    " refresh_token_reused logged_out suspended clock_was_set invalid_grant"
+    " unsupported_grant_type invalid_target bad_code code_expired code_used bad_refresh_token login_ended "
+    "login_expired refresh_token_reused logged_out suspended clock_was_set invalid_grant"
 )
 _MCP = (
     " forbidden_origin no_token token_expired bad_token logged_out suspended insufficient_scope parse_error"
@@ -1656,21 +1666,25 @@ _FORGEJO_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0)
 _REFUSALS = tuple((endpoint, reason) for endpoint, reasons in REASONS.items() for reason in reasons)
 # fmt: off
 FAMILIES = (
-    Family("fjmcp_build_info", "gauge", "The running version, and the git blob id of its file.", ("version", "git"), ()),
+    Family("fjmcp_build_info", "gauge", "The running version, and the git blob id of its file.",
+        ("version", "git"), ()),
     Family("fjmcp_sessions", "gauge", "Sessions that the store holds."),
     Family("fjmcp_children", "gauge", "Children by state.", ("state",), _each(CHILD_STATES)),
     Family("fjmcp_children_limit", "gauge", "Children that may be awake at once (max_sessions)."),
     Family("fjmcp_connections", "gauge", "Open HTTP connections."),
     Family("fjmcp_streams", "gauge", "Event streams that are being sent."),
     Family("fjmcp_events_total", "counter", "Audit events.", ("event",), _each(AUDIT_EVENTS)),
-    Family("fjmcp_refusals_total", "counter", "Requests that were turned away.", ("endpoint", "reason"), _REFUSALS),
+    Family("fjmcp_refusals_total", "counter", "Requests that were turned away.", ("endpoint", "reason"),
+        _REFUSALS),
     Family("fjmcp_connect_total", "counter", "Steps of connecting that succeeded.", ("client", "step"),
         _each(KNOWN_CLIENTS, CONNECT_STEPS)),
-    Family("fjmcp_http_request_duration_seconds", "histogram", "Time until the head of an answer was sent, streams left out.",
+    Family("fjmcp_http_request_duration_seconds", "histogram",
+        "Time until the head of an answer was sent, streams left out.",
         ("endpoint",), _each(REASONS), _REQUEST_BUCKETS),
     Family("fjmcp_tool_call_duration_seconds", "histogram", "Duration of tools/call.",
         ("outcome",), _each(CALL_OUTCOMES), _CALL_BUCKETS),
-    Family("fjmcp_child_start_duration_seconds", "histogram", "Time until a started child has answered the handshake.",
+    Family("fjmcp_child_start_duration_seconds", "histogram",
+        "Time until a started child has answered the handshake.",
         buckets=_START_BUCKETS),
     Family("fjmcp_forgejo_request_duration_seconds", "histogram", "Duration of requests to Forgejo.",
         ("endpoint", "outcome"), _each(FORGEJO_ENDPOINTS, FORGEJO_OUTCOMES), _FORGEJO_BUCKETS),
@@ -2190,7 +2204,10 @@ def file_trouble(path: str, error: Exception) -> str:
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return f"another process keeps it locked ({said}). End that one, or try again"
     if number in (errno.EACCES, errno.EPERM) or code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-        return f"{said}: user {os.geteuid()} may not use it. It and its folder must belong to the user that serves"
+        return (
+            f"{said}: user {os.geteuid()} may not use it. "
+            "It and its folder must belong to the user that serves"
+        )
     if code == sqlite3.SQLITE_IOERR:
         return (
             f"its disk fails ({said}). Look into the kernel's log (dmesg), and copy the file to another disk"
@@ -2217,7 +2234,8 @@ def load_keyring(settings: Settings) -> Keyring:
             if os.path.exists(settings.store_path):
                 raise ConfigurationError(
                     [
-                        f"key_file: {path} is missing, and {settings.store_path} was sealed with it. Put the key back"
+                        f"key_file: {path} is missing, and {settings.store_path} was sealed with it. "
+                        "Put the key back"
                     ]
                 )
             # The file exists now where another process is starting, too.
@@ -2241,17 +2259,18 @@ def load_keyring(settings: Settings) -> Keyring:
 SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE clients (
-  client_id TEXT PRIMARY KEY, kind TEXT NOT NULL, name TEXT NOT NULL, redirect_uris TEXT NOT NULL, secret_hash BLOB,
-  auth_method TEXT NOT NULL, metadata TEXT NOT NULL, keys TEXT, fetched_at REAL, fresh_until REAL,
-  created_at REAL NOT NULL, used_at REAL NOT NULL
+  client_id TEXT PRIMARY KEY, kind TEXT NOT NULL, name TEXT NOT NULL, redirect_uris TEXT NOT NULL,
+  secret_hash BLOB, auth_method TEXT NOT NULL, metadata TEXT NOT NULL, keys TEXT,
+  fetched_at REAL, fresh_until REAL, created_at REAL NOT NULL, used_at REAL NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX clients_by_use ON clients (kind, used_at);
 CREATE TABLE assertions (hash BLOB PRIMARY KEY, expires_at REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE users (
   sub TEXT PRIMARY KEY, login TEXT NOT NULL, name TEXT NOT NULL, groups TEXT NOT NULL, state TEXT NOT NULL,
   credential BLOB, credential_grant INTEGER NOT NULL DEFAULT 0, credential_count INTEGER NOT NULL DEFAULT 0,
-  credential_seq INTEGER NOT NULL DEFAULT 0, access_expires_at REAL NOT NULL DEFAULT 0, obtained_at REAL NOT NULL DEFAULT 0,
-  refreshing_since REAL, upstream_scope TEXT, checked_at REAL NOT NULL, created_at REAL NOT NULL
+  credential_seq INTEGER NOT NULL DEFAULT 0, access_expires_at REAL NOT NULL DEFAULT 0,
+  obtained_at REAL NOT NULL DEFAULT 0, refreshing_since REAL, upstream_scope TEXT,
+  checked_at REAL NOT NULL, created_at REAL NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE logins (
   state_hash BLOB PRIMARY KEY, form_hash BLOB NOT NULL UNIQUE, browser_hash BLOB NOT NULL, kind TEXT NOT NULL,
@@ -2259,15 +2278,16 @@ CREATE TABLE logins (
 ) WITHOUT ROWID;
 CREATE INDEX logins_by_expiry ON logins (expires_at);
 CREATE TABLE grants (
-  grant_id INTEGER PRIMARY KEY AUTOINCREMENT, sub TEXT NOT NULL REFERENCES users, client_id TEXT NOT NULL, scope TEXT NOT NULL,
-  asked TEXT NOT NULL, resource TEXT NOT NULL, created_at REAL NOT NULL, used_at REAL NOT NULL, expires_at REAL NOT NULL,
-  ended_at REAL, end_reason TEXT
+  grant_id INTEGER PRIMARY KEY AUTOINCREMENT, sub TEXT NOT NULL REFERENCES users, client_id TEXT NOT NULL,
+  scope TEXT NOT NULL, asked TEXT NOT NULL, resource TEXT NOT NULL,
+  created_at REAL NOT NULL, used_at REAL NOT NULL, expires_at REAL NOT NULL, ended_at REAL, end_reason TEXT
 );
 CREATE INDEX grants_by_owner ON grants (sub, client_id, ended_at);
 CREATE INDEX grants_by_end ON grants (ended_at);
 CREATE TABLE codes (
-  hash BLOB PRIMARY KEY, grant_id INTEGER NOT NULL REFERENCES grants ON DELETE CASCADE, client_id TEXT NOT NULL,
-  redirect_uri TEXT NOT NULL, challenge TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0, expires_at REAL NOT NULL, used_at REAL
+  hash BLOB PRIMARY KEY, grant_id INTEGER NOT NULL REFERENCES grants ON DELETE CASCADE,
+  client_id TEXT NOT NULL, redirect_uri TEXT NOT NULL, challenge TEXT NOT NULL,
+  attempts INTEGER NOT NULL DEFAULT 0, expires_at REAL NOT NULL, used_at REAL
 ) WITHOUT ROWID;
 CREATE TABLE access_tokens (
   hash BLOB PRIMARY KEY, grant_id INTEGER NOT NULL REFERENCES grants ON DELETE CASCADE, scope TEXT NOT NULL,
@@ -2276,19 +2296,21 @@ CREATE TABLE access_tokens (
 CREATE INDEX access_tokens_by_grant ON access_tokens (grant_id);
 CREATE INDEX access_tokens_by_expiry ON access_tokens (expires_at);
 CREATE TABLE refresh_tokens (
-  hash BLOB PRIMARY KEY, grant_id INTEGER NOT NULL REFERENCES grants ON DELETE CASCADE, issued_at REAL NOT NULL,
-  expires_at REAL NOT NULL, rotated_at REAL, successor BLOB
+  hash BLOB PRIMARY KEY, grant_id INTEGER NOT NULL REFERENCES grants ON DELETE CASCADE,
+  issued_at REAL NOT NULL, expires_at REAL NOT NULL, rotated_at REAL, successor BLOB
 ) WITHOUT ROWID;
 CREATE INDEX refresh_tokens_by_grant ON refresh_tokens (grant_id);
 CREATE INDEX refresh_tokens_by_rotation ON refresh_tokens (rotated_at) WHERE successor IS NOT NULL;
 CREATE TABLE sessions (
-  hash BLOB PRIMARY KEY, sub TEXT NOT NULL, client_id TEXT NOT NULL, protocol_version TEXT NOT NULL, initialize TEXT NOT NULL,
-  server TEXT NOT NULL, log_level TEXT, subscriptions TEXT NOT NULL DEFAULT '[]', tools_hash BLOB,
-  created_at REAL NOT NULL, used_at REAL NOT NULL
+  hash BLOB PRIMARY KEY, sub TEXT NOT NULL, client_id TEXT NOT NULL, protocol_version TEXT NOT NULL,
+  initialize TEXT NOT NULL, server TEXT NOT NULL, log_level TEXT, subscriptions TEXT NOT NULL DEFAULT '[]',
+  tools_hash BLOB, created_at REAL NOT NULL, used_at REAL NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX sessions_by_owner ON sessions (sub, client_id, used_at);
 CREATE INDEX sessions_by_use ON sessions (used_at);
-CREATE TABLE binaries (fingerprint TEXT PRIMARY KEY, era TEXT NOT NULL, asks INTEGER NOT NULL, seen_at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE binaries (
+  fingerprint TEXT PRIMARY KEY, era TEXT NOT NULL, asks INTEGER NOT NULL, seen_at REAL NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE account_logins (
   browser_hash BLOB PRIMARY KEY, sub TEXT NOT NULL, expires_at REAL NOT NULL
 ) WITHOUT ROWID;
@@ -2322,7 +2344,8 @@ CREATE INDEX assertions_by_expiry ON assertions (expires_at);
 CREATE INDEX account_logins_by_expiry ON account_logins (expires_at);
 CREATE INDEX account_logins_by_user ON account_logins (sub);
 CREATE TABLE operator_records (
-  record_id INTEGER PRIMARY KEY, event TEXT NOT NULL, sub TEXT, client_id TEXT, grant_id INTEGER, reason TEXT NOT NULL
+  record_id INTEGER PRIMARY KEY, event TEXT NOT NULL, sub TEXT, client_id TEXT, grant_id INTEGER,
+  reason TEXT NOT NULL
 );
 """
 MIGRATIONS = (SCHEMA, VERSION_2)  # MIGRATIONS[n] takes a store from version n to n + 1
@@ -2953,9 +2976,13 @@ DROP_REGISTRATIONS = f"""
 # A new row says only that the document was asked for; what it says stands in the next statement.
 KEEP_DOCUMENT = """
     INSERT INTO clients (
-      client_id, kind, name, redirect_uris, auth_method, metadata, fetched_at, fresh_until, created_at, used_at
+      client_id, kind, name, redirect_uris, auth_method, metadata,
+      fetched_at, fresh_until, created_at, used_at
     )
-    VALUES (:url, 'unreadable', :name, :redirect_uris, :auth_method, :metadata, :now, :fresh_until, :now, :now)
+    VALUES (
+      :url, 'unreadable', :name, :redirect_uris, :auth_method, :metadata,
+      :now, :fresh_until, :now, :now
+    )
     ON CONFLICT (client_id) DO UPDATE
     SET fetched_at = :now,
         fresh_until = :fresh_until,
@@ -3018,7 +3045,9 @@ class ClientStore(Database):
             INSERT INTO clients (
               client_id, kind, name, redirect_uris, secret_hash, auth_method, metadata, created_at, used_at
             )
-            VALUES (:client_id, :kind, :name, :redirect_uris, :secret_hash, :auth_method, :metadata, :now, :now)
+            VALUES (
+              :client_id, :kind, :name, :redirect_uris, :secret_hash, :auth_method, :metadata, :now, :now
+            )
             ON CONFLICT (client_id) DO UPDATE
             SET kind = excluded.kind,
                 name = excluded.name,
@@ -3120,7 +3149,8 @@ class ClientStore(Database):
         else:
             self._run(
                 {"since": repr(since)},
-                "INSERT INTO meta (name, value) VALUES ('documents_failing_since', :since) ON CONFLICT DO NOTHING",
+                "INSERT INTO meta (name, value) VALUES ('documents_failing_since', :since) "
+                "ON CONFLICT DO NOTHING",
             )
 
     def keep_keys(self, url: str, keys: Mapping[str, object]) -> None:
@@ -3533,7 +3563,8 @@ class LoginStore(Database):
             "UPDATE logins SET answer = :answer WHERE state_hash = :state_hash",
             MAKE_GRANT,
             MAKE_CODE,
-            "UPDATE clients SET used_at = :now, unused_since = NULL, network = NULL WHERE client_id = :client_id",
+            "UPDATE clients SET used_at = :now, unused_since = NULL, network = NULL "
+            "WHERE client_id = :client_id",
         )
         return int(made[0][0])
 
@@ -3541,7 +3572,8 @@ class LoginStore(Database):
         """Lets a browser see and end what its user has connected."""
         self._run(
             {"browser_hash": browser_hash, "sub": sub, "expires_at": expires_at},
-            "INSERT INTO account_logins (browser_hash, sub, expires_at) VALUES (:browser_hash, :sub, :expires_at)",
+            "INSERT INTO account_logins (browser_hash, sub, expires_at) "
+            "VALUES (:browser_hash, :sub, :expires_at)",
         )
 
     def account(self, browser_hash: bytes, now: float) -> AccountRow | None:
@@ -3863,13 +3895,17 @@ class SessionStore(Database):
                 "keep": keep,
             },
             """
-            INSERT INTO sessions (hash, sub, client_id, protocol_version, initialize, server, created_at, used_at)
+            INSERT INTO sessions (
+              hash, sub, client_id, protocol_version, initialize, server, created_at, used_at
+            )
             VALUES (:hash, :sub, :client_id, :protocol_version, :initialize, :server, :now, :now)
             """,
             f"""
             DELETE FROM sessions
             WHERE hash IN (
-              SELECT hash FROM sessions WHERE sub = :sub ORDER BY used_at DESC, created_at DESC {ALL_BUT} :keep
+              SELECT hash FROM sessions
+              WHERE sub = :sub
+              ORDER BY used_at DESC, created_at DESC {ALL_BUT} :keep
             )
             RETURNING hash
             """,
@@ -5518,7 +5554,8 @@ def fetch(
 # and multicast addresses through. Of IPv6 only 2000::/3 is in use.
 # fmt: off
 NOT_PUBLIC = tuple(map(ipaddress.ip_network, (
-    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
+    "192.0.0.0/24",
     "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
     "224.0.0.0/3", "::/3", "4000::/2", "8000::/1", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20",
 )))
@@ -6529,16 +6566,16 @@ NO_HTML = Html("")
 
 # --edge is the border of what can be operated: at least 3:1 to what surrounds it (WCAG 2.2, 1.4.11).
 STYLE = """
-:root{color-scheme:light dark;--ink:#1d2125;--quiet:#59636e;--paper:#fff;--back:#f3f4f6;--line:#d5d9de;--edge:#737c86;
- --accent:#9a3b12;--on:#fff;--warn:#fff4e0}
-@media(prefers-color-scheme:dark){:root{--ink:#eceef0;--quiet:#a9b1ba;--paper:#1c2024;--back:#121417;--line:#3a4047;
- --edge:#858f99;--accent:#f29a66;--on:#201006;--warn:#33270f}}
+:root{color-scheme:light dark;--ink:#1d2125;--quiet:#59636e;--paper:#fff;--back:#f3f4f6;--line:#d5d9de;
+ --edge:#737c86;--accent:#9a3b12;--on:#fff;--warn:#fff4e0}
+@media(prefers-color-scheme:dark){:root{--ink:#eceef0;--quiet:#a9b1ba;--paper:#1c2024;--back:#121417;
+ --line:#3a4047;--edge:#858f99;--accent:#f29a66;--on:#201006;--warn:#33270f}}
 *{box-sizing:border-box}
 html{scroll-padding-bottom:6rem}
 body{margin:0;background:var(--back);color:var(--ink);font:1rem/1.5 system-ui,sans-serif}
 main{--around:var(--back);max-width:38rem;margin:0 auto;padding:1rem;overflow-wrap:anywhere}
-@media(min-width:40.1rem){main{--around:var(--paper);margin:2rem auto;padding:1.75rem 2rem;background:var(--paper);
- border:1px solid var(--line);border-radius:.75rem}}
+@media(min-width:40.1rem){main{--around:var(--paper);margin:2rem auto;padding:1.75rem 2rem;
+ background:var(--paper);border:1px solid var(--line);border-radius:.75rem}}
 a{color:var(--accent)}
 h1{font-size:1.4rem;line-height:1.25;margin:0 0 .8rem}
 h2{font-size:1.05rem;margin:1.5rem 0 .5rem}
@@ -6566,7 +6603,8 @@ button{flex:1 1 8rem;min-height:2.9rem;padding:.3rem 1rem;font:inherit;font-weig
 button.main{background:var(--accent);border-color:var(--accent);color:var(--on)}
 :focus-visible{outline:3px solid var(--accent);outline-offset:2px}
 .row{display:flex;gap:.75rem;flex-wrap:wrap;margin-top:1rem}
-@media(max-width:40rem){.reach{position:sticky;bottom:0;padding:.6rem 0;background:var(--around);border-top:1px solid var(--line)}}
+@media(max-width:40rem){.reach{position:sticky;bottom:0;padding:.6rem 0;background:var(--around);
+ border-top:1px solid var(--line)}}
 .apps{list-style:none;padding:0}
 .apps>li{border-top:1px solid var(--line);padding:.5rem 0;margin:0}
 .line{display:flex;gap:.2rem 1rem;flex-wrap:wrap;align-items:center;margin:0}
@@ -6666,34 +6704,44 @@ REGISTER_AGAIN = (
 # fmt: off
 ERROR_PAGES = {  # the reason, one word for the log: what the person reads
     "unknown_client": ErrorText(400, "This application is not registered here",
-        "Its registration was removed, or belongs to another server. Let the application register again:", REGISTER_AGAIN),
+        "Its registration was removed, or belongs to another server. Let the application register again:",
+        REGISTER_AGAIN),
     "unreadable_client": ErrorText(400, "This application cannot be looked up",
-        "The address by which it introduces itself could not be read just now, or what stands there does not describe it. "
-        "Try again in a minute; if that does not help, ask who makes the application."),
-    "expired": ErrorText(400, "This login has expired", f"It took too long, or was finished already. {START_AGAIN}"),
+        "The address by which it introduces itself could not be read just now, or what stands there does "
+        "not describe it. Try again in a minute; if that does not help, ask who makes the application."),
+    "expired": ErrorText(400, "This login has expired",
+        f"It took too long, or was finished already. {START_AGAIN}"),
     "answered": ErrorText(400, "This was answered already",
-        "The answer was another one, and it stands. If your application is still waiting, start again from it."),
+        "The answer was another one, and it stands. If your application is still waiting, "
+        "start again from it."),
     "wrong_browser": ErrorText(403, "This login began in another browser",
-        "For your safety it cannot go on here. If you started it yourself, start again from your application, allow cookies "
-        "for this site, and stay in one browser. If somebody sent you this link, close it."),
-    "malformed": ErrorText(400, "This request cannot be read", f"Its parameters are malformed. {START_AGAIN}"),
-    "malformed_answer": ErrorText(400, "This answer cannot be used", f"Forgejo's answer is malformed. {START_AGAIN}"),
+        "For your safety it cannot go on here. If you started it yourself, "
+        "start again from your application, allow cookies for this site, and stay in one browser. "
+        "If somebody sent you this link, close it."),
+    "malformed": ErrorText(400, "This request cannot be read",
+        f"Its parameters are malformed. {START_AGAIN}"),
+    "malformed_answer": ErrorText(400, "This answer cannot be used",
+        f"Forgejo's answer is malformed. {START_AGAIN}"),
     "repeated": ErrorText(400, "This request cannot be trusted",
         f"It names client_id or redirect_uri more than once. {START_AGAIN}"),
     "redirect_uri": ErrorText(400, "This request cannot be trusted",
         "It wants the answer sent to an address (redirect_uri) that the application has not registered. "
         "Remove the connection in your application and add it again."),
-    "undecided": ErrorText(400, "Nothing was decided", "The form came without a choice. Go back and choose again."),
-    "foreign_form": ErrorText(403, "This form came from elsewhere", f"Another website sent it. {START_AGAIN}"),
+    "undecided": ErrorText(400, "Nothing was decided",
+        "The form came without a choice. Go back and choose again."),
+    "foreign_form": ErrorText(403, "This form came from elsewhere",
+        f"Another website sent it. {START_AGAIN}"),
     "two_cookies": ErrorText(400, "This browser's cookies cannot be trusted",
         "Clear the cookies of this site and start again."),
-    "not_logged_in": ErrorText(403, "You are not logged in", "", ("Go to your applications and log in again.",)),
+    "not_logged_in": ErrorText(403, "You are not logged in", "",
+        ("Go to your applications and log in again.",)),
 }
 REFUSAL_PAGES = {  # status: (title, what to do); what happened is the refusal's own sentence
     404: ("There is no such page", "Check the address. What you can do here begins at the home page."),
     421: ("This server has another name", "Open the address that your operator gave you."),
     429: ("Too many requests", "Wait a minute, then load this page again."),
-    503: ("Not available just now", "Wait a minute, then load this page again. If your application waits, start again from it."),
+    503: ("Not available just now",
+        "Wait a minute, then load this page again. If your application waits, start again from it."),
 }
 # fmt: on
 ERROR_BODY = """<p>{sentence}</p>{advice}<p class="quiet">{request}<a href="/">Home page of this server</a> ·
@@ -6736,8 +6784,9 @@ class ErrorPage(Exception):
 
 def connected_page() -> Response:
     """Returns the answer to a login that was finished before: it is no error."""
-    body = """<p>This login was finished, and the application has taken its answer. You can close this page. If the
-application still waits, start again from it.</p><p><a href="/account">See and end what you have connected</a>.</p>"""
+    body = """<p>This login was finished, and the application has taken its answer. You can close this page.
+If the application still waits, start again from it.</p>
+<p><a href="/account">See and end what you have connected</a>.</p>"""
     return page(200, "Your application is connected", Html(body))
 
 
@@ -6803,7 +6852,8 @@ class ConsentQuestion:
 # 4.10.21.2), the first that is not disabled in Chromium. So the first is disabled,
 # and the second submits to a dialog that is not there, which does nothing.
 CONSENT_TEMPLATE = """
-<div class="box"><p><bdi class="big">{q.client_name}</bdi> wants to use <span class="big">{host}</span> as you.</p>
+<div class="box">
+<p><bdi class="big">{q.client_name}</bdi> wants to use <span class="big">{host}</span> as you.</p>
 <p class="quiet">{known}</p>
 <p>The answer goes to <strong>{where}</strong><br><code class="quiet">{q.redirect_uri}</code></p>{local}</div>
 <p class="box warn">Go on only if you started this yourself, just now, in an application you trust.</p>
@@ -6811,18 +6861,24 @@ CONSENT_TEMPLATE = """
 <button type="submit" hidden formmethod="dialog" formnovalidate></button>
 <input type="hidden" name="login" value="{q.login_box}"><input type="hidden" name="csrf" value="{q.csrf}">
 <fieldset><legend>What may it do?</legend>{choices}</fieldset>
-<p>You connect the account that is signed in at {host} in this browser; if none is, you sign in there next. The access lasts
-until you end it at <code>{q.account}</code>, or until it has not been used for {lifetime}.</p>
+<p>You connect the account that is signed in at {host} in this browser; if none is, you sign in there next.
+The access lasts until you end it at <code>{q.account}</code>,
+or until it has not been used for {lifetime}.</p>
 <div class="row reach"><button name="decision" value="deny" formnovalidate>Refuse</button>
 <button class="main" name="decision" value="approve">Allow</button></div>
-</form><p class="quiet">To connect another account, first <a href="{q.forgejo_url}" target="_blank" rel="noopener">sign out at
-{host}</a> (opens a new page), then come back here. Application id: <code>{q.client_id}</code></p>"""
-CHOICE_TEMPLATE = """<div class="choice"><label><input type="radio" name="access" value="{value}" required{checked}
- aria-describedby="{value}-rights"><strong>{title}</strong>: {summary}</label><div id="{value}-rights"><ul>{rights}</ul>{note}</div></div>"""
+</form><p class="quiet">To connect another account, first
+<a href="{q.forgejo_url}" target="_blank" rel="noopener">sign out at {host}</a> (opens a new page),
+then come back here. Application id: <code>{q.client_id}</code></p>"""
+CHOICE_TEMPLATE = """<div class="choice"><label>
+<input type="radio" name="access" value="{value}" required{checked}
+ aria-describedby="{value}-rights"><strong>{title}</strong>: {summary}</label>
+<div id="{value}-rights"><ul>{rights}</ul>{note}</div></div>"""
 LOCAL_APPLICATION = Html(
-    "<p>Any program on this device can ask in an application's name: make sure that it is the one you started.</p>"
+    "<p>Any program on this device can ask in an application's name: "
+    "make sure that it is the one you started.</p>"
 )
-READ_ONLY_NOTE = """<p class="quiet">This server enforces that, tool by tool; the key it keeps for you at {item} could do more.</p>"""
+READ_ONLY_NOTE = """<p class="quiet">This server enforces that, tool by tool;
+the key it keeps for you at {item} could do more.</p>"""
 
 
 def who_asks(question: ConsentQuestion) -> str:
@@ -6831,7 +6887,10 @@ def who_asks(question: ConsentQuestion) -> str:
         return "The application calls itself that; the name is not verified."
     known = f"The application calls itself that in its description at {question.client_host}."
     if question.unconfirmed_since:
-        known += f" That address does not answer: the description is unconfirmed since {moment(question.unconfirmed_since)}."
+        known += (
+            " That address does not answer: "
+            f"the description is unconfirmed since {moment(question.unconfirmed_since)}."
+        )
     return known
 
 
@@ -6880,8 +6939,9 @@ def consent_page(question: ConsentQuestion, headers: Headers = ()) -> Response:
 ACCOUNT_LOGIN_TEMPLATE = """<p>Here you see which applications may use {host} as you, and can end that.</p>
 <form method="post" action="/account/login"><input type="hidden" name="csrf" value="{csrf}">
 <div class="row"><button class="main">Log in at {host}</button></div></form>"""
-MISSING_RIGHTS = """<p role="note" class="box warn"><strong>Some tools will not work.</strong> At Forgejo this server has not got these rights:
-<code>{missing}</code>. Forgejo keeps what was agreed to at the first login. To change that, remove this server from
+MISSING_RIGHTS = """<p role="note" class="box warn"><strong>Some tools will not work.</strong>
+At Forgejo this server has not got these rights: <code>{missing}</code>.
+Forgejo keeps what was agreed to at the first login. To change that, remove this server from
 <a href="{settings}">the authorized applications in Forgejo's settings</a>, then connect again.</p>"""
 ACCOUNT_TEMPLATE = """<p>You are <strong>{login}</strong> at {host}.</p>{notes}<h2>Connected applications</h2>
 <form method="post" action="/account/end"><input type="hidden" name="csrf" value="{csrf}">{applications}
@@ -6889,14 +6949,16 @@ ACCOUNT_TEMPLATE = """<p>You are <strong>{login}</strong> at {host}.</p>{notes}<
 <p class="quiet"><a href="/">How to connect an application</a></p>"""
 APPLICATION_TEMPLATE = """<li><div class="line"><div><strong><bdi>{item.name}</bdi></strong>
 <span class="quiet">{access}, answers go to {item.destinations}, last used {used}</span></div>
-<button name="client" value="{item.client_id}" aria-label="Disconnect {item.name}">Disconnect</button></div>{sessions}</li>"""
+<button name="client" value="{item.client_id}" aria-label="Disconnect {item.name}">Disconnect</button></div>
+{sessions}</li>"""
 SESSIONS_TEMPLATE = (
     """<details><summary class="quiet">{count} open {noun}</summary><ul>{items}</ul></details>"""
 )
 SESSION_TEMPLATE = """<li class="line"><div class="quiet">since {began}, last used {used}</div>
-<button name="session" value="{item.key}" aria-label="End the session of {name} since {began}">End session</button></li>"""
-NOTHING_CONNECTED = """<p>Nothing is connected. To begin, give your assistant the address <code>{item}</code>; the
-<a href="/">home page</a> says how, for each assistant.</p>"""
+<button name="session" value="{item.key}"
+ aria-label="End the session of {name} since {began}">End session</button></li>"""
+NOTHING_CONNECTED = """<p>Nothing is connected. To begin, give your assistant the address <code>{item}</code>;
+the <a href="/">home page</a> says how, for each assistant.</p>"""
 DISCONNECT_ALL = Html('<button name="all" value="1">Disconnect all</button>')
 
 
@@ -7022,64 +7084,78 @@ SEEN = "2026-11-25"  # the day on which the versions below were connected, used,
 # fmt: off
 ASSISTANTS = (
     Assistant("Claude.ai, Claude Desktop, Claude mobile",
-        "*Settings → Connectors → Add custom connector*: a name, the address, *Add*; then *Connect*. In a team an owner adds it "
-        "once, everybody connects themselves. Desktop and mobile take it over from the account."),
+        "*Settings → Connectors → Add custom connector*: a name, the address, *Add*; "
+        "then *Connect*. In a team an owner adds it once, everybody connects themselves. "
+        "Desktop and mobile take it over from the account."),
     Assistant("Claude Code",
-        "`claude mcp add --transport http forgejo {url}`, then `claude mcp login forgejo`; or in a session `/mcp`, *forgejo*, "
-        "*Authenticate*.", f"2.1.332, {SEEN}"),
+        "`claude mcp add --transport http forgejo {url}`, then `claude mcp login forgejo`; "
+        "or in a session `/mcp`, *forgejo*, *Authenticate*.", f"2.1.332, {SEEN}"),
     Assistant("ChatGPT",
-        "*Settings → Apps → Advanced settings → Developer mode*; then *Settings → Apps → Create app*: a name, the address, "
-        "authentication *OAuth*."),
+        "*Settings → Apps → Advanced settings → Developer mode*; then *Settings → Apps → Create app*: "
+        "a name, the address, authentication *OAuth*."),
     Assistant("Codex",
-        "`codex mcp add forgejo --url {url}`, which logs in at once; later `codex mcp login forgejo`.", f"0.169.0, {SEEN}"),
+        "`codex mcp add forgejo --url {url}`, which logs in at once; later `codex mcp login forgejo`.",
+        f"0.169.0, {SEEN}"),
     Assistant("VS Code",
         "Command *MCP: Add Server*, *HTTP*, the address. Or `.vscode/mcp.json`: "
         '`{"servers": {"forgejo": {"type": "http", "url": "{url}"}}}`.'),
     Assistant("Cursor",
         '*Settings → MCP → Add*: `{"mcpServers": {"forgejo": {"url": "{url}"}}}`; then *Login*.'),
     Assistant("Copilot CLI",
-        "In a session `/mcp add`: type *HTTP*, the address, tools `*`; then follow the login.", f"1.0.102, {SEEN}"),
+        "In a session `/mcp add`: type *HTTP*, the address, tools `*`; then follow the login.",
+        f"1.0.102, {SEEN}"),
     Assistant("Gemini CLI",
-        "`gemini mcp add --transport http forgejo {url}`; then in a session `/mcp auth forgejo`.", f"0.61.0, {SEEN}"),
+        "`gemini mcp add --transport http forgejo {url}`; then in a session `/mcp auth forgejo`.",
+        f"0.61.0, {SEEN}"),
     Assistant("OpenCode",
-        '`opencode.json`: `{"mcp": {"forgejo": {"type": "remote", "url": "{url}"}}}`, then `opencode mcp auth forgejo`. '
+        '`opencode.json`: `{"mcp": {"forgejo": {"type": "remote", "url": "{url}"}}}`, '
+        "then `opencode mcp auth forgejo`. "
         "From version 2: `opencode mcp add forgejo --url {url}`, then `/mcps`.", f"1.18.33, {SEEN}"),
     Assistant("Kilo",
-        '`kilo.json`: `{"mcp": {"forgejo": {"type": "remote", "url": "{url}"}}}`, then `kilo mcp auth forgejo`.',
+        '`kilo.json`: `{"mcp": {"forgejo": {"type": "remote", "url": "{url}"}}}`, '
+        "then `kilo mcp auth forgejo`.",
         f"7.7.9, {SEEN}"),
     Assistant("Qwen Code",
-        "`qwen mcp add --transport http forgejo {url}`; then in a session `/mcp auth forgejo`.", f"0.24.4, {SEEN}"),
+        "`qwen mcp add --transport http forgejo {url}`; then in a session `/mcp auth forgejo`.",
+        f"0.24.4, {SEEN}"),
     Assistant("Cline",
-        "*MCP Servers → Remote Servers*: a name, the address, *Streamable HTTP*, *Add Server*; then *Authenticate*.",
+        "*MCP Servers → Remote Servers*: a name, the address, *Streamable HTTP*, *Add Server*; "
+        "then *Authenticate*.",
         f"3.0.65, {SEEN}"),
     Assistant("Kimi Code",
-        "`kimi mcp add --transport http --auth oauth forgejo {url}`, then `kimi mcp auth forgejo`.", f"2.1.0, {SEEN}"),
+        "`kimi mcp add --transport http --auth oauth forgejo {url}`, then `kimi mcp auth forgejo`.",
+        f"2.1.0, {SEEN}"),
     Assistant("Zed", 'In `settings.json`: `"context_servers": {"forgejo": {"url": "{url}"}}`.'),
-    Assistant("Goose", "`goose configure`, *Add Extension*, *Remote Extension (Streamable HTTP)*, the address."),
+    Assistant("Goose",
+        "`goose configure`, *Add Extension*, *Remote Extension (Streamable HTTP)*, the address."),
     Assistant("LibreChat",
-        "In `librechat.yaml`: `mcpServers: {forgejo: {type: streamable-http, url: \"{url}\"}}`; each user then connects."),
-    Assistant("Open WebUI",
-        "*Admin Settings → External Tools*, add: type *MCP (Streamable HTTP)*, the address, *OAuth 2.1*, *Register Client*; "
+        "In `librechat.yaml`: `mcpServers: {forgejo: {type: streamable-http, url: \"{url}\"}}`; "
         "each user then connects."),
+    Assistant("Open WebUI",
+        "*Admin Settings → External Tools*, add: type *MCP (Streamable HTTP)*, the address, *OAuth 2.1*, "
+        "*Register Client*; each user then connects."),
     Assistant("JetBrains AI Assistant",
         "*Settings → Tools → AI Assistant → Model Context Protocol (MCP)*, add as JSON: "
         '`{"mcpServers": {"forgejo": {"command": "npx", "args": ["mcp-remote", "{url}"]}}}`.'),
     Assistant("MCP Inspector",
-        "`npx @modelcontextprotocol/inspector`: transport *Streamable HTTP*, the address, *Connect*.", f"2.12.0, {SEEN}"),
+        "`npx @modelcontextprotocol/inspector`: transport *Streamable HTTP*, the address, *Connect*.",
+        f"2.12.0, {SEEN}"),
     Assistant("mcporter, mcpc", "`npx mcporter auth {url}`; `npx @apify/mcpc login {url}`.", SEEN),
     Assistant("Anything that only starts commands",
         "`npx mcp-remote {url}` as the command.", f"mcp-remote 0.15.1, {SEEN}"),
     Assistant("A program of your own",
         "Any MCP library with its OAuth support; the address is all it needs.",
-        "the official SDKs for Python, TypeScript, Go (1.8.0), Java (2.1.0) and Rust (rmcp 3.11.0), FastMCP, mcp-go 1.2.1, "
-        "AI SDK, LangChain, Mastra, pydantic-ai, openai-agents, strands, llama-index, mcp-use, google-adk, autogen, "
-        f"smolagents: {SEEN}"),
+        "the official SDKs for Python, TypeScript, Go (1.8.0), Java (2.1.0) and Rust (rmcp 3.11.0), "
+        "FastMCP, mcp-go 1.2.1, AI SDK, LangChain, Mastra, pydantic-ai, openai-agents, strands, "
+        f"llama-index, mcp-use, google-adk, autogen, smolagents: {SEEN}"),
 )
 # fmt: on
 FIRST_ASSISTANTS = 6  # are shown at once, the others on request
 HOME_TEMPLATE = """
-<p>With this server, AI assistants work on <a href="{forgejo}">{host}</a> as you, with your own rights, after you log in.</p>
-<div class="box"><p class="quiet">The address to give your assistant:</p><p class="big"><code>{url}</code></p></div>
+<p>With this server, AI assistants work on <a href="{forgejo}">{host}</a> as you, with your own rights,
+after you log in.</p>
+<div class="box"><p class="quiet">The address to give your assistant:</p>
+<p class="big"><code>{url}</code></p></div>
 <h2>How to connect</h2><dl>{first}</dl>
 <details><summary>Other assistants and programs</summary><dl>{others}</dl></details>
 <p><a href="/account">See and end what you have connected</a>.</p>"""
@@ -7261,7 +7337,8 @@ def rate_limit(limiter: Limiter, settings: Settings, kind: str, request: Request
 # name, fragment or dot segment.
 DOCUMENT_URL = re.compile(
     r"https://((?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?)"
-    r"(?=/)(?!/*(?:\?|$))(?!\S*/(?:\.|%2[eE]){1,2}(?:[/?]|$))/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*(?:\?[A-Za-z0-9._~!$&'()*+,;=:@%/?-]*)?"
+    r"(?=/)(?!/*(?:\?|$))(?!\S*/(?:\.|%2[eE]){1,2}(?:[/?]|$))"
+    r"/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*(?:\?[A-Za-z0-9._~!$&'()*+,;=:@%/?-]*)?"
 )
 SHA256_PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")  # DigestInfo of RFC 8017 9.2 note 1
 
@@ -8899,7 +8976,8 @@ sleep 1
 for each in $known; do
   case $each in stdin:*)
     for process in /proc/[0-9]*; do
-      [ "$(readlink "$process/fd/0" 2>/dev/null)" = "pipe:[${each#stdin:}]" ] && kill -KILL "-${process#/proc/}" 2>/dev/null
+      stdin="$(readlink "$process/fd/0" 2>/dev/null)"
+      [ "$stdin" = "pipe:[${each#stdin:}]" ] && kill -KILL "-${process#/proc/}" 2>/dev/null
     done ;;
   *) kill -KILL "-$each" 2>/dev/null ;;
   esac
@@ -11794,7 +11872,7 @@ class Session:
         if not backends and self.frontend.is_listening:  # its child died: what it listens to must go on
             self.backends.start_in_background(modest=True)
         if stale or late:
-            # In another thread: a child that does not read must not delay the reaper. Else the next tick tries.
+            # In another thread: a child that does not read must not delay the reaper.
             threading.Thread(target=self._give_up, args=(stale, late), daemon=True, name="give-up").start()
 
     def _give_up(self, questions: Iterable[OpenQuestion], calls: Iterable[Call]) -> None:
@@ -13152,7 +13230,7 @@ class Reaper:
     run() is a daemon thread.
     """
 
-    # Seconds: a machine that starts with a wrong clock has been set right by then, before anything is deleted.
+    # Seconds: by then a machine that starts with a wrong clock has been set right.
     FIRST_SWEEP = 3600.0
 
     def __init__(self, services: Services, launcher: Launcher, sessions: Sessions) -> None:
@@ -13589,7 +13667,10 @@ class Judge:
             )
         # The person was asked and chose read only: asking
         # again would be a loop, so the model is told instead.
-        text = "This connection is read only: that was chosen at its login. To use this tool, connect again and choose full access."
+        text = (
+            "This connection is read only: that was chosen at its login. "
+            "To use this tool, connect again and choose full access."
+        )
         result: dict[str, object] = {"content": [{"type": "text", "text": text}], "isError": True}
         return Verdict(lambda call: call.give(result))
 
@@ -14606,8 +14687,8 @@ def listen_on(address: tuple[str, int]) -> socket.socket:
         reason = os.strerror(error.errno) if error.errno else str(error)
         if error.errno == errno.EPERM:  # SocketBindDeny=any of the shipped unit
             reason += (
-                ". Under the shipped unit the service manager holds the sockets: enable a socket unit, such as"
-                f" fjmcp-broker-metrics.socket with FileDescriptorName={METRICS}"
+                ". Under the shipped unit the service manager holds the sockets: "
+                f"enable a socket unit, such as fjmcp-broker-metrics.socket with FileDescriptorName={METRICS}"
             )
         raise ConfigurationError([f"cannot listen on {address[0]}:{address[1]}: {reason}"]) from None
 
@@ -14770,7 +14851,8 @@ class Server:
                 "warning",
                 "x_forwarded_for_ignored",
                 peer=peer,
-                advice="If this is your reverse proxy, add its address to trusted_proxies; until then all its clients count as one.",
+                advice="If this is your reverse proxy, add its address to trusted_proxies; "
+                "until then all its clients count as one.",
             )
 
     def drain(self) -> None:
@@ -15123,8 +15205,8 @@ class Connection:
                 self.seat.leave()
             self.busy = False
             self.since = time.monotonic()
-            # Read after `busy` is cleared; drain() does both in the other order. An answer that began before the
-            # server drained lacks `Connection: close`: the client may have sent a request, whose answer has it.
+            # Read after `busy` is cleared; drain() does both in the other order. An answer that began before
+            # the server drained lacks `Connection: close`: a request may follow, and its answer has it.
             patience = LAST_REQUEST if self.server.draining else self.settings.idle_timeout
 
     def _request(self, head: Head) -> Request:
@@ -15437,8 +15519,8 @@ EXPOSED = (
 def other_forgejo(known: str, configured: str) -> str:
     """Returns the error for a store whose users are of another Forgejo than the configured one."""
     return (
-        f"forgejo_url: the users in this store are those of {known}, not of {configured}. If it is the same Forgejo"
-        " under another URL, run `rebind`; if it is another Forgejo, `rebind --forget` ends all logins"
+        f"forgejo_url: the users in this store are those of {known}, not of {configured}. If it is the same "
+        "Forgejo under another URL, run `rebind`; if it is another Forgejo, `rebind --forget` ends all logins"
     )
 
 
@@ -15455,8 +15537,8 @@ def open_store_of(settings: Settings, keyring: Keyring) -> Store:
 def wrong_host(public_url: str) -> str:
     """Returns the sentence that refuses a request for another host."""
     return (
-        f"This server answers for {urlsplit(public_url).netloc}, not for that host name. "
-        "A proxy has to pass the client's Host header on, with its port (nginx: proxy_set_header Host $http_host)."
+        f"This server answers for {urlsplit(public_url).netloc}, not for that host name. A proxy has to pass "
+        "the client's Host header on, with its port (nginx: proxy_set_header Host $http_host)."
     )
 
 
@@ -15557,7 +15639,8 @@ class Broker:
         if exposed and settings.public_url.startswith("http:"):
             raise ConfigurationError(
                 [
-                    f"with an http public_url the socket {exposed[0]} must be on loopback: tokens would travel in the clear"
+                    f"with an http public_url the socket {exposed[0]} must be on loopback: "
+                    "tokens would travel in the clear"
                 ]
             )
         servers = [Server(settings, self.handle, self.log, settings.listen, for_http)]
@@ -15832,12 +15915,17 @@ LIST_FLAGS = {
 # fmt: off
 COMMANDS = {
     "serve": Command("serve (the default command)"),
-    "check": Command("validate the configuration, then try it: store, key, Forgejo, forgejo-mcp, public URL", {
-        "as": ("USER", "as root: with the rights of this user; without it, of the owner of the store or of its folder"),
+    "check": Command(
+        "validate the configuration, then try it: store, key, Forgejo, forgejo-mcp, public URL", {
+        "as": (
+            "USER",
+            "as root: with the rights of this user; without it, of the owner of the store or of its folder",
+        ),
     }),
     "init": Command("write a commented configuration, asking for what it cannot know (flags answer for it)"),
     "doctor": Command(
-        "do what real clients do at a public URL, short of logging in, and name what would break each", word="URL"
+        "do what real clients do at a public URL, short of logging in, and name what would break each",
+        word="URL"
     ),
     "users": Command("list the users", LIST_FLAGS),
     "clients": Command("list the clients", LIST_FLAGS),
@@ -15850,7 +15938,8 @@ COMMANDS = {
         "all": ("", "every login"),
         "forget": ("", "with --client: remove the client's registration, too"),
     }),
-    "rebind": Command("the same Forgejo has another URL: it is asked for users known here, who must be the same", {
+    "rebind": Command(
+        "the same Forgejo has another URL: it is asked for users known here, who must be the same", {
         "forget": ("", "it is another Forgejo: all logins end"),
     }),
     "backup": Command("write a consistent copy of the store, also while the broker runs", word="FILE"),
@@ -15880,16 +15969,17 @@ def usage() -> str:
         "",
         "Lets people use their own Forgejo from MCP clients, as themselves.",
         "",
-        "  --config FILE   TOML file with the settings; without it FJMCP_BROKER_CONFIG names it, else it is ./broker.toml",
-        "                  (if it and its folder are yours and nobody else may write there), else"
-        f" {SYSTEM_CONFIGURATION}",
+        "  --config FILE   TOML file with the settings; without it the one that FJMCP_BROKER_CONFIG names,",
+        "                  else ./broker.toml (if it and its folder are yours and nobody else may write",
+        f"                  there), else {SYSTEM_CONFIGURATION}",
         "  --version       print the version",
         "  --help          print this; COMMAND --help: what a command takes",
         "",
         "Commands:",
         *(f"  {name:12}  {command.help}" for name, command in COMMANDS.items()),
         "",
-        "Settings, each also as a key of the file and as FJMCP_BROKER_<NAME> (flag > environment > file > default).",
+        "Settings, each also as a key of the file and as FJMCP_BROKER_<NAME> "
+        "(flag > environment > file > default).",
         "A setting that is one piece of text can be read from a file with --<name>-file.",
         "",
     ]
@@ -16019,8 +16109,8 @@ def configuration_text(values: Mapping[str, str]) -> str:
         '# redirect_uris = ["https://client.example.org/callback"]',
         '# client_secret = ""',
         "",
-        "# Who may use which tool: the first rule that matches a caller decides, and whom none matches may use nothing. Without a rule",
-        "# everybody may use all that the login allows.",
+        "# Who may use which tool: the first rule that matches a caller decides; a caller that none matches",
+        "# may use nothing. Without a rule everybody may use all that the login allows.",
         "# [[tool_rules]]",
         '# groups = ["example:staff"]',
         "# [[tool_rules]]",
@@ -16537,7 +16627,8 @@ MACHINES = {
 PRIVATE = tuple(
     map(
         ipaddress.ip_network,
-        "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 ::1 fc00::/7 fe80::/10".split(),
+        "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 ::1 "
+        "fc00::/7 fe80::/10".split(),
     )
 )
 
@@ -16765,7 +16856,10 @@ def check_opened_store(settings: Settings, path: str) -> Iterator[Finding]:
         yield Finding("warn", text, "run rotate-key, which goes on where it was")
     elif len(keyring.keys) > 1:
         count = len(keyring.keys)
-        text = f"key_file: every credential is sealed with the newest of {count} keys; the others can be taken out"
+        text = (
+            f"key_file: every credential is sealed with the newest of {count} keys; "
+            "the others can be taken out"
+        )
         yield Finding("ok", text)
 
 
@@ -16777,9 +16871,9 @@ def check_people(settings: Settings) -> Iterator[Finding]:
     scopes = set(settings.forgejo_oauth_scopes.split())
     if settings.allowed_groups and not scopes & {"read:organization", "read:admin", "all"}:
         text = (
-            "allowed_groups: where Forgejo's [oauth2] ENABLE_ADDITIONAL_GRANT_SCOPES is true, it hides private"
-            " memberships from a login without the scope read:organization, and so refuses those people"
-            " (write:organization and groups do not help)"
+            "allowed_groups: where Forgejo's [oauth2] ENABLE_ADDITIONAL_GRANT_SCOPES is true, "
+            "it hides private memberships from a login without the scope read:organization, "
+            "and so refuses those people (write:organization and groups do not help)"
         )
         fix = (
             "add read:organization to forgejo_oauth_scopes; who logged in before removes the application in"
@@ -16788,8 +16882,8 @@ def check_people(settings: Settings) -> Iterator[Finding]:
         yield Finding("warn", text, fix)
     if settings.access_token_lifetime < 600:
         text = (
-            f"access_token_lifetime: {settings.access_token_lifetime:g} s is short: some clients refresh only when"
-            " asked to log in again, or refuse tokens that live for less than 10 minutes"
+            f"access_token_lifetime: {settings.access_token_lifetime:g} s is short: some clients refresh "
+            "only when asked to log in again, or refuse tokens that live for less than 10 minutes"
         )
         yield Finding("warn", text, "set it to 10m or more; revocation is at once, whatever it is")
 
@@ -16805,7 +16899,10 @@ def check_urls(settings: Settings) -> Iterator[Finding]:
         for *_, address in socket.getaddrinfo(internal.hostname, None):
             found = ipaddress.ip_address(str(address[0]).partition("%")[0])
             if not any(found in network for network in PRIVATE):
-                text = f"forgejo_internal_url: http to {found}, which is not private: tokens would travel in the clear"
+                text = (
+                    f"forgejo_internal_url: http to {found}, which is not private: "
+                    "tokens would travel in the clear"
+                )
                 yield Finding("warn", text, "use https")
                 return
 
@@ -16899,8 +16996,8 @@ def check_secret(forgejo: Forgejo) -> Finding:
     except UpstreamDown as error:
         if "status 401" in str(error):
             text = (
-                "forgejo_oauth_client_secret: the application in Forgejo is public, so that logins work with any"
-                " secret; where Forgejo looks at it (introspection), it refuses this one"
+                "forgejo_oauth_client_secret: the application in Forgejo is public, so that logins work with "
+                "any secret; where Forgejo looks at it (introspection), it refuses this one"
             )
             return Finding("fail", text, "make the application confidential, and copy its secret again")
     return Finding("ok", "Forgejo knows the application, its secret and its redirect URI")
@@ -17066,7 +17163,8 @@ class ChildOutcome:
 NEEDS_LOGIN = re.compile(
     r"\b(?:401|403|unauthori[sz]ed|unauthenticated|forbidden|anonymous|sign(?:ed)?[- ]?in|log(?:ged)?[- ]?in"
     r"|authenticat\w*|authori[sz]ation|credentials?|(?:access|api|missing|invalid|no)[ _-]tokens?"
-    r"|tokens? (?:is |are |was )?(?:required|missing|needed|invalid|not set|empty|does not))\b|FORGEJO_ACCESS_TOKEN",
+    r"|tokens? (?:is |are |was )?(?:required|missing|needed|invalid|not set|empty|does not))\b"
+    r"|FORGEJO_ACCESS_TOKEN",
     re.IGNORECASE | re.ASCII,
 )
 
@@ -17157,8 +17255,8 @@ def check_containment(settings: Settings) -> Iterator[Finding]:
         return  # check_child has said so
     if os.access(path, os.R_OK) or binary.st_uid == os.geteuid():
         text = (
-            f"containment: {path} can be read by the user that serves, so the children of one user can read the"
-            " tokens of others"
+            f"containment: {path} can be read by the user that serves, "
+            "so the children of one user can read the tokens of others"
         )
         fix = (
             f"serve as a user of its own, not root; chown root:root {path}; chmod 0711 {path}"
@@ -17168,7 +17266,10 @@ def check_containment(settings: Settings) -> Iterator[Finding]:
     else:
         yield Finding("ok", f"containment: children of {path} cannot read each other's tokens")
     if hide_from_children():
-        text = "containment: children cannot read the broker's memory and environment (PR_SET_DUMPABLE is 0 when serving)"
+        text = (
+            "containment: children cannot read the broker's memory and environment "
+            "(PR_SET_DUMPABLE is 0 when serving)"
+        )
         yield Finding("ok", text)
     else:
         text = "containment: the broker cannot make itself unreadable (PR_SET_DUMPABLE)"
@@ -17226,7 +17327,10 @@ def check_public_url(settings: Settings, blob: str) -> Iterator[Finding]:
         yield from failures or [Finding("ok", f"public_url: {url} is answered by version {version}")]
     except FetchFailed as error:
         text = f"public_url: {url} does not answer from here: {error}"
-        fix = "start the broker and the proxy, then check again; some networks cannot reach their own public address"
+        fix = (
+            "start the broker and the proxy, then check again; "
+            "some networks cannot reach their own public address"
+        )
         yield Finding("warn", text, fix)
 
 
@@ -17348,7 +17452,10 @@ def revoke(arguments: Arguments) -> int:
     options = dict(arguments.options)
     forget = options.pop("forget", None) is not None
     if len(options) != 1 or forget and "client" not in options:
-        wanted = "revoke needs exactly one of --user NAME, --client ID, --grant ID, --all; --forget goes with --client"
+        wanted = (
+            "revoke needs exactly one of --user NAME, --client ID, --grant ID, --all; "
+            "--forget goes with --client"
+        )
         raise ConfigurationError([wanted])
     kind, value = next(iter(options.items()))
     with open_store(arguments) as (settings, _, store):
@@ -17448,7 +17555,8 @@ def rotate_key(arguments: Arguments) -> int:
         count, lost = seal_anew(store, keyring)
     print(
         f"sealed {count} credential{'' if count == 1 else 's'} with the newest key.\n"
-        "When the logins that are under way now have ended (10 minutes), `check` says whether older keys can be taken out."
+        "When the logins that are under way now have ended (10 minutes), "
+        "`check` says whether older keys can be taken out."
     )
     if lost:
         text = f"{lost} credentials open with no key that is here; their users have to log in again."
@@ -17459,8 +17567,10 @@ def rotate_key(arguments: Arguments) -> int:
 def three_steps(settings: Settings) -> str:
     """Returns how a key that stands in `key` is rotated: only the operator writes there."""
     return (
-        f"the key stands in `key` ({settings.sources['key']}), where rotate-key writes nothing. Three steps:\n"
-        "  1. put a new key (openssl rand -base64 32) and a comma before the old one in `key`, and restart the broker\n"
+        f"the key stands in `key` ({settings.sources['key']}), where rotate-key writes nothing. "
+        "Three steps:\n"
+        "  1. put a new key (openssl rand -base64 32) and a comma before the old one in `key`, "
+        "and restart the broker\n"
         "  2. run rotate-key: it seals everything with the new key\n"
         "  3. ten minutes later, when check says that the old key can be taken out, take it out and restart"
     )
@@ -17551,12 +17661,15 @@ def differing_people(settings: Settings, people: Sequence[Any]) -> str:
         elif account.sub == person.sub and same_person(person, account.login, account.created):
             same += 1
         else:
-            return f"{person.login} is somebody else at {settings.forgejo_url}: it is another Forgejo. Nothing was changed"
+            return (
+                f"{person.login} is somebody else at {settings.forgejo_url}: it is another Forgejo. "
+                "Nothing was changed"
+            )
     if same and same >= hidden:
         return ""
     return (
-        f"{settings.forgejo_url} shows {same} of the {len(people)} users known here to anonymous callers, too few to tell"
-        " that it is the same Forgejo. Nothing was changed; --forget ends all logins"
+        f"{settings.forgejo_url} shows {same} of the {len(people)} users known here to anonymous callers, "
+        "too few to tell that it is the same Forgejo. Nothing was changed; --forget ends all logins"
     )
 
 
@@ -17598,8 +17711,8 @@ def inherited_sockets() -> list[tuple[str, socket.socket]]:
             found.append((name, listener))
         except OSError as error:
             problems.append(
-                f"the service manager's socket {number} {name!r} is no listening stream socket ({error.strerror}):"
-                " use ListenStream= with Accept=no"
+                f"the service manager's socket {number} {name!r} is no listening stream socket "
+                f"({error.strerror}): use ListenStream= with Accept=no"
             )
     if problems:
         raise ConfigurationError(problems)
@@ -17737,7 +17850,8 @@ def notes(arguments: Sequence[str]) -> list[str]:
         path = parse_arguments(arguments).config
         if path is None and os.path.exists("broker.toml"):
             return [
-                "note: ./broker.toml was not read: others could write to it or its folder; name it with --config"
+                "note: ./broker.toml was not read: others could write to it or its folder; "
+                "name it with --config"
             ]
         if path and read_file(path).startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return [f"note: {path} begins with a byte order mark (BOM), which is skipped"]
