@@ -29,6 +29,37 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("fjmcp-broker needs Python 3.11 or newer; this is Python " + sys.version.split()[0])
 
+# Python keeps what it makes of a file's text while compiling it for as long as that file runs: 33 MiB here, more than the
+# broker needs itself. So a Python that was started with this file becomes, under the same process id, a Python that gets
+# the file as it has been compiled, through pipes that hold it all. Where there are none to be had, it goes on as it is.
+if __name__ == "__main__" and sys._getframe().f_back is None:
+    import fcntl
+    import marshal
+    import os
+
+    compiled = marshal.dumps(sys._getframe().f_code)
+    goes_on = """import marshal, sys
+code = marshal.loads(b"".join(open(int(each), "rb").read() for each in sys.argv[1].split(",")))
+del sys.argv[:2]
+__file__ = code.co_filename
+exec(code)"""
+    readers = []
+    half = 1 << 19  # bytes; twice as many are what an unprivileged process may give a pipe
+    try:
+        for start in range(0, len(compiled), half):
+            reader, writer = os.pipe()
+            readers.append(reader)
+            os.set_inheritable(reader, True)
+            with open(writer, "wb", 0) as pipe:
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 2 * half)
+                pipe.write(compiled[start : start + half])
+        # -P -S: nothing is imported from this folder or the file's own, and only the standard library.
+        words = [sys.executable, *sys.orig_argv[1 : -len(sys.argv)], "-P", "-S", "-c", goes_on]
+        os.execv(sys.executable, [*words, ",".join(map(str, readers)), *sys.argv])
+    except OSError:
+        for reader in readers:
+            os.close(reader)
+
 import array
 import base64
 import binascii
@@ -38,7 +69,6 @@ import collections
 import contextlib
 import ctypes
 import datetime
-import difflib
 import email.utils
 import enum
 import errno
@@ -46,11 +76,9 @@ import fcntl
 import fnmatch
 import functools
 import gc
-import getpass
 import hashlib
 import heapq
 import hmac
-import html
 import http
 import http.client
 import io
@@ -65,7 +93,6 @@ import re
 import resource
 import secrets
 import select
-import shutil
 import signal
 import socket
 import sqlite3
@@ -1138,11 +1165,8 @@ def _tool_rule(about: str, table: Mapping[str, object], problems: list[str]) -> 
     """Returns one table as a rule; what is wrong with it goes into `problems`, a sentence for each key."""
     for key in table:
         if key not in RULE_KEYS:
-            near = difflib.get_close_matches(key, RULE_KEYS, 1, 0.6)
-            problems.append(
-                f"{about}: unknown key {key!r}; "
-                + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(RULE_KEYS)}")
-            )
+            hint = did_you_mean(key, RULE_KEYS) or f"; known are {', '.join(RULE_KEYS)}"
+            problems.append(f"{about}: unknown key {key!r}{hint}")
 
     def read(key: str, parse: Callable[[Any], Any], default: Any) -> Any:
         try:
@@ -1317,9 +1341,11 @@ class ConfigurationError(Exception):
         self.problems = tuple(problems)
 
 
-def did_you_mean(name: str) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns what to say after an unknown key: the nearest known one, if one is near."""
-    near = difflib.get_close_matches(name, KEYS, 1, 0.6)
+    import difflib  # here, because a broker that serves has no use for it
+
+    near = difflib.get_close_matches(name, known, 1, 0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -1407,7 +1433,7 @@ def _given(table: Table, name: str) -> tuple[Setting, Given]:
     setting, in_file = KEYS.get(name, (None, False))
     value = table.values[name]
     if setting is None:
-        raise ValueError(f"unknown setting {name!r}{did_you_mean(name)}")
+        raise ValueError(f"unknown setting {name!r}{did_you_mean(name, KEYS)}")
     if table.secrets_only and not setting.secret:
         raise ValueError(f"{name!r} is not a secret setting and does not belong here")
     if setting.kind in FILE_ONLY_KINDS and not table.source.startswith("file"):
@@ -6543,13 +6569,17 @@ class Html(str):
     __slots__ = ()
 
 
+# As html.escape(), whose module costs 0.4 MiB for a table of entities.
+ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
+
+
 class EscapingFormatter(string.Formatter):
     """str.format() with one difference: a value that is not Html is escaped."""
 
     def format_field(self, value: object, format_spec: str) -> str:
         """Returns the text of one field of a template."""
         text = format(value, format_spec)
-        return text if isinstance(value, Html) else html.escape(text)
+        return text if isinstance(value, Html) else text.translate(ESCAPES)
 
 
 def fill(template: str, **values: object) -> Html:
@@ -7163,7 +7193,7 @@ after you log in.</p>
 
 def assistant_entry(assistant: Assistant, url: str) -> Html:
     """Returns how to connect one assistant, as an entry of the home page's list."""
-    steps = html.escape(assistant.steps.replace("{url}", url))
+    steps = assistant.steps.replace("{url}", url).translate(ESCAPES)
     steps = re.sub(r"`([^`]+)`", r"<code>\1</code>", steps)
     steps = re.sub(r"(?<![\w>])\*([^*<]+)\*", r"<em>\1</em>", steps)
     seen = fill('<br><span class="quiet">Seen to work: {item}</span>', item=assistant.seen)
@@ -9192,11 +9222,23 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+def find_program(name: str) -> str | None:
+    """Returns the path of a program, which is looked for in PATH if the name has no slash; None without one.
+
+    As shutil.which(), whose module brings in three kinds of compression: 0.5 MiB.
+    """
+    for folder in [""] if "/" in name else os.get_exec_path():
+        path = os.path.join(folder, name)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
 def child_command(settings: Settings) -> list[str]:
     """Returns a child's arguments, from the configuration alone (P08); ChildMissing without the program."""
     command = settings.forgejo_mcp_binary
     name = command if isinstance(command, str) else command[0]
-    path = shutil.which(name)
+    path = find_program(name)
     if path is None:
         raise ChildMissing(f"{name} is not an executable program")
     if not isinstance(command, str):
@@ -13196,7 +13238,7 @@ class Trimmer:
 
     def __init__(self) -> None:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-        self._floor = self._level = resident_bytes()
+        self._floor = self._level = 0  # the first round finds out: it gives back what the start has left
         self._last = 0.0
         self._pause = self.EVERY
 
@@ -13208,7 +13250,9 @@ class Trimmer:
         if now < self._last + self._pause:
             return
         before = resident_bytes()
-        if before < self._floor + self.GROWN or now < self._last + self.BUSY and not is_quiet():
+        if self._floor and before < self._floor + self.GROWN:
+            return
+        if self._floor and now < self._last + self.BUSY and not is_quiet():
             return
         gc.collect()
         if self._trim:
@@ -13216,7 +13260,7 @@ class Trimmer:
         after = resident_bytes()
         has_use = before - after > self.GROWN // 4 or abs(before - self._level) > self.GROWN
         self._pause = self.EVERY if has_use else min(self.LONGEST, 2 * self._pause)
-        self._floor = min(self._floor, after)
+        self._floor = min(self._floor or after, after)
         self._level = after
         self._last = now
 
@@ -16072,7 +16116,7 @@ def split_flags(
         if setting and setting.kind == "switch":
             is_switch = left[:1] not in (["true"], ["false"])
         if not setting and key not in VALUED | SWITCHES:
-            problems.append(f"unknown flag --{name}{did_you_mean(key)}")
+            problems.append(f"unknown flag --{name}{did_you_mean(key, KEYS)}")
             continue
         if not has_value and not is_switch and not left:
             problems.append(f"--{name} needs a value")
@@ -16128,10 +16172,12 @@ def ask(setting: Setting, problems: list[str]) -> str:
     if not sys.stdin.isatty():
         problems.append(f"{setting.name} is missing: {setting.help}. Give it as {flag_of(setting.name)}")
         return ""
+    from getpass import getpass  # here, as in did_you_mean()
+
     print(setting.help, file=sys.stderr)
     while True:
         prompt = f"{setting.name}: "
-        text = getpass.getpass(prompt) if setting.secret else input(prompt)
+        text = getpass(prompt) if setting.secret else input(prompt)
         try:
             if KINDS[setting.kind](text):
                 return text
@@ -17058,7 +17104,7 @@ def program_name(settings: Settings) -> str:
 
 def unusable_program(name: str) -> str:
     """Returns why this process cannot run a program, "" if nothing speaks against it."""
-    path = shutil.which(name)
+    path = find_program(name)
     if path is None and "/" not in name:
         return f"{name} is in no folder of PATH ({os.environ.get('PATH', '')})"
     if path is None:
@@ -17407,7 +17453,9 @@ def listing(arguments: Arguments) -> int:
         print(json.dumps([dict(zip(names, row)) for row in rows], indent=1))
         return 0
     cells = [[shown_cell(name, value) for name, value in zip(names, row)] for row in rows]
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    from shutil import get_terminal_size  # here, as in did_you_mean()
+
+    room = get_terminal_size().columns if sys.stdout.isatty() else None
     print("\n".join(table(list(names), cells, room)))
     return 0
 

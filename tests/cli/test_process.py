@@ -40,6 +40,33 @@ def test_version_and_help_need_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_compiling_the_file_took_is_not_kept_in_memory(make_installation):
+    broker = make_installation().start()
+    with open(f"/proc/{broker.pid}/status") as file:
+        resident = next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+    assert resident < 45 << 10  # KiB; 30 MiB more with all that Python makes of the text
+    assert str(BROKER).encode() in command_of(broker.pid).split(b"\0")
+
+
+def test_nothing_is_imported_from_the_folder_it_is_started_in(tmp_path):
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong module')\n")
+    done = subprocess.run(
+        [sys.executable, BROKER, "--version"], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("fjmcp-broker ")
+
+
+def test_where_no_pipe_is_to_be_had_it_runs_as_it_is(tmp_path):
+    shell = 'ulimit -n 4 && exec "$@"'  # a file that is imported can still be opened
+    done = subprocess.run(
+        ["/bin/sh", "-c", shell, "sh", sys.executable, "-I", "-S", BROKER, "--version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("fjmcp-broker ")
+
+
 @pytest.mark.parametrize(
     "words, expected",
     [
