@@ -704,6 +704,13 @@ SETTINGS = (
         "path, run with `--transport stdio --url <forgejo_internal_url, else forgejo_url>`; "
         "or a list, run as it is",
     ),
+    Setting(
+        "broker_name",
+        "broker_name",
+        "",
+        "this one's name among several brokers of one store; session ids and `requestState` begin with it,"
+        " so that a proxy can route by it",
+    ),
     Setting("store_path", "path", "broker.db", "SQLite database"),
     Setting(
         "key_file", "path", "", "sealing keys, one base64 key a line, newest first; empty: beside the store"
@@ -1209,6 +1216,13 @@ def _is_client_glob(text: str) -> bool:
     return bool(re.fullmatch(r"[\x21-\x7e]+", text))
 
 
+def _broker_name(value: object) -> str:
+    text = _text(value)
+    if not re.fullmatch(r"[a-z0-9-]{0,20}", text):
+        raise ValueError("must be of at most 20 of the characters a-z, 0-9 and -")
+    return text
+
+
 # Each kind of setting: how a value is read, as text or as
 # TOML has it. Raises ValueError with what it must be.
 KINDS: dict[str, Callable[[object], object]] = {
@@ -1223,6 +1237,7 @@ KINDS: dict[str, Callable[[object], object]] = {
     "names": _names,
     "networks": _networks,
     "command": _command,
+    "broker_name": _broker_name,
     "clients": _clients,
     "tool_rules": _tool_rules,
     "count": _integer(1),
@@ -1252,6 +1267,7 @@ class Settings:
     forgejo_oauth_client_secret: str
     forgejo_oauth_scopes: str
     forgejo_mcp_binary: str | tuple[str, ...]
+    broker_name: str
     store_path: str
     key_file: str
     key: str
@@ -1331,6 +1347,11 @@ class Settings:
     def resource(self) -> str:
         """The canonical resource identifier of the MCP endpoint (RFC 8707)."""
         return self.public_url + "/mcp"
+
+    @property
+    def broker_prefix(self) -> str:
+        """What session ids and `requestState` begin with, so that a proxy finds the broker that gave them."""
+        return self.broker_name and self.broker_name + "."
 
 
 class ConfigurationError(Exception):
@@ -2355,7 +2376,6 @@ ALTER TABLE users ADD COLUMN former_login TEXT;
 ALTER TABLE users ADD COLUMN credential_order INTEGER NOT NULL DEFAULT 0;
 CREATE INDEX users_by_credential_order ON users (credential_order);
 CREATE INDEX users_by_credential_age ON users (obtained_at);
-CREATE INDEX users_shut_out ON users (sub) WHERE status != 'active';
 ALTER TABLE clients ADD COLUMN network TEXT;
 ALTER TABLE clients ADD COLUMN unused_since REAL;
 UPDATE clients SET unused_since = created_at WHERE kind = 'dynamic' AND used_at <= created_at;
@@ -2373,6 +2393,9 @@ CREATE TABLE operator_records (
   record_id INTEGER PRIMARY KEY, event TEXT NOT NULL, sub TEXT, client_id TEXT, grant_id INTEGER,
   reason TEXT NOT NULL
 );
+CREATE TABLE leases (
+  name TEXT PRIMARY KEY, holder TEXT NOT NULL, until REAL NOT NULL, credential_seq INTEGER
+) WITHOUT ROWID;
 """
 MIGRATIONS = (SCHEMA, VERSION_2)  # MIGRATIONS[n] takes a store from version n to n + 1
 
@@ -2444,6 +2467,15 @@ class UserRow(NamedTuple):
     upstream_scope: str | None
     checked_at: float
     created_at: float
+
+
+class AgeRow(NamedTuple):
+    """How old a user's credential at Forgejo is."""
+
+    sub: str
+    credential_seq: int
+    access_expires_at: float
+    obtained_at: float
 
 
 class PersonRow(NamedTuple):
@@ -2575,6 +2607,14 @@ class ProgramRow(NamedTuple):
 
     era: str
     sends_requests: int
+
+
+class LeaseRow(NamedTuple):
+    """A lease: what its holder alone may do, until when."""
+
+    name: str
+    holder: str
+    until: float
 
 
 class BoxRow(NamedTuple):
@@ -2725,6 +2765,7 @@ SWEEPS = (
     "UPDATE clients SET network = NULL WHERE network IS NOT NULL AND created_at < :now - 3600",
     "DELETE FROM account_logins WHERE expires_at < :now",
     "DELETE FROM assertions WHERE expires_at < :now",
+    "DELETE FROM leases WHERE until < :now - 3600",
     "DELETE FROM access_tokens WHERE expires_at < :now - 60",
     f"""
     UPDATE refresh_tokens
@@ -2778,6 +2819,8 @@ class Database:
         ConfigurationError for a file that is no store, is damaged, newer, in use, or sealed with another key.
         """
         self.path = path
+        # Whose leases are ours: another name at each start.
+        self.holder = secrets.token_hex(8)
         self._opened = contextlib.ExitStack()
         # The locks guard a connection each; leaves.
         self._write_lock = threading.Lock()
@@ -2790,6 +2833,9 @@ class Database:
             self._check_pages()
             self._migrate()
             self._check_key(keyring)
+            if alone:
+                # Nobody else serves: who held these is gone.
+                self._run({}, "DELETE FROM leases")
         except StoreUnavailable as error:
             self.close()
             raise ConfigurationError([f"store_path: {error.reason}"]) from None
@@ -3215,6 +3261,36 @@ FORGET_USERS = (
 )
 
 
+SAVE_CREDENTIAL = """
+    UPDATE users
+    SET credential = :box,
+        status = CASE
+          WHEN status = 'logged_out' AND credential_seq = :seq THEN 'active'
+          ELSE status
+        END,
+        credential_grant = :grant,
+        credential_count = :count,
+        credential_seq = credential_seq + 1,
+        credential_order = 1 + (SELECT max(credential_order) FROM users),
+        access_expires_at = :expires_at,
+        obtained_at = :obtained_at,
+        refreshing_since = NULL
+    WHERE sub = :sub
+      AND (
+        credential_seq = :seq
+        OR (:seq IS NULL OR credential IS NOT NULL)
+        AND (
+          credential_order <= :began
+          OR :grant = 0
+          OR credential_grant < :grant
+          OR credential_grant = :grant AND credential_count <= :count
+        )
+      )
+    RETURNING credential_seq
+"""
+END_LEASE = "DELETE FROM leases WHERE name = :name AND holder = :holder"
+
+
 class UserStore(Database):
     """Users, their credential at Forgejo, and the Forgejo whose users they are."""
 
@@ -3303,9 +3379,43 @@ class UserStore(Database):
         """Keeps what Forgejo really granted, as introspection tells; None when unknown."""
         self._run({"sub": sub, "scope": scope}, "UPDATE users SET upstream_scope = :scope WHERE sub = :sub")
 
-    def refresh_started(self, sub: str, now: float) -> None:
-        """Notes that the stored refresh token will be used: if Forgejo refuses it after a crash, we did."""
-        self._run({"sub": sub, "now": now}, "UPDATE users SET refreshing_since = :now WHERE sub = :sub")
+    def begin_refresh(self, sub: str, seq: int, now: float, until: float) -> bool:
+        """Takes the lease of a user's refresh, and notes that the stored refresh token is about to be spent.
+
+        Returns False when another broker holds the lease, or another credential is stored by now. By the
+        note a refusal that follows a crash is known to be ours.
+        """
+        return bool(
+            self._run(
+                {
+                    "name": f"user {sub}",
+                    "holder": self.holder,
+                    "sub": sub,
+                    "seq": seq,
+                    "now": now,
+                    "until": until,
+                },
+                """
+                INSERT INTO leases (name, holder, until, credential_seq)
+                SELECT :name, :holder, :until, credential_seq
+                FROM users
+                WHERE sub = :sub AND credential_seq = :seq
+                ON CONFLICT (name) DO UPDATE
+                SET holder = excluded.holder,
+                    until = excluded.until,
+                    credential_seq = excluded.credential_seq
+                WHERE leases.until <= :now OR leases.holder = excluded.holder
+                """,
+                """
+                UPDATE users
+                SET refreshing_since = :now
+                WHERE sub = :sub
+                  AND credential_seq = :seq
+                  AND EXISTS (SELECT 1 FROM leases WHERE name = :name AND holder = :holder AND until = :until)
+                RETURNING 1
+                """,
+            )
+        )
 
     def credential_order(self) -> int:
         """Returns the number of the last credential saved, of any user.
@@ -3323,14 +3433,17 @@ class UserStore(Database):
         expires_at: float,
         obtained_at: float,
         began: int = 0,
+        seq: int | None = None,
     ) -> int | None:
-        """Replaces a known user's credential, whatever their status.
+        """Replaces a known user's credential, and ends our lease of its refresh.
 
-        Returns its sequence number, None when a newer one is stored. `began` is what
-        credential_order() said before the exchange or refresh. A stored credential that was
-        saved by then is the older one, whatever Forgejo counts: a Forgejo restored from a
-        backup counts from an older place. Of two that overlapped Forgejo's numbers tell the
-        later: its grant's, then the grant's counter; equal or unreadable: the last one saved.
+        Returns its sequence number, None when a newer one is stored. A refresh says by `seq` which
+        credential it spent: while that is the stored one, the new one replaces it, and if another broker
+        had it refused meanwhile, which could not know of the new one, the user is logged in again. Else,
+        and for a login, `began` is what credential_order() was before the exchange: a stored credential
+        that was saved by then is the older one, whatever Forgejo counts: a Forgejo restored from a
+        backup counts from an older place. Of two that overlapped Forgejo's numbers tell the later: its
+        grant's, then the grant's counter; equal or unreadable: the last one saved.
         """
         saved = self._run(
             {
@@ -3341,26 +3454,12 @@ class UserStore(Database):
                 "expires_at": expires_at,
                 "obtained_at": obtained_at,
                 "began": began,
+                "seq": seq,
+                "name": f"user {sub}",
+                "holder": self.holder,
             },
-            """
-            UPDATE users
-            SET credential = :box,
-                credential_grant = :grant,
-                credential_count = :count,
-                credential_seq = credential_seq + 1,
-                credential_order = 1 + (SELECT max(credential_order) FROM users),
-                access_expires_at = :expires_at,
-                obtained_at = :obtained_at,
-                refreshing_since = NULL
-            WHERE sub = :sub
-              AND (
-                credential_order <= :began
-                OR :grant = 0
-                OR credential_grant < :grant
-                OR (credential_grant = :grant AND credential_count <= :count)
-              )
-            RETURNING credential_seq
-            """,
+            SAVE_CREDENTIAL,
+            END_LEASE,
         )
         return int(saved[0][0]) if saved else None
 
@@ -3387,19 +3486,28 @@ class UserStore(Database):
             )
         )
 
-    def shut_out(self) -> set[str]:
-        """Returns the users who cannot use their logins: logged out upstream, suspended or not allowed."""
-        return set(self._all(only, "SELECT sub FROM users WHERE status != 'active'", {}))
+    def credential_ages(self, subs: Iterable[str]) -> dict[str, AgeRow]:
+        """Returns how old the credentials of these users are, of those that are active."""
+        found = self._all(
+            AgeRow._make,
+            f"""
+            SELECT sub, credential_seq, access_expires_at, obtained_at
+            FROM users
+            WHERE sub IN {IN_LIST} AND status = 'active'
+            """,
+            {"listed": json.dumps(list(subs))},
+        )
+        return {row.sub: row for row in found}
 
-    def users_to_refresh(self, obtained_before: float, now: float) -> list[str]:
-        """Returns the users with a live grant whose credential is older than that.
+    def users_to_refresh(self, obtained_before: float, now: float) -> list[tuple[str, int]]:
+        """Returns (sub, credential_seq) of the users with a live grant whose credential is older than that.
 
         Forgejo's refresh token dies after 730 h without use.
         """
         return self._all(
-            only,
+            lambda row: (row[0], row[1]),
             f"""
-            SELECT sub
+            SELECT sub, credential_seq
             FROM users
             WHERE obtained_at < :before
               AND status IN ('active', 'suspended')
@@ -3870,15 +3978,6 @@ class TokenStore(Database):
         """
         return self._all(GrantRow._make, GRANTS_OF[kind], {"value": value, "now": now})
 
-    def live_grants(self, now: float) -> tuple[set[int], set[tuple[str, str]]]:
-        """Returns the ids of all grants that live, and the (sub, client_id) pairs that have one."""
-        rows = self._all(
-            GrantRow._make,
-            f"SELECT grant_id, sub, client_id, scope FROM grants WHERE {LIVE_GRANT}",
-            {"now": now},
-        )
-        return {row.grant_id for row in rows}, {(row.sub, row.client_id) for row in rows}
-
     def living(self, grant_ids: Iterable[int], now: float) -> set[int]:
         """Returns those of these grants that live, and whose users are not shut out."""
         found = self._all(
@@ -3892,6 +3991,16 @@ class TokenStore(Database):
             {"listed": json.dumps(list(grant_ids)), "now": now},
         )
         return set(found)
+
+    def living_pairs(self, subs: Iterable[str], now: float) -> set[tuple[str, str]]:
+        """Returns the (sub, client_id) of these users that have a live grant."""
+        return set(
+            self._all(
+                tuple,
+                f"SELECT DISTINCT sub, client_id FROM grants WHERE sub IN {IN_LIST} AND {LIVE_GRANT}",
+                {"listed": json.dumps(list(subs)), "now": now},
+            )
+        )
 
 
 class SessionStore(Database):
@@ -3957,6 +4066,15 @@ class SessionStore(Database):
             """,
             {"sub": sub},
         )
+
+    def session_names(self, subs: Iterable[str]) -> set[bytes]:
+        """Returns the hashes of all sessions of these users."""
+        found = self._all(
+            only,
+            f"SELECT hash FROM sessions WHERE sub IN {IN_LIST}",
+            {"listed": json.dumps(list(subs))},
+        )
+        return {bytes(name) for name in found}
 
     def count_sessions(self) -> int:
         """Returns how many sessions are on file."""
@@ -4046,7 +4164,47 @@ class SessionStore(Database):
         )
 
 
-class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore):
+class LeaseStore(Database):
+    """What one of several brokers does for all of them: each lease has one holder, for a time."""
+
+    def take_lease(self, name: str, holder: str, now: float, until: float) -> bool:
+        """Takes a lease that nobody holds now, or prolongs one's own. Returns whether it is ours."""
+        return bool(
+            self._run(
+                {"name": name, "holder": holder, "now": now, "until": until},
+                """
+                INSERT INTO leases (name, holder, until)
+                VALUES (:name, :holder, :until)
+                ON CONFLICT (name) DO UPDATE
+                SET holder = excluded.holder,
+                    until = excluded.until
+                WHERE leases.until <= :now OR leases.holder = excluded.holder
+                RETURNING 1
+                """,
+            )
+        )
+
+    def end_lease(self, name: str, holder: str) -> None:
+        """Gives a lease back, if it is still this holder's."""
+        self._run({"name": name, "holder": holder}, END_LEASE)
+
+    def lease(self, name: str) -> LeaseRow | None:
+        """Returns who holds a lease or held it last, None when it was given back."""
+        return self._one(
+            LeaseRow._make, "SELECT name, holder, until FROM leases WHERE name = :name", {"name": name}
+        )
+
+    def leases(self, prefix: str, now: float) -> set[str]:
+        """Returns the names of the leases held now that begin with `prefix`, which ends in a space."""
+        found = self._all(
+            only,
+            "SELECT name FROM leases WHERE name >= :prefix AND name < :behind AND until > :now",
+            {"prefix": prefix, "behind": prefix[:-1] + "!", "now": now},
+        )
+        return set(found)
+
+
+class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore, LeaseStore):
     """All that the broker keeps, and what concerns several of its tables: listings, boxes, sweeping."""
 
     def listing(self, kind: str, now: float) -> tuple[list[str], list[Values]]:
@@ -6046,16 +6204,38 @@ def allowed(settings: Settings, info: UserInfo) -> bool:
     return info.login.casefold() in users or any(group.casefold() in groups for group in info.groups)
 
 
+REFRESH_LEASE = 17.0  # seconds; a refresh takes 15 at most
+# Seconds for which another's expired lease is watched before it is taken: after an outage of the
+# store its holder comes first, which may have a pair that it could not save.
+LEASE_WATCH = 3.0
+CALLBACK_LEASE = 80.0  # seconds; a callback asks Forgejo four things at most
+LEASE_PATIENCE = REFRESH_LEASE + LEASE_WATCH + 5
+LEASE_POLL = 0.1  # seconds between two looks at a lease that another holds
+CALLBACKS = "callback "  # what the names of their leases begin with
+
+
 @dataclass(frozen=True)
 class Refused:
-    """A refresh that Forgejo refused while callbacks were under way.
+    """A refresh that Forgejo refused while callbacks were under way, here or at another broker.
 
     It counts if the user's credential is still the stored one once these have ended.
     """
 
     user: UserRow
     reason: str
-    callbacks: frozenset[object]
+    callbacks: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Unsaved:
+    """A pair that Forgejo gave and that is not stored yet: the older one is spent.
+
+    `began` and `seq` are as in `Store.save_credential`.
+    """
+
+    credential: Credential
+    began: int
+    seq: int | None
 
 
 class TroubleLog:
@@ -6134,6 +6314,27 @@ class Admission:
             self._store.end_grant(grant.grant_id, reason, now)
 
 
+def still_the_same(
+    admission: Admission, forgejo: Forgejo, user: UserRow, info: UserInfo, access: str
+) -> bool:
+    """Returns whether the token is still that person's: a restored Forgejo may give a grant's number again.
+
+    If it is not, that person's logins end.
+    """
+    if info.sub != user.sub:
+        admission.end_person(user, info.login)
+        return False
+    if info.login.casefold() != user.login.casefold():
+        try:
+            account = forgejo.account(access)
+        except Suspended:
+            return True
+        if account and not same_person(user, info.login, account.created):
+            admission.end_person(user, info.login)
+            return False
+    return True
+
+
 class Wait(NamedTuple):
     """When a user's next refresh is due (monotonic), how long after the last, and how that one failed."""
 
@@ -6203,6 +6404,123 @@ class RefreshWaits:
             self._log.event("info", "forgejo_answers_again")
 
 
+class Pairs:
+    """What Forgejo gave, sealed on file.
+
+    What cannot be saved stays in memory until it can be: the older pair is spent.
+    """
+
+    def __init__(self, store: Store, keyring: Keyring) -> None:
+        self._store = store
+        self._keyring = keyring
+        self._lock = threading.Lock()  # guards the dict; a leaf
+        self._unsaved: dict[str, Unsaved] = {}
+
+    def opened(self, sub: str, states: tuple[str, ...] = ("active",)) -> tuple[UserRow, dict[str, str]]:
+        """Returns a user's row and credential. Raises LoggedOut without one, or in another state."""
+        user = self._store.user(sub)
+        if user is None or user.status not in states or user.credential is None:
+            raise LoggedOut(sub)
+        try:
+            return user, self._keyring.unseal("upstream", f"user:{sub}", user.credential)
+        except ValueError:
+            raise LoggedOut(sub) from None
+
+    def save(self, sub: str, credential: Credential, began: int, seq: int | None) -> None:
+        """Saves a known user's new pair. Raises StoreUnavailable."""
+        unsaved = Unsaved(credential, began, seq)
+        try:
+            self._save(sub, unsaved)
+        except StoreUnavailable:
+            with self._lock:
+                self._unsaved[sub] = unsaved
+            raise
+
+    def save_pending(self, sub: str) -> None:
+        """Saves a pair that is in memory only, if there is one of this user. Raises StoreUnavailable."""
+        with self._lock:
+            unsaved = self._unsaved.get(sub)
+        if unsaved:
+            self._save(sub, unsaved)
+            with self._lock:
+                if self._unsaved.get(sub) is unsaved:
+                    del self._unsaved[sub]
+
+    def save_all_pending(self) -> None:
+        """Saves every pair that is in memory only. Raises StoreUnavailable."""
+        with self._lock:
+            subs = list(self._unsaved)
+        for sub in subs:
+            self.save_pending(sub)
+
+    def _save(self, sub: str, unsaved: Unsaved) -> None:
+        pair = unsaved.credential
+        box = self._keyring.seal("upstream", f"user:{sub}", {"access": pair.access, "refresh": pair.refresh})
+        numbers = (pair.grant, pair.count, pair.expires_at, pair.obtained_at)
+        self._store.save_credential(sub, box, *numbers, unsaved.began, unsaved.seq)
+
+
+@contextlib.contextmanager
+def callback_lease(store: Store, clock: SteadyClock, name: str, patience: float) -> Iterator[bool]:
+    """Holds the lease of a callback; yields False where another still does after `patience` seconds."""
+    holder = f"{store.holder} {secrets.token_hex(4)}"
+    is_ours = await_lease(store, clock, CALLBACKS + name, holder, patience)
+    try:
+        yield is_ours
+    finally:
+        if is_ours:
+            with contextlib.suppress(StoreUnavailable):  # it ends by its time
+                store.end_lease(CALLBACKS + name, holder)
+
+
+class RefreshTurn:
+    """The wait for the lease of a user's refresh, for `patience` seconds."""
+
+    def __init__(self, store: Store, clock: SteadyClock, sub: str, patience: float) -> None:
+        self._store = store
+        self._clock = clock
+        self._sub = sub
+        self._deadline = time.monotonic() + patience
+        self._expired_at: float | None = None
+
+    def take(self, seq: int) -> bool:
+        """Returns whether the lease is ours now, to spend the credential of that number."""
+        now = self._clock.now()
+        held = self._store.lease(f"user {self._sub}")
+        if held is None or held.holder == self._store.holder:
+            self._expired_at = -math.inf
+        elif held.until > now:
+            self._expired_at = None
+        elif self._expired_at is None:
+            self._expired_at = time.monotonic()
+        if self._expired_at is None or time.monotonic() < self._expired_at + LEASE_WATCH:
+            return False
+        return self._store.begin_refresh(self._sub, seq, now, now + REFRESH_LEASE)
+
+    def wait(self) -> None:
+        """Waits a moment. Raises UpstreamDown when that was long enough."""
+        if time.monotonic() >= self._deadline:
+            raise UpstreamDown("another broker is refreshing this credential")
+        time.sleep(LEASE_POLL)
+
+
+def await_lease(store: Store, clock: SteadyClock, name: str, holder: str, patience: float) -> bool:
+    """Takes a lease for CALLBACK_LEASE, once nobody holds it.
+
+    Returns False where somebody still does after `patience` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        now = clock.now()
+        held = store.lease(name)
+        if held is None or held.until <= now:
+            if store.take_lease(name, holder, now, now + CALLBACK_LEASE):
+                return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(LEASE_POLL)
+
+
 class ForgejoCredentials:
     """The one credential of each user at Forgejo, shared by all clients.
 
@@ -6226,13 +6544,13 @@ class ForgejoCredentials:
         self._forgejo = forgejo
         self._log = log
         self._clock = clock
-        # Guards the three below; a leaf.
+        # Guards the two below; a leaf.
         self._lock = threading.Lock()
-        # A user's lock allows one refresh at a time; the only
-        # lock held across the network, taken before any other.
+        # A user's lock allows one refresh at a time in this process, the user's lease one among all
+        # brokers; the only lock held across the network, taken before any other.
         self._user_locks: dict[str, threading.Lock] = {}
         self._refused: dict[str, Refused] = {}
-        self._callbacks: set[object] = set()
+        self._pairs = Pairs(store, keyring)
         self.waits = RefreshWaits(forgejo, log, clock)
         self._trouble = TroubleLog(log, clock)
         self._admission = Admission(store, log, clock, person_ended)
@@ -6247,24 +6565,34 @@ class ForgejoCredentials:
     # -- logins
 
     @contextlib.contextmanager
-    def callback(self) -> Iterator[None]:
-        """Lasts while a login is exchanged: a refusal meanwhile may be that of the replaced token."""
-        this = object()
-        with self._lock:
-            self._callbacks.add(this)
+    def callback(self, name: str = "", patience: float = 0.0) -> Iterator[bool]:
+        """Lasts while a login is exchanged: a refusal meanwhile may be that of the replaced token.
+
+        One of a name at a time, over all brokers: yields whether its turn came within `patience` seconds.
+        """
         try:
-            yield
+            with callback_lease(self._store, self._clock, name or secrets.token_hex(8), patience) as is_ours:
+                yield is_ours
         finally:
-            with self._lock:
-                self._callbacks.discard(this)
-                settled = [
-                    sub for sub, refused in self._refused.items() if not refused.callbacks & self._callbacks
-                ]
-                believed = [self._refused.pop(sub) for sub in settled]
-            for refused in believed:
+            with contextlib.suppress(StoreUnavailable):
+                self.settle()
+
+    def settle(self) -> None:
+        """Saves what could not be saved before, and believes the refusals whose callbacks have ended.
+
+        Raises StoreUnavailable.
+        """
+        self._pairs.save_all_pending()
+        with self._lock:
+            refused = list(self._refused.values())
+        running = self._store.leases(CALLBACKS, self._clock.now()) if refused else set()
+        for each in refused:
+            if not each.callbacks & running:
+                with self._lock:
+                    if self._refused.get(each.user.sub) is each:
+                        del self._refused[each.user.sub]
                 # Without the store the next refresh is refused again.
-                with contextlib.suppress(StoreUnavailable):
-                    self._logged_out(refused.user, refused.reason)
+                self._logged_out(each.user, each.reason)
 
     def login(self, code: str, verifier: str) -> UserInfo:
         """Exchanges a callback's code and returns who logged in.
@@ -6350,68 +6678,53 @@ class ForgejoCredentials:
 
     # -- the stored credential
 
-    def _save(self, sub: str, credential: Credential, began: int) -> int | None:
-        box = self._keyring.seal(
-            "upstream", f"user:{sub}", {"access": credential.access, "refresh": credential.refresh}
-        )
+    def _save(self, sub: str, credential: Credential, began: int, seq: int | None = None) -> None:
         self.waits.forget(sub)
-        return self._store.save_credential(
-            sub, box, credential.grant, credential.count, credential.expires_at, credential.obtained_at, began
-        )
+        self._pairs.save(sub, credential, began, seq)
 
-    def _opened(self, sub: str, states: tuple[str, ...] = ("active",)) -> tuple[UserRow, dict[str, str]]:
-        """Returns a user's row and credential. Raises LoggedOut without one, or in another state."""
-        user = self._store.user(sub)
-        if user is None or user.status not in states or user.credential is None:
-            raise LoggedOut(sub)
-        try:
-            return user, self._keyring.unseal("upstream", f"user:{sub}", user.credential)
-        except ValueError:
-            raise LoggedOut(sub) from None
-
-    def _left(self, user: UserRow) -> tuple[float, float]:
+    def _left(self, user: UserRow | AgeRow) -> tuple[float, float]:
         return user.access_expires_at - self._clock.now(), user.access_expires_at - user.obtained_at
 
-    def needs_refresh(self, sub: str) -> tuple[int | None, bool]:
-        """Returns (number of a user's credential, whether to refresh it now); (None, False) if logged out."""
-        user = self._store.user(sub)
-        if user is None or user.status != "active":
-            return None, False
-        left, life = self._left(user)
-        return user.credential_seq, left < min(300, life / 4)
+    def ages(self, subs: Iterable[str]) -> dict[str, tuple[int, bool]]:
+        """Returns {sub: (number of the credential, whether to refresh it now)} of those who are logged in."""
+        found = {}
+        for sub, row in self._store.credential_ages(subs).items():
+            left, life = self._left(row)
+            found[sub] = row.credential_seq, left < min(300, life / 4)
+        return found
 
     def credential(self, sub: str) -> tuple[str, int, float]:
         """Returns (access token, sequence number, time to ask again) for a request.
 
         Raises LoggedOut, UpstreamDown or UpstreamMisconfigured.
         """
-        user, box = self._opened(sub)
+        user, box = self._pairs.opened(sub)
         left, life = self._left(user)
         if left < min(60, life / 8):
             try:
-                self.refresh(sub, user.credential_seq)
+                # Nobody waits long for another broker's refresh while the token is still good.
+                self.refresh(sub, user.credential_seq, 2.0 if left > 5 else LEASE_PATIENCE)
             except (UpstreamDown, UpstreamMisconfigured):
                 if left <= 0:
                     raise
-            user, box = self._opened(sub)
+            user, box = self._pairs.opened(sub)
             _, life = self._left(user)
         return box["access"], user.credential_seq, user.access_expires_at - min(60, life / 8)
 
-    def refresh(self, sub: str, seen: int | None = None) -> bool:
-        """Refreshes a user's credential, one thread at a time.
+    def refresh(self, sub: str, seen: int | None = None, patience: float = LEASE_PATIENCE) -> bool:
+        """Refreshes a user's credential: one thread of one broker at a time.
 
-        Returns False when another thread or login already did since
-        `seen`. Raises LoggedOut, UpstreamDown or UpstreamMisconfigured.
+        Returns False when another thread, broker or login already did since `seen`; another broker is waited
+        for as long as `patience`. Raises LoggedOut, UpstreamDown or UpstreamMisconfigured.
         """
         if seen is None:
             seen = getattr(self._store.user(sub), "credential_seq", None)
         with self._user_lock(sub):
-            user, box = self._opened(sub, ("active", "suspended"))
-            if user.credential_seq != seen:
+            self._pairs.save_pending(sub)
+            turn = self._begin_refresh(sub, seen, patience)
+            if turn is None:
                 return False
-            self._check_turn(user)
-            began = self._store.credential_order()
-            self._store.refresh_started(sub, self._clock.now())
+            user, box, began = turn
             try:
                 credential = self._forgejo.refresh(box["refresh"])
             except UpstreamRefused as error:
@@ -6419,11 +6732,32 @@ class ForgejoCredentials:
             except (UpstreamDown, UpstreamMisconfigured) as error:
                 self._trouble.failure("refresh", error)
                 self.waits.failed(sub, error)
+                with contextlib.suppress(StoreUnavailable):  # it ends by its time
+                    self._store.end_lease(f"user {sub}", self._store.holder)
                 raise
-            self._save(sub, credential, began)
+            self._save(sub, credential, began, user.credential_seq)
             self._log.event("info", "upstream_refreshed", user=sub)
         self._check_again(user, credential.access)
         return True
+
+    def _begin_refresh(
+        self, sub: str, seen: int | None, patience: float
+    ) -> tuple[UserRow, dict[str, str], int] | None:
+        """Takes the lease of a user's refresh.
+
+        Returns the user, the pair and credential_order(); None when there is a newer pair. Raises
+        LoggedOut, and UpstreamDown while the lease is not to be had.
+        """
+        turn = RefreshTurn(self._store, self._clock, sub, patience)
+        while True:
+            user, box = self._pairs.opened(sub, ("active", "suspended"))
+            if user.credential_seq != seen:
+                return None
+            self._check_turn(user)
+            began = self._store.credential_order()
+            if turn.take(user.credential_seq):
+                return user, box, began
+            turn.wait()
 
     def _check_turn(self, user: UserRow) -> None:
         """Raises UpstreamDown while the next attempt is not due, or callbacks decide about a refusal."""
@@ -6439,11 +6773,11 @@ class ForgejoCredentials:
         Returns False if one did. Raises LoggedOut, or UpstreamDown
         until the callbacks that are under way now have ended.
         """
-        with self._lock:
-            callbacks = frozenset(self._callbacks)
-            if callbacks:
-                self._refused[user.sub] = Refused(user, reason, callbacks)
+        self._store.end_lease(f"user {user.sub}", self._store.holder)
+        callbacks = frozenset(self._store.leases(CALLBACKS, self._clock.now()))
         if callbacks:
+            with self._lock:
+                self._refused[user.sub] = Refused(user, reason, callbacks)
             undecided = UpstreamDown("a login may be replacing this credential")
             self.waits.failed(user.sub, undecided)
             raise undecided
@@ -6474,7 +6808,7 @@ class ForgejoCredentials:
         except (UpstreamDown, UpstreamRefused) as error:
             self._trouble.failure("userinfo", error)
         else:
-            if not self._still_the_same(user, info, access):
+            if not still_the_same(self._admission, self._forgejo, user, info, access):
                 return
             if not allowed(self._settings, info):
                 self._admission.deny_access(sub, "refused", "no longer among the allowed users and groups")
@@ -6482,24 +6816,6 @@ class ForgejoCredentials:
             self._store.update_user(sub, info.login, info.name, info.groups, self._clock.now())
         self._asked.due(sub)
         self._judge(sub, access)
-
-    def _still_the_same(self, user: UserRow, info: UserInfo, access: str) -> bool:
-        """Returns whether the token is still that person's, whose logins end if it is not.
-
-        A restored Forgejo may give a grant's number again.
-        """
-        if info.sub != user.sub:
-            self._admission.end_person(user, info.login)
-            return False
-        if info.login.casefold() != user.login.casefold():
-            try:
-                account = self._forgejo.account(access)
-            except Suspended:
-                return True
-            if account and not same_person(user, info.login, account.created):
-                self._admission.end_person(user, info.login)
-                return False
-        return True
 
     def _judge(self, sub: str, access: str) -> str:
         """Asks the API about a user's token and acts on it.
@@ -6533,9 +6849,9 @@ class ForgejoCredentials:
         A 401 says only that this access token is no good: a refresh decides, at most once in ten minutes.
         """
         try:
-            user, box = self._opened(sub, ("active", "suspended"))
+            user, box = self._pairs.opened(sub, ("active", "suspended"))
             if self._left(user)[0] <= 0 and self.refresh(sub, user.credential_seq):
-                user, box = self._opened(sub, ("active", "suspended"))
+                user, box = self._pairs.opened(sub, ("active", "suspended"))
             word = self._judge(sub, box["access"])
             if word == "refused" and self._forced.due(sub):
                 self.refresh(sub, user.credential_seq)
@@ -8253,6 +8569,17 @@ class ForgejoLogins:
         mark = self._forms.set_cookie(self._forms.name, cookie, self._settings.login_lifetime)
         return replace(response, headers=(*response.headers, mark))
 
+    @contextlib.contextmanager
+    def turn(self, state_hash: bytes) -> Iterator[None]:
+        """One callback of a state at a time, over all brokers.
+
+        A second one (a double click, a reload) waits for the first one's answer.
+        """
+        with self._upstream.callback(state_hash.hex(), FINISH_WAIT) as is_ours:
+            if not is_ours:
+                raise temporarily("Forgejo takes long to answer; try again in a moment.", 5)
+            yield
+
     def finish(self, form: dict[str, list[str]], verifier: str) -> UserInfo:
         """Returns the user who logged in at Forgejo; AuthorizationError in our words, never Forgejo's."""
         if "error" in form:
@@ -8263,8 +8590,7 @@ class ForgejoLogins:
                 "forgejo_denied" if denied else "forgejo_failed",
             )
         try:
-            with self._upstream.callback():
-                return self._upstream.login(form["code"][0], verifier)
+            return self._upstream.login(form["code"][0], verifier)
         except UpstreamDown:
             raise AuthorizationError(
                 "temporarily_unavailable", "Forgejo cannot be reached just now", "forgejo_down"
@@ -8422,11 +8748,6 @@ class AuthorizationEndpoint:
         self._forms = forms
         self._logins = logins
         self._accounts = accounts
-        # One callback of a state at a time: a second one (a double click, a reload)
-        # waits for the first one's answer. The first lock guards the map and is a
-        # leaf; a state's own is held across the network, and taken before a user's.
-        self._finishing_lock = threading.Lock()
-        self._finishing: weakref.WeakValueDictionary[bytes, threading.Lock] = weakref.WeakValueDictionary()
 
     def authorize(self, request: Request) -> Response:
         """GET /oauth/authorize: validate, then show our own consent page.
@@ -8591,7 +8912,7 @@ class AuthorizationEndpoint:
         cookie = self._forms.cookie(request, self._forms.name)
         if not cookie or not hmac.compare_digest(token_hash(cookie), row.browser_hash):
             raise ErrorPage("wrong_browser")
-        with self._turn(state_hash):
+        with self._logins.turn(state_hash):
             taken = self._store.take_login(state_hash, self._clock.now())
             if taken is None:
                 return self._answered_before(state_hash)
@@ -8601,18 +8922,6 @@ class AuthorizationEndpoint:
                 raise ErrorPage("expired") from None
             request.context.client = login.get("client")
             return self._finished(taken.kind, login, form, state_hash)
-
-    @contextlib.contextmanager
-    def _turn(self, state_hash: bytes) -> Iterator[None]:
-        """One callback of a state at a time; a later one waits for the answer of the first."""
-        with self._finishing_lock:
-            lock = self._finishing.setdefault(state_hash, threading.Lock())
-        if not lock.acquire(timeout=FINISH_WAIT):
-            raise temporarily("Forgejo takes long to answer; try again in a moment.", 5)
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _answered_before(self, state_hash: bytes) -> Response:
         """The answer to a callback that comes again: the first one's while it is of use, then a page."""
@@ -11201,17 +11510,22 @@ class ReplayState:
         self,
         settings: Settings,
         save: Callable[[str | None, list[str], bytes | None], object] | None,
-        level: str | None = None,
-        subscriptions: Iterable[str] = (),
-        tools_hash: bytes | None = None,
     ) -> None:
         self.lock = threading.Lock()
         self._settings = settings
         self._save = save
-        self.level = level
-        self.tools_hash = tools_hash
-        self.subscriptions = collections.Counter(subscriptions)
+        self.level: str | None = None
+        self.tools_hash: bytes | None = None
+        self.subscriptions: collections.Counter[str] = collections.Counter()
         self.subscribing: collections.Counter[str] = collections.Counter()  # asked for, not yet answered
+
+    def read(self, row: SessionRow) -> None:
+        """Takes over what is on file."""
+        uris = json.loads(row.subscriptions)[: self._settings.max_subscriptions]
+        with self.lock:
+            self.level = row.log_level
+            self.tools_hash = row.tools_hash
+            self.subscriptions = collections.Counter(uri for uri in uris if len(uri) <= MAX_URI)
 
     def _change(self, change: Callable[[], None]) -> None:
         with self.lock:
@@ -11676,6 +11990,7 @@ class Session:
         self.backends = Backends(self, services, launcher, capacity)
         self.frontend: Frontend
         self.ended = False
+        self.is_on_file = False  # whether its row was written: what has none any more was ended elsewhere
         self.rights: Rights | None = (
             None  # what the operator's rules left of it when they were last looked at
         )
@@ -11826,6 +12141,7 @@ class Session:
             self._replay_to(backend)
 
     def _replay_to(self, backend: Backend) -> None:
+        read_again(self)
         self._make_ready(backend)
         replay = self.replay
         if replay.level:
@@ -12094,6 +12410,14 @@ def fail_lost(call: Call, reason: str, is_too_large: bool) -> None:
             f"The tool process ended ({reason}) before it answered; whether it did anything is not known.",
             retryable=True,
         )
+
+
+def read_again(session: Session) -> None:
+    """Takes over what is on file of a session: another broker of this store may have served it since."""
+    with contextlib.suppress(StoreUnavailable):
+        row = session.name and session.services.store.session(session.name, session.sub, session.client_id)
+        if row:
+            session.replay.read(row)
 
 
 # ============================================================================================================
@@ -12950,7 +13274,7 @@ class Sessions:
 
     def open(self, sub: str, client_id: str, initialize: dict[str, object]) -> tuple[str, dict[str, object]]:
         """Opens a session with its first child; returns (session id, the child's initialize result)."""
-        session_id = new_secret()
+        session_id = new_secret(self._settings.broker_prefix)
         name = token_hash(session_id)
         now = self._clock.now()
         replay = ReplayState(self._settings, functools.partial(self._store.update_session, name))
@@ -12973,6 +13297,7 @@ class Sessions:
         except BaseException:
             self.forget([name], "could not be saved")
             raise
+        session.is_on_file = True
         self._log.audit("session_opened", user=sub, client=client_id, version=session.version)
         self.forget(too_many, "too many sessions of this user")
         return session_id, session.server or {}
@@ -13000,12 +13325,11 @@ class Sessions:
         row = self._store.session(name, sub, client_id)
         if row is None:
             raise session_not_found()
-        uris = json.loads(row.subscriptions)[: self._settings.max_subscriptions]
-        kept = [uri for uri in uris if len(uri) <= MAX_URI]
-        save = functools.partial(self._store.update_session, name)
-        replay = ReplayState(self._settings, save, row.log_level, kept, row.tools_hash)
+        replay = ReplayState(self._settings, functools.partial(self._store.update_session, name))
+        replay.read(row)
         session = self._new(Identity(name, sub, client_id), json.loads(row.initialize), replay)
         session.version = row.protocol_version
+        session.is_on_file = True
         loaded = SessionFrontend(session)
         with self.lock:
             return self.sessions.setdefault(name, loaded)
@@ -13332,6 +13656,7 @@ class Reaper:
         self._step(self._kept.expire)
         self._step(self._trimmer.tick, time.monotonic(), self._sessions.is_quiet)
         self._step(self._end_what_was_revoked, now)
+        self._step(self._upstream.settle)
         self._step(self._refresh, now)
         monotonic = self._clock.monotonic()
         if monotonic >= self._next_save:
@@ -13345,7 +13670,15 @@ class Reaper:
             self._step(self._forget, "expired", self._store.sweep, now, self._settings.session_lifetime)
 
     def _log_operators(self) -> None:
-        """Logs what operators' commands have done; a crash before it is dropped logs it twice."""
+        """Logs what operators' commands have done, once over all brokers.
+
+        A crash before it is dropped logs it twice.
+        """
+        records = self._store.operator_records(OPERATOR_RECORDS)
+        now = self._clock.now()
+        if not records or not self._store.take_lease("operator records", self._store.holder, now, now + 10):
+            return
+        # Another broker may have logged some before the lease was ours.
         records = self._store.operator_records(OPERATOR_RECORDS)
         for record in records:
             self._log.audit(
@@ -13357,6 +13690,7 @@ class Reaper:
             )
         if records:
             self._store.drop_operator_records(records[-1].record_id)
+        self._store.end_lease("operator records", self._store.holder)
 
     def _compare_clocks(self) -> None:
         """Follows the wall clock once it has differed for long; tells the operator before and after."""
@@ -13420,15 +13754,19 @@ class Reaper:
             raise
 
     def _end_streams_of(self, streams: dict[Reader, tuple[Caller, bool]], now: float) -> None:
-        """Ends streams and sessions whose grants have ended."""
-        # Before the grants are read: a session opened meanwhile may have a newer one.
+        """Ends streams and sessions whose grants have ended, and sessions that another broker has ended."""
+        # Before the store is read: a session opened meanwhile may have a newer grant.
         sessions = self._sessions.all()
-        live, pairs = self._store.live_grants(now)
-        shut_out = self._store.shut_out()  # their grants live on, for the day they are let in again
+        on_file = {session.name for session in sessions if session.name and session.is_on_file}
+        subs = {session.sub for session in sessions}
+        # The grants of those who are shut out live on, for the day they are let in again.
+        live = self._store.living({caller.grant_id for caller, _ in streams.values()}, now)
         for reader, (caller, _) in streams.items():
-            if caller.grant_id not in live or caller.sub in shut_out:
+            if caller.grant_id not in live:
                 reader.close()
-        self._sessions.forget_but(pairs, sessions, "grant ended")
+        if sessions:
+            self._sessions.forget_but(self._store.living_pairs(subs, now), sessions, "grant ended")
+            self._sessions.forget(on_file - self._store.session_names(subs), "ended elsewhere")
 
     def _refresh(self, now: float) -> None:
         """Refreshes credentials of users with a running child early, and every live one each ten days.
@@ -13440,10 +13778,11 @@ class Reaper:
         for session in self._sessions.all():
             if session.backend:
                 awake[session.sub].append(session)
+        ages = self._upstream.ages(awake) if awake else {}
         for sub, sessions in awake.items():
-            seq, due = self._upstream.needs_refresh(sub)
-            if due:
-                self._refresh_in_background(sub)
+            seq, due = ages.get(sub, (None, False))
+            if seq is not None and due:
+                self._refresh_in_background(sub, seq)
             for session in sessions:
                 backend = session.backend
                 if seq is None:
@@ -13455,25 +13794,26 @@ class Reaper:
                 threading.Thread(target=self._upstream.waits.probe, daemon=True, name="probe").start()
         if self._clock.monotonic() >= self._next_refresh:
             self._next_refresh = self._clock.monotonic() + 600
-            for sub in self._store.users_to_refresh(now - 10 * 86400, now):
-                self._refresh_in_background(sub)
+            for sub, seen in self._store.users_to_refresh(now - 10 * 86400, now):
+                self._refresh_in_background(sub, seen)
 
-    def _refresh_in_background(self, sub: str) -> None:
+    def _refresh_in_background(self, sub: str, seen: int) -> None:
+        """Refreshes a credential unless another broker or a login does before us."""
         with self._lock:
             if sub in self._refreshing:
                 return
             self._refreshing.add(sub)
         try:
-            threading.Thread(target=self._refresh_one, args=(sub,), daemon=True, name="refresh").start()
+            threading.Thread(target=self._refresh_one, args=(sub, seen), daemon=True, name="refresh").start()
         except RuntimeError as error:
             # No thread is to be had: the next tick tries again, and others have their turn.
             self._log.event("debug", "refresh_failed", user=sub, error=str(error))
             with self._lock:
                 self._refreshing.discard(sub)
 
-    def _refresh_one(self, sub: str) -> None:
+    def _refresh_one(self, sub: str, seen: int) -> None:
         try:
-            self._upstream.refresh(sub)
+            self._upstream.refresh(sub, seen)
         except Exception as error:  # logged where it is known what it means; the next tick tries again
             self._log.event("debug", "refresh_failed", user=sub, error=type(error).__name__)
         finally:
@@ -14067,7 +14407,7 @@ class Endpoint:
             self._deadline(),
             meta,
             self._sessions.suspended,
-            functools.partial(self._seal_state, caller, message),
+            functools.partial(sealed_state, self._keyring, self._settings.broker_prefix, caller, message),
             self.judge.change(caller, message),
         )
         call.on_success = remembers(session, message)
@@ -14110,16 +14450,11 @@ class Endpoint:
             200, streaming=StreamingResponse(reader, Delivery.SSE, event_ids=False, on_disconnect=hang_up)
         )
 
-    def _seal_state(self, caller: Caller, message: Message, name: str) -> str:
-        """Returns a suspended call's requestState: sealed, good for one retry of it (patterns/mrtr)."""
-        content = {"held": name, "write": caller.may_write}
-        return b64url(self._keyring.seal("mrtr", owner_of_state(caller, message), content))
-
     def _retry(self, exchange: Exchange, message: Message) -> Response:
         """A retry with the input that was asked for continues the suspended call; nothing is run again."""
         exchange.drop_records()
         caller = exchange.caller
-        name = open_state(self._keyring, caller, message)
+        name = open_state(self._keyring, self._settings.broker_name, caller, message)
         call = self._sessions.suspended.take(name)
         if call is None or call.is_gone:
             raise RpcError(
@@ -14292,11 +14627,20 @@ def remembers(session: Session, message: Message) -> Callable[[object], object] 
     return None
 
 
-def open_state(keyring: Keyring, caller: Caller, message: Message) -> str:
-    """Returns the suspended call's name in a requestState; RpcError when it is not good for this retry."""
+def sealed_state(keyring: Keyring, prefix: str, caller: Caller, message: Message, name: str) -> str:
+    """Returns a suspended call's requestState: sealed, good for one retry of it (patterns/mrtr)."""
+    content = {"held": name, "write": caller.may_write}
+    return prefix + b64url(keyring.seal("mrtr", owner_of_state(caller, message), content))
+
+
+def open_state(keyring: Keyring, broker_name: str, caller: Caller, message: Message) -> str:
+    """Returns the suspended call's name in a requestState.
+
+    Raises RpcError when it is not good for this retry, or its call waits at another broker of this store.
+    """
+    giver, _, text = member(message.params, "requestState", str, "").rpartition(".")
     try:
-        box = unb64url(member(message.params, "requestState", str, ""))
-        content = keyring.unseal("mrtr", owner_of_state(caller, message), box)
+        content = keyring.unseal("mrtr", owner_of_state(caller, message), unb64url(text))
         name = content["held"]
         could_write = content["write"]
     except (ValueError, TypeError):
@@ -14305,6 +14649,12 @@ def open_state(keyring: Keyring, caller: Caller, message: Message) -> str:
         raise RpcError(
             INVALID_PARAMS, "requestState was given to a login with more access; send the request anew."
         )
+    if giver != broker_name:
+        sentence = (
+            f"requestState was given by the broker {giver[:20]!r}, where its call waits, and came to"
+            f" {broker_name!r}: send the request anew. The operator's proxy has to route by broker_name."
+        )
+        raise RpcError(INVALID_PARAMS, sentence)
     return str(name)
 
 
@@ -15890,8 +16240,9 @@ class Broker:
         self.capacity.wait_until_empty(self.settings.stop_timeout + 3)  # the reaper still ticks
         self.reaper.stop()
         self.guardian.close()
-        with contextlib.suppress(StoreUnavailable):
-            self.sessions.save_uses()
+        for save in (self.upstream.settle, self.sessions.save_uses):
+            with contextlib.suppress(StoreUnavailable):
+                save()
         self.store.close()
 
 

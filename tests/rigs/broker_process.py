@@ -81,20 +81,18 @@ class BrokerProcess:
         more=(),
         names="",
     ):
-        # `more`: sockets handed over besides `listener`; `names`: of all, as LISTEN_FDNAMES has them.
+        # Without a `listener` it listens where its settings say. `more`: sockets handed over besides it; `names`: of all, as LISTEN_FDNAMES has them.
         self.log_path = Path(log_path)
         self._readiness = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = str(Path(folder) / f"ready-{os.urandom(3).hex()}")
         self._readiness.bind(address)
-        descriptors = [each.fileno() for each in (listener, *more)]
+        descriptors = [each.fileno() for each in (listener, *more) if each]
+        launcher = ["-c", LAUNCHER, ",".join(map(str, descriptors)), names] if descriptors else []
         with open(log_path, "ab") as log:
             self.process = subprocess.Popen(
                 [
                     python,
-                    "-c",
-                    LAUNCHER,
-                    ",".join(map(str, descriptors)),
-                    names,
+                    *launcher,
                     "-I",
                     str(program or BROKER),
                     "--config",

@@ -61,6 +61,7 @@ def test_precedence_is_flag_environment_file_default(tmp_path):
         ("max_body", "4MiB", 4194304),
         ("max_body", "64k", 65536),
         ("max_body", "1 MB", 1048576),
+        ("broker_name", "mcp-2", "mcp-2"),
         ("listen", "[::1]:0", ("::1", 0)),
         ("listen", "127.0.0.1:8080", ("127.0.0.1", 8080)),
         ("debug", "yes", True),
@@ -157,6 +158,12 @@ def test_max_body_may_be_a_quarter_of_body_bytes_and_no_more(given):
     (problem,) = problems(**given)
     assert "max_body = " in problem and "body_bytes = " in problem
     assert load(max_body="1MiB", body_bytes="4MiB").body_bytes == 4 << 20
+
+
+@pytest.mark.parametrize("name", ["A", "a.b", "a_b", "a b", "a" * 21])
+def test_the_name_of_a_broker_can_stand_before_a_dot_in_a_header(name):
+    (problem,) = problems(broker_name=name)
+    assert "broker_name" in problem
 
 
 def test_a_secret_is_never_shown_in_an_error():
@@ -299,7 +306,17 @@ def test_defaults_are_those_of_the_contract(name, default):
 
 TYPES = {
     **dict.fromkeys(
-        ("text", "path", "origin", "base_url", "any_url", "forgejo_scopes", "log_format", "log_addresses"),
+        (
+            "text",
+            "path",
+            "origin",
+            "base_url",
+            "any_url",
+            "forgejo_scopes",
+            "log_format",
+            "log_addresses",
+            "broker_name",
+        ),
         "str",
     ),
     **dict.fromkeys(("list", "names"), "tuple[str, ...]"),

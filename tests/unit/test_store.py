@@ -216,7 +216,7 @@ def test_G08_an_emptied_store_lets_nobody_in(path):
     store.close()
     Path(path).write_bytes(b"")  # as a first start leaves it that was killed before its first commit
     store = Store(path, KEYS)
-    assert store.bearer(token_hash("1a"), NOW) is None and store.live_grants(NOW) == (set(), set())
+    assert store.bearer(token_hash("1a"), NOW) is None and store.find_grants("all", "", NOW) == []
     store.close()
 
 
@@ -423,7 +423,7 @@ def still_good(path):
             store.refresh_token(token_hash("r1-alice")).rotated_at == NOW
             and store.refresh_token(token_hash("r2-alice")).ended_at is None
         )
-        assert len(store.live_grants(NOW)[0]) == 3
+        assert len(store.find_grants("all", "", NOW)) == 3
         assert store.take_login(token_hash("state"), NOW).kind == "client"
         assert store.rotate(token_hash("r2-bob"), None, NOW, *pair("next"), b"box")
         return rows(store, "PRAGMA user_version")[0][0]
@@ -450,7 +450,7 @@ def test_what_the_first_release_stored_has_its_new_names(path):
     assert rows(store, "SELECT grant_id, requested_scope FROM grants ORDER BY 1") == asked and len(asked) == 4
     assert store.bearer(token_hash("a2-alice"), NOW).requested_scope == asked[0][1]
     assert (store.user("1").status, store.user("2").status) == ("active", "refused")
-    assert store.shut_out() == {"2"} and store.program("f") == ("legacy", 1)
+    assert store.credential_ages(["1", "2"]).keys() == {"1"} and store.program("f") == ("legacy", 1)
     store.close()
 
 
@@ -523,7 +523,7 @@ def test_every_column_is_described_and_stands_in_an_example(store):
     ):
         tables.setdefault(table, set()).add(column)
     sections = described()
-    assert tables.keys() <= sections.keys() and len(tables) == 13
+    assert tables.keys() <= sections.keys() and len(tables) == 14
     for table, columns in tables.items():
         text = sections[table]
         prose = "\n".join(line for line in text.splitlines() if line.startswith("|"))
@@ -563,7 +563,7 @@ MAY_SCAN = {
     "known_people": "a command",
     "bound_to": "at the start: whether there is any user",
     "_check_key": "at the start: whether there is any credential",
-    "shut_out": "an index of just those users",
+    "sweep": "leases: one for each user whose credential is being refreshed, and each login under way",
     "count_sessions": "counts the entries of an index",
     "end_orphaned_sessions": "each minute: the index of owners",
     "save_program": "20 rows",
@@ -809,8 +809,8 @@ def test_G16_many_threads_at_once_lose_nothing(store):
     for thread in threads:
         thread.join(60)
     assert not failures
-    grants, pairs = store.live_grants(NOW)
-    assert len(grants) == 160 and pairs == {("1", "c")}
+    grants = store.find_grants("all", "", NOW)
+    assert len(grants) == 160 and store.living_pairs(["1"], NOW) == {("1", "c")}
 
 
 def test_of_two_that_redeem_or_rotate_the_same_only_one_does(store):

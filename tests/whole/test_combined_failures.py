@@ -91,15 +91,15 @@ def test_capabilities_that_are_no_object_are_refused_and_take_no_place(make_rig,
 def test_a_revocation_is_in_force_although_the_grants_could_not_be_read_once(rig, monkeypatch):
     mcp = rig.session()
     rig.tick()
-    real, failed = rig.broker.store.live_grants, []
+    real, failed = rig.broker.store.living_pairs, []
 
-    def live_grants(now):
+    def living_pairs(subs, now):
         if not failed:
             failed.append(now)
             raise fjmcp_broker.StoreUnavailable("busy")
-        return real(now)
+        return real(subs, now)
 
-    monkeypatch.setattr(rig.broker.store, "live_grants", live_grants)
+    monkeypatch.setattr(rig.broker.store, "living_pairs", living_pairs)
     mcp.oauth.revoke(mcp.oauth.tokens["refresh_token"])
     rig.log.wait("child_stopped")
     assert failed and places_are_free(rig)
@@ -151,8 +151,10 @@ def test_requests_do_not_make_the_reaper_read_all_grants(rig, monkeypatch):
     rig.tick()
     rig.tick()
     read = []
-    real = rig.broker.store.live_grants
-    monkeypatch.setattr(rig.broker.store, "live_grants", lambda now: read.append(now) or real(now))
+    real = rig.broker.store.living_pairs
+    monkeypatch.setattr(
+        rig.broker.store, "living_pairs", lambda subs, now: read.append(now) or real(subs, now)
+    )
     for _ in range(5):
         assert mcp.request("tools/list")["tools"]
         rig.tick()
@@ -198,7 +200,7 @@ def test_without_a_thread_nothing_stays_marked(rig, monkeypatch, what):
         if what == "start":
             session.backends.start_in_background()
         elif what == "refresh":
-            rig.broker.reaper._refresh_in_background(session.sub)
+            rig.broker.reaper._refresh_in_background(session.sub, 1)
         else:
             rig.broker.launcher.examine_in_background(session.sub)
     assert not session.backends.starting and not rig.broker.reaper._refreshing

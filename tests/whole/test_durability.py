@@ -357,16 +357,16 @@ def test_X12_one_users_busy_children_leave_room_for_another(make_rig, control, m
 
 
 def test_a_session_that_is_opened_while_grants_are_looked_at_is_not_ended(rig, monkeypatch):
-    read, opened = rig.broker.store.live_grants, []
+    read, opened = rig.broker.store.living_pairs, []
 
-    def then_someone_logs_in(now):
-        found = read(now)
+    def then_someone_logs_in(subs, now):
+        found = read(subs, now)
         if not opened:
             opened.append(None)
             opened.append(rig.session("bob"))
         return found
 
-    monkeypatch.setattr(rig.broker.store, "live_grants", then_someone_logs_in)
+    monkeypatch.setattr(rig.broker.store, "living_pairs", then_someone_logs_in)
     rig.session("alice")
     rig.tick()
     rig.log.wait("session_opened", 2)

@@ -1,0 +1,131 @@
+"""Several brokers of one store in the test's own process, behind one public_url: what a proxy would choose, a test chooses."""
+
+import contextlib
+import socket
+from pathlib import Path
+
+import fjmcp_broker
+from rigs.browser import Browser
+from rigs.fake_forgejo import FakeForgejo
+from rigs.mcp_client import McpClient, OAuthClient
+from rigs.rig import CHILD, AuditLog, FakeClock
+
+
+class Member:
+    """One of the brokers: `routes` lead the public URL to it."""
+
+    def __init__(self, brokers, name):
+        self.brokers, self.name = brokers, name
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.address = "http://127.0.0.1:%d" % self.socket.getsockname()[1]
+        self.broker = self.log = None
+
+    @property
+    def routes(self):
+        return {self.brokers.url: self.address}
+
+    @property
+    def store(self):
+        return self.broker.store
+
+    def start(self):
+        """Build this broker anew, on its port, beside the others."""
+        values = {**self.brokers.values, "broker_name": self.name}
+        settings = fjmcp_broker.load_settings({name: str(value) for name, value in values.items()}, {})
+        self.log = AuditLog(settings, self.brokers.clock)
+        self.broker = fjmcp_broker.Broker(
+            settings, clock=self.brokers.clock, log=self.log, listener=self.socket.dup()
+        )
+        self.broker.start()
+        return self
+
+    def stop(self):
+        if self.broker:
+            self.broker.stop()
+            self.broker = None
+
+    def login(self, user="alice", access="full"):
+        """A client that logged in here."""
+        client = OAuthClient(self.brokers.url, name="Test client", routes=self.routes)
+        client.login(Browser(routes=self.routes), user, "secret", access)
+        return client
+
+    def client(self, oauth, session_id=None, **arguments):
+        """An MCP client with that login's token, whose requests come here."""
+        token = oauth.tokens["access_token"]
+        mcp = McpClient(
+            self.brokers.url + "/mcp", token, session_id=session_id, routes=self.routes, **arguments
+        )
+        mcp.oauth = oauth
+        return mcp
+
+    def session(self, user="alice", oauth=None, **arguments):
+        """A session that was opened here."""
+        mcp = self.client(oauth or self.login(user), **arguments)
+        mcp.initialize()
+        return mcp
+
+    def at(self, mcp):
+        """The same session's client, whose requests come here."""
+        return self.client(mcp.oauth, mcp.session_id)
+
+    def tick(self):
+        self.broker.reaper.tick()
+
+
+class Brokers:
+    """`count` brokers named a, b, c … of one store, a fake Forgejo, one clock for all.
+
+    `store`: the settings that name the store, of one that takes several brokers. Without it, SQLite's file is opened by each.
+    """
+
+    def __init__(self, directory, count=2, *, store=None, child=(), access_lifetime=3600, **settings):
+        self.clock = FakeClock()
+        self.forgejo = FakeForgejo(clock=self.clock, access_lifetime=access_lifetime).start()
+        self._patched = contextlib.ExitStack()
+        if store is None:
+            self._share_sqlite()
+        names = [chr(ord("a") + number) for number in range(count)]
+        self.all = [Member(self, name) for name in names]
+        self.url = self.all[0].address
+        self.app = self.forgejo.add_app([self.url + "/oauth/callback"])
+        key_file = Path(directory) / "key"
+        key_file.write_text(fjmcp_broker.new_key())
+        key_file.chmod(0o600)
+        self.values = {
+            "public_url": self.url,
+            "forgejo_url": self.forgejo.url,
+            "forgejo_oauth_client_id": self.app.client_id,
+            "forgejo_oauth_client_secret": self.app.client_secret,
+            "forgejo_mcp_binary": ",".join((*CHILD, *child)),
+            "store_path": str(Path(directory) / "broker.db"),
+            "key_file": str(key_file),
+            "debug": "true",
+            **(store or {}),
+            **settings,
+        }
+        for member in self.all:
+            member.start()
+
+    def _share_sqlite(self):
+        """Let several brokers open one SQLite file, which the program itself refuses."""
+        real = fjmcp_broker.Store
+
+        def beside(path, keyring, alone=True):
+            return real(path, keyring, alone=False)
+
+        fjmcp_broker.Store = beside
+        self._patched.callback(setattr, fjmcp_broker, "Store", real)
+
+    def close(self):
+        for member in self.all:
+            member.stop()
+            member.socket.close()
+        self.forgejo.stop()
+        self._patched.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc):
+        self.close()
