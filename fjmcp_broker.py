@@ -8093,8 +8093,8 @@ def check_configured_clients(settings: Settings) -> None:
         raise ConfigurationError(problems)
 
 
-# What `doctor` registers: each redirect URI is some real client's. It is answered like any registration and kept nowhere, so
-# that a trial leaves nothing behind however it ends; nobody can log in through it.
+# What `doctor` registers: each redirect URI is some real client's. It is answered like any registration and
+# kept nowhere, so that a trial leaves nothing behind however it ends; nobody can log in through it.
 TRIAL_CLIENT = "fjmcp-broker-doctor"
 TRIAL_REGISTRATION: dict[str, Any] = {
     "client_name": "fjmcp-broker doctor",
@@ -18321,9 +18321,10 @@ def run(arguments: Sequence[str], activated: bool) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command line. Returns the exit status: 0, 1 for a failure while running, 2 for wrong usage or configuration.
+    """Runs a command line and returns the exit status.
 
-    As programs do, it ends by SIGPIPE where nobody reads what it says, and by SIGINT where it is interrupted.
+    0, 1 for a failure while running, 2 for wrong usage or configuration. As programs do, it ends by SIGPIPE
+    where nobody reads what it says, and by SIGINT where it is interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     open_standard_streams()

@@ -1,8 +1,10 @@
-"""What makes the common clients just work, a test for each numbered point (A discovery, B registration, C tokens, D transport).
+"""What makes the common clients just work, with a test for each numbered point.
 
-Points 14 (Client ID Metadata Documents) and the modern half of 32 come with those features. Where the contract overrules a
-point, the test says what holds instead: 4 (`/oauth/*` is advertised, the root works), 28 (nothing is recreated from an
-unknown session id), 34 (on /mcp, CORS goes by the list of origins).
+A discovery, B registration, C tokens, D transport.
+
+Points 14 (Client ID Metadata Documents) and the modern half of 32 come with those features. Where the
+contract overrules a point, the test says what holds instead: 4 (`/oauth/*` is advertised, the root works), 28
+(nothing is recreated from an unknown session id), 34 (on /mcp, CORS goes by the list of origins).
 """
 
 import json
@@ -608,7 +610,8 @@ def test_D34_browsers_are_let_in_by_cors(rig, path):
         headers={
             "Origin": origin,
             "Access-Control-Request-Method": "POST",
-            "Access-Control-Request-Headers": "authorization, content-type, mcp-session-id, mcp-method, x-custom",
+            "Access-Control-Request-Headers": "authorization, content-type, mcp-session-id, "
+            "mcp-method, x-custom",
         },
     )
     assert answer.status == 204 and answer.headers["Access-Control-Allow-Origin"] in ("*", origin)

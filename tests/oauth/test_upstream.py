@@ -1,4 +1,7 @@
-"""The one credential of each user at Forgejo, under load: refreshed once, never lost by a race, and each refusal known for what it is."""
+"""The one credential of each user at Forgejo, under load.
+
+Refreshed once, never lost by a race, and each refusal known for what it is.
+"""
 
 import contextlib
 import socket
@@ -540,7 +543,8 @@ def test_an_outage_of_the_token_endpoint_beyond_the_tokens_life_logs_nobody_out(
     rig.clock.advance(3599)
     same(mcp).post(CALL)
     rig.clock.advance(2)
-    # A call that was let in just before sees the API refuse the token that ran out; that says nothing of the login.
+    # A call that was let in just before sees the API refuse
+    # the token that ran out; that says nothing of the login.
     assert rig.broker.upstream.examine(rig.forgejo._need_user("alice").sub) == "unknown"
     assert same(mcp).post(CALL).status == 503 and state(rig) == "active"
     rig.forgejo.clear_faults()

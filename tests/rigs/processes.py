@@ -1,4 +1,7 @@
-"""What tests of processes and threads share: sessions of an installation, functions run beside, ends waited for."""
+"""What tests of processes and threads share.
+
+Sessions of an installation, functions run beside, ends waited for.
+"""
 
 import os
 import select

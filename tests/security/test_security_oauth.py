@@ -1,6 +1,7 @@
-"""The security catalogue of the authorization server, case by case over sockets: groups A, C, K, T, R, D and U.
+"""The security catalogue of the authorization server, case by case over sockets.
 
-What test_oauth.py and test_clients.py show already is not repeated; docs/security.md says which test shows which case.
+Groups A, C, K, T, R, D and U. What test_oauth.py and test_clients.py show already is not repeated;
+docs/security.md says which test shows which case.
 """
 
 import base64

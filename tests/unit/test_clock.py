@@ -1,4 +1,7 @@
-"""Which clock decides: a wall clock that is set, forward or back, logs nobody out, deletes nothing and stops nothing."""
+"""Which clock decides.
+
+A wall clock that is set, forward or back, logs nobody out, deletes nothing and stops nothing.
+"""
 
 import sqlite3
 

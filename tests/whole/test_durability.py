@@ -1,4 +1,7 @@
-"""A session outlives its child, a crash and the broker; a request in flight is told what is known of it; nothing is done twice."""
+"""A session outlives its child, a crash and the broker; a request in flight is told what is known of it.
+
+Nothing is done twice.
+"""
 
 import contextlib
 import json
