@@ -29,9 +29,10 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("fjmcp-broker needs Python 3.11 or newer; this is Python " + sys.version.split()[0])
 
-# Python keeps what it makes of a file's text while compiling it for as long as that file runs: 33 MiB here, more than the
-# broker needs itself. So a Python that was started with this file becomes, under the same process id, a Python that gets
-# the file as it has been compiled, through pipes that hold it all. Where there are none to be had, it goes on as it is.
+# Python keeps what it makes of a file's text while compiling it for as long as that file runs: 33 MiB here,
+# more than the broker needs itself. So a Python that was started with this file becomes, under the same
+# process id, a Python that gets the file as it has been compiled, through pipes that hold it all. Where there
+# are none to be had, it goes on as it is.
 if __name__ == "__main__" and sys._getframe().f_back is None:
     import fcntl
     import marshal
