@@ -85,7 +85,8 @@ class BrokerProcess:
         more=(),
         names="",
     ):
-        # Without a `listener` it listens where its settings say. `more`: sockets handed over besides it; `names`: of all, as LISTEN_FDNAMES has them.
+        # Without a `listener` it listens where its settings say. `more`: sockets handed over besides it;
+        # `names`: of all, as LISTEN_FDNAMES has them.
         self.log_path = Path(log_path)
         self._readiness = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = str(Path(folder) / f"ready-{os.urandom(3).hex()}")
