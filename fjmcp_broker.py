@@ -10844,6 +10844,8 @@ class ToolList:
         """Returns a request for a page, whose tools are added to `tools`; under the lock."""
         backend = self._backend
         changes = self._changes
+        # A list of before the child is listened to may be out of date already, so it is not kept.
+        is_heard = backend.subscriptions.hears_list_changes
         following: list[str] = []
 
         def note(result: object) -> None:
@@ -10854,7 +10856,7 @@ class ToolList:
                 if next_cursor is not None and left > 0 and pages > 1:
                     following.append(next_cursor)
                     line = self._ask_for_page(tools, next_cursor, left, pages - 1)
-                elif changes == self._changes:
+                elif is_heard and changes == self._changes:
                     self.tools = tools
             if following:
                 backend.child.send(line)

@@ -667,6 +667,19 @@ def test_a_task_may_be_changed_by_who_may_make_its_call(listing, method):
 
 
 @pytest.mark.parametrize("child_era", ["legacy", "modern"])
+def test_what_a_child_listed_before_it_was_listened_to_decides_nothing(make_rig, child_era):
+    rig = make_rig(child=("--era", child_era) if child_era == "modern" else ())
+    oauth = rig.login()
+    full = connect(rig, oauth=oauth)
+    call(full, "get_back", {"value": {}})
+    (pool,) = rig.broker.sessions.all()
+    assert pool.backend.tool_list._is_learnt.wait(60)  # for the audit records, before any gate needed it
+    call(full, "change_tools", {"name": "get_later"})
+    oauth.login(None, "alice", "secret", "read")
+    assert call(connect(rig, oauth=oauth), "get_later")["content"]
+
+
+@pytest.mark.parametrize("child_era", ["legacy", "modern"])
 def test_a_child_of_either_era_is_heard_when_its_list_changes_though_no_client_listens(make_rig, child_era):
     rig = make_rig(child=("--era", child_era) if child_era == "modern" else ())
     oauth = rig.login()
