@@ -15,6 +15,7 @@ import pytest
 
 from rigs.browser import Browser, approve_login, query_of
 from rigs.mcp_client import McpClient, OAuthClient, Wire
+from rigs.processes import ended
 from rigs.rig import text_of
 from tools.replay import Replay, transcripts
 
@@ -389,6 +390,7 @@ def test_C21_the_token_answer_has_all_that_clients_read(rig):
 
 def test_C22_refreshes_from_two_addresses_at_once_all_succeed_and_go_on(rig):
     client = rig.login()
+    rig.clock.stop()
     first = client.tokens
     endpoint, fields = (
         rig.url + "/oauth/token",
@@ -422,6 +424,7 @@ def test_C23_a_login_that_is_used_lasts(rig):
     for _ in range(12):
         rig.clock.advance(9 * 86400)
         rig.tick()  # refreshes upstream in time
+        ended("refresh")
         assert client.refresh().status == 200
 
 

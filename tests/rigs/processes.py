@@ -47,6 +47,14 @@ def in_thread(function, *arguments, **named):
     return join
 
 
+def ended(*names):
+    """Wait for the broker's threads of these names."""
+    for thread in threading.enumerate():
+        if thread.name in names and thread.is_alive():
+            thread.join(60)
+            assert not thread.is_alive(), f"{thread.name} did not end"
+
+
 def hanging_call(mcp, control, key="k"):
     """A call that hangs in its child until the key is released; gives join()."""
     caller = McpClient(mcp.url, mcp.token, session_id=mcp.session_id)

@@ -602,6 +602,7 @@ def test_S15_while_its_origin_only_fails_the_last_good_document_serves_for_a_wee
     cimd, web, how, monkeypatch
 ):
     monkeypatch.setattr(fjmcp_broker.PublicWeb, "SECONDS", 0.5 if how == "silent" else 5.0)
+    cimd.clock.stop()
     web.publish(MINE)
     assert "unconfirmed" not in ask(cimd, ME).words
     since = fjmcp_broker.moment(cimd.clock.now())[:10]
@@ -751,6 +752,7 @@ def advertised(rig):
 
 
 def test_documents_are_advertised_until_none_could_be_read_for_half_an_hour_and_again_after_one(cimd, web):
+    cimd.clock.stop()
     look = cimd.broker.documents.look_out
     assert advertised(cimd) and not look() and advertised(cimd)
     assert set(web.asked) == set(fjmcp_broker.WELL_KNOWN_DOCUMENTS)

@@ -46,6 +46,7 @@ def test_after_an_idle_stop_the_session_goes_on_with_its_log_level_and_subscript
 
 def test_a_child_is_not_stopped_before_its_time(rig):
     mcp = rig.session()
+    rig.clock.stop()
     first = text_of(mcp.call_tool("get_pid"))
     rig.clock.advance(890)
     for _ in range(3):
