@@ -29,10 +29,9 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("fjmcp-broker needs Python 3.11 or newer; this is Python " + sys.version.split()[0])
 
-# Python keeps what it makes of a file's text while compiling it for as long as that file runs: 33 MiB here,
-# more than the broker needs itself. So a Python that was started with this file becomes, under the same
-# process id, a Python that gets the file as it has been compiled, through pipes that hold it all. Where there
-# are none to be had, it goes on as it is.
+# Python keeps what it makes of a file's text while compiling it for as long as that file runs: 33 MiB here, more than the
+# broker needs itself. So a Python that was started with this file becomes, under the same process id, a Python that gets
+# the file as it has been compiled, through pipes that hold it all. Where there are none to be had, it goes on as it is.
 if __name__ == "__main__" and sys._getframe().f_back is None:
     import fcntl
     import marshal
@@ -2392,11 +2391,12 @@ CREATE INDEX account_logins_by_expiry ON account_logins (expires_at);
 CREATE INDEX account_logins_by_user ON account_logins (sub);
 CREATE TABLE operator_records (
   record_id INTEGER PRIMARY KEY, event TEXT NOT NULL, sub TEXT, client_id TEXT, grant_id INTEGER,
-  reason TEXT NOT NULL
+  reason TEXT NOT NULL, session TEXT
 );
 CREATE TABLE leases (
   name TEXT PRIMARY KEY, holder TEXT NOT NULL, until REAL NOT NULL, credential_seq INTEGER
 ) WITHOUT ROWID;
+ALTER TABLE sessions ADD COLUMN rights_hash BLOB;
 """
 MIGRATIONS = (SCHEMA, VERSION_2)  # MIGRATIONS[n] takes a store from version n to n + 1
 
@@ -2411,7 +2411,7 @@ RowType = TypeVar("RowType")
 
 
 class OperatorRow(NamedTuple):
-    """What an operator's command did, for the log of the broker that runs."""
+    """What the broker that runs is to log: what an operator's command did, or that a session ended."""
 
     record_id: int
     event: str
@@ -2419,6 +2419,7 @@ class OperatorRow(NamedTuple):
     client_id: str | None
     grant_id: int | None
     reason: str
+    session: str | None
 
 
 class ClientRow(NamedTuple):
@@ -2601,6 +2602,7 @@ class SessionRow(NamedTuple):
     tools_hash: bytes | None
     created_at: float
     used_at: float
+    rights_hash: bytes | None
 
 
 class ProgramRow(NamedTuple):
@@ -2753,6 +2755,46 @@ GRANTS_OF = {
     "grant": f"{FIND_GRANTS} AND grant_id = :value",
     "all": FIND_GRANTS,
 }
+
+
+def ended_sessions(which: str) -> str:
+    """Returns the statement that has the sessions of a condition logged as ended, with :reason.
+
+    It stands before the one that deletes them.
+    """
+    return f"""
+        INSERT INTO operator_records (event, sub, client_id, session, reason)
+        SELECT 'session_ended', sub, client_id, {SESSION_NAME}, :reason
+        FROM sessions
+        WHERE {which}
+    """
+
+
+WITHOUT_GRANT = f"""
+    NOT EXISTS (
+      SELECT 1
+      FROM grants
+      WHERE grants.sub = sessions.sub AND grants.client_id = sessions.client_id AND {LIVE_GRANT}
+    )
+"""
+# The sessions of whose user and client :grant_id is the last login in force.
+OF_LAST_GRANT = f"""
+    (sub, client_id) = (SELECT sub, client_id FROM grants WHERE grant_id = :grant_id AND ended_at IS NULL)
+    AND NOT EXISTS (
+      SELECT 1
+      FROM grants
+      WHERE grants.sub = sessions.sub
+        AND grants.client_id = sessions.client_id
+        AND grant_id != :grant_id
+        AND {LIVE_GRANT}
+    )
+"""
+ABOVE_LIMIT = f"""
+    hash IN (
+      SELECT hash FROM sessions WHERE sub = :sub ORDER BY used_at DESC, created_at DESC {ALL_BUT} :keep
+    )
+"""
+UNUSED = "used_at < :now - :session_lifetime"
 # Each is bounded, so that no sweep takes long.
 SWEEPS = (
     # Strangers make logins: their boxes (6 KiB) go with the login's time, the tombstones an hour later.
@@ -2790,7 +2832,8 @@ SWEEPS = (
       LIMIT 500
     )
     """,
-    "DELETE FROM sessions WHERE used_at < :now - :session_lifetime RETURNING hash",
+    ended_sessions(UNUSED),
+    f"DELETE FROM sessions WHERE {UNUSED} RETURNING hash",
 )
 
 
@@ -3254,6 +3297,7 @@ BIND = """
 """
 FORGET_USERS = (
     "SELECT grant_id, sub, client_id, scope FROM grants WHERE ended_at IS NULL",
+    ended_sessions("true"),
     "DELETE FROM sessions",
     "DELETE FROM account_logins",
     "DELETE FROM logins",
@@ -3357,6 +3401,7 @@ class UserStore(Database):
             SET successor = NULL
             WHERE grant_id IN (SELECT grant_id FROM grants WHERE sub = :sub)
             """,
+            ended_sessions("sub = :sub"),
             "DELETE FROM sessions WHERE sub = :sub",
             "DELETE FROM account_logins WHERE sub = :sub",
             """
@@ -3553,7 +3598,8 @@ class UserStore(Database):
 
         Returns the grants that ended by that.
         """
-        ended = self._run({"url": forgejo_url}, *(FORGET_USERS if forget else ()), BIND)
+        parameters = {"url": forgejo_url, "reason": "another Forgejo"}
+        ended = self._run(parameters, *(FORGET_USERS if forget else ()), BIND)
         return [GrantRow._make(row) for row in ended]
 
 
@@ -3934,20 +3980,8 @@ class TokenStore(Database):
             """,
             "DELETE FROM access_tokens WHERE grant_id = :grant_id",
             "UPDATE refresh_tokens SET successor = NULL WHERE grant_id = :grant_id",
-            f"""
-            DELETE FROM sessions
-            WHERE (sub, client_id) = (
-                SELECT sub, client_id FROM grants WHERE grant_id = :grant_id AND ended_at IS NULL
-              )
-              AND NOT EXISTS (
-                SELECT 1
-                FROM grants
-                WHERE grants.sub = sessions.sub
-                  AND grants.client_id = sessions.client_id
-                  AND grant_id != :grant_id
-                  AND {LIVE_GRANT}
-              )
-            """,
+            ended_sessions(OF_LAST_GRANT),
+            f"DELETE FROM sessions WHERE {OF_LAST_GRANT}",
             """
             UPDATE grants
             SET ended_at = :now,
@@ -4029,6 +4063,7 @@ class SessionStore(Database):
                 "server": json.dumps(server),
                 "now": now,
                 "keep": keep,
+                "reason": "too many sessions of this user",
             },
             """
             INSERT INTO sessions (
@@ -4036,15 +4071,8 @@ class SessionStore(Database):
             )
             VALUES (:hash, :sub, :client_id, :protocol_version, :initialize, :server, :now, :now)
             """,
-            f"""
-            DELETE FROM sessions
-            WHERE hash IN (
-              SELECT hash FROM sessions
-              WHERE sub = :sub
-              ORDER BY used_at DESC, created_at DESC {ALL_BUT} :keep
-            )
-            RETURNING hash
-            """,
+            ended_sessions(ABOVE_LIMIT),
+            f"DELETE FROM sessions WHERE {ABOVE_LIMIT} RETURNING hash",
         )
         return [only(row) for row in dropped]
 
@@ -4087,20 +4115,23 @@ class SessionStore(Database):
         log_level: str | None,
         subscriptions: Iterable[str],
         tools_hash: bytes | None,
+        rights_hash: bytes | None,
     ) -> None:
-        """Keeps what has to be replayed to a new child."""
+        """Keeps what has to be replayed to a new child, and fingerprints of what the client knows."""
         self._run(
             {
                 "hash": session_hash,
                 "log_level": log_level,
                 "subscriptions": json.dumps(sorted(subscriptions)),
                 "tools_hash": tools_hash,
+                "rights_hash": rights_hash,
             },
             """
             UPDATE sessions
             SET log_level = :log_level,
                 subscriptions = :subscriptions,
-                tools_hash = :tools_hash
+                tools_hash = :tools_hash,
+                rights_hash = :rights_hash
             WHERE hash = :hash
             """,
         )
@@ -4112,23 +4143,22 @@ class SessionStore(Database):
             [{"hash": name, "at": at} for name, at in uses.items()],
         )
 
-    def end_session(self, session_hash: bytes) -> bool:
+    def end_session(self, session_hash: bytes, reason: str) -> bool:
         """Forgets a session. Returns whether it was there."""
-        return bool(self._run({"hash": session_hash}, "DELETE FROM sessions WHERE hash = :hash RETURNING 1"))
+        return bool(
+            self._run(
+                {"hash": session_hash, "reason": reason},
+                ended_sessions("hash = :hash"),
+                "DELETE FROM sessions WHERE hash = :hash RETURNING 1",
+            )
+        )
 
     def end_orphaned_sessions(self, now: float) -> list[bytes]:
         """Forgets the sessions of every (user, client) without a live grant. Returns their hashes."""
         ended = self._run(
-            {"now": now},
-            f"""
-            DELETE FROM sessions
-            WHERE NOT EXISTS (
-              SELECT 1
-              FROM grants
-              WHERE grants.sub = sessions.sub AND grants.client_id = sessions.client_id AND {LIVE_GRANT}
-            )
-            RETURNING hash
-            """,
+            {"now": now, "reason": "grant ended"},
+            ended_sessions(WITHOUT_GRANT),
+            f"DELETE FROM sessions WHERE {WITHOUT_GRANT} RETURNING hash",
         )
         return [only(row) for row in ended]
 
@@ -4232,7 +4262,7 @@ class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore, LeaseS
         return self._all(
             OperatorRow._make,
             """
-            SELECT record_id, event, sub, client_id, grant_id, reason
+            SELECT record_id, event, sub, client_id, grant_id, reason, session
             FROM operator_records
             WHERE record_id > 0
             ORDER BY record_id
@@ -4276,7 +4306,13 @@ class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore, LeaseS
         Returns ended sessions.
         """
         ended = self._run(
-            {"now": now, "session_lifetime": session_lifetime, "client_lifetime": client_lifetime}, *SWEEPS
+            {
+                "now": now,
+                "session_lifetime": session_lifetime,
+                "client_lifetime": client_lifetime,
+                "reason": "expired",
+            },
+            *SWEEPS,
         )
         return [only(row) for row in ended]
 
@@ -8094,8 +8130,8 @@ def check_configured_clients(settings: Settings) -> None:
         raise ConfigurationError(problems)
 
 
-# What `doctor` registers: each redirect URI is some real client's. It is answered like any registration and
-# kept nowhere, so that a trial leaves nothing behind however it ends; nobody can log in through it.
+# What `doctor` registers: each redirect URI is some real client's. It is answered like any registration and kept nowhere, so
+# that a trial leaves nothing behind however it ends; nobody can log in through it.
 TRIAL_CLIENT = "fjmcp-broker-doctor"
 TRIAL_REGISTRATION: dict[str, Any] = {
     "client_name": "fjmcp-broker doctor",
@@ -8720,8 +8756,9 @@ class AccountPages:
         for grant in self._store.grants_of(user.sub, now):
             if form.get("all") or grant.client_id == form.get("client"):
                 end_grant(self._services, grant, "ended by the user")
+        reason = "ended by the user"
         for session in self._store.sessions_of(user.sub):
-            if session.hash.hex() == form.get("session") and self._store.end_session(session.hash):
+            if session.hash.hex() == form.get("session") and self._store.end_session(session.hash, reason):
                 self._session_ended(session.hash)
         if form.get("leave"):
             self._store.close_account(token_hash(cookie))
@@ -10844,8 +10881,6 @@ class ToolList:
         """Returns a request for a page, whose tools are added to `tools`; under the lock."""
         backend = self._backend
         changes = self._changes
-        # A list of before the child is listened to may be out of date already, so it is not kept.
-        is_heard = backend.subscriptions.hears_list_changes
         following: list[str] = []
 
         def note(result: object) -> None:
@@ -10856,7 +10891,7 @@ class ToolList:
                 if next_cursor is not None and left > 0 and pages > 1:
                     following.append(next_cursor)
                     line = self._ask_for_page(tools, next_cursor, left, pages - 1)
-                elif is_heard and changes == self._changes:
+                elif changes == self._changes:
                     self.tools = tools
             if following:
                 backend.child.send(line)
@@ -11030,7 +11065,28 @@ def marked_properties(schema: object, path: tuple[str, ...] = ()) -> Iterator[tu
 
 PROBE_WAIT = 5.0  # seconds a child may keep silent when it is asked for its era; then it is legacy
 MAX_SERVER = 1 << 18  # bytes of what a child says of itself when it starts
+ANSWERED = ("ok", "tool_error", "started")  # outcomes of a tools/call that its child answered
 KEPT_PROGRAMS = 4  # programs of which something is known in memory; the newest
+
+
+class FirstCalls:
+    """Which logins have called a tool since the start: of the last MOST that did so for the first time."""
+
+    MOST = 10_000
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the dict; a leaf
+        self._grants: dict[int, None] = {}
+
+    def is_first(self, grant_id: int) -> bool:
+        """Returns whether a login calls a tool for the first time; from now on it does not."""
+        with self._lock:
+            if grant_id in self._grants:
+                return False
+            self._grants[grant_id] = None
+            if len(self._grants) > self.MOST:
+                del self._grants[next(iter(self._grants))]
+            return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -11045,10 +11101,18 @@ class Services:
     log: Log
     clock: SteadyClock
     kept: KeptBytes
+    first_calls: FirstCalls
 
-    def write_tool_call(self, outcome: str, seconds: float, fields: dict[str, object]) -> None:
+    def write_tool_call(
+        self, grant_id: int, outcome: str, seconds: float, fields: Mapping[str, object]
+    ) -> None:
         """Counts the end of a tools/call, and writes its audit record where `audit_calls` is on."""
         self.log.metrics.observe("fjmcp_tool_call_duration_seconds", (outcome,), seconds)
+        if outcome in ANSWERED and self.first_calls.is_first(grant_id):
+            client_id = str(fields["client"])
+            with contextlib.suppress(StoreUnavailable):
+                client = self.store.client(client_id)
+                self.log.connect_step("first_call", client_id, client.name if client else "")
         if self.settings.audit_calls:
             self.log.audit("tool_called", **fields, outcome=outcome, ms=round(seconds * 1000, 1))
 
@@ -11496,6 +11560,11 @@ def subscriptions_refused(uris: Iterable[str], count: int, settings: Settings) -
     return ""
 
 
+def rights_mark(rights: Rights | None) -> bytes:
+    """Returns a fingerprint of what the operator's rules leave to a caller; empty without rules."""
+    return b"" if rights is None else hashlib.sha256(repr(rights).encode()).digest()
+
+
 def list_digest(result: object, name: str) -> bytes:
     """A fingerprint of the list in a result of tools/list, prompts/list or resources/list."""
     listed = result.get(name) if isinstance(result, dict) else None
@@ -11503,16 +11572,17 @@ def list_digest(result: object, name: str) -> bytes:
 
 
 class ReplayState:
-    """What is replayed to a new child: log level and subscriptions; and a fingerprint of the client's tools.
+    """What is replayed to a new child: log level and subscriptions; and fingerprints of what the client knows.
 
-    `save` writes it down after a change, for a session that is on file. A shared one is not (None): there the
-    listeners of a resource are counted. `lock` is the session's.
+    These are of its tools, and of what the operator's rules left to it (rights_mark; None: it has called nothing
+    yet). `save` writes all of it down after a change, for a session that is on file. A shared one is not (None):
+    there the listeners of a resource are counted. `lock` is the session's.
     """
 
     def __init__(
         self,
         settings: Settings,
-        save: Callable[[str | None, list[str], bytes | None], object] | None,
+        save: Callable[[str | None, list[str], bytes | None, bytes | None], object] | None,
     ) -> None:
         self.lock = threading.Lock()
         self._settings = settings
@@ -11520,6 +11590,7 @@ class ReplayState:
         self.level: str | None = None
         self.tools_hash: bytes | None = None
         self.subscriptions: collections.Counter[str] = collections.Counter()
+        self.rights_hash: bytes | None = None
         self.subscribing: collections.Counter[str] = collections.Counter()  # asked for, not yet answered
 
     def read(self, row: SessionRow) -> None:
@@ -11528,6 +11599,7 @@ class ReplayState:
         with self.lock:
             self.level = row.log_level
             self.tools_hash = row.tools_hash
+            self.rights_hash = row.rights_hash or self.rights_hash or b""
             self.subscriptions = collections.Counter(uri for uri in uris if len(uri) <= MAX_URI)
 
     def _change(self, change: Callable[[], None]) -> None:
@@ -11539,8 +11611,9 @@ class ReplayState:
             with contextlib.suppress(StoreUnavailable):  # what is lost is a replay's detail, not the answer
                 self._save(*after)
 
-    def _values(self) -> tuple[str | None, list[str], bytes | None]:
-        return self.level, sorted(self.subscriptions), self.tools_hash
+    def _values(self) -> tuple[str | None, list[str], bytes | None, bytes | None]:
+        # Where no rule limits it nothing is kept, so that a first call writes nothing.
+        return self.level, sorted(self.subscriptions), self.tools_hash, self.rights_hash or None
 
     def set_level(self, level: str) -> None:
         """The client has set the log level."""
@@ -11549,6 +11622,19 @@ class ReplayState:
             self.level = level
 
         self._change(change)
+
+    def note_rights(self, mark: bytes) -> bool:
+        """Keeps what the operator's rules leave to the client; returns whether it was something else before."""
+        if self.rights_hash == mark:
+            return False
+        was: list[bytes | None] = []
+
+        def change() -> None:
+            was.append(self.rights_hash)
+            self.rights_hash = mark
+
+        self._change(change)
+        return was[0] not in (None, mark)
 
     def set_tools(self, result: object) -> None:
         """The client has been told the list of tools."""
@@ -11994,10 +12080,6 @@ class Session:
         self.frontend: Frontend
         self.ended = False
         self.is_on_file = False  # whether its row was written: what has none any more was ended elsewhere
-        self.rights: Rights | None = (
-            None  # what the operator's rules left of it when they were last looked at
-        )
-        self.rights_noted = False
         # One change of subscriptions at a time, the child's answers awaited; taken before `lock`.
         self._subscription_lock = threading.Lock()
         self.used_at = self.saved_at = services.clock.monotonic()
@@ -12274,8 +12356,6 @@ class Session:
             for backend in backends:
                 backend.child.stop(reason)
             self.frontend.end()
-            if self.is_durable:
-                self.log.audit("session_ended", user=self.sub, client=self.client_id, reason=reason)
 
     # -- tools
 
@@ -12313,11 +12393,7 @@ def note_rights(session: Session, rights: Rights | None) -> None:
 
     Ends subscriptions that it may not have any more.
     """
-    with session.lock:
-        is_new = session.rights_noted and session.rights != rights
-        session.rights_noted = True
-        session.rights = rights
-    if is_new:
+    if session.replay.note_rights(rights_mark(rights)):
         for kind in LIST_KINDS:
             changed = Message("notification", None, f"notifications/{kind}/list_changed", {}, {})
             session.frontend.on_notification(None, changed, True)
@@ -13301,7 +13377,9 @@ class Sessions:
             self.forget([name], "could not be saved")
             raise
         session.is_on_file = True
-        self._log.audit("session_opened", user=sub, client=client_id, version=session.version)
+        self._log.audit(
+            "session_opened", user=sub, client=client_id, session=session.label, version=session.version
+        )
         self.forget(too_many, "too many sessions of this user")
         return session_id, session.server or {}
 
@@ -13340,8 +13418,9 @@ class Sessions:
     def delete(self, session: Session) -> None:
         """The client ends its session."""
         assert session.name
-        self._store.end_session(session.name)
-        self.forget([session.name], "deleted by client")
+        reason = "deleted by client"
+        self._store.end_session(session.name, reason)
+        self.forget([session.name], reason)
 
     # -- pools
 
@@ -13673,7 +13752,7 @@ class Reaper:
             self._step(self._forget, "expired", self._store.sweep, now, self._settings.session_lifetime)
 
     def _log_operators(self) -> None:
-        """Logs what operators' commands have done, once over all brokers.
+        """Logs what operators' commands have done, and which sessions ended, once over all brokers.
 
         A crash before it is dropped logs it twice.
         """
@@ -13684,13 +13763,15 @@ class Reaper:
         # Another broker may have logged some before the lease was ours.
         records = self._store.operator_records(OPERATOR_RECORDS)
         for record in records:
-            self._log.audit(
-                record.event,
-                user=record.sub,
-                client=record.client_id,
-                grant=record.grant_id,
-                reason=record.reason,
-            )
+            fields = {
+                "user": record.sub,
+                "client": record.client_id,
+                "grant": record.grant_id,
+                "session": record.session,
+                "reason": record.reason,
+            }
+            known = {name: value for name, value in fields.items() if value is not None}
+            self._log.audit(record.event, **known)
         if records:
             self._store.drop_operator_records(records[-1].record_id)
         self._store.end_lease("operator records", self._store.holder)
@@ -13894,6 +13975,8 @@ KNOWN_META = Names(
     META_SUBSCRIPTION,
     META + "related-task",
 )
+# Seconds in which the body of a request must be there that is refused for its user's sake, to be on record.
+UNSERVED_PATIENCE = 0.5
 # What a login that may not write is served besides tools/call:
 # the specification's methods that change nothing at Forgejo.
 READING_METHODS = frozenset(
@@ -14072,10 +14155,13 @@ class Judge:
 class Exchange:
     """One POST: the request, who sent it, and the records of the tools that it calls."""
 
-    def __init__(self, services: Services, request: Request, caller: Caller) -> None:
+    def __init__(
+        self, services: Services, request: Request, caller: Caller, is_listed: Callable[[str], bool]
+    ) -> None:
         self.request = request
         self.caller = caller
         self._services = services
+        self._is_listed = is_listed  # where no child of its own tells
         self._records: list[tuple[Message, ToolCallRecord]] = []
 
     def begin_record(self, message: Message) -> None:
@@ -14085,7 +14171,21 @@ class Exchange:
         caller = self.caller
         who = {"user": caller.sub, "login": caller.login, "client": caller.client_id}
         name = member(message.params, "name", str, "")
-        self._records.append((message, ToolCallRecord(who, name, self._services.write_tool_call)))
+        write = functools.partial(self._services.write_tool_call, caller.grant_id)
+        record = ToolCallRecord(who, name, write)
+        record.is_listed = self._is_listed
+        self._records.append((message, record))
+
+    def begin_unserved(self) -> None:
+        """Puts on record what a POST asks that is refused for its user's sake, as far as it has arrived."""
+        if self.request.header("expect"):
+            return
+        with contextlib.suppress(HTTPError, RpcError):
+            value = read_value(self.request, Bodies.FREE, UNSERVED_PATIENCE)
+            for each in value if isinstance(value, list) else [value]:
+                message = message_from(each)
+                if message:
+                    self.begin_record(message)
 
     def record_of(self, message: Message, session: Session) -> ToolCallRecord | None:
         """The record of a message, for its call to write."""
@@ -14121,6 +14221,27 @@ class Gate:
         self._clock = services.clock
 
     def caller(self, request: Request) -> Caller:
+        """Returns the owner of a request's bearer token, and counts the request for them.
+
+        Raises HTTPError 401 as bearer() does, and 429 as seat() does.
+        """
+        caller = self.bearer(request)
+        self.seat(request, caller)
+        return caller
+
+    def admit(self, exchange: Exchange) -> None:
+        """Counts a POST for its user; raises HTTPError 429 as seat() does, what it asks being on record."""
+        try:
+            self.seat(exchange.request, exchange.caller)
+        except HTTPError:
+            exchange.begin_unserved()
+            raise
+
+    def seat(self, request: Request, caller: Caller) -> None:
+        """Counts a request for its user; raises HTTPError 429 above `max_requests_per_user`."""
+        request.seat.take("requests", f"user {caller.sub}", self._settings.max_requests_per_user)
+
+    def bearer(self, request: Request) -> Caller:
         """Returns the owner of a request's bearer token, read anew; raises HTTPError 401 (RFC 6750 3)."""
         authorization = request.header("authorization")
         if authorization is None:
@@ -14157,7 +14278,6 @@ class Gate:
                     "Forgejo does not let this user in at present; log in again.",
                     "suspended" if row.status == "suspended" else "logged_out",
                 )
-        request.seat.take("requests", f"user {row.sub}", self._settings.max_requests_per_user)
         return Caller(
             row.sub,
             row.login,
@@ -14192,10 +14312,12 @@ class Endpoint:
 
     def post(self, request: Request) -> Response:
         """A JSON-RPC message of either era, or a batch where its session allows one."""
-        exchange = Exchange(self._services, request, self._gate.caller(request))
+        caller = self._gate.bearer(request)
+        exchange = Exchange(self._services, request, caller, self._launcher.lists_tool)
         request_id = None
         modern = False
         try:
+            self._gate.admit(exchange)
             value = read_value(request, self._settings.max_body)
             if isinstance(value, list):
                 return self._batch(exchange, value)
@@ -14265,11 +14387,14 @@ class Endpoint:
             raise RpcError(
                 INVALID_REQUEST, "Batches are not served here; send each message by itself.", None, 400
             )
-        messages = [message for value in values if (message := message_from(value))]
+        messages = []
+        for value in values:
+            message = message_from(value)
+            if message:
+                messages.append(message)
+                exchange.begin_record(message)
         if any(message.method == "initialize" for message in messages):
             raise RpcError(INVALID_REQUEST, "initialize must not be in a batch.", None, 400)
-        for message in messages:
-            exchange.begin_record(message)
         if any(message.method != "ping" for message in messages):
             frontend = self._session(exchange.request, exchange.caller) or frontend
         for message in messages:
@@ -14290,7 +14415,7 @@ class Endpoint:
         asked = [
             (message, call)
             for message, call in calls
-            if message.method != "ping" and self._may_subscribe(session, message, call)
+            if message.method != "ping" and may_subscribe(self._log, session, message, call)
         ]
         self._submit(exchange.caller, session, asked, reader)
         for message, call in calls:
@@ -14349,19 +14474,6 @@ class Endpoint:
         call.on_success = remembers(session, message)
         call.record = exchange.record_of(message, session)
         return call
-
-    def _may_subscribe(self, session: Session, message: Message, call: Call) -> bool:
-        """Whether a call keeps to the bounds of subscriptions; one that does not is answered."""
-        if message.method != "resources/subscribe":
-            return True
-        uri = (message.params or {}).get("uri")
-        complaint = session.replay.begin_subscription(uri)
-        if complaint:
-            call.finish(self._log, functools.partial(call.error, INVALID_PARAMS, complaint, None))
-            return False
-        if isinstance(uri, str):
-            call.on_done = functools.partial(session.replay.end_subscription, uri)
-        return True
 
     # -- POST, modern
 
@@ -14467,6 +14579,8 @@ class Endpoint:
             verdict = self.judge.judge(caller, call.session, message)
             if verdict.refuse:
                 # The rules changed since the call was suspended: it ends, its retry is judged as a new call.
+                if call.record:
+                    call.record.write(verdict.outcome)
                 call.session.cancel(call, {"reason": "the operator does not allow it any more"})
                 call = call.anew(message)
                 reader = call.stream.open()
@@ -14492,6 +14606,7 @@ class Endpoint:
             return rpc_error_response(None, error)
         seat = functools.partial(self._gate.count_stream, request, caller)
         reader = frontend.open_stream(request.header("last-event-id"), seat)
+        note_rights(frontend.session, self.judge.rights(caller))
         self._reaper.track(reader, caller, False)
         return Response(200, streaming=StreamingResponse(reader, Delivery.SSE))
 
@@ -14521,9 +14636,26 @@ class Endpoint:
         raise HTTPError(405, "method_not_allowed", "Use POST.", (("Allow", "POST, GET, DELETE"),))
 
 
-def read_value(request: Request, limit: int) -> object:
-    """Returns the JSON value of a body of at most `limit` bytes; raises RpcError 400."""
-    body = request.read_body(limit)
+def may_subscribe(log: Log, session: Session, message: Message, call: Call) -> bool:
+    """Whether a call keeps to the bounds of subscriptions; one that does not is answered."""
+    if message.method != "resources/subscribe":
+        return True
+    uri = (message.params or {}).get("uri")
+    complaint = session.replay.begin_subscription(uri)
+    if complaint:
+        call.finish(log, functools.partial(call.error, INVALID_PARAMS, complaint, None))
+        return False
+    if isinstance(uri, str):
+        call.on_done = functools.partial(session.replay.end_subscription, uri)
+    return True
+
+
+def read_value(request: Request, limit: int, seconds: float | None = None) -> object:
+    """Returns the JSON value of a body of at most `limit` bytes.
+
+    Raises RpcError 400, and HTTPError as read_body() does.
+    """
+    body = request.read_body(limit, seconds)
     try:
         return read_json(body)
     except ValueError as error:
@@ -16017,6 +16149,7 @@ class Broker:
             self.log,
             self.clock,
             KeptBytes(self.settings, self.clock),
+            FirstCalls(),
         )
 
     def _listen(self, sockets: Sequence[tuple[str, socket.socket]]) -> list[Server]:
@@ -18324,10 +18457,9 @@ def run(arguments: Sequence[str], activated: bool) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command line and returns the exit status.
+    """Runs a command line. Returns the exit status: 0, 1 for a failure while running, 2 for wrong usage or configuration.
 
-    0, 1 for a failure while running, 2 for wrong usage or configuration. As programs do, it ends by SIGPIPE
-    where nobody reads what it says, and by SIGINT where it is interrupted.
+    As programs do, it ends by SIGPIPE where nobody reads what it says, and by SIGINT where it is interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     open_standard_streams()

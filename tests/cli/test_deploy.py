@@ -1,7 +1,4 @@
-"""How it is deployed.
-
-The guide's commands, the units, the package, and the documents that are made from the program.
-"""
+"""How it is deployed: the guide's commands, the units, the package, the documents that are made from the program."""
 
 import base64
 import contextlib
@@ -51,10 +48,7 @@ def unit(name):
 
 @pytest.fixture
 def installed():
-    """A folder that stands for / before the guide's commands, with a Forgejo and a socket as systemd's.
-
-    Gives a namespace.
-    """
+    """A folder that stands for / before the guide's commands, with a Forgejo and a socket as systemd's; gives a namespace."""
     with tempfile.TemporaryDirectory(prefix="fjmcp-installed-") as folder:
         os.chmod(folder, 0o755)  # unlike pytest's own, others may enter it
         yield from prepare(Path(folder))
@@ -84,10 +78,7 @@ def prepare(folder):
                 "https://git.example.org", forgejo.url
             )
 
-        answers = (
-            f" --forgejo-oauth-client-id {app.client_id} --forgejo-oauth-client-secret-file "
-            f"{folder / 'secret'}"
-        )
+        answers = f" --forgejo-oauth-client-id {app.client_id} --forgejo-oauth-client-secret-file {folder / 'secret'}"
         yield SimpleNamespace(
             root=root,
             url=url,

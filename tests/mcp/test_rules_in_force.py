@@ -1,7 +1,4 @@
-"""Tool rules over the running program.
-
-What an operator denies is listed nowhere and reaches no child, in whatever way it is asked for.
-"""
+"""Tool rules over the running program: what an operator denies is listed nowhere and reaches no child, in whatever way it is asked for."""
 
 import fnmatch
 import signal
@@ -395,8 +392,7 @@ def test_sighup_takes_rules_over_and_says_what_is_doubtful(make_installation):
     assert text_of(mcp.call_tool("change_tools")) == DENIED
     installation.config.write_text(
         written
-        + '[[tool_rules]]\nusers = ["alice"]\naccess = "read"\n'
-        + '[[tool_rules]]\n[[tool_rules]]\nusers = ["bob"]\n'
+        + '[[tool_rules]]\nusers = ["alice"]\naccess = "read"\n[[tool_rules]]\n[[tool_rules]]\nusers = ["bob"]\n'
     )
     installation.broker.process.send_signal(signal.SIGHUP)
     assert stream.next(15).data["method"] == "notifications/tools/list_changed"
@@ -581,3 +577,57 @@ def test_the_account_page_says_what_the_rules_leave_to_each_application(rig):
     _, page = open_account(rig)
     assert "My <b>editor</b> : All tools, but none named delete_*." in page.words
     assert "My reader : Tools that only read." in page.words
+
+
+# -- rules that change while nobody looks
+
+
+def rules_of(rig, *tables):
+    """Other rules in the file, taken over by a start."""
+    rig.restart()
+    rig.broker.settings.tool_rules = fjmcp_broker.KINDS["tool_rules"](list(tables))
+
+
+def resumed(mcp):
+    """The same session as a new client process sees it, and what it is told of lists."""
+    again = McpClient(mcp.url, mcp.token, session_id=mcp.session_id)
+    told = []
+    again.on_notification = lambda method, params: told.append(method)
+    return again, told
+
+
+@pytest.mark.parametrize(
+    "first, then", [((), (NO_DELETING,)), ((NO_DELETING,), ()), ((READING,), (EVERYBODY,))]
+)
+def test_a_session_is_told_of_rules_that_changed_across_a_restart(rig, first, then):
+    rig.broker.settings.tool_rules = fjmcp_broker.KINDS["tool_rules"](list(first))
+    mcp = rig.session()
+    mcp.list_tools()
+    rules_of(rig, *then)
+    with resumed(mcp)[0].open_stream() as stream:
+        kinds = {stream.next(15).data["method"] for _ in range(3)}
+    assert kinds == {f"notifications/{kind}/list_changed" for kind in ("prompts", "resources", "tools")}
+
+
+def test_a_session_that_calls_before_it_listens_is_told_once_when_it_listens(rig):
+    mcp = rig.session()
+    mcp.list_tools()
+    rules_of(rig, NO_DELETING)
+    again, told = resumed(mcp)
+    again.list_tools()
+    again.list_tools()
+    with again.open_stream() as stream:
+        told += [stream.next(15).data["method"] for _ in range(3)]
+    assert sorted(told) == [
+        f"notifications/{kind}/list_changed" for kind in ("prompts", "resources", "tools")
+    ]
+
+
+def test_a_session_is_not_told_of_rules_that_leave_it_the_same_across_a_restart(rig):
+    rig.broker.settings.tool_rules = fjmcp_broker.KINDS["tool_rules"]([NO_DELETING])
+    mcp = rig.session()
+    mcp.list_tools()
+    rules_of(rig, {"users": ["carol"], **READING}, NO_DELETING)
+    again, told = resumed(mcp)
+    again.list_tools()
+    assert told == []

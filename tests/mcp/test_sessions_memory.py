@@ -1,7 +1,4 @@
-"""What is kept of what comes from outside has a bound in bytes, an owner and a time.
-
-At a bound only its owner loses something.
-"""
+"""What is kept of what comes from outside has a bound in bytes, an owner and a time; at a bound only its owner loses something."""
 
 import ast
 import gc

@@ -1,7 +1,4 @@
-"""Forgejo below a path (https://host/git), with a port, at an IPv6 address.
-
-The whole flow, from discovery to tools.
-"""
+"""Forgejo below a path (https://host/git), with a port, at an IPv6 address: the whole flow, from discovery to tools."""
 
 import pytest
 

@@ -1,10 +1,7 @@
-"""A legacy stdio MCP server whose tools stand in a file: `listing_child.py TOOLS HEARD`.
+"""A legacy stdio MCP server whose tools stand in a file, `listing_child.py TOOLS HEARD`, to be another list at any time.
 
-The file may have another list at any time.
-
-TOOLS is a JSON array of pages, each an array of tools; without a page tools/list is never answered. Each line
-that is read is appended to HEARD. A call is never refused: the answer says which name it had, and with
-params.task it is a task named after the tool. After `notifications/poke` the list is said to have changed.
+TOOLS is a JSON array of pages, each an array of tools; without a page tools/list is never answered. Each line that is read is appended to HEARD. A call is never refused: the answer says
+which name it had, and with params.task it is a task named after the tool. After `notifications/poke` the list is said to have changed.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""The MCP Python SDK 2.x as a client of the broker; for the interpreter of the real part mcp2.
+"""The MCP Python SDK 2.x as a client of the broker; for the interpreter of the real part mcp2. Prints JSON lines.
 
-Prints JSON lines. sdk2_client.py URL LOGIN PASSWORD [options]
+sdk2_client.py URL LOGIN PASSWORD [options]
 """
 
 import asyncio
