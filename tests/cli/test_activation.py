@@ -1,4 +1,7 @@
-"""Under a service manager: the sockets it holds, a start that fails, restarts under load; what is wrong with files is said."""
+"""Under a service manager: the sockets it holds, a start that fails, restarts under load.
+
+What is wrong with files is said.
+"""
 
 import base64
 import os
@@ -91,7 +94,8 @@ def test_a_whole_login_is_good_over_a_unix_socket(make_installation, tmp_path):
         client.login(None, "alice", "secret")
         body = b'{"jsonrpc":"2.0","id":1,"method":"ping"}'
         head = (
-            f"POST /mcp HTTP/1.1\r\nHost: {installation.url[7:]}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+            f"POST /mcp HTTP/1.1\r\nHost: {installation.url[7:]}\r\nContent-Length: "
+            f"{len(body)}\r\nConnection: close\r\n"
             f"Content-Type: application/json\r\nAuthorization: Bearer {client.tokens['access_token']}\r\n\r\n"
         )
         with connected_unix(tmp_path / "s") as sock:

@@ -1,4 +1,7 @@
-"""Nobody reads what a command says, or it cannot be written: no traceback, the work is done, and the exit status tells."""
+"""Nobody reads what a command says, or it cannot be written.
+
+No traceback, the work is done, and the exit status tells.
+"""
 
 import os
 import signal

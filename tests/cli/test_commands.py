@@ -266,7 +266,10 @@ def test_check_says_which_containment_holds(make_installation, open_folder):
 
 @pytest.fixture
 def service(make_installation, open_folder):
-    """An installation whose store is nobody's, in a folder that everybody may enter; its program is a copy there."""
+    """An installation whose store is nobody's, in a folder that everybody may enter.
+
+    Its program is a copy there.
+    """
     installation = make_installation()
     installation.start()
     session(installation)
@@ -282,7 +285,8 @@ def service(make_installation, open_folder):
     child = open_folder / "forgejo-mcp"
     child.write_text(
         "#!/bin/sh\nread line\n"
-        """echo '{"jsonrpc":"2.0","id":"initialize","result":{"serverInfo":{"name":"small","version":"9"}}}'\n"""
+        """echo '{"jsonrpc":"2.0","id":"initialize","result":"""
+        """{"serverInfo":{"name":"small","version":"9"}}}'\n"""
         "id -u >&2\ncat >/dev/null\n"
     )
     installation.config = open_folder / "broker.toml"
@@ -443,7 +447,8 @@ def test_a_child_that_wants_a_token_only_is_tried_with_one(tmp_path):
     path = program(
         tmp_path,
         b'#!/bin/sh\n[ -n "$FORGEJO_ACCESS_TOKEN" ] || exit 1\nread line\n'
-        b"""echo '{"jsonrpc":"2.0","id":"initialize","result":{"serverInfo":{"name":"small","version":"9"}}}'\n""",
+        b"""echo '{"jsonrpc":"2.0","id":"initialize","result":"""
+        b"""{"serverInfo":{"name":"small","version":"9"}}}'\n""",
     )
     (found,) = fjmcp_broker.check_child(settings_with(tmp_path, forgejo_mcp_binary=f"{path},"))
     assert found.level == "ok" and "starts and answers as small 9" in found.text
@@ -536,7 +541,8 @@ def test_after_the_start_what_check_finds_wrong_at_forgejo_and_in_the_child_is_a
 
 def test_a_process_that_hides_from_its_children_is_not_dumpable():
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import fjmcp_broker as b; get = lambda: b.ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import fjmcp_broker as b; get = lambda: "
+        "b.ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)\n"
         "print(get(), b.hide_from_children(), get())"
     )
     done = subprocess.run(

@@ -1,4 +1,7 @@
-"""Operators' commands beside a running broker, killed between any two steps: nothing is lost, and run again they finish."""
+"""Operators' commands beside a running broker, killed between any two steps.
+
+Nothing is lost, and run again they finish.
+"""
 
 import contextlib
 import json
@@ -23,7 +26,8 @@ from rigs.rig import text_of
 NOW = fjmcp_broker.Clock().now()
 DAY = 86400
 
-# The program, which kills itself as `kill -9` would at step N: before or after a change of a file, or before a statement of SQL.
+# The program, which kills itself as `kill -9` would at step N:
+# before or after a change of a file, or before a statement of SQL.
 KILLED = """
 import itertools, os, sys
 sys.path.insert(0, sys.argv[1])
@@ -66,7 +70,10 @@ def run_killed(config, number, *words):
 
 
 def kills(config, *words, before=lambda: None, steps=400):
-    """Each way to kill a command: prepared by `before`, run up to its next step; ends with the run that nothing stops."""
+    """Each way to kill a command: prepared by `before`, run up to its next step.
+
+    Ends with the run that nothing stops.
+    """
     for number in range(steps):
         before()
         if run_killed(config, number, *words) == 0:

@@ -1,4 +1,7 @@
-"""How it is deployed: the guide's commands, the units, the package, the documents that are made from the program."""
+"""How it is deployed.
+
+The guide's commands, the units, the package, and the documents that are made from the program.
+"""
 
 import base64
 import contextlib
@@ -48,7 +51,10 @@ def unit(name):
 
 @pytest.fixture
 def installed():
-    """A folder that stands for / before the guide's commands, with a Forgejo and a socket as systemd's; gives a namespace."""
+    """A folder that stands for / before the guide's commands, with a Forgejo and a socket as systemd's.
+
+    Gives a namespace.
+    """
     with tempfile.TemporaryDirectory(prefix="fjmcp-installed-") as folder:
         os.chmod(folder, 0o755)  # unlike pytest's own, others may enter it
         yield from prepare(Path(folder))
@@ -78,7 +84,10 @@ def prepare(folder):
                 "https://git.example.org", forgejo.url
             )
 
-        answers = f" --forgejo-oauth-client-id {app.client_id} --forgejo-oauth-client-secret-file {folder / 'secret'}"
+        answers = (
+            f" --forgejo-oauth-client-id {app.client_id} --forgejo-oauth-client-secret-file "
+            f"{folder / 'secret'}"
+        )
         yield SimpleNamespace(
             root=root,
             url=url,

@@ -16,7 +16,10 @@ from rigs.rig import CHILD
 
 
 class Cripple(Proxy):
-    """A proxy before a broker that spoils what `spoil(method, path, answer)` wants: answer has status, headers (a dict) and body."""
+    """A proxy before a broker that spoils what `spoil(method, path, answer)` wants.
+
+    Answer has status, headers (a dict) and body.
+    """
 
     def __init__(self):
         super().__init__()

@@ -416,7 +416,8 @@ SUBREAPER = "import ctypes; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)\n"
 def test_as_a_subreaper_it_reaps_what_is_handed_to_it(make_installation, monkeypatch):
     monkeypatch.setattr(broker_process, "LAUNCHER", SUBREAPER + broker_process.LAUNCHER)
     installation = make_installation(session_idle_timeout="1s")
-    # A wrapper whose own process outlives it: in a session of its own, so that it does not end with its group.
+    # A wrapper whose own process outlives it: in a session
+    # of its own, so that it does not end with its group.
     wrapper = ["/bin/sh", "-c", 'setsid sleep 1 >/dev/null 2>&1 </dev/null & "$@"', "wrapper", *CHILD]
     installation.write(**{**installation.settings, "forgejo_mcp_binary": wrapper})
     broker = installation.start()

@@ -1,4 +1,7 @@
-"""tests/run.py: the parts that decide which Pythons run, what an install left, and what a missing part means."""
+"""tests/run.py: the parts that decide.
+
+Which Pythons run, what an install left, and what a missing part means.
+"""
 
 import fcntl
 import json
@@ -347,7 +350,10 @@ def test_a_run_over_its_limit_is_ended_with_a_status_of_its_own():
 
 
 def test_what_a_test_left_running_with_its_output_does_not_hold_up_the_end(tmp_path):
-    left = "import subprocess, sys; print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True)"
+    left = (
+        "import subprocess, sys; print(subprocess.Popen(['sleep', '600'], "
+        "start_new_session=True).pid, flush=True)"
+    )
     status, lines = run.run_pytest([sys.executable, "-c", left], dict(os.environ), 60)
     os.kill(int(lines[0]), signal.SIGKILL)
     assert status == 0
@@ -410,7 +416,10 @@ def test_the_java_client_is_held_to_the_sums_of_its_jars(tmp_path, monkeypatch):
     """A jar that is not the pinned one is not run, nor compiled against."""
     for name in ("java", "javac"):
         program(tmp_path / "bin" / name)
-    copying = '#!/bin/sh\nfor word; do case $word in -DoutputDirectory=*) mkdir -p "${word#*=}"; echo > "${word#*=}/mcp-2.1.0.jar";; esac; done\n'
+    copying = (
+        '#!/bin/sh\nfor word; do case $word in -DoutputDirectory=*) mkdir -p "${word#*=}"; '
+        'echo > "${word#*=}/mcp-2.1.0.jar";; esac; done\n'
+    )
     program(
         tmp_path / "bin" / "mvn",
         copying + 'for word; do case $word in -Dmaven.repo.local=*) mkdir -p "${word#*=}";; esac; done\n',

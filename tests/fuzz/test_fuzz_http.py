@@ -1,6 +1,7 @@
-"""HTTP and JSON-RPC under fuzzing. A second, slow and plain reading of RFC 9112 says what the bytes mean; the server must refuse or agree.
+"""HTTP and JSON-RPC under fuzzing.
 
-Bugs that were found stay as examples. --long runs many more.
+A second, slow and plain reading of RFC 9112 says what the bytes mean; the server must refuse or agree. Bugs
+that were found stay as examples. --long runs many more.
 """
 
 import contextlib
@@ -44,7 +45,10 @@ def line_at(data, at):
 
 
 def fields_at(data, at):
-    """The field lines up to the empty one (5): a map of lower-case names to lists of values, and where it ends."""
+    """The field lines up to the empty one (5).
+
+    A map of lower-case names to lists of values, and where it ends.
+    """
     fields = {}
     while True:
         line, at = line_at(data, at)
@@ -100,7 +104,10 @@ def chunks_at(data, at):
 
 
 def request_at(data, at):
-    """One request as (method, target, fields, body), where it ends, and whether the connection lives on (3, 9.3)."""
+    """One request as (method, target, fields, body), where it ends, and whether the connection goes on.
+
+    RFC 9112 3, 9.3.
+    """
     line, at = line_at(data, at)
     if not line:  # one empty line before a request is ignored (2.2)
         line, at = line_at(data, at)
@@ -134,7 +141,7 @@ def request_at(data, at):
 
 
 def reference(data):
-    """What the bytes mean: the list of requests that they hold, and how it goes on: "end", "invalid" or "incomplete"."""
+    """The requests that the bytes hold, and how they end: "end", "invalid" or "incomplete"."""
     found, at = [], 0
     try:
         while at < len(data):
@@ -333,7 +340,10 @@ broken = st.builds(
 
 
 def agrees(shared, data):
-    """What the server served is what the reference reads; it may stop earlier, by a refusal or a hang-up, but never go on further."""
+    """What the server served is what the reference reads.
+
+    It may stop earlier, by a refusal or a hang-up, but never go on further.
+    """
     expected, end = reference(data)
     got, refused = served(shared, data)
     expected = plainly(expected)

@@ -1,4 +1,7 @@
-"""Whatever is sent to the OAuth endpoints, and whatever a client's document says, is answered in the form its reader expects."""
+"""The OAuth endpoints and clients' documents under fuzzing.
+
+Whatever is sent, and whatever a document says, is answered in the form that its reader expects.
+"""
 
 import itertools
 import json

@@ -1,4 +1,7 @@
-"""Configuration under fuzzing: file, secrets file, environment, flags and command lines of any shape give settings or sentences."""
+"""Configuration under fuzzing.
+
+File, secrets file, environment, flags and command lines of any shape give settings or sentences.
+"""
 
 import json
 import tempfile

@@ -1,6 +1,7 @@
-"""Floods, slow readers and slow writers against the broker: an honest client is answered all the while, and nothing of it stays.
+"""Floods, slow readers and slow writers against the broker.
 
-Completion and counts decide, never a time. The long forms run with --long.
+An honest client is answered all the while, and nothing of it stays. Completion and counts decide, never a
+time. The long forms run with --long.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ from rigs.mcp_client import OAuthClient
 from rigs.raw_http import Answer, Wire, get, mcp_post, post
 from rigs.rig import text_of
 
-# An exception that ends a thread of the broker is a traceback on stderr: it fails the test during which it came.
+# An exception that ends a thread of the broker is a traceback
+# on stderr: it fails the test during which it came.
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 CALL = {"jsonrpc": "2.0", "id": 1, "method": "tools/call"}
@@ -86,7 +88,10 @@ def nothing_stays(scale):
 
 
 def test_N02_H15_connections_in_waves_come_and_go(make_rig, nothing_stays, scale):
-    """Of each wave a third says nothing, a third half a request, a third asks; then all are left at once, some by a reset."""
+    """Of each wave a third says nothing, a third half a request, a third asks.
+
+    Then all are left at once, some by a reset.
+    """
     rig = make_rig(trusted_proxies="127.0.0.0/8", header_timeout="30s")
     size, waves = scale(150, 2000), scale(4, 5)
     with nothing_stays(rig, scale(60, 300)), Honest(rig):
@@ -152,7 +157,10 @@ def test_H14_slow_writers_of_headers_and_bodies_are_cut_and_cost_nothing_but_the
 
 
 def test_H14_slow_readers_are_cut_and_hold_no_one(make_rig, nothing_stays, scale):
-    """Each asks for more than sockets hold and never reads: plain answers, and a stream of a session of its own."""
+    """Each asks for more than sockets hold and never reads.
+
+    Plain answers, and a stream of a session of its own.
+    """
     rig = make_rig(write_timeout="500ms")
     mcp = rig.session()
     mcp.close()  # its session stays

@@ -1,4 +1,7 @@
-"""HTTP over raw sockets: framing, limits, the order of checks, CORS, pages, streams. Case ids are those of docs/security.md."""
+"""HTTP over raw sockets: framing, limits, the order of checks, CORS, pages, streams.
+
+Case ids are those of docs/security.md.
+"""
 
 import base64
 import contextlib
@@ -21,7 +24,8 @@ from rigs.mcp_client import McpClient, OAuthClient
 from rigs.raw_http import Answer, Wire, ask, get, host, mcp_post, post
 from rigs.rig import Rig, text_of
 
-# An exception that ends a thread of the broker is a traceback on stderr: it fails the test during which it came.
+# An exception that ends a thread of the broker is a traceback
+# on stderr: it fails the test during which it came.
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 OK, PING = b"HTTP/1.1 200 OK", {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 

@@ -1,4 +1,7 @@
-"""What an operator measures: every series from the start, Prometheus' own tools and the rules and the dashboard of docs/ against a running broker."""
+"""What an operator measures: every series from the start.
+
+Prometheus' own tools, and the rules and the dashboard of docs/, against a running broker.
+"""
 
 import json
 import re
@@ -158,7 +161,8 @@ def test_a_real_Prometheus_scrapes_a_broker_loads_the_rules_and_answers_the_dash
     configuration.write_text(
         "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
         f"rule_files: [{json.dumps(str(DOCS / 'alerts.yml'))}]\n"
-        f"scrape_configs: [{{job_name: fjmcp-broker, static_configs: [{{targets: [{json.dumps(target)}]}}]}}]\n"
+        f"scrape_configs: [{{job_name: fjmcp-broker, static_configs: [{{targets: "
+        f"[{json.dumps(target)}]}}]}}]\n"
     )
     address = free_address()
     words = [

@@ -1,4 +1,7 @@
-"""The pages in a real browser (Debian's Chromium): what a person does, sees and hears from the consent page to the callback."""
+"""The pages in a real browser (Debian's Chromium).
+
+What a person does, sees and hears from the consent page to the callback.
+"""
 
 import http.server
 import os
@@ -25,7 +28,10 @@ CONTROL_CONTRAST = 3.0  # WCAG 2.2, 1.4.11 (AA)
 
 
 class Callback(http.server.ThreadingHTTPServer):
-    """A client's redirect URI: a page, or for paths under /onward a redirect into an application, as Claude.ai's is."""
+    """A client's redirect URI: a page, or for paths under /onward a redirect into an application.
+
+    Claude.ai's redirect URI leads into an application like that.
+    """
 
     daemon_threads = True
 
@@ -138,7 +144,10 @@ def allow(page, access="Full access"):
 
 
 def approve(page, url):
-    """From the authorization URL to Forgejo's last click; the redirects that follow are the test's to await."""
+    """From the authorization URL to Forgejo's last click.
+
+    The redirects that follow are the test's to await.
+    """
     page.goto(url)
     allow(page)
     sign_in(page)
@@ -358,7 +367,8 @@ def test_a_login_finished_in_another_browser_says_so(browser, rig, callback):
     sign_in(mine)
     mine.locator("[name=granted][value=true]").wait_for()
     fields = mine.evaluate(
-        "Object.fromEntries(new FormData(document.forms[0], document.querySelector('[name=granted][value=true]')))"
+        "Object.fromEntries(new FormData(document.forms[0], "
+        "document.querySelector('[name=granted][value=true]')))"
     )
     granted = mine.request.post(rig.forgejo.url + "/login/oauth/grant", form=fields, max_redirects=0)
     theirs.goto(granted.headers["location"])
@@ -396,10 +406,12 @@ def fits(page):
 # WCAG 2.2's formula for the contrast of two colours, and the colour behind an element.
 COLOURS = """
         const rgb = text => text.match(/[0-9.]+/g).map(Number)
-        const light = ([r, g, b]) => [r, g, b].map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+        const light = ([r, g, b]) => [r, g, b].map(
+            v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
             .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0)
         const behind = element => { for (; element; element = element.parentElement) {
-            const colour = rgb(getComputedStyle(element).backgroundColor); if (colour.length < 4 || colour[3]) return colour }
+            const colour = rgb(getComputedStyle(element).backgroundColor)
+            if (colour.length < 4 || colour[3]) return colour }
             return [255, 255, 255] }
         const ratio = (one, other) => { const [a, b] = [light(one), light(other)]
             return (Math.max(a, b) + .05) / (Math.min(a, b) + .05) }

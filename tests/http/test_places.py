@@ -1,4 +1,7 @@
-"""What is served at once, for whom: at a limit a request of who holds most is refused, and everybody else is served."""
+"""What is served at once, for whom.
+
+At a limit a request of who holds most is refused, and everybody else is served.
+"""
 
 import contextlib
 import json
@@ -84,7 +87,10 @@ def answers(wires, count):
 
 
 def go_on(place, rig, oauth):
-    """Everybody else is served: the health check, another address, another user's calls, a login in a browser."""
+    """Everybody else is served.
+
+    The health check, another address, another user's calls, and a login in a browser.
+    """
     assert ask(rig, get(rig)).status == 200
     assert ask(rig, get(rig, "/", ANOTHER)).status == 200
     with McpClient(place.url + "/mcp", oauth.tokens["access_token"]) as mcp:
@@ -199,7 +205,8 @@ def test_a_known_token_counts_for_its_grant_once_it_is_read(make_rig, monkeypatc
     monkeypatch.setattr(
         fjmcp_broker.Limiter, "spend", lambda *given: (seen.append(dict(places._held)), spend(*given))[1]
     )
-    body = f"grant_type=refresh_token&client_id={client.client_id}&refresh_token={client.tokens['refresh_token']}"
+    refresh_token = client.tokens["refresh_token"]
+    body = f"grant_type=refresh_token&client_id={client.client_id}&refresh_token={refresh_token}"
     assert ask(rig, post(rig, "/oauth/token", body.encode(), FORM, ATTACKER)).status == 200
     assert list(seen[-1]) == [("requests", "grant 1")]
     nothing_held(rig)

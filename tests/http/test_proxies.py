@@ -1,4 +1,7 @@
-"""Behind real Caddy and nginx with the configuration files of docs/: only host names, ports and certificates are put in."""
+"""Behind real Caddy and nginx with the configuration files of docs/.
+
+Only host names, ports and certificates are put in.
+"""
 
 import contextlib
 import http.client
@@ -90,7 +93,8 @@ def nginx_configuration(folder, port, upstream):
     )
     path = folder / "nginx.conf"
     path.write_text(
-        f"daemon off;\npid {folder}/pid;\nerror_log {folder}/error.log;\nuser root;\nevents {{}}\nhttp {{\naccess_log off;\n"
+        f"daemon off;\npid {folder}/pid;\nerror_log {folder}/error.log;\nuser root;\nevents {{}}\nhttp "
+        f"{{\naccess_log off;\n"
         f"{temporary}\n{text}}}\n"
     )
     return ["-c", path, "-p", folder]
@@ -134,7 +138,10 @@ def running(program, words, folder, address):
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.real(name)) for name in CONFIGURATIONS])
 def behind(request, real_part, make_installation, tmp_path):
-    """(installation, routes, TLS context, control of its children): the broker behind a real proxy, at https://mcp.example.org:PORT."""
+    """(installation, routes, TLS context, control of its children).
+
+    The broker behind a real proxy, at https://mcp.example.org:PORT.
+    """
     folder = tmp_path / "proxy"
     folder.mkdir()
     port = free_port()
@@ -204,7 +211,10 @@ def test_events_arrive_as_they_are_sent_and_a_long_call_is_waited_for(behind):
 
 
 def exchange(behind, head, body):
-    """Send one request to /mcp over a connection of its own; the answer and its body. It may come before all was sent."""
+    """Send one request to /mcp over a connection of its own; the answer and its body.
+
+    It may come before all was sent.
+    """
     installation, routes, context, _ = behind
     proxy, token = urlsplit(routes[installation.url]), login(behind).tokens["access_token"]
     with context.wrap_socket(
@@ -274,7 +284,8 @@ def test_slow_bodies_of_one_client_behind_the_proxy_meet_its_limit_and_another_c
         slow = [opened.enter_context(connection("127.0.0.5")) for _ in range(12)]
         for sock in slow:
             sock.sendall(half.encode())
-        # Caddy reads the rest of a body before it passes the refusal on; the broker has no part in that any more.
+        # Caddy reads the rest of a body before it passes the
+        # refusal on; the broker has no part in that any more.
         while len(found := [each for each in installation.records("request") if each["status"] == 429]) < 4:
             select.select([], [], [], 0.02)
         assert {each["address"] for each in found} == {"127.0.0.5"}

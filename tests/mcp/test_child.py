@@ -1,4 +1,7 @@
-"""Children: how they end, what they may do to us, and that none is left. Lower half through the whole broker."""
+"""Children: how they end, what they may do to us, and that none is left.
+
+Lower half through the whole broker.
+"""
 
 import contextlib
 import functools
@@ -38,7 +41,10 @@ def start(guardian):
         running.end()
 
 
-IGNORE = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('ready', flush=True)\nwhile True: time.sleep(60)\n"
+IGNORE = (
+    "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('ready', "
+    "flush=True)\nwhile True: time.sleep(60)\n"
+)
 
 
 def test_lines_go_in_and_come_out_whole(start):
@@ -90,7 +96,8 @@ def test_the_childs_token_stands_in_no_line_of_its_output(start):
 def test_the_childs_token_stands_in_no_line_of_stderr_however_it_is_cut(start, before):
     running = start(
         WRITE
-        + f"os.write(2, b'x' * {before} + token[:9])\ntime.sleep(0.1)\nos.write(2, token[9:] + b' end' + bytes([10]))\n"
+        + f"os.write(2, b'x' * {before} + token[:9])\ntime.sleep(0.1)\n"
+        + "os.write(2, token[9:] + b' end' + bytes([10]))\n"
     )
     running.end()
     said = running.log.getvalue() + "".join(running.child.last_words)
@@ -100,7 +107,8 @@ def test_the_childs_token_stands_in_no_line_of_stderr_however_it_is_cut(start, b
 
 def test_the_last_words_of_a_child_are_kept_and_bounded(start):
     running = start(
-        "import sys\nfor n in range(500): print('noise', n, 'x' * 5000, file=sys.stderr)\nprint('why', file=sys.stderr)"
+        "import sys\nfor n in range(500): print('noise', n, 'x' * 5000, file=sys.stderr)\nprint('why', "
+        "file=sys.stderr)"
     )
     running.end()
     assert len(running.child.last_words) == fjmcp_broker.LAST_WORDS and running.child.last_words[-1] == "why"
@@ -162,8 +170,8 @@ def test_P09_no_zombie_is_left(start):
 @pytest.mark.parametrize("session", [False, True])
 def test_P10_a_grandchild_that_holds_the_pipes_holds_nobody_up(start, session):
     running = start(
-        "import subprocess, sys\nsleeper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
-        f" start_new_session={session})\nprint(sleeper.pid, flush=True)\n"
+        "import subprocess, sys\nsleeper = subprocess.Popen([sys.executable, '-c', 'import time; "
+        f"time.sleep(60)'], start_new_session={session})\nprint(sleeper.pid, flush=True)\n"
     )
     grandchild = int(running.line())
     assert running.end() == "exited with status 0"
@@ -237,13 +245,16 @@ sys.path.insert(0, sys.argv[1])
 import fjmcp_broker as b, io
 class S: max_line, stop_timeout, debug, log_format, log_addresses = 1 << 20, 5, False, "json", "full"
 log, guardian = b.Log(S, io.StringIO()), b.Guardian()
-children = [b.Child([sys.executable, "-I", "-u", "-c", program], {}, "u", guardian, S, log, lambda line: None, lambda child: None)
+def child_of(program):
+    words = [sys.executable, "-I", "-u", "-c", program]
+    return b.Child(words, {}, "u", guardian, S, log, lambda line: None, lambda child: None)
+children = [child_of(program)
             for program in (sys.argv[2], sys.argv[3], sys.argv[2])]
 gone = b.Child(["/bin/true"], {}, "u", guardian, S, log, lambda line: None, lambda child: None)
 gone.ended.wait(20)
 if sys.argv[4] == "guardian killed":
     guardian._process.kill(); guardian._process.wait()
-    children.append(b.Child([sys.executable, "-I", "-u", "-c", sys.argv[3]], {}, "u", guardian, S, log, lambda line: None, lambda child: None))
+    children.append(child_of(sys.argv[3]))
 print(*[child.pid for child in children], flush=True)
 os.read(0, 1)
 """
@@ -281,7 +292,10 @@ def test_a_guardian_that_goes_in_order_kills_nobody_else():
 
 
 def fails_alone(rig, call):
-    """Run a call that goes wrong in alice's session; bob's goes on meanwhile and after, and so does alice's own."""
+    """Run a call that goes wrong in alice's session.
+
+    Bob's goes on meanwhile and after, and so does alice's own.
+    """
     alice, bob = rig.session("alice"), rig.session("bob")
     join = in_thread(call, alice)
     assert "bob" in text_of(bob.call_tool("get_my_user_info"))

@@ -1,4 +1,7 @@
-"""What holds in all four cells of {legacy, modern client} x {legacy, modern child}: gate, limits, audit; and nothing is lost or crossed."""
+"""What holds in all four cells of {legacy, modern client} x {legacy, modern child}.
+
+Gate, limits and audit; nothing is lost or crossed.
+"""
 
 import functools
 import json
@@ -354,7 +357,10 @@ def all_at_once(tasks):
 
 
 def test_two_people_both_eras_and_four_clients_at_once_never_meet(make_cell):
-    """All use the same ids and progress tokens and ask and answer at the same time; each sees its own and nothing else."""
+    """All use the same ids and progress tokens and ask and answer at the same time.
+
+    Each sees its own and nothing else.
+    """
     rig = make_cell()
     clients = [
         (f"{user}-{era}", user, client_of(rig, era, user, capabilities={"elicitation": {}}))
@@ -404,7 +410,10 @@ def test_two_people_both_eras_and_four_clients_at_once_never_meet(make_cell):
 
 
 def two_users_of_one_application(rig):
-    """OAuth clients of alice and bob with the same client_id, as all who use the same desktop program have."""
+    """OAuth clients of alice and bob with the same client_id.
+
+    As all who use the same desktop program have.
+    """
     alice = rig.login("alice")
     bob = OAuthClient(rig.url)
     bob.discover()

@@ -1,4 +1,7 @@
-"""What the child reads is what the gate has read: spellings of members, requests in disguise, tools and methods of a login that may not write."""
+"""What the child reads is what the gate has read.
+
+Spellings of members, requests in disguise, tools and methods of a login that may not write.
+"""
 
 import json
 
@@ -26,7 +29,10 @@ LOOKALIKES = {"i": "\u0131\u0130", "a": "\u00e4\uff41", "n": "\uff4e\u207f", "e"
 
 @st.composite
 def spellings(draw, name, lookalikes=False):
-    """`name` as a lenient parser reads it, never spelled exactly so; with `lookalikes` also what no parser should take for it."""
+    """`name` as a lenient parser reads it, never spelled exactly so.
+
+    With `lookalikes` also what no parser should take for it.
+    """
     letters = []
     for letter in name:
         choices = (
@@ -251,7 +257,10 @@ def shared(real_part, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def go_clients(shared):
-    """{place: McpClient} of one read-only login: a session, one of the revision with batches, none, and the modern era."""
+    """{place: McpClient} of one read-only login.
+
+    A session, one of the revision with batches, none, and the modern era.
+    """
     oauth = shared.login(access="read")
     token = oauth.tokens["access_token"]
     made = {
@@ -374,7 +383,12 @@ def test_of_a_batch_with_one_message_in_disguise_nothing_runs(controlled, contro
 
 def test_lone_surrogates_go_on_as_replacement_characters_in_both_directions(rig):
     mcp = rig.session()
-    body = rb'{"jsonrpc":"2.0","id":"s","method":"tools/call","params":{"name":"get_back","arguments":{"value":{"a":"\ud800!"}}}}'
+    arguments = rb'{"value":{"a":"\ud800!"}}'
+    body = (
+        b'{"jsonrpc":"2.0","id":"s","method":"tools/call","params":{"name":"get_back","arguments":'
+        + arguments
+        + b"}}"
+    )
     answer = mcp.post(body)
     assert (
         answer.status == 200
@@ -650,6 +664,19 @@ def test_a_task_may_be_changed_by_who_may_make_its_call(listing, method):
     }
     assert done[READER]["result"] == {"did": method} and done[WRITER]["result"]["isError"]
     assert listing.heard(method) == [{"taskId": "task of " + READER}]
+
+
+@pytest.mark.parametrize("child_era", ["legacy", "modern"])
+def test_what_a_child_listed_before_it_was_listened_to_decides_nothing(make_rig, child_era):
+    rig = make_rig(child=("--era", child_era) if child_era == "modern" else ())
+    oauth = rig.login()
+    full = connect(rig, oauth=oauth)
+    call(full, "get_back", {"value": {}})
+    (pool,) = rig.broker.sessions.all()
+    assert pool.backend.tool_list._is_learnt.wait(60)  # for the audit records, before any gate needed it
+    call(full, "change_tools", {"name": "get_later"})
+    oauth.login(None, "alice", "secret", "read")
+    assert call(connect(rig, oauth=oauth), "get_later")["content"]
 
 
 @pytest.mark.parametrize("child_era", ["legacy", "modern"])

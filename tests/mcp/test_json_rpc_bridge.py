@@ -1,6 +1,7 @@
-"""Between HTTP and a child's lines: one message stays one message, ids are each caller's own, and sessions belong to who opened them.
+"""Between HTTP and a child's lines.
 
-Case ids are those of docs/security.md, groups J, P and X.
+One message stays one message, ids are each caller's own, and sessions belong to who opened them. Case ids are
+those of docs/security.md, groups J, P and X.
 """
 
 import inspect
@@ -23,7 +24,8 @@ from rigs.processes import await_end, in_thread, session
 from rigs.rig import json_of, text_of, who
 from rigs.running_child import ECHO, Running, counts
 
-# An exception that ends a thread of the broker is a traceback on stderr: it fails the test during which it came.
+# An exception that ends a thread of the broker is a traceback
+# on stderr: it fails the test during which it came.
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 PING = {"jsonrpc": "2.0", "id": "a ping", "method": "ping"}
 
@@ -152,7 +154,10 @@ def test_depth_is_that_of_brackets_outside_of_strings():
 
 
 def answer_of_child(controlled, control, result):
-    """What a client gets when its child answers with `result`, bytes of JSON, in this order of members or with `result` first."""
+    """What a client gets when its child answers with `result`, bytes of JSON.
+
+    The members stand in this order, or with `result` first.
+    """
     mcp = controlled.session()
     found = []
     for number, line in enumerate(
@@ -503,7 +508,7 @@ def test_X01_a_strangers_request_is_answered_as_for_an_unknown_id_by_every_metho
     rig.log.wait("child_stopped", 2)  # what a stranger sends keeps no child awake
 
 
-def test_X02_another_client_of_the_same_user_has_no_part_in_a_session_but_another_login_of_the_same_client_has(
+def test_X02_another_client_of_the_same_user_has_no_part_in_a_session_but_another_login_of_the_same_client_has(  # noqa: E501 -- docs/security.md names it
     rig,
 ):
     mcp = rig.session("alice")

@@ -1,4 +1,7 @@
-"""Answers that wait for a client: over all, of a user, of a session, and how long; what is said of one that is gone."""
+"""Answers that wait for a client: how many over all, of a user, of a session, and how long.
+
+And the error for an answer that is gone.
+"""
 
 import json
 import threading

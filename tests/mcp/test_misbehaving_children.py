@@ -1,4 +1,7 @@
-"""A child that misbehaves hurts the requests of its own session and nothing else. Case ids are those of docs/security.md."""
+"""A child that misbehaves hurts the requests of its own session and nothing else.
+
+Case ids are those of docs/security.md.
+"""
 
 import itertools
 import json
@@ -25,7 +28,10 @@ def unjudged(monkeypatch):
 
 
 def beside(rig, misbehave, *, again=True):
-    """What came of a call of alice's that misbehaves; bob's session works meanwhile and after, and so does alice's again."""
+    """What came of a call of alice's that misbehaves.
+
+    Bob's session works meanwhile and after, and so does alice's again.
+    """
     alice, bob = rig.session("alice"), rig.session("bob")
     pid = text_of(bob.call_tool("get_pid"))
     join = in_thread(misbehave, alice)

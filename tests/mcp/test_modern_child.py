@@ -1,4 +1,7 @@
-"""/mcp before a child that speaks 2026-07-28 and nothing else: for legacy clients the broker is the server that it is not."""
+"""/mcp before a child that speaks 2026-07-28 and nothing else.
+
+For legacy clients the broker is the server that it is not.
+"""
 
 import json
 import os

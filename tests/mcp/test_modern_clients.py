@@ -1,4 +1,7 @@
-"""/mcp for clients of 2026-07-28 before a child of the earlier eras (design 5; the specification's pages are named by their titles)."""
+"""/mcp for clients of 2026-07-28 before a child of the earlier eras.
+
+Design 5; the specification's pages are named by their titles.
+"""
 
 import base64
 import json

@@ -1,4 +1,7 @@
-"""Places in pools: how many a user has, what keeps a child awake for a listener, and what a listener hears of a child's next start."""
+"""Slots in pools: how many a user has, and what keeps a child awake for a listener.
+
+And what a listener hears of a child's next start.
+"""
 
 import json
 

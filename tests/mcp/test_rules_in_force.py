@@ -1,4 +1,7 @@
-"""Tool rules over the running program: what an operator denies is listed nowhere and reaches no child, in whatever way it is asked for."""
+"""Tool rules over the running program.
+
+What an operator denies is listed nowhere and reaches no child, in whatever way it is asked for.
+"""
 
 import fnmatch
 import signal
@@ -392,7 +395,8 @@ def test_sighup_takes_rules_over_and_says_what_is_doubtful(make_installation):
     assert text_of(mcp.call_tool("change_tools")) == DENIED
     installation.config.write_text(
         written
-        + '[[tool_rules]]\nusers = ["alice"]\naccess = "read"\n[[tool_rules]]\n[[tool_rules]]\nusers = ["bob"]\n'
+        + '[[tool_rules]]\nusers = ["alice"]\naccess = "read"\n'
+        + '[[tool_rules]]\n[[tool_rules]]\nusers = ["bob"]\n'
     )
     installation.broker.process.send_signal(signal.SIGHUP)
     assert stream.next(15).data["method"] == "notifications/tools/list_changed"

@@ -1,4 +1,7 @@
-"""A session that ends is on record once, whatever ended it: also one that is only a row, whose child sleeps since long."""
+"""A session that ends is on record once, whatever ended it.
+
+Also one that is only a row, whose child sleeps since long.
+"""
 
 import pytest
 

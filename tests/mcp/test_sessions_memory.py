@@ -1,4 +1,7 @@
-"""What is kept of what comes from outside has a bound in bytes, an owner and a time; at a bound only its owner loses something."""
+"""What is kept of what comes from outside has a bound in bytes, an owner and a time.
+
+At a bound only its owner loses something.
+"""
 
 import ast
 import gc

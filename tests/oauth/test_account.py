@@ -213,7 +213,8 @@ def test_rights_that_Forgejo_did_not_grant_are_named_with_the_remedy_on_the_page
     [
         None,
         "openid profile all",
-        "openid profile write:user write:misc write:repository write:issue write:notification write:organization",
+        "openid profile write:user write:misc write:repository write:issue write:notification "
+        "write:organization",
     ],
 )
 def test_a_login_with_all_rights_hears_nothing_of_them(rig, granted):

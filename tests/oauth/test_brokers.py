@@ -1,4 +1,7 @@
-"""Several brokers of one store: a login, a session, a token mean the same at each, and what only one may do one does."""
+"""Several brokers of one store.
+
+A login, a session, a token mean the same at each, and what only one may do one does.
+"""
 
 import copy
 import threading

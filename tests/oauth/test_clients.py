@@ -1,8 +1,10 @@
-"""What makes the common clients just work, a test for each numbered point (A discovery, B registration, C tokens, D transport).
+"""What makes the common clients just work, with a test for each numbered point.
 
-Points 14 (Client ID Metadata Documents) and the modern half of 32 come with those features. Where the contract overrules a
-point, the test says what holds instead: 4 (`/oauth/*` is advertised, the root works), 28 (nothing is recreated from an
-unknown session id), 34 (on /mcp, CORS goes by the list of origins).
+A discovery, B registration, C tokens, D transport.
+
+Points 14 (Client ID Metadata Documents) and the modern half of 32 come with those features. Where the
+contract overrules a point, the test says what holds instead: 4 (`/oauth/*` is advertised, the root works), 28
+(nothing is recreated from an unknown session id), 34 (on /mcp, CORS goes by the list of origins).
 """
 
 import json
@@ -13,6 +15,7 @@ import pytest
 
 from rigs.browser import Browser, approve_login, query_of
 from rigs.mcp_client import McpClient, OAuthClient, Wire
+from rigs.processes import ended
 from rigs.rig import text_of
 from tools.replay import Replay, transcripts
 
@@ -387,6 +390,7 @@ def test_C21_the_token_answer_has_all_that_clients_read(rig):
 
 def test_C22_refreshes_from_two_addresses_at_once_all_succeed_and_go_on(rig):
     client = rig.login()
+    rig.clock.stop()
     first = client.tokens
     endpoint, fields = (
         rig.url + "/oauth/token",
@@ -420,6 +424,7 @@ def test_C23_a_login_that_is_used_lasts(rig):
     for _ in range(12):
         rig.clock.advance(9 * 86400)
         rig.tick()  # refreshes upstream in time
+        ended("refresh")
         assert client.refresh().status == 200
 
 
@@ -608,7 +613,8 @@ def test_D34_browsers_are_let_in_by_cors(rig, path):
         headers={
             "Origin": origin,
             "Access-Control-Request-Method": "POST",
-            "Access-Control-Request-Headers": "authorization, content-type, mcp-session-id, mcp-method, x-custom",
+            "Access-Control-Request-Headers": "authorization, content-type, mcp-session-id, "
+            "mcp-method, x-custom",
         },
     )
     assert answer.status == 204 and answer.headers["Access-Control-Allow-Origin"] in ("*", origin)

@@ -1,4 +1,7 @@
-"""Who a number at Forgejo means: the same person under another name, another person under the same number, another Forgejo under the same URL."""
+"""Who a number at Forgejo means.
+
+The same person under another name, another person under the same number, another Forgejo under the same URL.
+"""
 
 import sqlite3
 
@@ -234,7 +237,10 @@ def test_a_former_login_that_somebody_else_has_now_means_that_person(rig):
 
 @pytest.fixture
 def moved(make_installation):
-    """A function that starts an Installation with a login of alice, and lets its settings name another Forgejo."""
+    """A function that starts an Installation with a login of alice.
+
+    It lets the installation's settings name another Forgejo.
+    """
     others = []
 
     def make(*, created=None, same_people=True, app=True):

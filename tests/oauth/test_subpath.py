@@ -1,4 +1,7 @@
-"""Forgejo below a path (https://host/git), with a port, at an IPv6 address: the whole flow, from discovery to tools."""
+"""Forgejo below a path (https://host/git), with a port, at an IPv6 address.
+
+The whole flow, from discovery to tools.
+"""
 
 import pytest
 

@@ -1,4 +1,7 @@
-"""Suspended, inactive and must-change-password users: seen at Forgejo's API alone, shut out while it lasts, and nothing of theirs is lost."""
+"""Suspended, inactive and must-change-password users.
+
+Seen at Forgejo's API alone, shut out while it lasts, and nothing of theirs is lost.
+"""
 
 import threading
 

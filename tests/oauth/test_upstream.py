@@ -1,4 +1,7 @@
-"""The one credential of each user at Forgejo, under load: refreshed once, never lost by a race, and each refusal known for what it is."""
+"""The one credential of each user at Forgejo, under load.
+
+Refreshed once, never lost by a race, and each refusal known for what it is.
+"""
 
 import contextlib
 import socket
@@ -24,7 +27,7 @@ from rigs.fake_forgejo import (
     wrong_content_type,
 )
 from rigs.mcp_client import ClientError, McpClient, OAuthClient, RpcError
-from rigs.processes import in_thread
+from rigs.processes import ended, in_thread
 from rigs.rig import text_of, token_of, who
 
 TOKEN, USERINFO = "/login/oauth/access_token", "/login/oauth/userinfo"
@@ -55,13 +58,6 @@ def spent_tokens(rig):
         request.form.get("grant_type") == "refresh_token" and "client_secret" in request.form
         for request in rig.forgejo.requests[:]
     )
-
-
-def ended(*names):
-    """Wait for the broker's threads of these names."""
-    for thread in threading.enumerate():
-        if thread.name in names and thread.is_alive():
-            thread.join(30)
 
 
 def exchanges(rig):
@@ -118,6 +114,7 @@ def test_a_credential_of_a_live_login_that_nobody_uses_is_kept_fresh_every_ten_d
         rig.clock.advance(10 * 86400 + 700)
         done = refreshes(rig)
         rig.log.wait("upstream_refreshed", done + 1)
+        ended("refresh")  # it looks whose token it is, which must not be days later
     assert who(same(mcp)) == "alice"  # 50 days, and Forgejo's refresh token dies after 730 hours
 
 
@@ -267,6 +264,7 @@ FAULTS = {
 def test_K19_what_says_nothing_about_the_login_logs_nobody_out(lasting, fault):
     rig = lasting
     mcp = rig.session()
+    rig.clock.stop()
     rig.forgejo.inject(TOKEN, FAULTS[fault](), times=None)
     rig.clock.advance(3590)
     assert who(mcp) == "alice"  # the token still has ten seconds
@@ -292,9 +290,7 @@ def test_Forgejo_away_for_an_hour_logs_nobody_out_and_is_not_hammered(lasting):
     for _ in range(360):
         rig.clock.advance(10)
         rig.tick()
-        for thread in threading.enumerate():
-            if thread.name == "refresh" and thread.is_alive():
-                thread.join(30)
+        ended("refresh")
     for mcp in sessions:
         assert same(mcp).post(CALL).status == 503
         assert mcp.oauth.refresh().status == 200
@@ -540,7 +536,8 @@ def test_an_outage_of_the_token_endpoint_beyond_the_tokens_life_logs_nobody_out(
     rig.clock.advance(3599)
     same(mcp).post(CALL)
     rig.clock.advance(2)
-    # A call that was let in just before sees the API refuse the token that ran out; that says nothing of the login.
+    # A call that was let in just before sees the API refuse
+    # the token that ran out; that says nothing of the login.
     assert rig.broker.upstream.examine(rig.forgejo._need_user("alice").sub) == "unknown"
     assert same(mcp).post(CALL).status == 503 and state(rig) == "active"
     rig.forgejo.clear_faults()

@@ -1,4 +1,7 @@
-"""tests/rigs/browser.py: the rules of redirects, cookies, forms and fetch metadata that the login tests stand on."""
+"""tests/rigs/browser.py: what the login tests stand on.
+
+The rules of redirects, cookies, forms and fetch metadata.
+"""
 
 import http.server
 import threading
@@ -16,8 +19,11 @@ ORIGINS = (SHOP, LOGIN, OTHER, "http://shop.example")
 
 
 class Site:
-    """One server that answers for all ORIGINS. `answers` maps a path to (status, headers, body); what is not in it is
-    an empty 200. `seen` holds (method, host, path, headers, body) of each request."""
+    """One server that answers for all ORIGINS.
+
+    `answers` maps a path to (status, headers, body); what is not in it is an empty 200. `seen` holds (method,
+    host, path, headers, body) of each request.
+    """
 
     def __init__(self):
         self.answers, self.seen = {}, []
@@ -76,7 +82,8 @@ def site():
     made.stop()
 
 
-# ---- Redirects ------------------------------------------------------------------------------------------------------
+# ---- Redirects
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -142,7 +149,8 @@ def test_a_server_that_is_not_there_is_a_browser_error_with_the_url():
         Browser().get(url)
 
 
-# ---- Fetch metadata -------------------------------------------------------------------------------------------------
+# ---- Fetch metadata
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -233,7 +241,8 @@ def test_loopback_addresses_on_two_ports_are_two_origins_of_one_site():
     assert origin_of("http://[::1]:80/x") == "http://[::1]"
 
 
-# ---- Cookies --------------------------------------------------------------------------------------------------------
+# ---- Cookies
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_a_cookie_comes_back_to_its_host_and_its_path_only(site):
@@ -351,14 +360,16 @@ def test_a_redirect_sets_its_cookies_before_the_next_request(site):
     assert site.cookies_of() == "fresh=1"
 
 
-# ---- Forms ----------------------------------------------------------------------------------------------------------
+# ---- Forms
+# ----------------------------------------------------------------------------------------------------------
 
 FORM = """<title>T</title><style>.no {}</style><form action="send?x=1" method="post">
 <input type=hidden name=csrf value="a&amp;b"><input name=text value=t><input name=off value=1 disabled>
 <input type=radio name=access value=full checked><input type=radio name=access value=read>
 <input type=checkbox name=yes checked><input type=checkbox name=no>
 <select name=pick><option value=1>one<option value=2 selected>two</select><textarea name=area>words</textarea>
-<button name=decision value=approve>Yes, allow</button><button name=decision value=deny formaction="/deny">No</button>
+<button name=decision value=approve>Yes, allow</button>
+<button name=decision value=deny formaction="/deny">No</button>
 <button type=button name=never value=1>Script</button></form><form action="/find"><input name=q></form>"""
 
 
@@ -412,7 +423,8 @@ def test_a_form_whose_required_choice_is_not_made_is_not_sent_but_by_a_button_th
         200,
         {},
         """<form method=post><input type=radio name=access value=full required>
-        <button name=decision value=deny formnovalidate>No</button><button name=decision value=approve>Yes</button></form>""",
+        <button name=decision value=deny formnovalidate>No</button>
+        <button name=decision value=approve>Yes</button></form>""",
     )
     browser = site.browser()
     page = browser.get(SHOP + "/page")
@@ -452,10 +464,13 @@ def test_a_button_or_form_that_is_not_there_is_an_error(site):
         browser.submit(page, form=2)
 
 
-# ---- A login --------------------------------------------------------------------------------------------------------
+# ---- A login
+# --------------------------------------------------------------------------------------------------------
 
-CONSENT = """<p>Demo asks</p><form method="post" action="/oauth/consent"><input type="hidden" name="login" value="sealed">
-{radios}<button name="decision" value="approve">Allow</button><button name="decision" value="deny">Refuse</button></form>"""
+CONSENT = """<p>Demo asks</p><form method="post" action="/oauth/consent">
+<input type="hidden" name="login" value="sealed">
+{radios}<button name="decision" value="approve">Allow</button>
+<button name="decision" value="deny">Refuse</button></form>"""
 BOTH = (
     '<input type="radio" name="access" value="full" checked><input type="radio" name="access" value="read">'
 )

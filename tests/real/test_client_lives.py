@@ -1,4 +1,7 @@
-"""Each real client from its first login to a revocation: idle stop, `kill -9` of the broker and expiry leave it connected."""
+"""Each real client from its first login to a revocation.
+
+Idle stop, `kill -9` of the broker and expiry leave it connected.
+"""
 
 import json
 import os

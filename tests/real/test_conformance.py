@@ -1,6 +1,9 @@
-"""The official conformance suite, a test for each scenario that a revision requires, before the real broker and its real OAuth.
+"""The official conformance suite before the real broker and its real OAuth.
 
-The suite runs once for each (child, revision) and module: what it wrote down of a scenario is what that scenario's test judges.
+There is a test for each scenario that a revision requires.
+
+The suite runs once for each (child, revision) and module: what it wrote down of a scenario is what that
+scenario's test judges.
 """
 
 import contextlib
@@ -43,7 +46,10 @@ pytestmark = [pytest.mark.real("npm"), pytest.mark.timeout(300, func_only=True)]
 
 
 def expected_failures(text):
-    """{(child, revision): {scenario: why}} of expected-failures.yaml; each scenario's reason is the comment above it."""
+    """{(child, revision): {scenario: why}} of expected-failures.yaml.
+
+    Each scenario's reason is the comment above it.
+    """
     found, run, why = {}, None, []
     for line in text.splitlines():
         if match := re.fullmatch(r"(\w+)-(\d{4}-\d\d-\d\d):( \[\])?", line):
@@ -193,7 +199,10 @@ EPHEMERAL = 32768  # below it no other process gets a port that it did not name
 
 
 def unnamed_port():
-    """A port for a program that must be told one: outside the range the system gives out, another for each test process."""
+    """A port for a program that must be told one.
+
+    Outside the range the system gives out, another for each test process.
+    """
     return 10000 + os.getpid() % (EPHEMERAL - 10000)
 
 
@@ -260,7 +269,8 @@ def test_the_authorization_server_passes_with_a_preregistered_client_and_a_scrip
     bodies = [
         check["details"].get("body", {}) for check in checks if check["id"] == "authorization-server-metadata"
     ]
-    # Client ID Metadata Documents are advertised once they work; until then the suite warns, and of nothing else.
+    # Client ID Metadata Documents are advertised once they
+    # work; until then the suite warns, and of nothing else.
     warned = (
         set()
         if bodies[0].get("client_id_metadata_document_supported")

@@ -1,4 +1,7 @@
-"""Clients that open a browser reach the suite's person: on a desktop, whose handler of links must never start, and where nothing can open links."""
+"""Clients that open a browser reach the suite's person.
+
+On a desktop, whose handler of links must never start, and where nothing can open links.
+"""
 
 import os
 
@@ -28,7 +31,10 @@ def openers():
 
 @pytest.fixture
 def desktop(real_part, tmp_path, monkeypatch):
-    """The file that exists once a browser has been started on this desktop: xdg-utils first on PATH, a browser registered for links."""
+    """The file that exists once a browser has been started on this desktop.
+
+    xdg-utils is first on PATH, with a browser registered for links.
+    """
     called = tmp_path / "browser-was-called"
     applications = tmp_path / "share" / "applications"
     applications.mkdir(parents=True)

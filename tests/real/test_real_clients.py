@@ -1,4 +1,7 @@
-"""The official SDKs, each through its own OAuth code, from a bare URL: eras of children, two people at once, the real forgejo-mcp."""
+"""The official SDKs, each through its own OAuth code, from a bare URL.
+
+Eras of children, two people at once, the real forgejo-mcp.
+"""
 
 import json
 
@@ -54,7 +57,10 @@ def test_an_sdk_client_works_with_the_real_forgejo_mcp(real_part, make_rig, line
 
 @pytest.mark.real("mcp1", "mcp2")
 def test_two_people_and_a_second_login_through_sdks_at_once(real_part, rig):
-    """Forgejo ends alice's first refresh token when she logs in again; her first client must not notice (K16)."""
+    """Forgejo ends alice's first refresh token when she logs in again.
+
+    Her first client must not notice (K16).
+    """
     one, two = real_part("mcp1"), real_part("mcp2")
     with (
         LineClient(command(one, 1, rig, "alice", "--interactive-lines")) as first,
@@ -115,7 +121,8 @@ def test_an_sdk_has_progress_questions_subscriptions_and_cancelling_before_eithe
                 client.started
             )
             assert client.ask('call get_progress {"n": 3}')["call"]["progress_count"] == 3
-            # Before anything is asked: afterwards a call that may be asked something has a child that nobody else hears of.
+            # Before anything is asked: afterwards a call that may be
+            # asked something has a child that nobody else hears of.
             assert client.ask("touch test://note")["touched"] == "test://note"
             assert json.loads(client.ask("call ask_elicit")["call"]["text"]) == {
                 "action": "accept",

@@ -1,4 +1,7 @@
-"""Every common client's own requests, from the bare URL to a tool call with tokens refreshed in mid-session."""
+"""Every common client's own requests.
+
+From the bare URL to a tool call with tokens refreshed in mid-session.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,7 +1,8 @@
 """Assistants as real clients, before a stand-in of their model on this machine: no provider is ever asked.
 
-The test is the model: each request for it is held until the test says which tool to call next, so that a broker may be killed
-between two calls of one conversation. What else an assistant wants from outside goes to a proxy that refuses it.
+The test is the model: each request for it is held until the test says which tool
+to call next, so that a broker may be killed between two calls of one conversation.
+What else an assistant wants from outside goes to a proxy that refuses it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ Event = tuple[str, dict[str, Any]]
 
 
 def tool_name(body: dict[str, Any], wanted: str) -> dict[str, str] | None:
-    """{"name"} of the tool as this assistant calls it, with its {"namespace"} where it has one; None if it is not listed."""
+    """{"name"} of the tool as this assistant calls it, with its {"namespace"} where it has one.
+
+    None if it is not listed.
+    """
     for tool in body.get("tools", []):
         listed = tool.get("name") or tool.get("function", {}).get("name", "")
         for inner in tool.get("tools", []):
@@ -41,7 +45,8 @@ def tool_name(body: dict[str, Any], wanted: str) -> dict[str, str] | None:
     return None
 
 
-# -- the three forms in which models are spoken to: what a call of a tool looks like, and where its result stands
+# -- the three forms in which models are spoken to: what a
+# call of a tool looks like, and where its result stands
 
 
 def responses_call(body: dict[str, Any], call: str, name: dict[str, str], arguments: str) -> list[Event]:
@@ -189,7 +194,10 @@ class Model(http.server.ThreadingHTTPServer):
         self._thread.start()
 
     def answer(self, path: str, body: dict[str, Any]) -> list[Event]:
-        """What the model says: the next call that the test wants. A request that offers no tools is about something else, such as a title."""
+        """What the model says: the next call that the test wants.
+
+        A request that offers no tools is about something else, such as a title.
+        """
         call, end, results = FORMS[path]
         if not body.get("tools"):
             return end(body)
@@ -240,7 +248,10 @@ class Model(http.server.ThreadingHTTPServer):
 def run_on_a_terminal(
     words: list[object], environment: dict[str, str], folder: Path, done: Callable[[], bool] | None = None
 ) -> None:
-    """Run a program that wants a terminal, to its end, or until `done` is true; ClientFailed with what it printed if that takes too long."""
+    """Run a program that wants a terminal, to its end, or until `done` is true.
+
+    ClientFailed with what it printed if that takes too long.
+    """
     ours, theirs = pty.openpty()
     argv = [str(word) for word in words]
     process = subprocess.Popen(
@@ -340,7 +351,8 @@ class Codex(Assistant):
         (self._folder / ".codex").mkdir()
         (self._folder / ".codex" / "config.toml").write_text(
             'model = "stand-in"\nmodel_provider = "here"\napproval_policy = "never"\n'
-            f'[model_providers.here]\nname = "here"\nbase_url = "{self._model.url}/v1"\nwire_api = "responses"\n'
+            '[model_providers.here]\nname = "here"\n'
+            f'base_url = "{self._model.url}/v1"\nwire_api = "responses"\n'
             "request_max_retries = 0\nstream_max_retries = 0\nstream_idle_timeout_ms = 600000\n"
         )
         self._run(*self._words, "mcp", "add", "forgejo", "--url", self._url)
@@ -367,7 +379,10 @@ class ClaudeCode(Assistant):
 
 
 class CopilotCli(Assistant):
-    """GitHub Copilot's command line: it logs in by itself, on a terminal only, and refreshes when it starts."""
+    """GitHub Copilot's command line.
+
+    It logs in by itself, on a terminal only, and refreshes when it starts.
+    """
 
     def _prepare(self) -> None:
         self._words: list[object] = [self._programs / "@github/copilot-linux-x64/copilot"]
@@ -380,7 +395,10 @@ class CopilotCli(Assistant):
         self._model.forget()
 
     def call(self, name: str, arguments: dict[str, object] | None = None) -> dict[str, Any]:
-        """As the others; but it remembers the tools of before, and what is called while it still connects "requires authentication"."""
+        """As the others, but it remembers the tools of before.
+
+        What is called while it still connects "requires authentication".
+        """
         deadline = time.monotonic() + CONNECT_LIMIT
         answer = super().call(name, arguments)
         while "requires authentication" in answer["text"] and time.monotonic() < deadline:
@@ -396,7 +414,10 @@ class CopilotCli(Assistant):
         return [*self._words, "-p", "Call the tools.", "--allow-all-tools"]
 
     def expire(self) -> None:
-        """Date its stored token back and start it anew: it refreshes by its own clock, and while it runs it keeps the token that it has."""
+        """Date its stored token back and start it anew.
+
+        It refreshes by its own clock, and while it runs it keeps the token that it has.
+        """
         self._stop()
         for path in self._folder.glob(".copilot/mcp-oauth-config/*.tokens.json"):
             aged = re.sub(r'("expires_?at"\s*:\s*)\d+', r"\g<1>1", path.read_text(), flags=re.IGNORECASE)

@@ -1,6 +1,6 @@
-"""The real program as a process, started as systemd would start it: a listening socket handed over, READY=1 waited for.
+"""The real program as a process, started as systemd would start it.
 
-Standard library only: the demo uses it too.
+A listening socket handed over, READY=1 waited for. Standard library only: the demo uses it too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ BROKER = Path(__file__).resolve().parent.parent.parent / "fjmcp_broker.py"
 READY_LIMIT = 30
 STOP_LIMIT = 25
 
-# Socket activation names its receiver by pid, which is known only inside the new process: this becomes the broker.
+# Socket activation names its receiver by pid, which is known
+# only inside the new process: this becomes the broker.
 LAUNCHER = """
 import fcntl, os, sys
 passed = [int(number) for number in sys.argv[1].split(",")]
@@ -40,7 +41,10 @@ class NotReady(Exception):
 
 
 def toml(values):
-    """Texts, lists of texts, and lists of tables of them as TOML. JSON's strings are TOML's basic strings (but for DEL, which no value has)."""
+    """Texts, lists of texts, and lists of tables of them as TOML.
+
+    JSON's strings are TOML's basic strings (but for DEL, which no value has).
+    """
     tables = {
         key: value
         for key, value in values.items()
@@ -81,7 +85,8 @@ class BrokerProcess:
         more=(),
         names="",
     ):
-        # Without a `listener` it listens where its settings say. `more`: sockets handed over besides it; `names`: of all, as LISTEN_FDNAMES has them.
+        # Without a `listener` it listens where its settings say. `more`: sockets handed over besides it;
+        # `names`: of all, as LISTEN_FDNAMES has them.
         self.log_path = Path(log_path)
         self._readiness = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = str(Path(folder) / f"ready-{os.urandom(3).hex()}")

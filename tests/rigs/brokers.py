@@ -1,4 +1,7 @@
-"""Several brokers of one store in the test's own process, behind one public_url: what a proxy would choose, a test chooses."""
+"""Several brokers of one store in the test's own process, behind one public_url.
+
+What a proxy would choose, a test chooses.
+"""
 
 import contextlib
 import socket
@@ -76,7 +79,8 @@ class Member:
 class Brokers:
     """`count` brokers named a, b, c … of one store, a fake Forgejo, one clock for all.
 
-    `store`: the settings that name the store, of one that takes several brokers. Without it, SQLite's file is opened by each.
+    `store`: the settings that name the store, of one that takes
+    several brokers. Without it, SQLite's file is opened by each.
     """
 
     def __init__(self, directory, count=2, *, store=None, child=(), access_lifetime=3600, **settings):

@@ -1,8 +1,9 @@
-"""A scripted browser for tests and demos: what Chromium does with redirects, cookies, forms and fetch metadata.
+"""A scripted browser for tests and demos.
 
-It follows the rules that logins depend on and that break in practice: which cookies a cross-site request carries,
-what becomes of a POST in a redirect, what `Origin` and `Sec-Fetch-Site` say along a redirect chain. It runs no
-script and loads no subresource.
+What Chromium does with redirects, cookies, forms and fetch metadata. It follows the
+rules that logins depend on and that break in practice: which cookies a cross-site
+request carries, what becomes of a POST in a redirect, what `Origin` and
+`Sec-Fetch-Site` say along a redirect chain. It runs no script and loads no subresource.
 
     browser = Browser()
     callback = approve_login(browser, authorize_url, "alice", "secret")
@@ -45,7 +46,8 @@ class LoginFailed(BrowserError):
         self.page = page
 
 
-# ---- Origins and sites ----------------------------------------------------------------------------------------------
+# ---- Origins and sites
+# ----------------------------------------------------------------------------------------------
 
 
 def origin_of(url):
@@ -75,7 +77,10 @@ def is_loopback(host):
 
 
 def site_of(origin):
-    """(scheme, registrable domain), ports aside. Two labels stand for the public suffix list, enough for tests."""
+    """(scheme, registrable domain), ports aside.
+
+    Two labels stand for the public suffix list, enough for tests.
+    """
     if origin == "null":
         return object()  # equal to no other site, not even to another opaque origin's
     parts = urlsplit(origin)
@@ -84,7 +89,10 @@ def site_of(origin):
 
 
 def relation(initiator, url):
-    """What Sec-Fetch-Site says about one URL: "same-origin", "same-site" or "cross-site" with the initiator."""
+    """What Sec-Fetch-Site says about one URL.
+
+    "same-origin", "same-site" or "cross-site" with the initiator.
+    """
     if initiator != "null" and initiator == origin_of(url):
         return "same-origin"
     return "same-site" if site_of(initiator) == site_of(origin_of(url)) else "cross-site"
@@ -96,7 +104,8 @@ def is_trustworthy(url):
     return parts.scheme == "https" or is_loopback(parts.hostname or "")
 
 
-# ---- Cookies --------------------------------------------------------------------------------------------------------
+# ---- Cookies
+# --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -253,8 +262,11 @@ class CookieJar:
 
 
 def crosses(same_site, method, site):
-    """Whether a cookie of this SameSite goes with a top-level navigation. Chromium's two minutes of grace for POSTs
-    with a cookie that names no SameSite are left out: nothing may rely on them."""
+    """Whether a cookie of this SameSite goes with a top-level navigation.
+
+    Chromium's two minutes of grace for POSTs with a cookie that
+    names no SameSite are left out: nothing may rely on them.
+    """
     if site != "cross-site" or same_site == "none":
         return True
     return same_site == "lax" and method in ("GET", "HEAD")
@@ -273,7 +285,8 @@ def http_date(text, default):
         return default
 
 
-# ---- Pages and forms ------------------------------------------------------------------------------------------------
+# ---- Pages and forms
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -287,10 +300,12 @@ class Button:
 
 @dataclass
 class Form:
-    """One form. `fields` is what a submit sends if nothing is touched; `radios` maps a name to the values offered.
+    """One form.
 
-    `required` names what has to be chosen before a button submits; `enter_submits`: whether the Enter key does, which in
-    Chromium presses the first submit button that is not disabled, and sends nothing if that one submits to a dialog.
+    `fields` is what a submit sends if nothing is touched; `radios` maps a name to the
+    values offered. `required` names what has to be chosen before a button submits;
+    `enter_submits`: whether the Enter key does, which in Chromium presses the first
+    submit button that is not disabled, and sends nothing if that one submits to a dialog.
     """
 
     action: str
@@ -426,12 +441,16 @@ class _PageReader(HTMLParser):
             self.words.append(data)
 
 
-# ---- The browser ----------------------------------------------------------------------------------------------------
+# ---- The browser
+# ----------------------------------------------------------------------------------------------------
 
 
 def connect(url, *, routes=None, timeout=TIMEOUT, context=None):
-    """An unopened http.client connection for a URL. `routes` maps an origin to the origin that is really spoken to
-    ({"https://broker.example": "http://127.0.0.1:8080"}: what a proxy that ends TLS does; or to https elsewhere)."""
+    """An unopened http.client connection for a URL.
+
+    `routes` maps an origin to the origin that is really spoken to ({"https://broker.example":
+    "http://127.0.0.1:8080"}: what a proxy that ends TLS does; or to https elsewhere).
+    """
     origin = origin_of(url)
     asked, parts = urlsplit(origin), urlsplit((routes or {}).get(origin, origin))
     if parts.scheme == "http":
@@ -456,11 +475,13 @@ def request_target(url):
 
 
 class Browser:
-    """One person's browser. Redirects are followed until `stop(url)` is true; by default that is any URL that is not
-    http(s) or whose origin is in `callbacks`, and always after `max_redirects`.
+    """One person's browser.
 
-    `routes` and `context` are as in `connect`; `hop(url)` is called before each request; `fetch_metadata=False` makes
-    a browser that sends no Sec-Fetch-*, as older ones do; `clock` gives the time by which cookies expire."""
+    Redirects are followed until `stop(url)` is true; by default that is any URL that is not http(s) or whose
+    origin is in `callbacks`, and always after `max_redirects`. `routes` and `context` are as in `connect`;
+    `hop(url)` is called before each request; `fetch_metadata=False` makes a browser that sends no
+    Sec-Fetch-*, as older ones do; `clock` gives the time by which cookies expire.
+    """
 
     def __init__(
         self,
@@ -489,15 +510,20 @@ class Browser:
         return self._navigate("GET", url, None, origin, origin, stop, headers)
 
     def post(self, url, fields, *, origin="", stop=None, headers=None):
-        """Send a form from a page of `origin` (by default the target's own; "null" for an opaque one). `fields` is a
-        dict or a list of pairs. `headers` are added last; a value None takes a header away."""
+        """Send a form from a page of `origin` (by default the target's own; "null" for an opaque one).
+
+        `fields` is a dict or a list of pairs. `headers` are added last; a value None takes a header away.
+        """
         origin = origin or origin_of(url)
         return self._navigate("POST", url, urlencode(fields).encode(), origin, origin, stop, headers)
 
     def submit(self, page, /, button=None, form=0, *, stop=None, **overrides):
-        """Submit a form of a page by one of its buttons. `form` is an index or a Form; `button` is (name, value) and
-        must be there, None is the Enter key. `overrides` replace fields as they are (None takes one away). BrowserError
-        where a browser would not send the form: Enter decides nothing, or what is required was not chosen."""
+        """Submit a form of a page by one of its buttons.
+
+        `form` is an index or a Form; `button` is (name, value) and must be there, None is the Enter key.
+        `overrides` replace fields as they are (None takes one away). BrowserError where a browser would not
+        send the form: Enter decides nothing, or what is required was not chosen.
+        """
         form = self._form(page, form)
         pressed = self._pressed(page, form, button)
         if pressed is None and not form.enter_submits:
@@ -537,7 +563,10 @@ class Browser:
         return found
 
     def _navigate(self, method, url, body, initiator, origin, stop, headers):
-        """`initiator` is the origin that began it (None: the address bar), `origin` what the Origin header shows."""
+        """`initiator` is the origin that began it (None: the address bar).
+
+        `origin` is what the Origin header shows.
+        """
         stop = stop or self.stops_at
         site = "none" if initiator is None else "same-origin"
         history = []
@@ -615,8 +644,10 @@ class Browser:
 
 
 def origin_header(page, action):
-    """The Origin of a form on `page`: hidden when the page's referrer policy says so. Without this quirk a policy
-    that locks browsers out of a site's own forms would pass every test."""
+    """The Origin of a form on `page`: hidden when the page's referrer policy says so.
+
+    Without this quirk a policy that locks browsers out of a site's own forms would pass every test.
+    """
     origin = origin_of(page.url)
     policies = [word.strip().lower() for word in page.headers.get("Referrer-Policy", "").split(",")]
     if policies[-1] == REFUSES_REFERRER:
@@ -637,17 +668,19 @@ def followed(url, location):
     return target
 
 
-# ---- A login --------------------------------------------------------------------------------------------------------
+# ---- A login
+# --------------------------------------------------------------------------------------------------------
 
 
 def approve_login(
     browser, authorize_url, login, password, *, access="full", decision="approve", redirect_uri=None
 ):
-    """Walk an authorization request as a person does: the broker's consent page, Forgejo's sign-in and consent pages
-    where they are shown, up to the client's redirect URI (by default the one in `authorize_url`).
+    """Walk an authorization request as a person does.
 
-    `access` is "full", "read", or None for what the page has chosen; `decision` is "approve" or "deny". Returns the
-    callback URL, of an error too; it is not fetched. LoginFailed, with the page's words, if anything else comes up.
+    The broker's consent page, Forgejo's sign-in and consent pages where they are shown, up to the client's
+    redirect URI (by default the one in `authorize_url`). `access` is "full", "read", or None for what the
+    page has chosen; `decision` is "approve" or "deny". Returns the callback URL, of an error too; it is not
+    fetched. LoginFailed, with the page's words, if anything else comes up.
     """
     callback = redirect_uri or dict(parse_qsl(urlsplit(authorize_url).query)).get("redirect_uri")
     walk = _LoginWalk(browser, callback, login, password, access, decision)

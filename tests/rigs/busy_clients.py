@@ -28,9 +28,9 @@ def children(place):
 
 
 class Load:
-    """One thread for each session, which calls `call(client, number)` again and again; `outcomes` has (session, number, what came of it).
+    """One thread for each session, which calls `call(client, number)` again and again.
 
-    As a context it begins at once and has ended behind it.
+    `outcomes` has (session, number, what came of it). As a context it begins at once and has ended behind it.
     """
 
     def __init__(self, sessions, call):

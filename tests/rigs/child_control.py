@@ -2,9 +2,11 @@
 
 Lines of JSON over a Unix socket. A child sends events, each with "event" and "pid":
     start; message (method, id): anything it read, method None if it was no request or notification;
-    call (tool, id, args); cancelled (requestId); listen (id, notifications); exit (code, reason), if it ends of its own will.
+    call (tool, id, args); cancelled (requestId); listen (id,
+    notifications); exit (code, reason), if it ends of its own will.
 Added here: gone, when a child's connection has ended, however it died.
-It obeys {"cmd": "release", "key"}, {"cmd": "emit", "message"}, {"cmd": "raw", "text" or "hex"}, {"cmd": "exit", "code"}, and ends
+It obeys {"cmd": "release", "key"}, {"cmd": "emit", "message"},
+{"cmd": "raw", "text" or "hex"}, {"cmd": "exit", "code"}, and ends
 when the connection does: no child outlives the control it was started with.
 """
 
@@ -20,7 +22,9 @@ WAIT = 10.0
 
 
 class ChildControl:
-    """Listens at `path` (None: at a place of its own, for a path of the test may be too long for a Unix socket).
+    """Listens at `path`, or (None) at a place of its own.
+
+    A path of the test may be too long for a Unix socket.
 
     Use it as a context manager or call start() and stop(). `path` goes behind the children's `--control`.
     """
@@ -67,7 +71,10 @@ class ChildControl:
 
     @property
     def children(self):
-        """The pids of the children now connected, oldest first. A child serves nothing before it is in here."""
+        """The pids of the children now connected, oldest first.
+
+        A child serves nothing before it is in here.
+        """
         with self._changed:
             return list(self._children)
 
@@ -78,7 +85,10 @@ class ChildControl:
             return list(self._events)
 
     def wait_event(self, predicate=None, timeout=WAIT, **fields):
-        """The first event, past ones included, that has these fields and satisfies the predicate; else TimeoutError."""
+        """The first event, past ones included, that has these fields and satisfies the predicate.
+
+        Else TimeoutError.
+        """
 
         def found():
             return next(
@@ -102,7 +112,10 @@ class ChildControl:
     # What children are told
 
     def command(self, cmd, pid=None):
-        """Send a command (a dict) to one child, or to all; how many were told. LookupError for an unknown pid."""
+        """Send a command (a dict) to one child, or to all; how many were told.
+
+        LookupError for an unknown pid.
+        """
         line = json.dumps(cmd).encode() + b"\n"
         with self._changed:
             if pid is not None and pid not in self._children:

@@ -1,4 +1,6 @@
-"""How tests drive programs of other makers: nothing they do is waited for without a limit, and no browser but the suite's person opens.
+"""How tests drive programs of other makers.
+
+Nothing they do is waited for without a limit, and no browser but the suite's person opens.
 
 with Program([node, script, url], environment=person_environment(folder)) as program:
     program.tell("call get_my_user_info")
@@ -27,7 +29,8 @@ CLIENTS = Path(__file__).resolve().parent.parent / "real" / "clients"
 LINE_LIMIT = 60.0  # seconds for one line: a client's start on a busy machine is the longest
 END_LIMIT = 10.0
 CHUNK = 1 << 16
-# What programs open links with. The rest of a desktop (DISPLAY's real server, the session's bus, the desktop's name) is kept from them.
+# What programs open links with. The rest of a desktop (DISPLAY's real server, the session's bus, the
+# desktop's name) is kept from them.
 OPENERS = ("xdg-open", "gio", "gnome-open", "kde-open", "x-www-browser", "sensible-browser", "www-browser")
 KEPT = ("LANG", "LC_ALL", "TZ", "TMPDIR", "NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE", "JAVA_HOME")
 
@@ -37,7 +40,10 @@ class ClientFailed(AssertionError):
 
 
 def end_group(process: subprocess.Popen[Any]) -> int | None:
-    """The exit status of a process whose whole group has been killed, None if even then it does not go away."""
+    """The exit status of a process whose whole group has been killed.
+
+    None if even then it does not go away.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -46,7 +52,10 @@ def end_group(process: subprocess.Popen[Any]) -> int | None:
 
 
 class Program:
-    """A program in a process group of its own, spoken to by the line. Leaving the block ends it and all that it started."""
+    """A program in a process group of its own, spoken to by the line.
+
+    Leaving the block ends it and all that it started.
+    """
 
     def __init__(
         self,
@@ -100,7 +109,10 @@ class Program:
         return os.pread(self._errors.fileno(), 4000, max(size - 4000, 0)).decode(errors="replace")
 
     def finish(self) -> int | None:
-        """Close its input and wait for it as long as it may take to end by itself; its exit status, None if it did not."""
+        """Close its input and wait for it as long as it may take to end by itself.
+
+        Its exit status, None if it did not.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()
@@ -127,9 +139,10 @@ def run_program(
     folder: Path | None = None,
     limit: float = LINE_LIMIT,
 ) -> subprocess.CompletedProcess[str]:
-    """The finished program with its output; ClientFailed if it takes longer than `limit` seconds. It is not waited for beyond that.
+    """The finished program with its output; ClientFailed if it takes longer than `limit` seconds.
 
-    subprocess.run would read on for as long as anything that the program started holds its pipes: here they are files.
+    It is not waited for beyond that. subprocess.run would read on for as long as anything that the program
+    started holds its pipes: here they are files.
     """
     argv = [str(word) for word in words]
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
@@ -169,11 +182,14 @@ def write_program(path: Path, text: str) -> Path:
 def person_environment(
     folder: Path, *, login: str = "alice", tools: Sequence[Path] = (), background: bool = False
 ) -> dict[str, str]:
-    """An environment in which whatever opens a link reaches the suite's person, and everything is kept in `folder`.
+    """An environment in which whatever opens a link reaches the suite's person.
 
-    It is made of an allow-list, so that no desktop is seen: where one is, the bundled xdg-open of some clients asks xdg-mime for the
-    handler of links before it looks at BROWSER. Each of the person's visits appends a line to `folder`/visits. `tools` are programs to be
-    found by their names; `background`: the client waits until its browser has ended before it listens for the callback.
+    Everything is kept in `folder`.
+
+    It is made of an allow-list, so that no desktop is seen: where one is, the bundled xdg-open of some
+    clients asks xdg-mime for the handler of links before it looks at BROWSER. Each of the person's visits
+    appends a line to `folder`/visits. `tools` are programs to be found by their names; `background`: the
+    client waits until its browser has ended before it listens for the callback.
     """
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
@@ -212,7 +228,10 @@ def visits(folder: Path) -> int:
 
 
 class LineClient(Program):
-    """A client that stays connected and takes a command a line. The person is here, where the client's program has none."""
+    """A client that stays connected and takes a command a line.
+
+    The person is here, where the client's program has none.
+    """
 
     def __init__(
         self,

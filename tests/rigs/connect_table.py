@@ -1,4 +1,7 @@
-"""The table of docs/connect.md from the one table of assistants: `python3 tests/rigs/connect_table.py` writes it."""
+"""The table of docs/connect.md from the one table of assistants.
+
+`python3 tests/rigs/connect_table.py` writes it.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The public internet for tests: https origins of any name on one loopback port, a resolver, and a throw-away certificate authority."""
+"""The public internet for tests.
+
+https origins of any name on one loopback port, a resolver, and a throw-away certificate authority.
+"""
 
 import base64
 import errno
@@ -18,7 +21,10 @@ NAMES = ("claude.ai", "chatgpt.com", "vscode.dev", "zed.dev", "goose-docs.ai", "
 
 
 def make_authority(folder):
-    """A certificate authority and a certificate of it for NAMES; gives (CA file, certificate file, key file)."""
+    """A certificate authority and a certificate of it for NAMES.
+
+    Gives (CA file, certificate file, key file).
+    """
 
     def openssl(*words):
         subprocess.run(["openssl", *words], check=True, capture_output=True, cwd=folder)
@@ -64,9 +70,12 @@ def make_authority(folder):
 
 
 class DocumentWeb:
-    """Answers by URL: `answers[url]` is (status, headers, body), or a function of the connection that says it itself.
+    """Answers by URL.
 
-    `names[host]` is what the resolver says, by default one public address. `asked`, `resolved` and `connected` tell what happened.
+    `answers[url]` is (status, headers, body), or a function of the connection that sends the answer itself.
+
+    `names[host]` is what the resolver says, by default one public address. `asked`, `resolved` and
+    `connected` tell what happened.
     """
 
     def __init__(self, authority):
@@ -77,7 +86,8 @@ class DocumentWeb:
         self._threads, self._open = [], set()
         self.answers, self.names = {}, {}
         self.asked, self.resolved, self.connected = [], [], []
-        # Addresses that refuse, that let every attempt time out, and that accept and say nothing; how long each attempt waited.
+        # Addresses that refuse, that let every attempt time out, and
+        # that accept and say nothing; how long each attempt waited.
         self.refused, self.silent, self.deaf, self.patience = set(), set(), set(), []
         self.ended = threading.Event()
         self._thread = threading.Thread(target=self._accept)

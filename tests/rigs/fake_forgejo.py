@@ -1,9 +1,10 @@
 """A fake Forgejo for tests and demos: its OAuth2 provider and a little of its API.
 
-It answers as a Forgejo of July 2026 was measured to, oddities included (every token error is a 400, only the API
-knows that a user is suspended, its 401 quotes the token, one valid refresh token per user and application),
-because those oddities are what its clients get wrong; the other profiles are older servers, from their source.
-Tokens are signed as by a Forgejo with JWT_SIGNING_ALGORITHM = HS256. State lives in memory.
+It answers as a Forgejo of July 2026 was measured to, oddities included (every token
+error is a 400, only the API knows that a user is suspended, its 401 quotes the token,
+one valid refresh token per user and application), because those oddities are what its
+clients get wrong; the other profiles are older servers, from their source. Tokens are
+signed as by a Forgejo with JWT_SIGNING_ALGORITHM = HS256. State lives in memory.
 
 In a test:
 
@@ -11,7 +12,8 @@ In a test:
         app = forgejo.add_app(["http://127.0.0.1:8080/oauth/callback"])
         forgejo.inject("/login/oauth/access_token", lose_response())
 
-As a program: `python3 fake_forgejo.py --port 3000` prints the users and the application and serves until stopped.
+As a program: `python3 fake_forgejo.py --port 3000` prints
+the users and the application and serves until stopped.
 """
 
 from __future__ import annotations
@@ -121,7 +123,8 @@ PROFILES = {
 }
 
 
-# ---- What is stored -------------------------------------------------------------------------------------------------
+# ---- What is stored
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -153,8 +156,10 @@ class App:
     name: str
 
     def accepts_redirect(self, uri):
-        """Forgejo's comparison: case and one trailing slash of the whole string do not count; a public client's
-        loopback address may carry any port."""
+        """Forgejo's comparison: case and one trailing slash of the whole string do not count.
+
+        A public client's loopback address may carry any port.
+        """
 
         def plain(text):
             return text.lower().removesuffix("/")
@@ -231,13 +236,17 @@ class Cut(Exception):
     """End the connection without an answer."""
 
 
-# ---- Requests, responses, log ---------------------------------------------------------------------------------------
+# ---- Requests, responses, log
+# ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One request. `status` is 0 while it hangs in a fault, and stays 0 if it was never answered; a lost answer keeps
-    its status. `query` and `form` map each name to its first value; the names in `headers` are lower-case."""
+    """One request.
+
+    `status` is 0 while it hangs in a fault, and stays 0 if it was never answered; a lost answer keeps its
+    status. `query` and `form` map each name to its first value; the names in `headers` are lower-case.
+    """
 
     method: str
     path: str
@@ -251,8 +260,10 @@ class Recorded:
 
 
 class RequestLog(Sequence):
-    """The requests in the order in which they were processed or began to hang; each once, logged before its answer is
-    sent, so that whoever sees the answer finds it here."""
+    """The requests in the order in which they were processed or began to hang.
+
+    Each once, logged before its answer is sent, so that whoever sees the answer finds it here.
+    """
 
     def __init__(self):
         self._items = []
@@ -285,8 +296,10 @@ class RequestLog(Sequence):
         return sum(_matches(item, path_prefix, method) for item in self[:])
 
     def wait_for(self, predicate, timeout=WAIT, *, start=0):
-        """The first logged request from index `start` on that satisfies `predicate`; blocks until there is one.
-        TimeoutError, with the log as text, if none comes."""
+        """The first logged request from index `start` on that satisfies `predicate`.
+
+        Blocks until there is one. TimeoutError, with the log as text, if none comes.
+        """
 
         def found():
             return next((item for item in self._items[start:] if predicate(item)), None)
@@ -311,7 +324,10 @@ class Request:
         self.form = self._read_form()
 
     def below(self, path):
-        """Take this path off the front, as a proxy does; False when the request is for something beside it."""
+        """Take this path off the front, as a proxy does.
+
+        False when the request is for something beside it.
+        """
         inside = self.path == path or self.path.startswith(path + "/")
         self.path = (self.path.removeprefix(path) or "/") if inside else self.path
         return inside
@@ -396,7 +412,8 @@ def _see_other(location):
     return Response(303, headers=[("Location", location)])
 
 
-# ---- Faults ---------------------------------------------------------------------------------------------------------
+# ---- Faults
+# ---------------------------------------------------------------------------------------------------------
 
 
 class Fault:
@@ -423,8 +440,10 @@ class Fault:
 
 
 def hang(*, processed=False):
-    """No answer until `.release()` (then it is handled normally) or the server's stop (then the connection is cut).
-    With `processed` the request takes effect first and only the answer hangs."""
+    """No answer until `.release()`, then it is handled normally; the server's stop cuts the connection.
+
+    With `processed` the request takes effect first and only the answer hangs.
+    """
     fault = Fault()
 
     def wait_before(_request, pause):
@@ -479,7 +498,10 @@ def redirect(location, code=303):
 
 
 def lose_response():
-    """Process the request fully, then cut the connection: what it changed stays changed, nobody hears of it."""
+    """Process the request fully, then cut the connection.
+
+    What it changed stays changed, nobody hears of it.
+    """
 
     def after(_response, _pause):
         raise Cut
@@ -498,8 +520,10 @@ def cut_body():
 
 
 def json_override(change):
-    """Process the request, then change its JSON: a dict replaces members (MISSING removes one), a callable maps the
-    whole value to another."""
+    """Process the request, then change its JSON.
+
+    A dict replaces members (MISSING removes one), a callable maps the whole value to another.
+    """
 
     def merged(value):
         value = {**value, **change}
@@ -576,8 +600,10 @@ class Injection:
 
 
 class Gate:
-    """Holds requests to a path until it is opened. `arrived` is an Event, set once one has come; `count` says how many
-    came in all, held or passed."""
+    """Holds requests to a path until it is opened.
+
+    `arrived` is an Event, set once one has come; `count` says how many came in all, held or passed.
+    """
 
     def __init__(self, path_prefix, method, at):
         self.path_prefix, self.method, self.at = path_prefix, method, at
@@ -628,17 +654,20 @@ class Gate:
         self.open()
 
 
-# ---- The server -----------------------------------------------------------------------------------------------------
+# ---- The server
+# -----------------------------------------------------------------------------------------------------
 
 
 class FakeForgejo:
-    """One instance on `host`. `profile` is a name in PROFILES or a Profile; `clock` (replaceable at any time)
-    gives the seconds by which tokens and codes expire. Two users exist from the start, alice and bob, password
-    "secret". The port is bound at once and kept until `stop()`; until `start()` and while `down()` it refuses.
+    """One instance on `host`.
 
-    `path` ("/git") puts all of it below that path, as a proxy with a sub-path does. `require_signin` is
-    REQUIRE_SIGNIN_VIEW, `additional_grant_scopes` is ENABLE_ADDITIONAL_GRANT_SCOPES: then userinfo hides what a
-    user has in `private_organizations` (a set of names) from a grant without read:organization, all or read:admin."""
+    `profile` is a name in PROFILES or a Profile; `clock` (replaceable at any time) gives the seconds by which
+    tokens and codes expire. Two users exist from the start, alice and bob, password "secret". The port is
+    bound at once and kept until `stop()`; until `start()` and while `down()` it refuses. `path` ("/git") puts
+    all of it below that path, as a proxy with a sub-path does. `require_signin` is REQUIRE_SIGNIN_VIEW,
+    `additional_grant_scopes` is ENABLE_ADDITIONAL_GRANT_SCOPES: then userinfo hides what a user has in
+    `private_organizations` (a set of names) from a grant without read:organization, all or read:admin.
+    """
 
     def __init__(
         self,
@@ -689,7 +718,10 @@ class FakeForgejo:
     # -- life --
 
     def _bound_socket(self, port):
-        """A socket that reserves the port without listening, so that nobody else gets it while the server is down."""
+        """A socket that reserves the port without listening.
+
+        So nobody else gets it while the server is down.
+        """
         made = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET, socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -769,7 +801,10 @@ class FakeForgejo:
     def add_user(
         self, login, password="secret", *, sub=None, full_name="", groups=(), admin=False, created=CREATED
     ):
-        """A new user with one private repository and one issue in it; `sub` overrides what userinfo calls them."""
+        """A new user with one private repository and one issue in it.
+
+        `sub` overrides what userinfo calls them.
+        """
         with self._lock:
             if self._user_named(login):
                 raise ValueError(f"user exists: {login}")
@@ -836,7 +871,10 @@ class FakeForgejo:
             self._sessions = {n: s for n, s in self._sessions.items() if s.user_id != user.id}
 
     def backup(self):
-        """A copy of all that a backup of Forgejo holds: accounts, applications, grants and their counters, the signing key."""
+        """A copy of all that a backup of Forgejo holds.
+
+        Accounts, applications, grants and their counters, the signing key.
+        """
         with self._lock:
             numbers = next(self._user_ids), next(self._ids)
             self._user_ids, self._ids = map(itertools.count, numbers)
@@ -933,8 +971,11 @@ class FakeForgejo:
             injection.release()
 
     def hold(self, path_prefix, *, method=None, at="arrival"):
-        """A closed Gate before this path. `at="checked"`, on the token endpoint, holds a refresh between the check of
-        its token and the step that voids it: Forgejo has no transaction there, two can pass the check."""
+        """A closed Gate before this path.
+
+        `at="checked"`, on the token endpoint, holds a refresh between the check of its token and the step
+        that voids it: Forgejo has no transaction there, two can pass the check.
+        """
         gate = Gate(path_prefix, method, at)
         with self._lock:
             self._gates.append(gate)
@@ -1082,8 +1123,11 @@ class FakeForgejo:
         return claims
 
     def _token_response(self, grant, app):
-        """Void older refresh tokens, where the profile does that, and mint the next pair. Whole seconds and no unique
-        claim: two access tokens of one grant made in the same second are the same string."""
+        """Void older refresh tokens, where the profile does that, and mint the next pair.
+
+        Whole seconds and no unique claim: two access tokens of
+        one grant made in the same second are the same string.
+        """
         if self.profile.rotates_refresh_tokens:
             grant.counter += 1
         now = int(self.clock())
@@ -1169,7 +1213,10 @@ class FakeForgejo:
         return pair
 
     def _client(self, client_id, secret, wrong_secret, mark):
-        """The application; the two grant types differ in the error for a wrong secret and in a quotation mark."""
+        """The application.
+
+        The two grant types differ in the error for a wrong secret and in a quotation mark.
+        """
         app = self._apps.get(client_id)
         if app is None:
             raise _token_error(
@@ -1238,8 +1285,11 @@ class FakeForgejo:
     # -- who is the bearer --
 
     def _identity(self, request, parameter=None):
-        """The Identity behind the Authorization header (or a parameter), None without one; BadToken with Forgejo's reason:
-        a line for each method of authentication that was tried, the first of which quotes the token."""
+        """The Identity behind the Authorization header (or a parameter), None without one.
+
+        BadToken with Forgejo's reason: a line for each method of
+        authentication that was tried, the first of which quotes the token.
+        """
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if not (scheme == "token" or scheme.lower() == "bearer"):
             if not parameter:
@@ -1297,7 +1347,10 @@ class FakeForgejo:
         return [name + colon + team.lower() for name, colon, team in parts if name not in hidden]
 
     def _refuse_web_access(self, user):
-        """Web routes answer such users with a page or the way to the password form, never with an error status."""
+        """Web routes answer such users with a page, or the way to the password form.
+
+        Never with an error status.
+        """
         if user.suspended:
             raise Refusal(self._page(200, "Sign-in prohibited", f"<p>{PROHIBITED}</p>"))
         if user.inactive:
@@ -1355,7 +1408,10 @@ class FakeForgejo:
         return hidden if self.profile.csrf_tokens else ""
 
     def _check_csrf(self, request):
-        """Older servers compare a token; a newer one reads Origin and Sec-Fetch-Site, and lets pass what sends neither."""
+        """Older servers compare a token.
+
+        A newer one reads Origin and Sec-Fetch-Site, and lets pass what sends neither.
+        """
         session, _user = self._session(request)
         if self.profile.csrf_tokens:
             good = hmac.compare_digest(session.csrf.encode(), request.form.get("_csrf", "").encode())
@@ -1902,7 +1958,8 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
 
-# ---- Small helpers --------------------------------------------------------------------------------------------------
+# ---- Small helpers
+# --------------------------------------------------------------------------------------------------
 
 
 def _b64(data):
@@ -1979,10 +2036,12 @@ def _shutdown(connection):
         pass
 
 
-# ---- Pages ----------------------------------------------------------------------------------------------------------
+# ---- Pages
+# ----------------------------------------------------------------------------------------------------------
 
 _PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
 :root {{ color-scheme: light dark; }}
 body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 26rem; margin: 8vh auto; padding: 0 1rem; }}
@@ -2018,7 +2077,8 @@ _GRANT_ROW = """<form method="post" action="{base}/user/settings/applications/oa
 <button>Revoke</button></form>"""
 
 
-# ---- As a program ---------------------------------------------------------------------------------------------------
+# ---- As a program
+# ---------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):

@@ -13,7 +13,10 @@ INITIALIZE = {
 
 
 class Heard:
-    """What a session's child is sent from here on. Lines are read in order, so a notification of a name of its own marks both ends."""
+    """What a session's child is sent from here on.
+
+    Lines are read in order, so a notification of a name of its own marks both ends.
+    """
 
     def __init__(self, mcp, control):
         self._mcp, self._control = mcp, control

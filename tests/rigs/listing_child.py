@@ -1,7 +1,10 @@
-"""A legacy stdio MCP server whose tools stand in a file, `listing_child.py TOOLS HEARD`, to be another list at any time.
+"""A legacy stdio MCP server whose tools stand in a file: `listing_child.py TOOLS HEARD`.
 
-TOOLS is a JSON array of pages, each an array of tools; without a page tools/list is never answered. Each line that is read is appended to HEARD. A call is never refused: the answer says
-which name it had, and with params.task it is a task named after the tool. After `notifications/poke` the list is said to have changed.
+The file may have another list at any time.
+
+TOOLS is a JSON array of pages, each an array of tools; without a page tools/list is never answered. Each line
+that is read is appended to HEARD. A call is never refused: the answer says which name it had, and with
+params.task it is a task named after the tool. After `notifications/poke` the list is said to have changed.
 """
 
 import json

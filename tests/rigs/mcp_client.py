@@ -1,7 +1,7 @@
 """Scripted MCP clients for tests and demos: one that logs in (OAuthClient), one that speaks MCP (McpClient).
 
-They do what real clients do, strictly: an answer with another id, a missing `iss` or a changed `state` is an error
-here, and nothing is sent twice by itself. Standard library only.
+They do what real clients do, strictly: an answer with another id, a missing `iss` or a changed `state` is an
+error here, and nothing is sent twice by itself. Standard library only.
 
     oauth = OAuthClient("http://127.0.0.1:8080")
     tokens = oauth.login(None, "alice", "secret")
@@ -38,7 +38,8 @@ METHOD_NOT_FOUND = -32601
 INTERNAL_ERROR = -32603
 NAMED_BY = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
 END = object()
-judge = None  # called with (message, revision, method of the request it answers) for each message that a client receives
+# Called with (message, revision, method of the request it answers) for each message that a client receives.
+judge = None
 
 
 class ClientError(Exception):
@@ -67,8 +68,10 @@ class StreamEnded(ClientError):
 
 @dataclass
 class Event:
-    """One server-sent event: `data` is the parsed JSON, or the text if it is none ("" in an event that is only an
-    id, as servers send to make a stream resumable from its start)."""
+    """One server-sent event: `data` is the parsed JSON, or the text if it is none.
+
+    The text is "" in an event that is only an id, as servers send to make a stream resumable from its start.
+    """
 
     id: str | None
     data: object
@@ -107,8 +110,11 @@ class Response:
 
 
 class Wire:
-    """HTTP/1.1 with keep-alive to one server: a pool of connections, one for each exchange under way. A connection
-    that was closed while idle is replaced before anything is sent; after sending nothing is ever repeated."""
+    """HTTP/1.1 with keep-alive to one server: a pool of connections, one for each exchange under way.
+
+    A connection that was closed while idle is replaced before
+    anything is sent; after sending nothing is ever repeated.
+    """
 
     def __init__(self, url, *, routes=None, context=None):
         self._url, self._routes, self._context = url, routes, context
@@ -180,7 +186,8 @@ def readable(wire):
     return bool(poll.poll(0))
 
 
-# ---- OAuth ----------------------------------------------------------------------------------------------------------
+# ---- OAuth
+# ----------------------------------------------------------------------------------------------------------
 
 
 def challenge_parameters(header):
@@ -204,8 +211,11 @@ class Attempt:
 
 
 class OAuthClient:
-    """An MCP client's OAuth side. `broker_url` is the public URL (or the MCP URL itself). Requests' fields can be
-    replaced by keyword; None leaves one out. `routes` and `context` are as in browser.connect."""
+    """An MCP client's OAuth side.
+
+    `broker_url` is the public URL (or the MCP URL itself). Requests' fields can be replaced by keyword; None
+    leaves one out. `routes` and `context` are as in browser.connect.
+    """
 
     def __init__(
         self,
@@ -228,8 +238,11 @@ class OAuthClient:
     # -- finding out --
 
     def discover(self):
-        """From a 401 at the MCP URL to the authorization server's metadata (returned). What was found on the way is in
-        `challenge` (its parameters) and `resource_metadata`. ClientError where a client would give up."""
+        """From a 401 at the MCP URL to the authorization server's metadata (returned).
+
+        What was found on the way is in `challenge` (its parameters) and
+        `resource_metadata`. ClientError where a client would give up.
+        """
         refused = self._http("POST", self.mcp_url, b"{}", {"Content-Type": "application/json"})
         if refused.status != 401:
             raise HttpError(refused, "a 401 challenge")
@@ -285,7 +298,10 @@ class OAuthClient:
     # -- logging in --
 
     def authorize_url(self, scope=None, resource="", **overrides):
-        """An authorization request's URL, with a new state and PKCE pair. `resource` is the MCP URL unless given."""
+        """An authorization request's URL, with a new state and PKCE pair.
+
+        `resource` is the MCP URL unless given.
+        """
         verifier = secrets.token_urlsafe(48)
         digest = hashlib.sha256(verifier.encode()).digest()
         asked = {
@@ -304,8 +320,11 @@ class OAuthClient:
         return self._endpoint("authorization_endpoint") + "?" + urlencode(asked)
 
     def login(self, browser, login, password, access="full", *, scope=None, **overrides):
-        """The whole way, discovery and registration too if not yet done; gives the token response as a dict and keeps
-        it in `tokens`. `browser` None is a new one; `overrides` go into the authorization request."""
+        """The whole way, discovery and registration too if not yet done.
+
+        Gives the token response as a dict and keeps it in `tokens`. `browser` None is a new one; `overrides`
+        go into the authorization request.
+        """
         if self.metadata is None:
             self.discover()
         if self.client_id is None:
@@ -397,12 +416,15 @@ class OAuthClient:
             wire.close()
 
 
-# ---- Streams --------------------------------------------------------------------------------------------------------
+# ---- Streams
+# --------------------------------------------------------------------------------------------------------
 
 
 class EventReader:
-    """Server-sent events, line by line: `feed(line)` gives an Event when one is complete. `comments` counts the
-    keep-alives."""
+    """Server-sent events, line by line: `feed(line)` gives an Event when one is complete.
+
+    `comments` counts the keep-alives.
+    """
 
     def __init__(self):
         self.comments, self.last_id = 0, None
@@ -438,8 +460,11 @@ class EventReader:
 
 
 class SseStream:
-    """A stream that a thread reads. `next(timeout)` gives its events in order; `close()` hangs up. If the answer was
-    no event stream, `response` holds it and there are no events."""
+    """A stream that a thread reads.
+
+    `next(timeout)` gives its events in order; `close()` hangs up. If the answer was no event stream,
+    `response` holds it and there are no events.
+    """
 
     def __init__(self, connection, wire, answer, on_close=None, received=None):
         self.status, self.headers, self.response = answer.status, answer.headers, None
@@ -518,16 +543,19 @@ class SseStream:
             self._thread.join(TIMEOUT)
 
 
-# ---- MCP ------------------------------------------------------------------------------------------------------------
+# ---- MCP
+# ------------------------------------------------------------------------------------------------------------
 
 
 class McpClient:
     """One MCP client over Streamable HTTP, usable from several threads.
 
-    With a `protocol` of 2026-07-28 or later requests carry their `_meta` and headers (modern); else `initialize` opens
-    a session (legacy). `on_request(method, params)` answers the server's requests (its result is sent back; RpcError
-    makes an error; without it `ping` is answered and all else refused); `on_notification(method, params)` gets what
-    the server tells. `events` collects all events of POST answers."""
+    With a `protocol` of 2026-07-28 or later requests carry their `_meta` and headers
+    (modern); else `initialize` opens a session (legacy). `on_request(method, params)`
+    answers the server's requests (its result is sent back; RpcError makes an error;
+    without it `ping` is answered and all else refused); `on_notification(method,
+    params)` gets what the server tells. `events` collects all events of POST answers.
+    """
 
     def __init__(
         self,
@@ -593,8 +621,11 @@ class McpClient:
         return self.server
 
     def request(self, method, params=None, id=None, timeout=TIMEOUT, headers=None):
-        """Send a request and give its result; RpcError for an error, HttpError for an answer without a message,
-        StreamEnded if the stream was over before it, TimeoutError after `timeout` seconds."""
+        """Send a request and give its result.
+
+        RpcError for an error, HttpError for an answer without a message, StreamEnded if the stream was over
+        before it, TimeoutError after `timeout` seconds.
+        """
         message = self._message(method, params, next(self._ids) if id is None else id)
         return self._result(*self._call(message, headers or {}, timeout))
 
@@ -698,8 +729,10 @@ class McpClient:
         return {"Mcp-Method": method, **({"Mcp-Name": header_value(named)} if isinstance(named, str) else {})}
 
     def post(self, message, headers=None, timeout=TIMEOUT):
-        """POST a message (or raw bytes) and read the answer to its end; nothing in it is an exception. `headers` are
-        added; None takes one away."""
+        """POST a message (or raw bytes) and read the answer to its end; nothing in it is an exception.
+
+        `headers` are added; None takes one away.
+        """
         return self._post(message, headers, timeout)[0]
 
     def _call(self, message, headers, timeout):
@@ -806,8 +839,10 @@ class McpClient:
         return stream
 
     def open_post(self, message, headers=None, timeout=TIMEOUT):
-        """POST a message and give its answer as an SseStream that can be left before its end; its events are not
-        handled. `response` is set if the answer was plain."""
+        """POST a message and give its answer as an SseStream that can be left before its end.
+
+        Its events are not handled. `response` is set if the answer was plain.
+        """
         return self._stream("POST", message, headers, timeout)
 
     def start_request(self, method, params=None, id=None, headers=None, timeout=TIMEOUT):
@@ -833,8 +868,10 @@ class McpClient:
 
 
 def answers(message, id, status):
-    """Whether this is the answer to the request `id` (1, "1" and True are three ids). An HTTP error may answer
-    without an id: the server need not have read so far."""
+    """Whether this is the answer to the request `id` (1, "1" and True are three ids).
+
+    An HTTP error may answer without an id: the server need not have read so far.
+    """
     if not isinstance(message, dict) or not ("result" in message or isinstance(message.get("error"), dict)):
         return False
     there = message.get("id")

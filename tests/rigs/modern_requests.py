@@ -1,4 +1,7 @@
-"""Helpers for what speaks 2026-07-28 to the broker: a logged-in client, its refusals, its questions and its listeners."""
+"""Helpers for what speaks 2026-07-28 to the broker.
+
+A logged-in client, its refusals, its questions and its listeners.
+"""
 
 import contextlib
 
@@ -41,7 +44,10 @@ def call(mcp, name, arguments=None, headers=None, **params):
 
 
 def retry_of(asked, answers=None):
-    """The parameters that answer an `input_required`: every question by its kind, or `answers` as they are."""
+    """The parameters that answer an `input_required`.
+
+    Every question by its kind, or `answers` as they are.
+    """
     given = (
         {key: ANSWERS[question["method"]] for key, question in asked["inputRequests"].items()}
         if answers is None

@@ -1,5 +1,7 @@
-"""Real clients that are pages in Chromium: one with the TypeScript SDK, whose every request is one of CORS, for its origin is not the broker's,
-and the Inspector's, which speaks to the broker through a server of its own.
+"""Real clients that are pages in Chromium.
+
+One has the TypeScript SDK: its every request is one of CORS, for its origin is not the broker's. The other is
+the Inspector's, which speaks to the broker through a server of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from rigs.client_rig import CLIENTS, ClientFailed, Program, person_environment, 
 LIMIT = 20_000  # milliseconds, as the browser counts
 ANSWER_LIMIT = 60.0
 PAGE = b"<!doctype html><title>A client</title><script src=/page.js></script>"
-CALLBACK = b"<!doctype html><title>Done</title><script>new BroadcastChannel('logins').postMessage(location.search)</script>"
+CALLBACK = (
+    b"<!doctype html><title>Done</title>"
+    b"<script>new BroadcastChannel('logins').postMessage(location.search)</script>"
+)
 
 
 def bundle(node: str, modules: Path, folder: Path) -> bytes:
@@ -70,7 +75,10 @@ class Site(http.server.ThreadingHTTPServer):
 
 
 def log_in(page: Any, finished: str) -> None:
-    """Allow, sign in at Forgejo, grant where it asks: what a person does in the window of a login, until `finished` (a pattern of URLs)."""
+    """Allow, sign in at Forgejo, grant where it asks.
+
+    What a person does in the window of a login, until `finished` (a pattern of URLs).
+    """
     page.set_default_timeout(LIMIT)
     page.get_by_label("Full access").check()
     page.get_by_role("button", name="Allow").click(no_wait_after=True)
@@ -175,7 +183,10 @@ class PageClient:
 
 
 class InspectorPage:
-    """The Inspector's web page: a person connects, chooses a tool, reads what it says. Its forms are filled in with defaults."""
+    """The Inspector's web page: a person connects, chooses a tool, reads what it says.
+
+    Its forms are filled in with defaults.
+    """
 
     def __init__(self, node: str, chromium: str, url: str, folder: Path) -> None:
         self.logins = 0

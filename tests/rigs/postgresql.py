@@ -1,7 +1,10 @@
-"""PostgreSQL of Debian's packages as a process of the test's own, in a folder of its own, on loopback and a Unix socket.
+"""PostgreSQL of Debian's packages as a process of the test's own.
 
-`postgresql` is a server for all tests of one worker, with a new database for each that asks; a test that stops, kills or replaces a
-server asks for one of its own (`own_postgresql`). It refuses to run as root: then it runs as nobody, with what that needs to reach its program.
+In a folder of its own, on loopback and a Unix socket.
+
+`postgresql` is a server for all tests of one worker, with a new database for each that asks; a test that
+stops, kills or replaces a server asks for one of its own (`own_postgresql`). It refuses to run as root: then
+it runs as nobody, with what that needs to reach its program.
 """
 
 import contextlib
@@ -75,7 +78,8 @@ def descendants(pid):
 class Server:
     """A PostgreSQL server; `binaries` is the folder of its programs. It listens once `start` has returned.
 
-    url(database) names it by its address and the role's password, url(database, socket=True) by its Unix socket.
+    url(database) names it by its address and the role's
+    password, url(database, socket=True) by its Unix socket.
     """
 
     def __init__(self, binaries, **settings):
@@ -175,7 +179,10 @@ class Server:
         return f"postgresql://{ROLE}@{hosts}/{database}{query}"
 
     def restart(self):
-        """End it as an upgrade of the package does (connections are cut, no transaction is lost) and start it again."""
+        """End it as an upgrade of the package does, and start it again.
+
+        Connections are cut, no transaction is lost.
+        """
         self.stop()
         return self.start()
 
@@ -209,7 +216,10 @@ class Server:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def standby(self):
-        """Start a synchronous standby of this server: a commit here is answered once it is there too. Returns the standby."""
+        """Start a synchronous standby of this server: a commit here is answered once it is there too.
+
+        Returns the standby.
+        """
         follower = Server(self.binaries, **self.settings)
         name = f"standby{follower.port}"
         source = f"host={self.folder} port={self.port} user=postgres application_name={name}"
@@ -243,7 +253,10 @@ def postgresql(real_part):
 
 @pytest.fixture
 def own_postgresql(real_part):
-    """A function that makes a server of the test's own; `settings` go into its postgresql.conf. All end with the test."""
+    """A function that makes a server of the test's own; `settings` go into its postgresql.conf.
+
+    All end with the test.
+    """
     made = []
 
     def make(**settings):

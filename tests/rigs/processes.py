@@ -1,4 +1,7 @@
-"""What tests of processes and threads share: sessions of an installation, functions run beside, ends waited for."""
+"""What tests of processes and threads share.
+
+Sessions of an installation, functions run beside, ends waited for.
+"""
 
 import os
 import select
@@ -42,6 +45,14 @@ def in_thread(function, *arguments, **named):
         return outcome[0]
 
     return join
+
+
+def ended(*names):
+    """Wait for the broker's threads of these names."""
+    for thread in threading.enumerate():
+        if thread.name in names and thread.is_alive():
+            thread.join(60)
+            assert not thread.is_alive(), f"{thread.name} did not end"
 
 
 def hanging_call(mcp, control, key="k"):

@@ -8,9 +8,10 @@ KEPT_BACK = ("connection", "transfer-encoding", "content-length", "server", "dat
 
 
 class Proxy:
-    """Reads each answer whole, hands it to `pass_on(method, path, request, answer)`, and sends what is left of it.
+    """Reads each answer whole, and sends what `pass_on(method, path, request, answer)` leaves of it.
 
-    `request` is (headers, body); `answer` a dict of status, headers (pairs) and body, which may be changed. `target` is the broker's port.
+    `request` is (headers, body); `answer` a dict of status, headers (pairs) and body, which may be changed.
+    `target` is the broker's port.
     """
 
     def __init__(self, target=None):

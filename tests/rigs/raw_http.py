@@ -1,4 +1,7 @@
-"""Raw connections to the broker of a Rig: what is sent is exactly what is written, and what comes back is read strictly."""
+"""Raw connections to the broker of a Rig.
+
+What is sent is exactly what is written, and what comes back is read strictly.
+"""
 
 import contextlib
 import json

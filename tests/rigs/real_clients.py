@@ -1,8 +1,9 @@
-"""Real clients as the tests drive them: each logs in as alice, calls tools, and can be told that its token has expired.
+"""Real clients as the tests drive them.
 
-`TABLE` is the list of them, and says what each can do. A client is made by its entry's `start(parts, url, folder)`, where `parts` gives the
-program of a real part; it has `call(name, arguments)` (a result as {"text", "progress_count"}, or {"error"}), `expire()`, `logins`, and is a
-context manager that ends it.
+Each logs in as alice, calls tools, and can be told that its token has expired. `TABLE` is the list of them,
+and says what each can do. A client is made by its entry's `start(parts, url, folder)`, where `parts` gives
+the program of a real part; it has `call(name, arguments)` (a result as {"text", "progress_count"}, or
+{"error"}), `expire()`, `logins`, and is a context manager that ends it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ class Client(Protocol):
 
 
 class ByLine:
-    """A client program of the suite's own, on a library: it stays connected and takes commands by the line."""
+    """A client program of the suite's own, on a library.
+
+    It stays connected and takes commands by the line.
+    """
 
     def __init__(self, words: list[object], folder: Path, *, opens_browser: bool = False) -> None:
         self._folder = folder
@@ -75,7 +79,10 @@ class ByLine:
 
 
 class McpRemote:
-    """mcp-remote: a bridge that a client starts as if it were a server on stdio. The client here is the test."""
+    """mcp-remote: a bridge that a client starts as if it were a server on stdio.
+
+    The client here is the test.
+    """
 
     def __init__(self, node: str, url: str, folder: Path) -> None:
         self._folder, self._number = folder, 0
@@ -166,7 +173,10 @@ class Mcpc:
         return {"text": "".join(part["text"] for part in json.loads(done.stdout)["content"])}
 
     def expire(self) -> None:
-        """Date its stored token back: it refreshes by its own clock. A bridge that runs has its own copy, and is started anew."""
+        """Date its stored token back: it refreshes by its own clock.
+
+        A bridge that runs has its own copy, and is started anew.
+        """
         stored = self._folder / "mcpc" / "credentials.json"
         entries = json.loads(stored.read_text())
         for name in [name for name in entries if name.endswith(":tokens")]:
@@ -182,7 +192,10 @@ class Mcpc:
 
 
 class InspectorCommand:
-    """The Inspector's command line: one command a call, each a session of its own; its login lies in its home, where there is no keyring."""
+    """The Inspector's command line: one command a call, each a session of its own.
+
+    Its login lies in its home, where there is no keyring.
+    """
 
     def __init__(self, node: str, url: str, folder: Path) -> None:
         self._folder = folder
@@ -276,7 +289,10 @@ def fastmcp(parts: Parts, url: str, folder: Path) -> ByLine:
 
 @dataclass(frozen=True)
 class Entry:
-    """One client: the real parts it needs, how it starts, whether it is second of its kind or an assistant, and what it can do."""
+    """One client: the real parts it needs, how it starts, and what it can do.
+
+    And whether it is second of its kind or an assistant.
+    """
 
     parts: tuple[str, ...]
     start: Callable[[Parts, str, Path], Client]
@@ -284,10 +300,12 @@ class Entry:
     assistant: bool = False
     progress: bool = True
     question: bool = True
-    # Whether it gives a server up whose stream broke, when that does not come back at once: until it is started anew.
+    # Whether it gives a server up whose stream broke, when that
+    # does not come back at once: until it is started anew.
     gives_up: bool = False
-    # After a revocation: "asks" its person and goes on; "asks, may lose its session": it asks, but keeps naming the session that ended with
-    # the login, until it is started anew; "says so": it tells its user to log in.
+    # After a revocation: "asks" its person and goes on; "asks, may lose its
+    # session": it asks, but keeps naming the session that ended with the
+    # login, until it is started anew; "says so": it tells its user to log in.
     revoked: str = field(default="asks")
 
 

@@ -1,9 +1,10 @@
 """pytest plugin for tests marked `@pytest.mark.real(name)`: they run last, and wait for their part's install.
 
-Names: "mcp1", "mcp2" and "fastmcp" (an interpreter with that package), "npm" (a Node with the JavaScript clients), "assistants" (one of
-their programs), "go-clients" (one of them, the others beside it), "java-client", "desktop" (its xdg-open), "forgejo-mcp",
-"mcp-go-child" (a small server on its SDK), "postgresql" (its server, its other programs beside it), "caddy", "nginx", "haproxy",
-"pgbouncer", "chromium", "promtool" and "systemd-analyze" (programs).
+Names: "mcp1", "mcp2" and "fastmcp" (an interpreter with that package), "npm" (a Node with the JavaScript
+clients), "assistants" (one of their programs), "go-clients" (one of them, the others beside it),
+"java-client", "desktop" (its xdg-open), "forgejo-mcp", "mcp-go-child" (a small server on its SDK),
+"postgresql" (its server, its other programs beside it), "caddy", "nginx", "haproxy", "pgbouncer", "chromium",
+"promtool" and "systemd-analyze" (programs).
 """
 
 import functools
@@ -24,7 +25,10 @@ def part_names(item):
 
 
 def pytest_collection_modifyitems(items):
-    """Put tests with real parts behind all others, and keep the wait for an install out of their time limit."""
+    """Put tests with real parts behind all others.
+
+    Keep the wait for an install out of their time limit.
+    """
     items.sort(key=lambda item: bool(part_names(item)))
     for item in items:
         if part_names(item) and item.get_closest_marker("timeout") is None:
@@ -45,7 +49,10 @@ def parts_here():
 
 @functools.cache
 def outcome_of(folder, installer):
-    """(state, text) of a part: waited for if it is being installed, installed if tests/run.py leaves that to us."""
+    """(state, text) of a part.
+
+    It is waited for if it is being installed, and installed if tests/run.py leaves that to us.
+    """
     state, text = run.await_stamp(folder)
     if state != "ok" and os.environ.get(run.INSTALLS):
         return run.install(folder, lambda place: installer(place, run.Commands()))
@@ -54,7 +61,10 @@ def outcome_of(folder, installer):
 
 @pytest.fixture(scope="session")
 def real_part():
-    """A function from a real part's name to its program (a path). Waits for the install; skips, or fails in CI."""
+    """A function from a real part's name to its program (a path).
+
+    Waits for the install; skips, or fails in CI.
+    """
     parts = parts_here()
 
     def program(name):
@@ -70,6 +80,9 @@ def real_part():
 
 @pytest.fixture(autouse=True)
 def real_parts_are_there(request):
-    """A test marked `real` starts only when all its parts are there, whether or not it asks for their programs."""
+    """A test marked `real` starts only when all its parts are there.
+
+    Whether or not it asks for their programs.
+    """
     for name in part_names(request.node):
         request.getfixturevalue("real_part")(name)

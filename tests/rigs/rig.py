@@ -1,4 +1,7 @@
-"""One broker in the test's own process, with real sockets, real children and a fake Forgejo: what most tests stand on."""
+"""One broker in the test's own process, with real sockets, real children and a fake Forgejo.
+
+What most tests stand on.
+"""
 
 import collections
 import contextlib
@@ -20,7 +23,10 @@ CHILD = (sys.executable, "-I", str(TESTS / "stdio_child.py"))
 
 
 class FakeClock:
-    """A machine's clocks, moved by a test. They start at the real time and run on, so that two moments differ."""
+    """A machine's clocks, moved by a test.
+
+    They start at the real time and run on, so that two moments differ.
+    """
 
     def __init__(self):
         self.offset, self.wrong_by, self._stopped_at = 0.0, 0.0, None
@@ -156,7 +162,10 @@ class Rig:
 
 
 def tick_one_at_a_time(reaper):
-    """A test ticks beside the reaper's own thread: each tick is whole, as it is where only that thread ticks."""
+    """A test ticks beside the reaper's own thread.
+
+    Each tick is whole, as it is where only that thread ticks.
+    """
     tick, ticking = reaper.tick, threading.Lock()
 
     def one_tick():
@@ -167,7 +176,10 @@ def tick_one_at_a_time(reaper):
 
 
 def rows(store, statement, parameters=()):
-    """What a statement finds in a store's file, as whoever opens it beside the broker sees it: rows with names."""
+    """What a statement finds in a store's file, as whoever opens it beside the broker sees it.
+
+    Rows with names.
+    """
     with contextlib.closing(sqlite3.connect(store.path)) as db:
         found = db.execute(statement, parameters)
         row = collections.namedtuple("Row", [column[0] for column in found.description], rename=True)

@@ -1,6 +1,7 @@
-"""What a server may send, revision by revision: every message a test's client receives is held against MCP's own JSON schema.
+"""What a server may send, revision by revision.
 
-`judge(message, revision, method)` is what the tests hook into their clients (conftest.py).
+Every message a test's client receives is held against MCP's own JSON schema. `judge(message, revision,
+method)` is what the tests hook into their clients (conftest.py).
 """
 
 import functools
@@ -47,7 +48,10 @@ class SchemaViolation(AssertionError):
 
 @functools.cache
 def validator(revision, *names):
-    """A validator for a value that is one of these definitions of the revision's schema, or None if it has none of them."""
+    """A validator for a value that is one of these definitions of the revision's schema.
+
+    None if it has none of them.
+    """
     schema = json.loads((FOLDER / f"{revision}.json").read_text())
     place = "$defs" if "$defs" in schema else "definitions"
     known = [{"$ref": f"#/{place}/{name}"} for name in names if name in schema[place]]
@@ -73,7 +77,10 @@ def sentences(error):
 
 
 def violations(message, revision, method=None):
-    """What the revision says against this message of a server; `method` is that of the request it answers, if known."""
+    """What the revision says against this message of a server.
+
+    `method` is that of the request it answers, if known.
+    """
     if "method" in message:
         return failures(message, revision, "ServerRequest" if "id" in message else "ServerNotification")
     if "error" in message:
@@ -89,7 +96,10 @@ def violations(message, revision, method=None):
 
 
 def error_violations(message, revision):
-    """As violations, for an error. JSON-RPC's null for an id that could not be read is what the revisions have no form for."""
+    """As violations, for an error.
+
+    JSON-RPC's null for an id that could not be read is what the revisions have no form for.
+    """
     message = {**message, "id": 0} if message.get("id") is None and revision < MODERN else message
     code = message["error"].get("code")
     if revision >= MODERN and code in EARLIER_CODES:
@@ -100,7 +110,10 @@ def error_violations(message, revision):
 
 
 def judge(message, revision, method=None):
-    """SchemaViolation if the revision does not allow this message; of revisions without a schema here anything goes."""
+    """SchemaViolation if the revision does not allow this message.
+
+    Of revisions without a schema here anything goes.
+    """
     if (
         revision in REVISIONS
         and isinstance(message, dict)

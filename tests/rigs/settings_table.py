@@ -1,4 +1,7 @@
-"""docs/settings.md from the one table of settings: `python3 tests/rigs/settings_table.py > docs/settings.md`."""
+"""docs/settings.md from the one table of settings.
+
+`python3 tests/rigs/settings_table.py > docs/settings.md`.
+"""
 
 import sys
 from pathlib import Path
@@ -9,13 +12,15 @@ import fjmcp_broker  # noqa: E402
 
 HEAD = """# Settings
 
-Each is a key in `broker.toml`, a flag (`--forgejo-url`) and an environment variable (`FJMCP_BROKER_FORGEJO_URL`); a flag counts before the
-environment, that before the file, that before the default. A setting that is one piece of text can be read from a file: `NAME_file`. Secrets (*s*)
-may stand in `secrets_file`. What SIGHUP (`systemctl reload`) takes over while running is marked *r*. Durations are `90s`, `15m`, `1h`,
-`30d`; sizes `64KiB`, `4MiB`; lists are TOML lists, or separated by commas in flags and environment; switches are `true` or `false` (in flags and environment also `on`, `off`).
+Each is a key in `broker.toml`, a flag (`--forgejo-url`) and an environment variable
+(`FJMCP_BROKER_FORGEJO_URL`); a flag counts before the environment, that before the file, that before the
+default. A setting that is one piece of text can be read from a file: `NAME_file`. Secrets (*s*) may stand in
+`secrets_file`. What SIGHUP (`systemctl reload`) takes over while running is marked *r*. Durations are `90s`,
+`15m`, `1h`, `30d`; sizes `64KiB`, `4MiB`; lists are TOML lists, or separated by commas in flags and
+environment; switches are `true` or `false` (in flags and environment also `on`, `off`).
 
-Without `--config` the file is what `FJMCP_BROKER_CONFIG` names, else `./broker.toml` if it and its folder belong to the caller and nobody else can
-write there, else `/etc/fjmcp-broker/broker.toml` if that is there.
+Without `--config` the file is what `FJMCP_BROKER_CONFIG` names, else `./broker.toml` if it and its folder
+belong to the caller and nobody else can write there, else `/etc/fjmcp-broker/broker.toml` if that is there.
 
 | key | default | | |
 |---|---|---|---|

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """A stdio MCP server that stands in for forgejo-mcp, and misbehaves when told to.
 
-`stdio_child.py [--transport stdio] [--url URL] [--no-forgejo] [--control PATH] [--era modern] [--mode NAME[=ARG]]...`; the environment is
-forgejo-mcp's. It is of the era of `initialize`, as forgejo-mcp is; with `--era modern` of 2026-07-28 and of no other. Everything else on the command line is ignored; `version` prints a version.
+`stdio_child.py [--transport stdio] [--url URL] [--no-forgejo] [--control PATH]
+[--era modern] [--mode NAME[=ARG]]...`; the environment is forgejo-mcp's. It is of
+the era of `initialize`, as forgejo-mcp is; with `--era modern` of 2026-07-28 and of
+no other. Everything else on the command line is ignored; `version` prints a version.
 
 Modes (scripting is on the command line because a child's environment is an allow-list):
     exit1[=FILE]      end with status 1 at once (with FILE: only while that file exists)
@@ -81,11 +83,15 @@ class InputRequired(Exception):
         self.requests, self.state = requests, state
 
 
-# ---- Command line ---------------------------------------------------------------------------------------------------
+# ---- Command line
+# ---------------------------------------------------------------------------------------------------
 
 
 class Options:
-    """What the command line says, read as Go's flag package does (one dash or two), unknown options skipped."""
+    """What the command line says, read as Go's flag package does (one dash or two).
+
+    Unknown options skipped.
+    """
 
     def __init__(self, argv):
         self.url = self.control = ""
@@ -115,7 +121,8 @@ class Options:
         return mode in self.modes and (not self.modes[mode] or os.path.exists(self.modes[mode]))
 
 
-# ---- Forgejo --------------------------------------------------------------------------------------------------------
+# ---- Forgejo
+# --------------------------------------------------------------------------------------------------------
 
 
 class Forgejo:
@@ -204,7 +211,8 @@ def decoded(method, path, status, text):
     raise Refused(-32603, f"unknown API Error: {status}\nRequest: '/api/v1{path}' with '{method}' method")
 
 
-# ---- Control --------------------------------------------------------------------------------------------------------
+# ---- Control
+# --------------------------------------------------------------------------------------------------------
 
 
 class Control:
@@ -243,7 +251,8 @@ class Control:
         os._exit(4)
 
 
-# ---- The server -----------------------------------------------------------------------------------------------------
+# ---- The server
+# -----------------------------------------------------------------------------------------------------
 
 
 def packed(message):
@@ -310,7 +319,10 @@ class Call:
 
 
 class ModernCall(Call):
-    """One try at a tools/call of 2026-07-28: what was asked and answered in earlier tries comes back in its requestState."""
+    """One try at a tools/call of 2026-07-28.
+
+    What was asked and answered in earlier tries comes back in its requestState.
+    """
 
     def __init__(self, server, request_id, params):
         super().__init__(server, request_id, params)
@@ -463,7 +475,10 @@ class Server:
         os._exit(code)
 
     def await_signals(self, awaited):
-        """Thread. Before the start is over signals kill, as Go's defaults do; later they end the server with 0."""
+        """Thread.
+
+        Before the start is over signals kill, as Go's defaults do; later they end the server with 0.
+        """
         number = signal.sigwait(awaited)
         if not self.serving:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
@@ -575,7 +590,10 @@ class Server:
     # Asking the client
 
     def ask(self, *questions):
-        """Send requests, each (method, params), to the client at once; its answers, each the result or {"error": ...}."""
+        """Send requests, each (method, params), to the client at once.
+
+        Its answers, each the result or {"error": ...}.
+        """
         asked = []
         for method, params in questions:
             number, question = next(self.question_ids), Question()
@@ -668,7 +686,10 @@ class Server:
 
 
 class ModernServer(Server):
-    """The same for 2026-07-28 alone: no handshake, metadata with every request, nothing asked but in a result."""
+    """The same for 2026-07-28 alone.
+
+    No handshake, metadata with every request, nothing asked but in a result.
+    """
 
     make_call = ModernCall
 
@@ -714,7 +735,7 @@ class ModernServer(Server):
             self.refuse(request_id, -32602, f"{type(error).__name__}: {error}")
 
     def check_metadata(self, method, meta):
-        """Refused unless the request says what every request must (2026-07-28, per-request protocol fields)."""
+        """Refused without what every request must have (2026-07-28, per-request protocol fields)."""
         version = meta.get(META + "protocolVersion") if isinstance(meta, dict) else None
         if version is None or not isinstance(meta.get(META + "clientCapabilities"), dict):
             raise Refused(-32602, f"{method} without its metadata; this server speaks {', '.join(MODERN)}")
@@ -774,7 +795,8 @@ class ModernServer(Server):
                 )
 
 
-# ---- Tools ----------------------------------------------------------------------------------------------------------
+# ---- Tools
+# ----------------------------------------------------------------------------------------------------------
 
 
 def definition_of(name, description="", read_only=False, properties=None):
@@ -799,9 +821,10 @@ def definition_of(name, description="", read_only=False, properties=None):
 
 
 def tool(read_only=False, **properties):
-    """Decorator: register a function of a Call. It returns the answer (a text or a whole result), or None for no (further) answer.
+    """Decorator: register a function of a Call.
 
-    `properties`: {argument: JSON type}, a required one's with "!".
+    It returns the answer (a text or a whole result), or None for no (further) answer. `properties`:
+    {argument: JSON type}, a required one's with "!".
     """
 
     def register(function):
@@ -922,7 +945,7 @@ def sampling(message):
 
 @tool(message="string", count="integer", strict="boolean")
 def ask_elicit(call):
-    """Asks the client to elicit something; the answer as JSON, with `count` a list of so many; with `strict` a refusal is an error"""
+    """Asks the client to elicit something; the answer as JSON, with `count` a list; `strict`: or an error"""
     return asked(call, "elicitation/create", elicitation(call.get("message", "Which colour?")))
 
 
@@ -1138,7 +1161,7 @@ def endless_line(call):
 
 @tool(key="string", ms="integer", exit="boolean")
 def partial_line(call):
-    """Writes half of its answer, and the rest when the key is released or after `ms`; with `exit` it ends in between"""
+    """Writes half of its answer, the rest when the key is released or after `ms`; `exit`: ends in between"""
     line = call.answer_line("two halves")
     with call.server.output:
         call.server.write(line[: len(line) // 2])
@@ -1157,7 +1180,7 @@ def stderr_flood(call):
 
 @tool(kind="string!", bytes="integer!", ms="integer!")
 def flood(call):
-    """Sends questions, notifications, junk or answers of so many bytes, or writes to stderr, for a while; then answers"""
+    """Sends questions, notifications, junk, many bytes or lines of stderr for a while; then answers"""
     kind, padding = call.arguments["kind"], "x" * call.arguments["bytes"]
     until = time.monotonic() + call.arguments["ms"] / 1000
     for number in itertools.count():
@@ -1198,7 +1221,8 @@ def stop_reading(_call):
     return "stopped"
 
 
-# ---- Start ----------------------------------------------------------------------------------------------------------
+# ---- Start
+# ----------------------------------------------------------------------------------------------------------
 
 
 def log(level, text):

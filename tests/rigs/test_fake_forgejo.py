@@ -219,7 +219,8 @@ def app(forgejo):
     return forgejo.add_app([CALLBACK])
 
 
-# ---- Discovery ------------------------------------------------------------------------------------------------------
+# ---- Discovery
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slash", [True, False])
@@ -238,7 +239,8 @@ def test_there_is_no_rfc_8414_document_no_registration_and_no_revocation(forgejo
         assert call(forgejo, "GET", path).status == 404
 
 
-# ---- Sign-in and authorize ------------------------------------------------------------------------------------------
+# ---- Sign-in and authorize
+# ------------------------------------------------------------------------------------------
 
 
 def test_the_whole_login_works_from_sign_in_over_consent_to_the_api(forgejo, app):
@@ -397,7 +399,8 @@ def test_older_servers_compare_a_token_in_forms(start):
     assert browser.decide(page).status == 303
 
 
-# ---- The scope of a grant -------------------------------------------------------------------------------------------
+# ---- The scope of a grant
+# -------------------------------------------------------------------------------------------
 
 
 def test_the_scope_of_a_grant_is_frozen_for_a_confidential_client(forgejo, app):
@@ -437,7 +440,8 @@ def test_set_grant_scope_changes_a_grant_or_makes_an_old_one(forgejo, app):
     assert call(forgejo, "GET", "/api/v1/user/repos", token=token).status == 200
 
 
-# ---- The token endpoint ---------------------------------------------------------------------------------------------
+# ---- The token endpoint
+# ---------------------------------------------------------------------------------------------
 
 
 def test_client_credentials_work_in_the_form_in_json_and_as_basic(forgejo, app):
@@ -590,7 +594,8 @@ def test_after_revocation_or_deletion_a_refresh_meets_no_grant_and_the_access_to
     answer = call(forgejo, "GET", "/api/v1/version", token=tokens["access_token"])
     assert answer.status == 401
     assert answer.json() == {
-        "message": f"access token does not exist [sha: {tokens['access_token']}]\noauth2 grant not found or revoked",
+        "message": f"access token does not exist [sha: {tokens['access_token']}]\n"
+        "oauth2 grant not found or revoked",
         "url": forgejo.url + "/api/swagger",
     }
 
@@ -665,7 +670,8 @@ def test_issue_tokens_makes_what_a_login_would(forgejo, app):
     assert refresh(forgejo, app, tokens["refresh_token"]).status == 200
 
 
-# ---- Userinfo and introspection -------------------------------------------------------------------------------------
+# ---- Userinfo and introspection
+# -------------------------------------------------------------------------------------
 
 
 def userinfo(forgejo, token):
@@ -810,7 +816,8 @@ def test_introspection_of_a_dead_token_is_inactive_and_without_credentials_a_401
     assert answer.json() == {"active": False}
 
 
-# ---- The API --------------------------------------------------------------------------------------------------------
+# ---- The API
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_version_needs_no_token_but_refuses_a_bad_or_expired_one(start, clock):
@@ -1023,7 +1030,8 @@ def test_the_rest_of_the_api_is_a_json_404_and_user_endpoints_need_a_token(forge
     assert call(forgejo, "DELETE", "/api/v1/version").status == 405
 
 
-# ---- The log --------------------------------------------------------------------------------------------------------
+# ---- The log
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_the_log_tells_path_query_agent_user_grant_and_status(forgejo, app):
@@ -1055,7 +1063,8 @@ def test_wait_for_blocks_until_the_request_comes(forgejo):
         forgejo.wait_for(lambda r: r.path == "/never", timeout=0.01)
 
 
-# ---- Faults ---------------------------------------------------------------------------------------------------------
+# ---- Faults
+# ---------------------------------------------------------------------------------------------------------
 
 
 def version(forgejo):
@@ -1210,7 +1219,8 @@ def test_down_refuses_on_the_same_port_keeps_the_state_and_up_serves_again(forge
     assert call(forgejo, "GET", "/api/v1/user", token=token).status == 200
 
 
-# ---- Gates ----------------------------------------------------------------------------------------------------------
+# ---- Gates
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_gate_holds_requests_before_they_are_processed(forgejo, app):
@@ -1244,7 +1254,8 @@ def test_two_refreshes_that_both_passed_the_check_both_succeed_and_the_last_toke
     ]
 
 
-# ---- HTTP and the program -------------------------------------------------------------------------------------------
+# ---- HTTP and the program
+# -------------------------------------------------------------------------------------------
 
 
 def test_one_connection_serves_many_requests_chunked_ones_and_heads_too(forgejo):

@@ -1,4 +1,7 @@
-"""The suite's own PostgreSQL: a database for each test, a server that restarts, dies, and is replaced by its standby."""
+"""The suite's own PostgreSQL.
+
+A database for each test, a server that restarts, dies, and is replaced by its standby.
+"""
 
 import pytest
 

@@ -151,7 +151,10 @@ class Child:
 
 @pytest.fixture
 def start():
-    """A function that starts a child with these arguments; without a Forgejo unless an environment names one."""
+    """A function that starts a child with these arguments.
+
+    Without a Forgejo unless an environment names one.
+    """
     children = []
 
     def run(*argv, **more):
@@ -183,7 +186,8 @@ def token(forgejo):
     return forgejo.issue_tokens("alice", app.client_id)["access_token"]
 
 
-# ---- Handshake and plain methods -------------------------------------------------------------------------------------
+# ---- Handshake and plain methods
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -319,7 +323,8 @@ def test_the_pages_of_a_paged_listing_make_up_the_whole(start):
     assert {len(page["tools"]) for page in pages[:-1]} == {7}
 
 
-# ---- Command line and Forgejo ----------------------------------------------------------------------------------------
+# ---- Command line and Forgejo
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("word", ["version", "--version", "-version"])
@@ -441,7 +446,8 @@ def test_an_inherited_descriptor_is_shown(start):
     assert set(json.loads(answer)) == {"0", "1", "2", str(writer)}
 
 
-# ---- Calls -----------------------------------------------------------------------------------------------------------
+# ---- Calls
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_answers_come_out_of_order_when_calls_end_so(start, control):
@@ -544,7 +550,8 @@ def test_a_changed_tool_set_is_announced_and_listed(start):
     assert child.text("get_new", a=1) == 'get_new {"a": 1}'
 
 
-# ---- Misbehaviour ----------------------------------------------------------------------------------------------------
+# ---- Misbehaviour
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_a_silent_call_is_never_answered(start):
@@ -685,7 +692,8 @@ def test_a_child_that_stopped_reading_lets_its_pipe_fill_up_and_ends_on_sigterm(
     assert child.status() == 0
 
 
-# ---- Ends ------------------------------------------------------------------------------------------------------------
+# ---- Ends
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_at_the_end_of_input_running_calls_are_finished_and_a_cut_line_dropped(start, control):
@@ -765,7 +773,8 @@ def test_a_child_whose_stdout_is_closed_dies_of_sigpipe():
             process.kill()
 
 
-# ---- Modes -----------------------------------------------------------------------------------------------------------
+# ---- Modes
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_exit1_fails_the_start_always_or_while_its_file_exists(start, tmp_path):
@@ -833,7 +842,8 @@ def test_roots_are_asked_right_after_initialized_and_the_answer_kept(start):
     assert kept == {"roots": []}
 
 
-# ---- Control ---------------------------------------------------------------------------------------------------------
+# ---- Control
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_message_and_call_is_reported_with_the_pid(start, control):

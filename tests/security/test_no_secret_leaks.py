@@ -1,4 +1,7 @@
-"""Nothing secret in any output: a run of the real program through its flows and errors, every secret of it known, every output searched."""
+"""Nothing secret in any output.
+
+A run of the real program through its flows and errors, every secret of it known, every output searched.
+"""
 
 import base64
 import binascii

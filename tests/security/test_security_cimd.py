@@ -1,4 +1,7 @@
-"""Clients that describe themselves at a URL of their own (Client ID Metadata Documents): used end to end, and attacked."""
+"""Clients that describe themselves at a URL of their own (Client ID Metadata Documents).
+
+Used end to end, and attacked.
+"""
 
 import gzip
 import json
@@ -142,8 +145,8 @@ def test_14_a_document_that_also_lists_none_needs_no_key(cimd, web, key):
 def test_a_preregistered_client_id_may_look_like_a_url_and_is_never_fetched(cimd, web):
     with cimd.broker.store._batch() as db:
         db.execute(
-            "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, used_at)"
-            " VALUES (?, 'configured', 'Mine', '[\"https://app.example/cb\"]', 'none', '{}', 0, 0)",
+            "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, "
+            "used_at) VALUES (?, 'configured', 'Mine', '[\"https://app.example/cb\"]', 'none', '{}', 0, 0)",
             (ME,),
         )
     assert ask(cimd, ME).status == 200 and not web.resolved
@@ -516,8 +519,8 @@ def test_S14_what_is_kept_of_strangers_is_bounded_and_clients_with_a_login_stay(
     assert rows(store, "SELECT count(*) AS n FROM clients")[0].n == 41 and client.refresh().status == 200
     with store._batch() as db:
         db.executemany(
-            "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, used_at)"
-            " VALUES (?, 'document', 'N', '[]', 'none', '{}', 0, ?)",
+            "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, "
+            "used_at) VALUES (?, 'document', 'N', '[]', 'none', '{}', 0, ?)",
             [(f"https://y.example/{number}", now) for number in range(1100)],
         )
     assert refused(cimd, "https://app.example/one-more")
@@ -599,6 +602,7 @@ def test_S15_while_its_origin_only_fails_the_last_good_document_serves_for_a_wee
     cimd, web, how, monkeypatch
 ):
     monkeypatch.setattr(fjmcp_broker.PublicWeb, "SECONDS", 0.5 if how == "silent" else 5.0)
+    cimd.clock.stop()
     web.publish(MINE)
     assert "unconfirmed" not in ask(cimd, ME).words
     since = fjmcp_broker.moment(cimd.clock.now())[:10]
@@ -748,6 +752,7 @@ def advertised(rig):
 
 
 def test_documents_are_advertised_until_none_could_be_read_for_half_an_hour_and_again_after_one(cimd, web):
+    cimd.clock.stop()
     look = cimd.broker.documents.look_out
     assert advertised(cimd) and not look() and advertised(cimd)
     assert set(web.asked) == set(fjmcp_broker.WELL_KNOWN_DOCUMENTS)
@@ -840,7 +845,10 @@ def test_S19_an_answer_that_stays_on_the_device_is_warned_of(cimd, web):
 
 
 def chatgpt(rig, web, key):
-    """ChatGPT's document with a key, its client, and a function that makes the fields of a fresh assertion."""
+    """ChatGPT's document with a key, and its client.
+
+    And a function that makes the fields of a fresh assertion.
+    """
     document = DOCUMENTS["chatgpt"]
     web.publish(document)
     web.publish({"keys": [{"kty": "EC", "crv": "P-256", "x": "x", "y": "y"}, key.jwk]}, document["jwks_uri"])

@@ -1,4 +1,7 @@
-"""The bearer gate, HTTP and limits under attack, over sockets: groups B, H and N of docs/security.md. What test_http.py proves is not repeated."""
+"""The bearer gate, HTTP and limits under attack, over sockets: groups B, H and N of docs/security.md.
+
+What test_http.py proves is not repeated.
+"""
 
 import json
 import re
@@ -46,7 +49,10 @@ def children(rig):
 
 
 def refused_with_401(rig, *lines, method=b"POST", error="invalid_token"):
-    """Whether a request to /mcp with these header lines gets 401, with that error or none; and no child was started for it."""
+    """Whether a request to /mcp with these header lines gets 401, with that error or none.
+
+    And whether it started no child.
+    """
     before = children(rig)
     answer = ask(rig, get(rig, "/mcp", *lines, method=method))
     challenge = answer.header("www-authenticate") or ""

@@ -1,6 +1,7 @@
-"""The security catalogue of the authorization server, case by case over sockets: groups A, C, K, T, R, D and U.
+"""The security catalogue of the authorization server, case by case over sockets.
 
-What test_oauth.py and test_clients.py show already is not repeated; docs/security.md says which test shows which case.
+Groups A, C, K, T, R, D and U. What test_oauth.py and test_clients.py show already is not repeated;
+docs/security.md says which test shows which case.
 """
 
 import base64
@@ -1129,6 +1130,7 @@ def test_T22_D05_all_addresses_together_have_a_ceiling(make_rig):
 
 def test_R05_an_older_token_within_its_time_gets_the_newest_pair_and_later_ends_the_grant(rig):
     client = rig.login()
+    rig.clock.stop()
     r0 = client.tokens["refresh_token"]
     for _ in range(4):
         client.refresh()

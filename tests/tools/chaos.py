@@ -1,18 +1,24 @@
-"""Many people use the real broker while everything around it breaks; afterwards nothing may be lost, mixed up or left over.
+"""Many people use the real broker while everything around it breaks.
+
+Afterwards nothing may be lost, mixed up or left over.
 
     python3 tests/tools/chaos.py --minutes 10          as long as one likes
     python3 tests/tools/chaos.py --seed 7 --steps 20   the same again
-    python3 tests/tools/chaos.py --hostile             people attack it instead, for ten minutes: see hostile.py
+    python3 tests/tools/chaos.py --hostile             people
+    attack it instead, for ten minutes: see hostile.py
 
-Each step disturbs something (a child, the broker, Forgejo, the disk) while every session is being used, then puts things right
-and checks what must hold:
+Each step disturbs something (a child, the broker, Forgejo, the disk) while every session is being used, then
+puts things right and checks what must hold:
 
 - every session that nobody ended is still there and answers its own user, each request once;
-- a call that failed failed in a way that the contract names for this disturbance, and what was written was written at most once
+- a call that failed failed in a way that the contract names for
+  this disturbance, and what was written was written at most once
   (exactly once, if the call was answered): the broker repeats nothing;
-- never more children than allowed; no process, file descriptor or thread is left over; `PRAGMA integrity_check` is ok.
+- never more children than allowed; no process, file descriptor
+  or thread is left over; `PRAGMA integrity_check` is ok.
 
-The order of what is done comes from the seed; when things meet does not, so a seed is a beginning and not a recording.
+The order of what is done comes from the seed; when things
+meet does not, so a seed is a beginning and not a recording.
 """
 
 import argparse
@@ -49,8 +55,8 @@ SETTLE_LIMIT = 40
 CUT = (OSError, http.client.HTTPException, StreamEnded)
 REFUSED = (ClientError, BrowserError, *CUT)
 
-# What may become of a call, by what is being disturbed: "cut" is a lost connection, a word is the reason in a JSON-RPC error,
-# "tool" an error of the tool's own, 401 a login that Forgejo ended.
+# What may become of a call, by what is being disturbed: "cut" is a lost connection, a word is the reason in a
+# JSON-RPC error, "tool" an error of the tool's own, 401 a login that Forgejo ended.
 EXPLAINED = {
     "": set(),
     "child": {"child_died", "starting_failed", "busy"},
@@ -180,7 +186,10 @@ class World:
         self.counts["sessions opened"] += 1
 
     def use(self, seat, allowed):
-        """One call, a read or a write: what became of it, None when it was answered. Violation for what nothing explains."""
+        """One call, a read or a write: what became of it, None when it was answered.
+
+        Violation for what nothing explains.
+        """
         with self._lock:
             self._number += 1
             title, writes = f"issue {self._number} of {seat.user}", self._habits.random() < 0.5
@@ -231,7 +240,10 @@ class World:
 
     @property
     def in_doubt(self):
-        """Whether a refresh at Forgejo may have been lost a while ago: it is noticed when the credential has had its time, by one 401."""
+        """Whether a refresh at Forgejo may have been lost a while ago.
+
+        It is noticed when the credential has had its time, by one 401.
+        """
         return time.monotonic() < self._doubt_until
 
     def storm(self, kind, disturb):
@@ -331,7 +343,10 @@ class World:
             self.start()
 
     def _make_commits(self):
-        """Everything that writes: a login with all its steps, a session, a refresh. It may go wrong, no more."""
+        """Everything that writes: a login with all its steps, a session, a refresh.
+
+        It may go wrong, no more.
+        """
         with contextlib.suppress(*REFUSED):
             oauth = OAuthClient(self.installation.url, name="chaos at a commit")
             oauth.login(None, self.random.choice(USERS), "secret")
@@ -365,7 +380,10 @@ class World:
         self.counts[f"Forgejo {how}"] += 1
 
     def fill_disk(self):
-        """There is no room left, then there is again: on a small disk, or where there is none by a limit on what the broker may write."""
+        """There is no room left, then there is again.
+
+        On a small disk, or where there is none by a limit on what the broker may write.
+        """
         if self.disk:
             rubbish = self.disk / "rubbish"
             with contextlib.suppress(OSError), open(rubbish, "wb", buffering=0) as file:
@@ -426,7 +444,10 @@ class World:
             time.sleep(0.02)
 
     def settle(self):
-        """Every session answers again, each its own user; who was logged out by a lost refresh logs in once."""
+        """Every session answers again, each its own user.
+
+        Who was logged out by a lost refresh logs in once.
+        """
         for seat in self.seats:
             deadline = time.monotonic() + SETTLE_LIMIT
             while (outcome := self.use(seat, AFTER)) is not None:
@@ -513,7 +534,10 @@ class World:
 
 
 def run(seed, *, steps=None, minutes=None, say=print, tmpfs=True):
-    """Steps until there were enough; the counts. Violation, with what was done before it, if something must not be."""
+    """Steps until there were enough; the counts.
+
+    Violation, with what was done before it, if something must not be.
+    """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     done = []
 

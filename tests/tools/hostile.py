@@ -1,11 +1,14 @@
-"""Five logins and fifty addresses attack the real broker; an honest person goes on working meanwhile, and memory comes back afterwards.
+"""Five logins and fifty addresses attack the real broker.
+
+An honest person goes on working meanwhile, and memory comes back afterwards.
 
     python3 tests/tools/chaos.py --hostile                  ten minutes
     python3 tests/tools/chaos.py --hostile --minutes 0.5
 
-ATTACKS is the table: a function of a Target and an Attacker each, called again and again by a thread of its own; each attacker is a process.
-What must hold is judged by Siege.judge(): every call of the honest person was answered, /healthz within a second, memory and tasks (threads of the broker, its children
-and theirs) stayed below what the unit allows, and at rest the broker has no more than 15 MiB above what it had before.
+ATTACKS is the table: a function of a Target and an Attacker each, called again and again by a thread of its
+own; each attacker is a process. What must hold is judged by Siege.judge(): every call of the honest person
+was answered, /healthz within a second, memory and tasks (threads of the broker, its children and theirs)
+stayed below what the unit allows, and at rest the broker has no more than 15 MiB above what it had before.
 """
 
 import contextlib
@@ -87,7 +90,10 @@ def connect(target):
 
 
 def sent(target, data, wait=True):
-    """Send bytes on a new connection; with `wait` read a little of what is answered and close, else the socket."""
+    """Send bytes on a new connection.
+
+    With `wait` read a little of what is answered and close, else the socket.
+    """
     sock = connect(target)
     sock.sendall(data)
     if not wait:
@@ -408,7 +414,10 @@ class Siege:
         self.forgejo.stop()
 
     def at_rest(self, limit):
-        """The broker's resident bytes once they are at most `limit` and its children sleep, or when it has had its time for that."""
+        """The broker's resident bytes once they are at most `limit` and its children sleep.
+
+        Or when it has had its time for that.
+        """
         deadline = time.monotonic() + self.patience
         while (self.broker.children() or resident(self.pid) > limit) and time.monotonic() < deadline:
             time.sleep(0.25)

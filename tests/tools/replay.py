@@ -1,8 +1,9 @@
 """Replays what a client was seen to send (tests/transcripts/*.toml) against a broker, request by request.
 
-A transcript says, beside the client's name and where each fact was read: the discovery requests in their order with the
-status that lets the client go on, the registration body, how it authenticates, the redirect URI it authorizes with, how it
-spells `resource` ("" leaves it out), and what its MCP requests look like. {origin} and {mcp} stand for the broker's URLs.
+A transcript says, beside the client's name and where each fact was read: the discovery requests in their
+order with the status that lets the client go on, the registration body, how it authenticates, the redirect
+URI it authorizes with, how it spells `resource` ("" leaves it out), and what its MCP requests look like.
+{origin} and {mcp} stand for the broker's URLs.
 """
 
 import base64
@@ -48,7 +49,10 @@ class Answer:
 
 
 class Replay:
-    """One client's way from the bare URL to a tool call. The steps are methods, in their order; `run` takes them all."""
+    """One client's way from the bare URL to a tool call.
+
+    The steps are methods, in their order; `run` takes them all.
+    """
 
     def __init__(self, origin, transcript):
         self.origin, self.mcp_url, self.facts = origin, origin + "/mcp", transcript
@@ -89,7 +93,10 @@ class Replay:
     # -- OAuth
 
     def discover(self):
-        """Each request of the client's search; what it needs must be there, what it tries must not break it."""
+        """Each request of the client's search.
+
+        What it needs must be there, what it tries must not break it.
+        """
         for line in self.facts["discovery"]:
             method, path, status = line.split()
             headers = dict(self.facts["headers"])
@@ -249,7 +256,10 @@ class Replay:
         return self.send("POST", "/mcp", json.dumps(message).encode(), {**sent, **(headers or {})})
 
     def probe(self):
-        """A modern client asks first; whatever the answer, it is quick, JSON, and lets `initialize` follow."""
+        """A modern client asks first.
+
+        Whatever the answer, it is quick, JSON, and lets `initialize` follow.
+        """
         version = self.facts["mcp"].get("probe")
         if version:
             meta = {

@@ -1,11 +1,16 @@
-"""What one broker holds: thousands of sessions on file, few children awake, thousands of open streams; printed in figures.
+"""What one broker holds: thousands of sessions on file, few children awake, thousands of open streams.
 
-    python3 tests/tools/scale.py                             10,000 sessions, 50 children, 2,000 streams, 1,000 cycles
-    python3 tests/tools/scale.py --child /usr/bin/forgejo-mcp     with the real tool process instead of the suite's
+Printed in figures.
 
-The broker is the real program under the limits of its unit as far as a process can be given them (LimitNOFILE, LimitCORE,
-MALLOC_ARENA_MAX); what MemoryMax and TasksMax would have to be is computed from what was seen. Figures are of this machine; what
-is checked is that every answer is its own user's, that there are never too many children, and that at rest everything is given back.
+    python3 tests/tools/scale.py
+    10,000 sessions, 50 children, 2,000 streams, 1,000 cycles
+    python3 tests/tools/scale.py --child /usr/bin/forgejo-mcp
+    with the real tool process instead of the suite's
+
+The broker is the real program under the limits of its unit as far as a process can be given them
+(LimitNOFILE, LimitCORE, MALLOC_ARENA_MAX); what MemoryMax and TasksMax would have to be is computed from what
+was seen. Figures are of this machine; what is checked is that every answer is its own user's, that there are
+never too many children, and that at rest everything is given back.
 """
 
 import argparse
@@ -97,7 +102,10 @@ class Scale:
         self.sessions = self._filled(sessions)
 
     def _filled(self, count):
-        """Open one session of each user, then copy its row with new ids: as if `count` had been opened over the weeks."""
+        """Open one session of each user, then copy its row with new ids.
+
+        As if `count` had been opened over the weeks.
+        """
         opened = {}
         for user in self.users:
             with contextlib.closing(McpClient(self.url, self.tokens[user])) as mcp:
@@ -107,7 +115,10 @@ class Scale:
         found = [(user, opened[user]) for user in self.users]
         with contextlib.closing(sqlite3.connect(self.installation.folder / "broker.db")) as db:
             columns = [row[1] for row in db.execute("PRAGMA table_info(sessions)") if row[1] != "hash"]
-            copy = f"INSERT INTO sessions (hash, {', '.join(columns)}) SELECT ?, {', '.join(columns)} FROM sessions WHERE hash = ?"
+            copy = (
+                f"INSERT INTO sessions (hash, {', '.join(columns)}) SELECT ?, "
+                f"{', '.join(columns)} FROM sessions WHERE hash = ?"
+            )
             for number in range(count - len(found)):
                 user, session_id = self.users[number % USERS], secrets.token_urlsafe(32)
                 db.execute(
@@ -144,7 +155,10 @@ class Scale:
     # -- what is measured
 
     def random_requests(self, count):
-        """Requests to sessions chosen at random; gives (broker's peak, the children's memory and threads) with all places taken."""
+        """Requests to sessions chosen at random.
+
+        Gives (broker's peak, the children's memory and threads) with all places taken.
+        """
         choice = random.Random(1)
         chosen = [choice.choice(self.sessions) for _ in range(count)]
         most, peak, children = 0, (0, 0, 0), []
@@ -165,21 +179,26 @@ class Scale:
         if health(self.installation)["sessions"] != len(self.sessions):
             raise Wrong("sessions were lost")
         self.say(
-            f"{count} requests to {len(self.sessions)} sessions, {most} children at most: p50 {times[len(times) // 2]:.0f} ms, "
-            f"p99 {times[int(len(times) * 0.99)]:.0f} ms; broker {peak[0] / MIB:.0f} MiB, {peak[1]} threads, {peak[2]} descriptors"
+            f"{count} requests to {len(self.sessions)} sessions, {most} children at most: "
+            f"p50 {times[len(times) // 2]:.0f} ms, p99 {times[int(len(times) * 0.99)]:.0f} ms; "
+            f"broker {peak[0] / MIB:.0f} MiB, {peak[1]} threads, {peak[2]} descriptors"
         )
         return peak, children
 
     def wake_up(self, count):
-        """Milliseconds from a request to a sleeping session to its answer, beyond those of the child's own start and answer."""
+        """Milliseconds from a request to a sleeping session to its answer.
+
+        Without those of the child's own start and answer.
+        """
         own, woken = [], []
         for user, session_id in self.sessions[:count]:
             own.append(self._own_start(user))
             woken.append(self.call(user, session_id))
         beyond = (statistics.median(woken) - statistics.median(own)) * 1000
         self.say(
-            f"a wake-up: {statistics.median(woken) * 1000:.1f} ms, of which the child's own start and answer "
-            f"{statistics.median(own) * 1000:.1f} ms; beyond it {beyond:.1f} ms (median of {count}; goal: below 10)"
+            f"a wake-up: {statistics.median(woken) * 1000:.1f} ms, "
+            f"of which the child's own start and answer {statistics.median(own) * 1000:.1f} ms; "
+            f"beyond it {beyond:.1f} ms (median of {count}; goal: below 10)"
         )
         return beyond
 
@@ -225,7 +244,8 @@ class Scale:
             )
             sock.sendall(
                 (
-                    f"GET /mcp HTTP/1.1\r\nHost: {self.installation.url[7:]}\r\nAuthorization: Bearer {self.tokens[user]}\r\n"
+                    f"GET /mcp HTTP/1.1\r\nHost: {self.installation.url[7:]}\r\nAuthorization: "
+                    f"Bearer {self.tokens[user]}\r\n"
                     f"Accept: text/event-stream\r\nMcp-Session-Id: {session_id}\r\n\r\n"
                 ).encode()
             )
@@ -235,7 +255,8 @@ class Scale:
         during = figures(self.broker.pid)
         self.call(*self.sessions[0])
         self.say(
-            f"{count} GET streams: {shown(self.broker.pid)}, {(during[0] - before[0]) / count / 1024:.0f} KiB each; no child awake for them"
+            f"{count} GET streams: {shown(self.broker.pid)}, "
+            f"{(during[0] - before[0]) / count / 1024:.0f} KiB each; no child awake for them"
         )
         for sock in opened:
             sock.close()
@@ -263,7 +284,8 @@ class Scale:
         while any(now > then for now, then in zip(figures(self.broker.pid)[1:], before[1:])):
             if time.monotonic() > deadline:
                 raise Wrong(
-                    f"after {what}: {shown(self.broker.pid)}, before {before[1]} threads, {before[2]} descriptors"
+                    f"after {what}: {shown(self.broker.pid)}, before {before[1]} threads, "
+                    f"{before[2]} descriptors"
                 )
             time.sleep(0.1)
         self.say(f"at rest after {what}: {shown(self.broker.pid)} (before: {before[0] / MIB:.0f} MiB)")
@@ -294,7 +316,8 @@ def run(folder, *, sessions, awake, requests, streams, cycles, wakes, child=CHIL
         needed = during[0] + (peak[0] - rest[0]) + awake * child_memory
         say(f"a child: {child_memory / MIB:.0f} MiB, {child_threads} threads")
         say(
-            f"with {awake} children and {streams} streams at once TasksMax needs {tasks}, MemoryMax {needed / MIB:.0f} MiB"
+            f"with {awake} children and {streams} streams at once TasksMax needs {tasks}, "
+            f"MemoryMax {needed / MIB:.0f} MiB"
         )
         return {"beyond": beyond, "grown": memory - warm[0], "tasks": tasks, "memory": needed}
     finally:

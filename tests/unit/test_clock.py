@@ -1,4 +1,7 @@
-"""Which clock decides: a wall clock that is set, forward or back, logs nobody out, deletes nothing and stops nothing."""
+"""Which clock decides.
+
+A wall clock that is set, forward or back, logs nobody out, deletes nothing and stops nothing.
+"""
 
 import sqlite3
 
@@ -171,6 +174,7 @@ def test_a_code_that_only_a_step_forward_expires_is_a_503(rig):
     client = OAuthClient(rig.url, name="slow")
     client.discover()
     client.register()
+    rig.clock.stop()
     rig.clock.step_wall(HOUR)
     rig.tick()
     rig.clock.advance(590)
@@ -186,6 +190,7 @@ def test_a_code_that_only_a_step_forward_expires_is_a_503(rig):
 def test_a_token_that_was_rotated_just_before_a_step_forward_is_no_theft(rig):
     mcp = rig.session()
     old = mcp.oauth.tokens["refresh_token"]
+    rig.clock.stop()
     rig.clock.step_wall(HOUR)
     rig.tick()
     rig.clock.advance(590)

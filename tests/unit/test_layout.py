@@ -1,4 +1,7 @@
-"""The order of the file is its architecture: sections name what stands above them, and nothing grows beyond a screen."""
+"""The order of the file is its architecture.
+
+Sections name what stands above them, and nothing grows beyond a screen.
+"""
 
 import ast
 import functools

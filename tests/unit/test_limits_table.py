@@ -1,4 +1,7 @@
-"""docs/limits.md has a row for every container of the program that outlives a request, and each row is true as far as that can be seen."""
+"""docs/limits.md has a row for every container of the program that outlives a request.
+
+Each row is true as far as that can be seen.
+"""
 
 import ast
 import re
@@ -98,7 +101,10 @@ def changed_at_run_time():
 
 
 def containers():
-    """Class.attribute of what a class makes that can grow; function() of caches; names of the module that change."""
+    """Class.attribute of what a class makes that can grow.
+
+    function() of caches, and names of the module that change.
+    """
     found, changed = set(), changed_at_run_time()
     for node in TREE.body:
         targets, value = assigned(node)

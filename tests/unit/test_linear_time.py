@@ -1,6 +1,7 @@
-"""What the broker reads from outside costs time in proportion to its length: each pattern in the file, each parser, each endpoint.
+"""What the broker reads from outside costs time in proportion to its length.
 
-Only growth is compared, by CPU clocks: what takes four times the input may take twelve times the time at most.
+Each pattern in the file, each parser, each endpoint. Only growth is compared, by CPU clocks: what takes four
+times the input may take twelve times the time at most.
 """
 
 import ast
@@ -29,7 +30,8 @@ SOURCE = Path(fjmcp_broker.__file__)
 FUNCTIONS = {"compile", "fullmatch", "match", "search", "sub", "subn", "split", "findall", "finditer"}
 METHODS = FUNCTIONS - {"compile"}
 FLOOR = 0.05  # seconds of CPU below which no growth is judged
-# Four times the input: what is linear takes four times the time, and more once caches are too small; what is quadratic sixteen.
+# Four times the input: what is linear takes four times the time,
+# and more once caches are too small; what is quadratic sixteen.
 FACTOR = 12.0
 
 
@@ -53,9 +55,10 @@ def own_cpu(make):
 
 
 def grows_too_fast(cost, sizes):
-    """A sentence if four times the size costs more than FACTOR times the seconds, else None. `cost(size)` measures.
+    """A sentence if four times the size costs more than FACTOR times the seconds, else None.
 
-    `sizes` rise by four, so that what is exponential is found before it takes for ever.
+    `cost(size)` measures. `sizes` rise by four, so that
+    what is exponential is found before it takes for ever.
     """
     before = 0.0
     for size in sizes:
@@ -148,7 +151,10 @@ def members(items, alphabet):
 
 
 def samples(parts, alphabet):
-    """Some texts that a sequence of a parsed pattern matches, as lists of numbers; the first is a short one."""
+    """Some texts that a sequence of a parsed pattern matches, as lists of numbers.
+
+    The first is a short one.
+    """
     options = [[]]
     for kind, value in parts:
         one = samples_of(kind, value, alphabet) or [[]]
@@ -192,7 +198,10 @@ def inner_sequences(kind, value):
 
 
 def repeats(parts, before, alphabet):
-    """(what stands before, the repeated part) for each repetition without a narrow bound, at any depth of a parsed pattern."""
+    """(what stands before, the repeated part) for each repetition without a narrow bound.
+
+    At any depth of a parsed pattern.
+    """
     for kind, value in parts:
         repeated = kind in (opcodes.MAX_REPEAT, opcodes.MIN_REPEAT, opcodes.POSSESSIVE_REPEAT)
         if repeated and value[1] > 100:
@@ -218,7 +227,10 @@ def attacks_on(pattern):
 
 
 def slow_input(pattern):
-    """The first attack on a pattern that takes more than linear time, as a sentence; None if there is none."""
+    """The first attack on a pattern that takes more than linear time, as a sentence.
+
+    None if there is none.
+    """
     compiled = re.compile(pattern.text, pattern.flags)
     for method, (head, unit, tail) in itertools.product(sorted(pattern.methods), attacks_on(pattern)):
         empty = tail[:0]
@@ -261,7 +273,10 @@ def test_a_pattern_that_is_not_linear_is_found(text, method):
 
 
 def test_every_use_of_patterns_is_found():
-    source = "import re\nONE = re.compile('a+')\ndef f(t):\n    return ONE.search(t) or re.sub('b+', '', t, flags=re.I)\n"
+    source = (
+        "import re\nONE = re.compile('a+')\ndef f(t):\n    return ONE.search(t) or re.sub('b+', '', "
+        "t, flags=re.I)\n"
+    )
     assert [(p.text, p.flags, p.methods) for p in patterns_of(source)] == [
         ("a+", 0, {"search"}),
         ("b+", re.I, {"sub"}),
@@ -498,8 +513,9 @@ def test_a_query_costs_time_in_proportion_to_it(shared, path, shape):
 @pytest.mark.parametrize(
     "name",
     [
-        "X-A", "Accept", "Authorization", "Cookie", "Connection", "Content-Type", "Mcp-Session-Id", "Mcp-Method",
-        "Last-Event-ID", "Origin", "User-Agent", "X-Forwarded-For", "Access-Control-Request-Headers", "Expect",
+        "X-A", "Accept", "Authorization", "Cookie", "Connection", "Content-Type", "Mcp-Session-Id",
+        "Mcp-Method", "Last-Event-ID", "Origin", "User-Agent", "X-Forwarded-For",
+        "Access-Control-Request-Headers", "Expect",
     ],
 )  # fmt: skip
 def test_a_header_costs_time_in_proportion_to_it(shared, name, unit):

@@ -1,4 +1,7 @@
-"""Log: one line an event, nothing in it that was not meant for it, and who did what can be told afterwards."""
+"""Log: one line an event, and nothing in it that was not meant for it.
+
+Who did what can be told afterwards.
+"""
 
 import ast
 import io
@@ -69,7 +72,8 @@ def test_L03_an_exception_in_a_handler_tells_the_operator_where_and_the_client_o
     monkeypatch.setattr(rig.broker.server, "handle", fails)
     answer = raw(
         rig.url,
-        b"POST /mcp HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer fja_bearer\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}",
+        b"POST /mcp HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer fja_bearer\r\n"
+        b"Content-Length: 2\r\nConnection: close\r\n\r\n{}",
     )
     (record,) = rig.log.wait("internal_error")
     assert record["error"] == "RuntimeError" and record["line"]
@@ -137,7 +141,8 @@ def test_L07_a_flood_of_401s_writes_ten_records_a_minute(make_rig):
     for _ in range(200):
         assert b" 401 " in raw(
             rig.url,
-            f"POST /mcp HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer fja_x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode(),
+            f"POST /mcp HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer fja_x\r\nContent-Length: "
+            "0\r\nConnection: close\r\n\r\n".encode(),
         )
     records = [json.loads(line) for line in rig.log.text[len(before) :].splitlines()]
     assert [each["event"] for each in records] == ["refused"] * 10

@@ -1,4 +1,7 @@
-"""Each case of the catalogue has a row in docs/security.md, with tests that there are, that run, and can fail."""
+"""Each case of the catalogue has a row in docs/security.md.
+
+Its tests exist, run, and can fail.
+"""
 
 import ast
 import re

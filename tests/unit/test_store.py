@@ -88,7 +88,8 @@ def contents(path):
         names = [
             name
             for (name,) in db.execute(
-                "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%' AND name != 'meta' ORDER BY 1"
+                "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%' AND name != "
+                "'meta' ORDER BY 1"
             )
         ]
         return {name: sorted(map(repr, db.execute(f"SELECT * FROM {name}"))) for name in names}
@@ -285,7 +286,10 @@ def test_G15_whatever_is_in_a_field_stays_in_it(store):
 
 
 def values_of(expression):
-    """The statements that an argument stands for. NameError for one that is put together while the program runs."""
+    """The statements that an argument stands for.
+
+    NameError for one that is put together while the program runs.
+    """
     if isinstance(expression, ast.Starred):
         return [text for part in values_of(expression.value) for text in part]
     if isinstance(expression, ast.IfExp):
@@ -396,7 +400,10 @@ def test_G09_a_migration_happens_whole_or_not_at_all(path, monkeypatch):
 
 
 OLD_STORES = Path(__file__).resolve().parent / "stores"
-LATER = "ALTER TABLE users ADD COLUMN note TEXT;\nUPDATE users SET note = login;\nCREATE INDEX users_by_note ON users (note);\n"
+LATER = (
+    "ALTER TABLE users ADD COLUMN note TEXT;\nUPDATE users SET note = login;\nCREATE INDEX users_by_note ON "
+    "users (note);\n"
+)
 
 
 def old_store(path):
@@ -406,7 +413,10 @@ def old_store(path):
 
 
 def still_good(path):
-    """What a user of the old store has: a token, a refresh token, a session, a credential that opens, a login under way."""
+    """What a user of the old store has.
+
+    A token, a refresh token, a session, a credential that opens, a login under way.
+    """
     store = Store(path, KEYS)
     try:
         assert store.bearer(token_hash("a2-alice"), NOW).login == "alice" and store.bearer(
@@ -540,7 +550,10 @@ def test_every_column_is_described_and_stands_in_an_example(store):
 
 
 def explained(store, act):
-    """(plan of each statement that runs, steps of SQLite's machine that all took together) of something done to a store."""
+    """(plan of each statement that runs, steps of SQLite's machine that all took together).
+
+    Of something done to a store.
+    """
     statements, steps = [], []
     store._writer.set_trace_callback(statements.append)
     store._writer.set_progress_handler(lambda: steps.append(1), 10)
@@ -584,8 +597,8 @@ def test_what_runs_for_requests_and_by_the_clock_finds_its_rows_by_an_index(stor
 def many_grants(store, count):
     with store._batch() as db:
         db.executemany(
-            "INSERT INTO grants (sub, client_id, scope, requested_scope, resource, created_at, used_at, expires_at)"
-            " VALUES ('1', ?, 'x', 'x', 'r', 0, 0, ?)",
+            "INSERT INTO grants (sub, client_id, scope, requested_scope, resource, created_at, used_at, "
+            "expires_at) VALUES ('1', ?, 'x', 'x', 'r', 0, 0, ?)",
             [(f"fjd_{number}", NOW + DAY) for number in range(count)],
         )
 
@@ -697,7 +710,8 @@ def test_a_crash_between_any_two_statements_leaves_all_or_nothing(tmp_path, name
             break
     assert not outcomes[-1][0] and len(outcomes) > 2
     whole = {outcome for crashed, outcome, _ in outcomes}
-    # An operation of one batch has two states, before and after; two batches in a row have one more in between.
+    # An operation of one batch has two states, before and
+    # after; two batches in a row have one more in between.
     assert len(whole) <= (3 if name in ("redeem_code", "take_login") else 2)
     assert outcomes[0][1] == outcomes[0][2] and outcomes[-1][1] != outcomes[-1][2]
 
@@ -712,10 +726,13 @@ s.update_user("1", "alice", "", [], now)
 s.add_client("c", "dynamic", "n", [], None, "none", {}, now)
 for number in range(100_000):
     name = f"{run}.{number}"
-    s.finish_login("1", "c", "forgejo:read", "forgejo:read", "r", token_hash(name), "u", "ch", now, now + 99999, now + 60)
-    assert s.redeem_code(token_hash(name), "c", "u", "ch", now, (token_hash(name + "a"), now + 60), (token_hash(name + "r"), now + 99999), 3)
+    code, soon, late = token_hash(name), now + 60, now + 99999
+    def pair(access, refresh):
+        return (token_hash(name + access), soon), (token_hash(name + refresh), late)
+    s.finish_login("1", "c", "forgejo:read", "forgejo:read", "r", code, "u", "ch", now, late, soon)
+    assert s.redeem_code(code, "c", "u", "ch", now, *pair("a", "r"), 3)
     os.write(1, f"redeemed {name}\\n".encode())
-    assert s.rotate(token_hash(name + "r"), None, now, (token_hash(name + "A"), now + 60), (token_hash(name + "R"), now + 99999), b"box")
+    assert s.rotate(token_hash(name + "r"), None, now, *pair("A", "R"), b"box")
     os.write(1, f"rotated {name}\\n".encode())
 """
 
@@ -739,7 +756,8 @@ def test_G05_kill_9_under_load_leaves_no_half_grant_and_nothing_usable_twice(pat
                 "SELECT count(*) FROM grants WHERE grant_id NOT IN (SELECT grant_id FROM codes)"
             ).fetchone() == (0,)
             assert db.execute(
-                "SELECT count(*) FROM codes WHERE used_at IS NOT NULL AND grant_id NOT IN (SELECT grant_id FROM access_tokens)"
+                "SELECT count(*) FROM codes WHERE used_at IS NOT NULL AND grant_id NOT IN (SELECT grant_id "
+                "FROM access_tokens)"
             ).fetchone() == (0,)
         store = Store(path, KEYS)
         for line in filter(lambda line: line.endswith("\n"), said):
@@ -866,8 +884,8 @@ def test_10_000_registrations_are_kept_then_swept_by_age_but_never_one_with_a_li
     add_user(store)
     with store._batch() as db:
         db.executemany(
-            "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, used_at)"
-            " VALUES (?, 'dynamic', 'n', '[]', 'none', '{}', ?, ?)",
+            "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, "
+            "used_at) VALUES (?, 'dynamic', 'n', '[]', 'none', '{}', ?, ?)",
             [(f"d{n}", NOW, NOW) for n in range(10_000)],
         )
     add_grant(store, "code", client="d77")

@@ -1,4 +1,7 @@
-"""Who may use which tool, as a function of rules and caller: the tables of the file, the rule that decides, and doubtful rules."""
+"""Who may use which tool, as a function of rules and caller.
+
+The tables of the file, the rule that decides, and doubtful rules.
+"""
 
 import fnmatch
 
@@ -107,7 +110,8 @@ def test_what_is_wrong_with_a_rule_is_said_with_its_number_and_key(table, said):
 
 def test_everything_that_is_wrong_with_the_rules_is_said_at_once(tmp_path):
     (tmp_path / "b.toml").write_text(
-        '[[tool_rules]]\nusers = []\nacces = "read"\n[[tool_rules]]\n[[tool_rules]]\nprompts = 3\n[[clients]]\nclient_secret = "canary-secret"'
+        '[[tool_rules]]\nusers = []\nacces = "read"\n[[tool_rules]]\n[[tool_rules]]\nprompts = '
+        '3\n[[clients]]\nclient_secret = "canary-secret"'
     )
     with pytest.raises(ConfigurationError) as error:
         load_settings(NEEDED, {}, str(tmp_path / "b.toml"))

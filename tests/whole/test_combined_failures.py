@@ -1,4 +1,7 @@
-"""What must hold when several things go wrong at once: children that nobody names, failed reads of the store, requests that are half wrong."""
+"""What must hold when several things go wrong at once.
+
+Children that nobody names, failed reads of the store, requests that are half wrong.
+"""
 
 import os
 import select
@@ -25,7 +28,8 @@ for line in sys.stdin:
         continue
     answer = {"error": {"code": -32601, "message": "no"}}
     if message["method"] == "initialize" and "fail" not in sys.argv:
-        answer = {"result": {"protocolVersion": "2025-11-25", "capabilities": {}, "serverInfo": {"name": "x", "version": "1"}}}
+        server = {"name": "x", "version": "1"}
+        answer = {"result": {"protocolVersion": "2025-11-25", "capabilities": {}, "serverInfo": server}}
     print(json.dumps({"jsonrpc": "2.0", "id": message["id"], **answer}), flush=True)
 threading.Event().wait()
 """

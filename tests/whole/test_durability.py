@@ -1,4 +1,7 @@
-"""A session outlives its child, a crash and the broker; a request in flight is told what is known of it; nothing is done twice."""
+"""A session outlives its child, a crash and the broker; a request in flight is told what is known of it.
+
+Nothing is done twice.
+"""
 
 import contextlib
 import json
@@ -43,6 +46,7 @@ def test_after_an_idle_stop_the_session_goes_on_with_its_log_level_and_subscript
 
 def test_a_child_is_not_stopped_before_its_time(rig):
     mcp = rig.session()
+    rig.clock.stop()
     first = text_of(mcp.call_tool("get_pid"))
     rig.clock.advance(890)
     for _ in range(3):

@@ -1,4 +1,7 @@
-"""Each start of a thread, each delivery and each call of the store fails once: what was taken out is put back or finished, and nobody waits for ever."""
+"""Each start of a thread, each delivery and each call of the store fails once.
+
+What was taken out is put back or finished, and nobody waits for ever.
+"""
 
 import contextlib
 import inspect
@@ -86,7 +89,10 @@ def faults(monkeypatch):
 
 
 class Scene:
-    """A broker with a session of alice and requests of bob without one; what they do, and what must hold after it."""
+    """A broker with a session of alice and requests of bob without one.
+
+    What they do, and what must hold after it.
+    """
 
     def __init__(self, folder):
         self.rig = Rig(
@@ -112,7 +118,10 @@ class Scene:
         return None
 
     def play(self):
-        """Calls, questions, news, a crash, an idle stop, a refresh here and at Forgejo, a session that is opened and ended."""
+        """Calls, questions, news, a crash, an idle stop, refreshes, a session that is opened and ended.
+
+        Tokens are refreshed here and at Forgejo.
+        """
         self.step(self.alice.call_tool, "get_log")
         self.step(self.alice.call_tool, "ask_elicit")
         self.step(modern_requests.call, self.bob, "get_log")
@@ -175,7 +184,7 @@ class Scene:
         return found + ([f"refreshing {reaper._refreshing}"] if reaper._refreshing else [])
 
     def at_rest(self):
-        """The descriptors once nobody is connected, every child sleeps and no thread of a request or child is left."""
+        """The descriptors once nobody is connected, every child sleeps and no thread is left."""
         self.alice.close()
         self.bob.close()
         broker, server = self.rig.broker, self.rig.broker.server

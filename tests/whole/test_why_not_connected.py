@@ -1,4 +1,7 @@
-"""Why could X not connect? Each way to fail leaves a record that names it, with the id that the answer shows; operate.md has them all."""
+"""Why could X not connect?
+
+Each way to fail leaves a record that names it, with the id that the answer shows; operate.md has them all.
+"""
 
 import base64
 import hashlib

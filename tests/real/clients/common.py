@@ -1,6 +1,7 @@
 """What the SDK client programs share: arguments, the scripted login, the token storage, and the report.
 
-Standard library only, so that both SDK environments can import it; the SDKs' own classes come in from the programs.
+Standard library only, so that both SDK environments can
+import it; the SDKs' own classes come in from the programs.
 """
 
 import argparse
@@ -103,7 +104,7 @@ class CallbackListener:
 
 
 class Login:
-    """The person at the browser: opens each authorize URL, logs in, consents, and lets the callback be called."""
+    """The person at the browser: opens authorize URLs, logs in, consents, and lets the callback be called."""
 
     def __init__(self, arguments):
         self.listener = CallbackListener()
@@ -200,9 +201,10 @@ def value_for(rule):
 class Conversation:
     """Runs what the arguments ask for over one connected client.
 
-    `client` is the program's adapter: list_tools() -> tool names, call(name, arguments, on_progress) -> dict with text,
-    is_error and structured, updated(uri, cause) (await `cause()` while subscribed to the resource; the uri told of), start(name,
-    arguments), cancel() (of what start began), and the attributes protocol_version and server.
+    `client` is the program's adapter: list_tools() -> tool names, call(name, arguments,
+    on_progress) -> dict with text, is_error and structured, updated(uri, cause) (await
+    `cause()` while subscribed to the resource; the uri told of), start(name, arguments),
+    cancel() (of what start began), and the attributes protocol_version and server.
     """
 
     def __init__(self, arguments, client, provider, storage, login, questions):
@@ -290,7 +292,10 @@ class Conversation:
         raise ValueError("unknown command %r" % verb)
 
     async def answer_lines(self):
-        """Read commands from stdin until "quit" or its end, one JSON line for each; an error is an answer too."""
+        """Read commands from stdin until "quit" or its end, one JSON line for each.
+
+        An error is an answer too.
+        """
         while True:
             line = await asyncio.to_thread(sys.stdin.readline)
             if line.strip() in ("", "quit"):
@@ -328,8 +333,10 @@ def say(result):
 
 
 def run_program(description, connect, argv=None):
-    """Run a client program: `connect(arguments, login, storage, converse)` builds the SDK's client and awaits
-    `converse(client, provider, questions)` while it is connected. Gives the exit status; stdout has JSON lines only.
+    """Run a client program; gives the exit status.
+
+    `connect(arguments, login, storage, converse)` builds the SDK's client and awaits `converse(client,
+    provider, questions)` while it is connected. stdout has JSON lines only.
     """
     arguments = parse_arguments(description, argv)
     login, storage = Login(arguments), MemoryStorage()

@@ -1,4 +1,7 @@
-"""FastMCP's client as a client of the broker: fastmcp_client.py URL. It opens $BROWSER itself, and takes a command a line as the others do."""
+"""FastMCP's client as a client of the broker: fastmcp_client.py URL.
+
+It opens $BROWSER itself, and takes a command a line as the others do.
+"""
 
 import asyncio
 import json

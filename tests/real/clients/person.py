@@ -1,4 +1,7 @@
-"""The person at the browser, for clients that start one: person.py [--visits FILE] LOGIN PASSWORD URL. Logs in, approves, calls the callback."""
+"""The person at the browser, for clients that start one: person.py [--visits FILE] LOGIN PASSWORD URL.
+
+Logs in, approves, calls the callback.
+"""
 
 import argparse
 import sys

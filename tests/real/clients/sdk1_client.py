@@ -1,6 +1,6 @@
-"""The MCP Python SDK 1.x as a client of the broker; for the interpreter of the real part mcp1. Prints JSON lines.
+"""The MCP Python SDK 1.x as a client of the broker; for the interpreter of the real part mcp1.
 
-sdk1_client.py URL LOGIN PASSWORD [options]
+Prints JSON lines. sdk1_client.py URL LOGIN PASSWORD [options]
 """
 
 import asyncio

@@ -1,6 +1,6 @@
-"""The MCP Python SDK 2.x as a client of the broker; for the interpreter of the real part mcp2. Prints JSON lines.
+"""The MCP Python SDK 2.x as a client of the broker; for the interpreter of the real part mcp2.
 
-sdk2_client.py URL LOGIN PASSWORD [options]
+Prints JSON lines. sdk2_client.py URL LOGIN PASSWORD [options]
 """
 
 import asyncio

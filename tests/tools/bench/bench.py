@@ -1,10 +1,13 @@
-"""`python3 tests/tools/bench/bench.py [--quick] [--only ROW]`: the broker beside the bridges a user could pick instead, as ratios.
+"""`python3 tests/tools/bench/bench.py [--quick] [--only ROW]`.
 
-The broker runs as users run it (OAuth, audit, metrics on, log to a file); the others only bridge. All stand before the same child
-(child.c) and under the same load (load.c, faster than what it measures). Rounds alternate between them, so that a slow phase of the
-machine hits all alike; the median of the rounds counts. A peer that cannot be installed is named and left out.
+The broker beside the bridges a user could pick instead, as ratios. The broker runs as users
+run it (OAuth, audit, metrics on, log to a file); the others only bridge. All stand before
+the same child (child.c) and under the same load (load.c, faster than what it measures).
+Rounds alternate between them, so that a slow phase of the machine hits all alike; the
+median of the rounds counts. A peer that cannot be installed is named and left out.
 
-    --program NAME=PATH   another fjmcp_broker.py beside ours, such as that of the last release; may be repeated
+    --program NAME=PATH   another fjmcp_broker.py beside
+    ours, such as that of the last release; may be repeated
     --json FILE           the figures as JSON too
     --history FILE        append this run's ratios as one line of JSON (docs/performance.jsonl)
 
@@ -119,7 +122,10 @@ class Bench:
     def load(
         self, bridge: Bridge, requests: list[bytes], calls: int = 1_000_000, seconds: float = 0.0
     ) -> dict[str, float]:
-        """Repeat these requests, one a connection; figures of load.c. OSError when over 1 in 100 answers was wrong."""
+        """Repeat these requests, one a connection; figures of load.c.
+
+        OSError when over 1 in 100 answers was wrong.
+        """
         data = b"".join(b"%d\n%s" % (len(request), request) for request in requests)
         host, port = bridge.address
         words = [self.load_program, host, str(port), str(calls), str(seconds or self.seconds)]
@@ -169,7 +175,10 @@ class Bench:
             return self.load(bridge, [legacy_request(bridge, opened[0], rpc("tools/list", {}))], calls=4000)
 
     def opening(self, bridge: Bridge) -> dict[str, float]:
-        """Milliseconds from `initialize` to its answer, a child started for it (where the bridge starts one)."""
+        """Milliseconds from `initialize` to its answer.
+
+        A child started for it (where the bridge starts one).
+        """
         taken = []
         for _ in range(20 if self.quick else 60):
             client = McpClient(bridge.url, bridge.token, protocol=PROTOCOL)
@@ -190,7 +199,10 @@ def open_stream(bridge: Bridge, session_id: str | None) -> socket.socket:
     """A socket on which a session's GET stream is open."""
     host, port = bridge.address
     sock = socket.create_connection((host, port), timeout=60)
-    headers = f"GET /mcp HTTP/1.1\r\nHost: {host}:{port}\r\nAccept: text/event-stream\r\nMCP-Protocol-Version: {PROTOCOL}\r\n"
+    headers = (
+        f"GET /mcp HTTP/1.1\r\nHost: {host}:{port}\r\nAccept: text/event-stream\r\nMCP-Protocol-Version: "
+        f"{PROTOCOL}\r\n"
+    )
     headers += f"Authorization: Bearer {bridge.token}\r\n" if bridge.token else ""
     headers += f"Mcp-Session-Id: {session_id}\r\n" if session_id else ""
     sock.sendall((headers + "\r\n").encode())
@@ -200,7 +212,10 @@ def open_stream(bridge: Bridge, session_id: str | None) -> socket.socket:
 
 
 def stream_memory(bench: Bench, bridge: Bridge, count: int) -> float:
-    """KiB of the bridge's memory that each of `count` idle GET streams takes; the sessions are there before."""
+    """KiB of the bridge's memory that each of `count` idle GET streams takes.
+
+    The sessions are there before.
+    """
     opened: list[McpClient] = []
     streams: list[socket.socket] = []
     try:
@@ -236,7 +251,10 @@ def own_start(child: list[str]) -> float:
 
 
 def waking(bench: Bench, child: list[str], awake: int, rounds: int) -> float:
-    """Milliseconds that a call takes which wakes a sleeping session, beyond the child's own start; `awake` other children run."""
+    """Milliseconds that a call takes which wakes a sleeping session, beyond the child's own start.
+
+    `awake` other children run.
+    """
     bridge = start_broker("waking", child, max_sessions=awake + 1, max_sessions_per_user=awake + 1)
     try:
         opened = [bridge.session() for _ in range(awake + 2)]
@@ -295,7 +313,10 @@ def add_rows(bridge: Bridge, count: int) -> list[str]:
 
 
 def growth(bench: Bench, program: Path | None) -> list[tuple[str, float, float, float]]:
-    """(what was before, p50 ms of a small call, the reaper's ms of CPU a second, MiB): nothing may grow with what was."""
+    """(what was before, p50 ms of a small call, the reaper's ms of CPU a second, MiB).
+
+    Nothing may grow with what was.
+    """
     rows = []
     bridge = start_broker("growth", bench.child, program)
     seconds = 3.0 if bench.quick else 10.0
@@ -342,9 +363,18 @@ def logins(bridge: Bridge, count: int) -> dict[str, float]:
 LOAD_ROWS: tuple[tuple[str, str, bool, str, Callable[[Bench, Bridge], dict[str, float]], str], ...] = (
     ("small call p50", "ms", False, "small 1", lambda bench, bridge: bench.small(bridge, 1), "p50_ms"),
     ("small call p99", "ms", False, "small 1", lambda bench, bridge: bench.small(bridge, 1), "p99_ms"),
-    ("calls/s, 8 sessions", "/s", True, "small 8", lambda bench, bridge: bench.small(bridge, 8), "calls_per_s"),
-    ("CPU a call, 8 sessions", "us", False, "small 8", lambda bench, bridge: bench.small(bridge, 8), "cpu_us"),
-    ("calls/s, 32 sessions", "/s", True, "small 32", lambda bench, bridge: bench.small(bridge, 32), "calls_per_s"),
+    (
+        "calls/s, 8 sessions", "/s", True, "small 8",
+        lambda bench, bridge: bench.small(bridge, 8), "calls_per_s",
+    ),
+    (
+        "CPU a call, 8 sessions", "us", False, "small 8",
+        lambda bench, bridge: bench.small(bridge, 8), "cpu_us",
+    ),
+    (
+        "calls/s, 32 sessions", "/s", True, "small 32",
+        lambda bench, bridge: bench.small(bridge, 32), "calls_per_s",
+    ),
     ("initialize with spawn", "ms", False, "opening", lambda bench, bridge: bench.opening(bridge), "p50_ms"),
     ("1 MiB result", "ms", False, "large", lambda bench, bridge: bench.large(bridge), "p50_ms"),
 )  # fmt: skip

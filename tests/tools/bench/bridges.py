@@ -1,4 +1,7 @@
-"""What the bench compares: the broker as users run it, and the bridges a user could pick instead, each as a process."""
+"""What the bench compares.
+
+The broker as users run it, and the bridges a user could pick instead, each as a process.
+"""
 
 from __future__ import annotations
 
@@ -103,12 +106,16 @@ def fastmcp_python(cache: Path) -> Path:
 
 
 def peers(cache: Path) -> dict[str, Callable[[int, list[str]], list[object]]]:
-    """{name: function from a port and the child's words to a command}; what cannot be installed is named and left out."""
+    """{name: function from a port and the child's words to a command}.
+
+    What cannot be installed is named and left out.
+    """
     found: dict[str, Callable[[int, list[str]], list[object]]] = {}
     try:
         npm = installed_npm(cache)
         found["supergateway"] = lambda port, child: [
-            npm / "supergateway", "--stdio", " ".join(child), "--outputTransport", "streamableHttp", "--stateful",
+            npm / "supergateway", "--stdio", " ".join(child), "--outputTransport", "streamableHttp",
+            "--stateful",
             "--port", port, "--logLevel", "none",
         ]  # fmt: skip
         found["mcp-proxy (npm)"] = lambda port, child: [
@@ -168,7 +175,8 @@ def start_peer(name: str, command: Callable[[int, list[str]], list[object]], chi
     began = time.perf_counter()
     process = subprocess.Popen(
         [str(word) for word in command(port, child)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )  # fmt: skip
 
     def close() -> None:
@@ -203,7 +211,10 @@ def first_answer(bridge: Bridge, began: float) -> None:
 
 
 def start_broker(name: str, child: list[str], program: Path | None = None, **settings: object) -> Bridge:
-    """The broker as users run it: OAuth, audit and metrics on, its log in a file, its memory limited to two arenas as in the unit."""
+    """The broker as users run it.
+
+    OAuth, audit and metrics on, its log in a file, its memory limited to two arenas as in the unit.
+    """
     folder = Path(tempfile.mkdtemp(prefix="fjmcp-bench-"))
     forgejo = FakeForgejo(access_lifetime=86400).start()
     values = {
