@@ -48,6 +48,7 @@ DEBIAN_PARTS = {
     "chromium": ("chromium", "chromium"),
     "systemd-analyze": ("systemd", "systemd-analyze"),
     "promtool": ("prometheus", "promtool"),
+    "jq": ("jq", "jq"),
 }
 DESKTOP_PACKAGE = "xdg-utils"
 MAVEN_COPY = "org.apache.maven.plugins:maven-dependency-plugin:3.7.0:copy-dependencies"

@@ -4,7 +4,7 @@ Names: "mcp1", "mcp2" and "fastmcp" (an interpreter with that package), "npm" (a
 clients), "assistants" (one of their programs), "go-clients" (one of them, the others beside it),
 "java-client", "desktop" (its xdg-open), "forgejo-mcp", "mcp-go-child" (a small server on its SDK),
 "postgresql" (its server, its other programs beside it), "caddy", "nginx", "haproxy", "pgbouncer", "chromium",
-"promtool" and "systemd-analyze" (programs).
+"promtool", "jq" and "systemd-analyze" (programs).
 """
 
 import functools
