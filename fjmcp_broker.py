@@ -15,8 +15,8 @@ Four ideas carry the design:
      hashed tokens, sealed credentials, commit before answer.
 
 Contents, in dependency order; a section names only what stands above it:
-  Vocabulary · Tool rules · Settings · Log and metrics · Seal · Store · Messages · HTTP values ·
-  Outgoing HTTP · Forgejo · Forgejo credentials · Pages · Clients · Authorization ·
+  Vocabulary · Tool rules · Settings · Log and metrics · Seal · SQLite · PostgreSQL · Store · Messages ·
+  HTTP values · Outgoing HTTP · Forgejo · Forgejo credentials · Pages · Clients · Authorization ·
   Child process · Calls · Dialects · Backend · Launcher and capacity · Session · Frontends · Sessions ·
   Maintenance · Endpoint · HTTP server · Broker · Command line · Init · Doctor · Check · Operators · Serve
 """
@@ -100,6 +100,7 @@ import sqlite3
 import ssl
 import stat
 import string
+import struct
 import subprocess
 import termios
 import textwrap
@@ -110,9 +111,9 @@ import traceback
 import unicodedata
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import IO, Any, Final, Literal, NamedTuple, Protocol, TextIO, TypeVar
-from urllib.parse import SplitResult, parse_qsl, quote, unquote_plus, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, unquote_plus, urlencode, urlsplit
 
 __version__ = "0.1.0"
 
@@ -624,6 +625,10 @@ ENVIRONMENT_PREFIX = "FJMCP_BROKER_"
 CONFIGURATION_FILE = "broker.toml"
 SYSTEM_CONFIGURATION = "/etc/fjmcp-broker/broker.toml"
 FILE_ONLY_KINDS = ("clients", "tool_rules")
+HIDDEN_KINDS = (
+    *FILE_ONLY_KINDS,
+    "store_url",
+)  # their values may hold a secret, and are not shown where they are wrong
 FORGEJO_SCOPE = re.compile(
     r"openid|profile|email|groups|all|public-only"
     r"|(read|write):(activitypub|admin|misc|notification|organization|package|issue|repository|user)"
@@ -713,6 +718,14 @@ SETTINGS = (
         " so that a proxy can route by it",
     ),
     Setting("store_path", "path", "broker.db", "SQLite database"),
+    Setting(
+        "store_url",
+        "store_url",
+        "",
+        "PostgreSQL database of several brokers instead of the SQLite one, such as"
+        " postgresql://fjmcp@db.internal/fjmcp?sslmode=verify-full",
+    ),
+    Setting("store_password", "text", "", "password at store_url", secret=True),
     Setting(
         "key_file", "path", "", "sealing keys, one base64 key a line, newest first; empty: beside the store"
     ),
@@ -936,7 +949,7 @@ SETTING = {setting.name: setting for setting in SETTINGS}
 KEYS = {
     setting.name + "_file": (setting, True)
     for setting in SETTINGS
-    if setting.kind in ("text", "forgejo_scopes")
+    if setting.kind in ("text", "forgejo_scopes", "store_url")
 }
 KEYS |= {setting.name: (setting, False) for setting in SETTINGS}
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -1106,6 +1119,82 @@ def _forgejo_scopes(value: object) -> str:
     return " ".join(names)
 
 
+POSTGRESQL_URL = re.compile(r"postgres(?:ql)?://(?:([^@/?#]*)@)?([^@/?#]*)(?:/([^/?#]*))?(?:\?([^#]*))?")
+# Parameters of libpq that would name a server, or hold a secret, where nobody looks for it.
+REFUSED_PARAMETERS = ("password", "passfile", "service", "servicefile", "sslpassword")
+
+
+def postgresql_parameters(url: str) -> dict[str, str]:
+    """Returns the parameters of libpq (PostgreSQL 34.1.2) that a URL gives.
+
+    `host`, `hostaddr` and `port` may be lists. libpq is handed these and never the URL: what is judged here
+    is what it reads. Raises ValueError.
+    """
+    match = POSTGRESQL_URL.fullmatch(url)
+    if not match:
+        raise ValueError("must be such as postgresql://USER@HOST/DATABASE?sslmode=verify-full")
+    user, hosts, database, query = (part or "" for part in match.groups())
+    if ":" in user:
+        raise ValueError("must not hold a password: give it as store_password, which is never shown")
+    parts = [re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::([0-9]*))?", each) for each in hosts.split(",")]
+    places = [(part[1].strip("[]"), part[2] or "") for part in parts if part]
+    if len(places) != len(parts):
+        raise ValueError("has a host that is neither HOST nor HOST:PORT nor [ADDRESS]:PORT")
+    found = {"user": user, "dbname": database, "host": ",".join(host for host, _ in places)}
+    if any(port for _, port in places):
+        found["port"] = ",".join(port for _, port in places)
+    for pair in filter(None, query.split("&")):
+        name, is_given, value = pair.partition("=")
+        if name in REFUSED_PARAMETERS or not is_given:
+            raise ValueError(f"must not have the parameter {name!r}")
+        found[name] = value
+    return {name: unquote(value) for name, value in found.items() if value}
+
+
+class DatabaseHost(NamedTuple):
+    """One of the hosts of a database: its name or its socket's folder, its address if given, its port.
+
+    Without a name it is at libpq's own socket.
+    """
+
+    name: str
+    address: str
+    port: str
+
+    @property
+    def is_near(self) -> bool:
+        """Whether only this machine's own programs can be there."""
+        place = self.address or self.name
+        return not place or place[0] in "/@" or is_loopback(place)
+
+
+def database_hosts(parameters: Mapping[str, str]) -> list[DatabaseHost]:
+    """Returns the hosts that libpq's parameters name, in their order. Raises ValueError."""
+    names, addresses, ports = (parameters.get(key, "").split(",") for key in ("host", "hostaddr", "port"))
+    count = max(len(names), len(addresses))
+    if {len(names), len(addresses)} - {1, count} or len(ports) not in (1, count):
+        raise ValueError("must have as many hosts as addresses, and one port or as many")
+    lists = (each if len(each) == count else each * count for each in (names, addresses, ports))
+    return [DatabaseHost(*each) for each in zip(*lists)]
+
+
+def _store_url(value: object) -> str:
+    url = _text(value)
+    parameters = postgresql_parameters(url) if url else {}
+    is_near = all(host.is_near for host in database_hosts(parameters))
+    if not is_near and parameters.get("sslmode") != "verify-full":
+        raise ValueError("needs sslmode=verify-full, unless the database is on loopback or a Unix socket")
+    return url
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether a name or an address can only be this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return is_loopback_name(host)
+
+
 def _client(value: object) -> ConfiguredClient:
     """Returns one [[clients]] table. Raises ValueError."""
     if not isinstance(value, dict):
@@ -1239,6 +1328,7 @@ KINDS: dict[str, Callable[[object], object]] = {
     "networks": _networks,
     "command": _command,
     "broker_name": _broker_name,
+    "store_url": _store_url,
     "clients": _clients,
     "tool_rules": _tool_rules,
     "count": _integer(1),
@@ -1270,6 +1360,8 @@ class Settings:
     forgejo_mcp_binary: str | tuple[str, ...]
     broker_name: str
     store_path: str
+    store_url: str
+    store_password: str
     key_file: str
     key: str
     secrets_file: str
@@ -1501,6 +1593,16 @@ def _conflicts(values: Mapping[str, Any], given: Mapping[str, Given]) -> Iterato
             f"{source}: listen: with an http public_url it must be on loopback: tokens would travel in the"
             f" clear{line}"
         )
+    if values.get("store_url"):
+        source, line = given["store_url"][1:]
+        if not values.get("key") and not values.get("key_file"):
+            yield f"{source}: store_url: key or key_file must be given, the same for every broker{line}"
+        if values.get("child_keeps_state"):
+            yield (
+                f"{source}: store_url: it cannot be with child_keeps_state"
+                f" ({given['child_keeps_state'].source}): a session may go on at another broker, with another"
+                f" child{line}"
+            )
     if values.get("max_body", 0) * 4 > values.get("body_bytes", math.inf):
         source, line = given["max_body"][1:]
         yield (
@@ -1538,7 +1640,7 @@ def load_settings(
         try:
             values[setting.name] = KINDS[setting.kind](value)
         except (ValueError, TypeError) as error:
-            hidden = setting.secret or setting.kind in FILE_ONLY_KINDS  # a table may hold a secret
+            hidden = setting.secret or setting.kind in HIDDEN_KINDS
             shown = "" if hidden else f" = {value!r}"
             problems.append(f"{source}: {setting.name}{shown}: {error}{line}")
     problems += _conflicts(values, given)
@@ -2297,6 +2399,914 @@ def load_keyring(settings: Settings) -> Keyring:
 
 
 # ============================================================================================================
+# SQLite
+# Owns what an engine is (it runs the Store's batches on a database), and the one for a SQLite file.
+# Must not know tables or what a statement is for.
+# ============================================================================================================
+
+Values = tuple[Any, ...]  # a row as the database gives it
+Parameters = Mapping[str, object]
+BUSY_WAIT = 5  # seconds that a batch waits for the database
+
+
+class StoreUnavailable(HTTPError):
+    """The database cannot be written or read just now (full, locked, broken, away); nothing was changed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            503,
+            "temporarily_unavailable",
+            "The server cannot save anything just now; try again in a moment.",
+            (("Retry-After", "5"),),
+        )
+        self.reason = reason
+
+
+class Engine(Protocol):
+    """What runs the Store's batches; each call but `close` raises StoreUnavailable.
+
+    `name` is the database's for messages, `setting` the one that names it.
+    """
+
+    name: str
+    setting: str
+
+    def migrate(self, scripts: Sequence[str]) -> None:
+        """Makes the tables, or brings them from version n to the last by scripts[n:].
+
+        Raises ConfigurationError when they are of a newer release.
+        """
+
+    def run(self, parameters: Parameters, statements: Sequence[str]) -> list[Values]:
+        """Runs the statements as one batch. Returns the rows of those that return any."""
+
+    def run_each(self, statement: str, parameters: Iterable[Parameters]) -> None:
+        """Runs one statement with each of the parameters, in one batch or several."""
+
+    def read(self, statement: str, parameters: Parameters) -> tuple[list[str], list[Values]]:
+        """Returns the names of the columns and the rows that a statement finds."""
+
+    def change_marker(self) -> object:
+        """Returns a value that changes when anyone has committed."""
+
+    def clock(self) -> Clock:
+        """Returns the clock by which the times in the database go."""
+
+    def close(self) -> None:
+        """Closes what is open."""
+
+
+class SqliteEngine:
+    """A SQLite file in WAL mode: one writer and one reader connection.
+
+    Every commit is on disk before the call returns.
+    """
+
+    setting = "store_path"
+
+    def __init__(self, path: str, alone: bool = True) -> None:
+        """Opens or makes the file; `alone` keeps a second broker out, operators' commands come beside one.
+
+        Raises ConfigurationError for a file that is none, is damaged or in use.
+        """
+        self.name = path
+        self._opened = contextlib.ExitStack()
+        # The locks guard a connection each; leaves.
+        self._write_lock = threading.Lock()
+        self._read_lock = threading.Lock()
+        try:
+            if alone:
+                self._claim(path)
+            self._writer = self._open(path)
+            self._reader = self._open(path)
+            self._check_pages()
+        except sqlite3.Error as error:
+            self.close()
+            raise ConfigurationError([f"store_path: {self._trouble(error).reason}"]) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self, path: str) -> None:
+        """Takes the store for this process; files are made 0600 before SQLite could make them otherwise."""
+        try:
+            lock_file = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self._opened.callback(os.close, lock_file)
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            for name in filter(os.path.exists, (path, path + "-wal", path + "-shm")):
+                os.chmod(name, 0o600)
+        except BlockingIOError:
+            raise ConfigurationError([f"store_path: another broker is using {path}"]) from None
+        except OSError as error:
+            trouble = f"store_path: cannot use {path}: {file_trouble(path, error)}"
+            raise ConfigurationError([trouble]) from None
+
+    def _open(self, path: str) -> sqlite3.Connection:
+        connection = self._connect(path)
+        self._opened.callback(self._close_connection, connection)
+        return connection
+
+    @staticmethod
+    def _close_connection(connection: sqlite3.Connection) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.close()
+
+    @staticmethod
+    def _connect(path: str) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            path, isolation_level=None, check_same_thread=False, timeout=BUSY_WAIT, cached_statements=256
+        )
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "secure_delete=ON",
+            "foreign_keys=ON",
+            "trusted_schema=OFF",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+        return connection
+
+    def _check_pages(self) -> None:
+        problem = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if problem != "ok":
+            broken = sqlite3.DatabaseError(problem)
+            broken.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+            raise broken
+
+    def migrate(self, scripts: Sequence[str]) -> None:
+        """Brings the tables to the last version; the version is SQLite's `user_version`."""
+        version = int(self.read("PRAGMA user_version", {})[1][0][0])
+        if version > len(scripts):
+            raise ConfigurationError([newer_schema(self, version)])
+        for number, script in enumerate(scripts[version:], version + 1):
+            with self._batch() as writer:
+                # A command beside us may have been faster.
+                if writer.execute("PRAGMA user_version").fetchone()[0] < number:
+                    for statement in statements_of(script):
+                        writer.execute(statement)
+                    writer.execute(f"PRAGMA user_version = {number}")
+
+    def _trouble(self, error: sqlite3.Error) -> StoreUnavailable:
+        return StoreUnavailable(f"{self.name} cannot be used: {file_trouble(self.name, error)}")
+
+    @contextlib.contextmanager
+    def _batch(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: everything within is committed to disk together, or nothing is."""
+        # Without a limit threads would queue behind one that waits for another process.
+        if not self._write_lock.acquire(timeout=BUSY_WAIT):
+            raise StoreUnavailable("another process keeps it locked")
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._writer.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise self._trouble(error) from error
+        finally:
+            self._write_lock.release()
+
+    def run(self, parameters: Parameters, statements: Sequence[str]) -> list[Values]:
+        """Runs the statements as one batch. Returns the rows of those that return any."""
+        rows: list[Values] = []
+        with self._batch() as writer:
+            for statement in statements:
+                rows += writer.execute(statement, parameters).fetchall()
+        return rows
+
+    def run_each(self, statement: str, parameters: Iterable[Parameters]) -> None:
+        """Runs one statement with each of the parameters, all in one batch."""
+        with self._batch() as writer:
+            writer.executemany(statement, parameters)
+
+    def read(self, statement: str, parameters: Parameters) -> tuple[list[str], list[Values]]:
+        """Returns the names of the columns and the rows that a statement finds."""
+        with self._read_lock:
+            try:
+                cursor = self._reader.execute(statement, parameters)
+                return [column[0] for column in cursor.description], cursor.fetchall()
+            except sqlite3.Error as error:
+                raise self._trouble(error) from error
+
+    def change_marker(self) -> object:
+        """Returns a value that changes when anyone has committed: the reader sees our writer as another."""
+        return self.read("PRAGMA data_version", {})[1][0][0]
+
+    def clock(self) -> Clock:
+        """Returns the machine's clock: one broker writes all times."""
+        return Clock()
+
+    def backup(self, path: str) -> None:
+        """Writes a consistent copy to a file. Raises StoreUnavailable."""
+        try:
+            with self._read_lock, contextlib.closing(sqlite3.connect(path)) as copy:
+                self._reader.backup(copy)
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            which = self.name if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) else path
+            raise StoreUnavailable(f"{which} cannot be used: {file_trouble(which, error)}") from error
+
+    def close(self) -> None:
+        """Checkpoints and closes; the lock goes with the process or here."""
+        with self._write_lock, self._read_lock:
+            self._opened.close()
+
+
+def statements_of(script: str) -> list[str]:
+    """Returns the statements of a script, in which each ends a line."""
+    return [statement for statement in script.split(";\n") if statement.strip()]
+
+
+def newer_schema(engine: Engine, version: int) -> str:
+    """Returns the sentence that refuses a store of a newer release."""
+    return (
+        f"{engine.setting}: {engine.name} was written by a newer version of this program (schema {version})"
+    )
+
+
+# ============================================================================================================
+# PostgreSQL
+# Owns how a batch runs on a PostgreSQL server that several brokers share: libpq, one connection to write and
+# one to read, repeating what was undone, finding out what became of a commit whose answer was lost; and what
+# PostgreSQL says otherwise than SQLite. Nothing of it is loaded without `store_url`.
+# Must not know tables or what a statement is for; those of its own are batches and schema_version.
+# ============================================================================================================
+
+OLDEST_POSTGRESQL = 13
+SETTLE_WAIT = 30  # seconds in which it must turn out what became of a commit; who asked waits
+ATTEMPT_PAUSE = 0.2  # seconds between two attempts to connect
+MOST_ATTEMPTS = 100  # of one batch; its time is over before
+MOST_STEPS = 500  # of one statement in a batch: each is a way to the server and back
+BATCHES_KEPT = 600  # seconds
+SMALL_DRIFT = 60.0  # seconds: what a database's clock may differ at once without having been set
+
+# What PostgreSQL says otherwise than SQLite, in whose words all statements stand: (SQLite's, PostgreSQL's).
+POSTGRESQL_WORDS = (
+    (" WITHOUT ROWID", ""),
+    ("INTEGER PRIMARY KEY AUTOINCREMENT", "INTEGER PRIMARY KEY"),
+    ("INTEGER PRIMARY KEY", "INTEGER GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"),
+    (" INTEGER", " BIGINT"),
+    (" REAL", " DOUBLE PRECISION"),
+    (" BLOB", " BYTEA"),
+    (" TEXT", ' TEXT COLLATE "C"'),
+    (' AS TEXT COLLATE "C"', " AS TEXT"),
+    ("LIMIT -1 OFFSET", "OFFSET"),
+    ("json_each(:listed)", "json_array_elements_text(CAST(:listed AS json))"),
+    ("hex(hash)", "encode(hash, 'hex')"),
+    ("last_insert_rowid()", "lastval()"),
+)
+NAMED_PARAMETER = re.compile(r"(?<![\w:]):([a-z_]+)")
+
+# Nothing here is the connection's own: with pgbouncer the next batch may run on another. Locks are waited for
+# shorter than we wait; a commit is never cut short, even where the server's settings cut statements. Without
+# scans of whole tables two brokers' batches seldom read what the other writes.
+BEGIN_BATCH = """
+    BEGIN ISOLATION LEVEL SERIALIZABLE;
+    SET LOCAL lock_timeout = '4s';
+    SET LOCAL statement_timeout = 0;
+    SET LOCAL idle_in_transaction_session_timeout = '5s';
+    SET LOCAL enable_seqscan = off;
+    INSERT INTO batches (batch_id, is_committed) VALUES ('{batch}', TRUE)
+"""
+# Waits for the batch's end, and keeps it from being committed later if it is not here: no two have one id.
+SETTLE_BATCH = """
+    BEGIN;
+    SET LOCAL lock_timeout = '4s';
+    INSERT INTO batches (batch_id, is_committed) VALUES ('{batch}', FALSE) ON CONFLICT DO NOTHING;
+    COMMIT
+"""
+ENGINE_TABLES = """
+CREATE TABLE schema_version (version BIGINT NOT NULL);
+CREATE TABLE batches (
+  batch_id TEXT PRIMARY KEY, is_committed BOOLEAN NOT NULL,
+  made_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX batches_by_age ON batches (made_at);
+INSERT INTO schema_version (version) VALUES (0);
+"""
+
+# libpq-fe.h
+CONNECTION_OK = 0
+CONNECTION_BAD = 1
+POLLING_FAILED = 0
+POLLING_READING = 1
+POLLING_OK = 3
+COMMAND_OK = 1
+TUPLES_OK = 2
+BINARY = 1
+# Functions of libpq: what they return, and take. p: a pointer, s: text, i: int, u: unsigned int, -: nothing.
+LIBPQ_FUNCTIONS = """
+    PQconnectStartParams p ppi
+    PQconnectPoll        i p
+    PQstatus             i p
+    PQsocket             i p
+    PQserverVersion      i p
+    PQerrorMessage       s p
+    PQsetnonblocking     i pi
+    PQsetNoticeReceiver  p ppp
+    PQsendQuery          i ps
+    PQsendQueryParams    i psippppi
+    PQflush              i p
+    PQconsumeInput       i p
+    PQisBusy             i p
+    PQgetResult          p p
+    PQresultStatus       i p
+    PQresultErrorField   s pi
+    PQntuples            i p
+    PQnfields            i p
+    PQfname              s pi
+    PQftype              u pi
+    PQgetisnull          i pii
+    PQgetlength          i pii
+    PQgetvalue           p pii
+    PQclear              - p
+    PQfinish             - p
+"""
+# Types by their numbers in pg_type.dat, in the binary form.
+BOOLEAN = 16
+BYTEA = 17
+BIGINT = 20
+TEXT = 25
+DOUBLE = 701
+DECODERS: dict[int, Callable[[bytes], object]] = {
+    BOOLEAN: lambda data: data == b"\x01",
+    BYTEA: bytes,
+    **dict.fromkeys((BIGINT, 21, 23), lambda data: int.from_bytes(data, "big", signed=True)),
+    DOUBLE: lambda data: struct.unpack(">d", data)[0],
+    **dict.fromkeys((TEXT, 18, 19, 705, 1042, 1043), lambda data: data.decode()),
+}
+
+
+class PostgresError(Exception):
+    """An error of the server (its SQLSTATE in `code`) or of the connection (`is_lost`)."""
+
+    def __init__(self, message: str, code: str = "", is_lost: bool = True) -> None:
+        super().__init__(" ".join(message.split()))
+        self.code = code
+        self.is_lost = is_lost
+
+    @property
+    def is_undone(self) -> bool:
+        """Whether the batch may succeed when it is run again.
+
+        It collided (40001, 40P01; 23505: another made the same row), or its connection or server is gone
+        (25006: it is another server now that is written to).
+        """
+        return self.is_lost or self.code in ("40001", "40P01", "25006", "23505")
+
+
+@functools.cache
+def libpq() -> Any:
+    """Returns PostgreSQL's client library. Raises ConfigurationError when it is not here.
+
+    Variables PG* are taken out of the environment: libpq would take from them what the settings do not say.
+    """
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]
+    try:
+        library = ctypes.CDLL("libpq.so.5")
+    except OSError as error:
+        missing = f"store_url: PostgreSQL's client library cannot be loaded ({error})"
+        raise ConfigurationError([f"{missing}. Install it: Debian's package is libpq5"]) from None
+    kinds = {"p": ctypes.c_void_p, "s": ctypes.c_char_p, "i": ctypes.c_int, "u": ctypes.c_uint, "-": None}
+    for name, result, arguments in map(str.split, LIBPQ_FUNCTIONS.strip().splitlines()):
+        function = getattr(library, name)
+        function.restype = kinds[result]
+        function.argtypes = [kinds[each] for each in arguments]
+    return library
+
+
+def postgresql_value(value: object) -> tuple[int, bytes | None]:
+    """Returns the type's number and the binary form of a parameter; of a NULL PostgreSQL finds the type."""
+    if value is None:
+        return 0, None
+    if isinstance(value, bool):
+        return BOOLEAN, b"\x01" if value else b"\x00"
+    if isinstance(value, int):
+        return BIGINT, value.to_bytes(8, "big", signed=True)
+    if isinstance(value, float):
+        return DOUBLE, struct.pack(">d", value)
+    if isinstance(value, bytes):
+        return BYTEA, value
+    # SQLite can keep NUL in a text, PostgreSQL cannot.
+    return TEXT, str(value).replace("\0", "\N{REPLACEMENT CHARACTER}").encode()
+
+
+@functools.cache
+def postgresql_statement(statement: str) -> tuple[bytes, tuple[str, ...]]:
+    """Returns a statement in PostgreSQL's words, with $1, $2, …, and the names of these parameters."""
+    for ours, theirs in POSTGRESQL_WORDS:
+        statement = statement.replace(ours, theirs)
+    names = tuple(dict.fromkeys(NAMED_PARAMETER.findall(statement)))
+    return NAMED_PARAMETER.sub(lambda match: f"${names.index(match[1]) + 1}", statement).encode(), names
+
+
+def c_array(kind: Any, values: Sequence[object]) -> Any:
+    """Returns an array of C."""
+    return (kind * len(values))(*values)
+
+
+class PostgresConnection:
+    """A connection to a server; each call ends by a moment of time.monotonic(), else raises PostgresError."""
+
+    def __init__(self, parameters: Mapping[str, str], until: float) -> None:
+        self._pq = libpq()
+        words = [word.encode() for word in parameters], [word.encode() for word in parameters.values()]
+        keys, values = (c_array(ctypes.c_char_p, [*each, None]) for each in words)
+        self._handle = self._pq.PQconnectStartParams(keys, values, 0)
+        if not self._handle:
+            raise PostgresError("out of memory")
+        try:
+            self._connect(until)
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, until: float) -> None:
+        state = POLLING_READING + 1  # writing, as libpq has it for the first time
+        if self._pq.PQstatus(self._handle) == CONNECTION_BAD:
+            raise self._lost()
+        while state != POLLING_OK:
+            self._wait(select.POLLIN if state == POLLING_READING else select.POLLOUT, until)
+            state = self._pq.PQconnectPoll(self._handle)
+            if state == POLLING_FAILED:
+                raise self._lost()
+        self._pq.PQsetnonblocking(self._handle, 1)
+        # What a server notes beside its answers would go to stderr. This is a function of libpq that does
+        # nothing with it: a callback of ours would be called where Python must not run.
+        self._pq.PQsetNoticeReceiver(
+            self._handle, ctypes.cast(self._pq.PQresultStatus, ctypes.c_void_p), None
+        )
+
+    def _lost(self) -> PostgresError:
+        return PostgresError(self._pq.PQerrorMessage(self._handle).decode(errors="replace"))
+
+    def _wait(self, events: int, until: float) -> int:
+        """Waits for the socket; returns what it is ready for."""
+        poll = select.poll()
+        poll.register(self._pq.PQsocket(self._handle), events)
+        ready = poll.poll(max(0.0, until - time.monotonic()) * 1000)
+        if not ready:
+            raise PostgresError("no answer in time")
+        return ready[0][1]
+
+    @property
+    def version(self) -> int:
+        """The server's major version."""
+        return int(self._pq.PQserverVersion(self._handle)) // 10000
+
+    def command(self, text: str, until: float) -> None:
+        """Runs statements without parameters, as one message."""
+        if not self._pq.PQsendQuery(self._handle, text.encode()):
+            raise self._lost()
+        self._results(until, is_binary=False)
+
+    def execute(self, statement: str, parameters: Parameters, until: float) -> tuple[list[str], list[Values]]:
+        """Runs one statement of the Store; returns the names of its columns and its rows."""
+        text, names = postgresql_statement(statement)
+        types, values = zip(*[postgresql_value(parameters[name]) for name in names]) if names else ((), ())
+        sent = self._pq.PQsendQueryParams(
+            self._handle,
+            text,
+            len(names),
+            c_array(ctypes.c_uint, types),
+            c_array(ctypes.c_char_p, values),
+            c_array(ctypes.c_int, [len(value or b"") for value in values]),
+            c_array(ctypes.c_int, [BINARY] * len(names)),
+            BINARY,
+        )
+        if not sent:
+            raise self._lost()
+        return self._results(until)
+
+    def _results(self, until: float, is_binary: bool = True) -> tuple[list[str], list[Values]]:
+        """Sends what is left to send and reads all results; returns the last one's, if it is binary."""
+        while self._pq.PQflush(self._handle) == 1:
+            if self._wait(select.POLLIN | select.POLLOUT, until) & select.POLLIN:
+                self._pq.PQconsumeInput(self._handle)
+        found: tuple[list[str], list[Values]] = ([], [])
+        failure: PostgresError | None = None
+        while True:
+            while self._pq.PQisBusy(self._handle):
+                self._wait(select.POLLIN, until)
+                if not self._pq.PQconsumeInput(self._handle):
+                    raise self._lost()
+            result = self._pq.PQgetResult(self._handle)
+            if not result:
+                break
+            try:
+                if self._pq.PQresultStatus(result) in (COMMAND_OK, TUPLES_OK):
+                    found = self._found(result) if is_binary else found
+                else:
+                    failure = failure or self._failure(result)
+            finally:
+                self._pq.PQclear(result)
+        if failure:
+            raise failure
+        return found
+
+    def _failure(self, result: int) -> PostgresError:
+        severity, code, message = (
+            (self._pq.PQresultErrorField(result, ord(field)) or b"").decode(errors="replace")
+            for field in "VCM"
+        )
+        if not message:
+            return self._lost()
+        is_bad = self._pq.PQstatus(self._handle) != CONNECTION_OK
+        return PostgresError(message, code, is_bad or severity in ("FATAL", "PANIC"))
+
+    def _found(self, result: int) -> tuple[list[str], list[Values]]:
+        """Returns the names of a result's columns, and its rows."""
+        columns = range(self._pq.PQnfields(result))
+        decoders = [DECODERS[self._pq.PQftype(result, column)] for column in columns]
+        rows = []
+        for row in range(self._pq.PQntuples(result)):
+            values: list[object] = []
+            for column in columns:
+                if self._pq.PQgetisnull(result, row, column):
+                    values.append(None)
+                    continue
+                length = self._pq.PQgetlength(result, row, column)
+                data = ctypes.string_at(self._pq.PQgetvalue(result, row, column), length)
+                values.append(decoders[column](data))
+            rows.append(tuple(values))
+        return [self._pq.PQfname(result, column).decode() for column in columns], rows
+
+    def close(self) -> None:
+        """Ends it; what the server is doing for it is not cancelled."""
+        handle, self._handle = self._handle, None
+        if handle:
+            self._pq.PQfinish(handle)
+
+
+def resolved(name: str, until: float) -> list[str]:
+    """Returns the addresses of a name, in a thread of its own: nothing else bounds the system's resolver.
+
+    Raises PostgresError.
+    """
+    found: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+    failures: list[OSError] = []
+
+    def resolve() -> None:
+        addresses: list[str] = []
+        try:
+            addresses = [str(each[4][0]) for each in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
+        except OSError as error:
+            failures.append(error)
+        found.put(list(dict.fromkeys(addresses)))
+
+    try:
+        threading.Thread(target=resolve, daemon=True, name="resolve database").start()
+        addresses = found.get(timeout=max(0.0, until - time.monotonic()))
+    except (queue.Empty, RuntimeError):
+        raise PostgresError(f"{name} was not resolved in time") from None
+    if not addresses:
+        raise PostgresError(f"{name} cannot be resolved: {failures[0] if failures else 'no address'}")
+    return addresses
+
+
+@dataclass(frozen=True)
+class PostgresServer:
+    """Where a database is, as `store_url` says it, and the password."""
+
+    url: str
+    password: str = field(default="", repr=False)
+
+    @property
+    def hosts(self) -> list[DatabaseHost]:
+        """The hosts, of which one is written to."""
+        return database_hosts(postgresql_parameters(self.url))
+
+    @property
+    def name(self) -> str:
+        """The database as messages name it."""
+        parameters = postgresql_parameters(self.url)
+        hosts = ", ".join(host.name or host.address or "the local socket" for host in self.hosts)
+        return f"PostgreSQL database {parameters.get('dbname') or parameters.get('user', '')!r} at {hosts}"
+
+    def attempts(self, host: DatabaseHost, until: float) -> list[dict[str, str]]:
+        """Returns libpq's parameters for each address of a host. Raises PostgresError when it has none."""
+        given = postgresql_parameters(self.url)
+        fixed = {
+            "gssencmode": given.get(
+                "gssencmode", "disable"
+            ),  # with sslmode=verify-full it is TLS that protects
+            "passfile": "/nonexistent",
+            "password": self.password,
+            "client_encoding": "UTF8",
+            "application_name": "fjmcp-broker",
+            "target_session_attrs": "read-write",
+            "host": host.name,
+            "port": host.port,
+        }
+        is_resolved = host.address or not host.name or host.name[0] in "/@"
+        addresses = [host.address] if is_resolved else resolved(host.name, until)
+        found = [{**given, **fixed, "hostaddr": address} for address in addresses]
+        return [{name: value for name, value in each.items() if value} for each in found]
+
+
+class PostgresLink:
+    """One connection, made again whenever it is lost; `lock` is held by whoever uses it, a leaf."""
+
+    def __init__(self, server: PostgresServer) -> None:
+        self.lock = threading.Lock()
+        self._server = server
+        self._hosts = server.hosts
+        self._connection: PostgresConnection | None = None
+
+    def connection(self, until: float) -> PostgresConnection:
+        """Returns the connection; raises PostgresError when none can be had in time."""
+        while self._connection is None:
+            try:
+                self._connection = self._connect(until)
+            except PostgresError:
+                if time.monotonic() + ATTEMPT_PAUSE >= until:
+                    raise
+                time.sleep(ATTEMPT_PAUSE)
+        return self._connection
+
+    def _connect(self, until: float) -> PostgresConnection:
+        """Tries the hosts in turn, the one that was good last first; each has its share of the time."""
+        failures = []
+        for number, host in enumerate(list(self._hosts)):
+            for_host = time.monotonic() + (until - time.monotonic()) / (len(self._hosts) - number)
+            try:
+                attempts = self._server.attempts(host, for_host)
+                for nth, parameters in enumerate(attempts):
+                    now = time.monotonic()
+                    try:
+                        made = PostgresConnection(parameters, now + (for_host - now) / (len(attempts) - nth))
+                    except PostgresError as error:
+                        failures.append(str(error))
+                        continue
+                    self._hosts.remove(host)
+                    self._hosts.insert(0, host)
+                    return made
+            except PostgresError as error:
+                failures.append(str(error))
+        raise PostgresError("; ".join(dict.fromkeys(failures)))
+
+    def drop(self) -> None:
+        """Gives the connection up; the next use makes a new one."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def undo(self, error: BaseException, until: float) -> None:
+        """Leaves no transaction open after an error: it is rolled back, or ends with the connection."""
+        is_usable = isinstance(error, PostgresError) and not error.is_lost and error.code != "25006"
+        try:
+            if is_usable and self._connection is not None:
+                self._connection.command("ROLLBACK", until)
+                return
+        except PostgresError:
+            pass
+        self.drop()
+
+
+class DatabaseClock(Clock):
+    """The database's clock, carried on by this machine's: all brokers of one database go by the same time.
+
+    `boottime` follows small differences at once; a database's clock that was set shows in `now` alone, and
+    SteadyClock decides when to follow it.
+    """
+
+    def __init__(self) -> None:
+        self._seen: float | None = None
+        self._steady = 0.0
+
+    def observe(self, database_time: float, began: float) -> None:
+        """Notes what the database's clock said to a question that began at a moment of Clock.boottime()."""
+        answered = super().boottime()
+        offset = database_time - (began + answered) / 2
+        if self._seen is None:
+            self._steady = offset
+        elif answered - began > 1.0:
+            return  # such an answer says too little
+        elif abs(offset - self._seen) <= SMALL_DRIFT:
+            self._steady += offset - self._seen
+        self._seen = offset
+
+    def now(self) -> float:
+        """Returns the database's time."""
+        return super().boottime() + (self._seen or 0.0)
+
+    def boottime(self) -> float:
+        """Returns the database's time as it would be if nobody had set it since."""
+        return super().boottime() + self._steady
+
+
+class PostgresEngine:
+    """A PostgreSQL database: one connection to write and one to read, both made again when lost.
+
+    A batch is a SERIALIZABLE transaction, run again whole when it collided with another broker's.
+    """
+
+    setting = "store_url"
+
+    def __init__(self, server: PostgresServer) -> None:
+        """Connects. Raises StoreUnavailable, and ConfigurationError for a server that is too old."""
+        libpq()
+        self.name = server.name
+        self.server = server
+        self._writer = PostgresLink(server)
+        self._reader = PostgresLink(server)
+        self._clock = DatabaseClock()
+        self._next_sweep = 0.0
+        with self._held(self._reader) as until:
+            version = self._reader.connection(until).version
+        if version < OLDEST_POSTGRESQL:
+            old = f"store_url: {self.name} runs PostgreSQL {version}; it must be {OLDEST_POSTGRESQL} or newer"
+            raise ConfigurationError([old])
+        self._look()
+
+    @contextlib.contextmanager
+    def _held(self, link: PostgresLink) -> Iterator[float]:
+        """Holds a link within the block, which gets the moment by which it must end.
+
+        Raises StoreUnavailable.
+        """
+        if not link.lock.acquire(timeout=BUSY_WAIT):
+            raise StoreUnavailable(f"{self.name} does not answer in time")
+        try:
+            yield time.monotonic() + BUSY_WAIT
+        except PostgresError as error:
+            raise StoreUnavailable(f"{self.name} cannot be used: {error}") from error
+        finally:
+            link.lock.release()
+
+    # -- writing
+
+    def run(self, parameters: Parameters, statements: Sequence[str]) -> list[Values]:
+        """Runs the statements as one batch. Returns the rows of those that return any."""
+        return self._write([(statement, parameters) for statement in statements])
+
+    def run_each(self, statement: str, parameters: Iterable[Parameters]) -> None:
+        """Runs one statement with each of the parameters, some of them a batch."""
+        steps = [(statement, each) for each in parameters]
+        for first in range(0, len(steps), MOST_STEPS):
+            self._write(steps[first : first + MOST_STEPS])
+
+    def _write(self, steps: Sequence[tuple[str, Parameters]]) -> list[Values]:
+        """Runs a batch until it is committed, or its time is over."""
+        with self._held(self._writer) as until:
+            for attempt in range(MOST_ATTEMPTS):
+                try:
+                    rows = self._attempt(steps, until)
+                except PostgresError as error:
+                    pause = secrets.randbelow(1000) / 1000 * min(0.2, 0.005 * 2**attempt)
+                    is_stubborn = error.code == "23505" and attempt >= 2
+                    if not error.is_undone or is_stubborn or time.monotonic() + pause >= until:
+                        raise
+                    time.sleep(pause)
+                else:
+                    if rows is not None:
+                        return rows
+                    until = time.monotonic() + BUSY_WAIT
+            raise PostgresError("other brokers were in the way too often")
+
+    def _attempt(self, steps: Sequence[tuple[str, Parameters]], until: float) -> list[Values] | None:
+        """Runs a batch once. Returns its rows, None when its commit was lost and nothing was done."""
+        connection = self._writer.connection(until)
+        batch = secrets.token_hex(16)
+        rows: list[Values] = []
+        try:
+            connection.command(BEGIN_BATCH.format(batch=batch), until)
+            for statement, parameters in steps:
+                rows += connection.execute(statement, parameters, until)[1]
+        except BaseException as error:
+            self._writer.undo(error, until)
+            raise
+        try:
+            connection.command("COMMIT", time.monotonic() + BUSY_WAIT)
+        except PostgresError as error:
+            if not error.is_lost:
+                raise  # the server says that nothing was committed
+            self._writer.drop()
+            return rows if self._is_committed(batch) else None
+        return rows
+
+    def _is_committed(self, batch: str) -> bool:
+        """Returns whether a batch was done whose commit was not answered.
+
+        It may still be under way, on a server that waits for its standby: then this waits, too. Raises
+        PostgresError when nobody can tell in time.
+        """
+        last = time.monotonic() + SETTLE_WAIT
+        while True:
+            until = min(last, time.monotonic() + BUSY_WAIT)
+            try:
+                connection = self._writer.connection(until)
+                connection.command(SETTLE_BATCH.format(batch=batch), until)
+                found = "SELECT is_committed FROM batches WHERE batch_id = :batch"
+                return bool(connection.execute(found, {"batch": batch}, until)[1][0][0])
+            except PostgresError:
+                self._writer.drop()
+                if time.monotonic() >= last:
+                    raise
+                time.sleep(ATTEMPT_PAUSE)
+
+    # -- reading
+
+    def read(self, statement: str, parameters: Parameters) -> tuple[list[str], list[Values]]:
+        """Returns the names of the columns and the rows that a statement finds."""
+        with self._held(self._reader) as until:
+            while True:
+                connection = self._reader.connection(until)
+                try:
+                    return connection.execute(statement, parameters, until)
+                except PostgresError as error:
+                    self._reader.undo(error, until)
+                    if not error.is_undone or time.monotonic() >= until:
+                        raise
+                except BaseException as error:
+                    self._reader.undo(error, until)
+                    raise
+
+    def _look(self) -> str:
+        """Returns which transactions are done, and looks at the database's clock."""
+        began = Clock().boottime()
+        statement = """
+            SELECT
+              CAST(pg_current_snapshot() AS TEXT),
+              CAST(extract(epoch FROM clock_timestamp()) AS DOUBLE PRECISION)
+        """
+        snapshot, now = self.read(statement, {})[1][0]
+        self._clock.observe(now, began)
+        return str(snapshot)
+
+    def change_marker(self) -> object:
+        """Returns a value that changes when anyone has committed.
+
+        Looks at the database's clock and drops old batches, too.
+        """
+        if time.monotonic() >= self._next_sweep:
+            self._next_sweep = time.monotonic() + 60
+            self.read(
+                f"DELETE FROM batches WHERE made_at < clock_timestamp() - interval '{BATCHES_KEPT} seconds'",
+                {},
+            )
+        return self._look()
+
+    def clock(self) -> Clock:
+        """Returns the database's clock."""
+        return self._clock
+
+    # -- tables
+
+    def migrate(self, scripts: Sequence[str]) -> None:
+        """Brings the tables to the last version, while other brokers that start wait."""
+        with self._held(self._writer) as until:
+            connection = self._writer.connection(until)
+            try:
+                # Not SERIALIZABLE: what another has made meanwhile must be seen once the lock is had.
+                connection.command("BEGIN; SELECT pg_advisory_xact_lock(7066707)", until)
+                version = self._version(connection, until)
+                if version > len(scripts):
+                    raise ConfigurationError([newer_schema(self, version)])
+                for script in scripts[version:]:
+                    for statement in statements_of(script):
+                        connection.execute(statement, {}, until)
+                if version < len(scripts):
+                    connection.command(f"UPDATE schema_version SET version = {len(scripts)}", until)
+                connection.command("COMMIT", until)
+            except PostgresError as error:
+                self._writer.undo(error, until)
+                if error.code[:2] in ("42", "0A") or error.code == "25006":
+                    raise ConfigurationError([f"store_url: {self._rights_trouble(error)}"]) from None
+                raise
+            except BaseException as error:
+                self._writer.undo(error, until)
+                raise
+
+    def _version(self, connection: PostgresConnection, until: float) -> int:
+        """Returns the version of the tables; those of the engine's own are made where there are none."""
+        there = "SELECT to_regclass('schema_version') IS NOT NULL"
+        if not connection.execute(there, {}, until)[1][0][0]:
+            for statement in statements_of(ENGINE_TABLES):
+                connection.execute(statement, {}, until)
+        return int(connection.execute("SELECT max(version) FROM schema_version", {}, until)[1][0][0])
+
+    def _rights_trouble(self, error: PostgresError) -> str:
+        """Returns why the tables cannot be made, with the remedy."""
+        return (
+            f"{self.name}: the tables cannot be made or changed ({error}). The database must be the user's"
+            " own, and empty at first: createdb --owner USER DATABASE"
+        )
+
+    def close(self) -> None:
+        """Ends the connections."""
+        for link in (self._writer, self._reader):
+            with link.lock:
+                link.drop()
+
+
+# ============================================================================================================
 # Store
 # Owns all SQL: what survives a crash (docs/storage.md). A method is one static batch that takes and returns
 # plain values. Database runs batches; ClientStore, UserStore, LoginStore, TokenStore and SessionStore hold
@@ -2384,7 +3394,8 @@ CREATE INDEX clients_unused ON clients (unused_since) WHERE unused_since IS NOT 
 CREATE INDEX clients_by_network ON clients (network, unused_since) WHERE network IS NOT NULL;
 CREATE INDEX logins_kept ON logins (expires_at) WHERE sealed IS NOT NULL OR answer IS NOT NULL;
 ALTER TABLE clients ADD COLUMN confirmed_at REAL;
-UPDATE clients SET confirmed_at = iif(fresh_until > 0, fetched_at, used_at) WHERE kind = 'document';
+UPDATE clients SET confirmed_at = CASE WHEN fresh_until > 0 THEN fetched_at ELSE used_at END
+WHERE kind = 'document';
 ALTER TABLE binaries RENAME TO programs;
 ALTER TABLE programs RENAME COLUMN asks TO sends_requests;
 CREATE INDEX assertions_by_expiry ON assertions (expires_at);
@@ -2404,10 +3415,7 @@ MIGRATIONS = (SCHEMA, VERSION_2)  # MIGRATIONS[n] takes a store from version n t
 # kept of one network, unused: a hosted client's servers register for all its users
 REGISTRATIONS_AN_HOUR = 2000
 REGISTRATIONS_IN_ALL = 100_000  # unused: 0.5 GiB on disk at their largest
-BUSY_WAIT = 5  # seconds to wait for a process that keeps the database locked
 
-Values = tuple[Any, ...]  # a row as SQLite gives it
-Parameters = Mapping[str, object]
 RowType = TypeVar("RowType")
 
 
@@ -2652,10 +3660,11 @@ def user_row(row: Values) -> UserRow:
     return user
 
 
-# Parts of statements. Of these, three are SQLite's own words: another database says them otherwise.
+# Parts of statements. All are in SQLite's words; POSTGRESQL_WORDS has what another database says otherwise.
 LIVE_GRANT = "ended_at IS NULL AND expires_at > :now"
 ALL_BUT = "LIMIT -1 OFFSET"  # the rows after the first so many
-IN_LIST = "(SELECT value FROM json_each(:listed))"  # the values of a JSON list
+IN_LIST = "(SELECT value FROM json_each(:listed))"  # the texts of a JSON list
+IN_LIST_OF_IDS = "(SELECT CAST(value AS INTEGER) FROM json_each(:listed))"
 SESSION_NAME = "substr(lower(hex(hash)), 1, 12)"  # the beginning of a session's hash, for people
 
 # Statements that are used more than once, or for each request.
@@ -2753,7 +3762,7 @@ GRANTS_OF = {
         )
     """,
     "client": f"{FIND_GRANTS} AND client_id = :value",
-    "grant": f"{FIND_GRANTS} AND grant_id = :value",
+    "grant": f"{FIND_GRANTS} AND CAST(grant_id AS TEXT) = :value",
     "all": FIND_GRANTS,
 }
 
@@ -2838,121 +3847,41 @@ SWEEPS = (
 )
 
 
-class StoreUnavailable(HTTPError):
-    """The database cannot be written or read just now (full, locked, broken); nothing was changed."""
+Place = str | PostgresServer  # the path of a SQLite file, or a database of PostgreSQL
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(
-            503,
-            "temporarily_unavailable",
-            "The server cannot save anything just now; try again in a moment.",
-            (("Retry-After", "5"),),
-        )
-        self.reason = reason
+
+def store_place(settings: Settings) -> Place:
+    """Returns where the settings say that the store is."""
+    if settings.store_url:
+        return PostgresServer(settings.store_url, settings.store_password)
+    return settings.store_path
 
 
 class Database:
-    """The SQLite file in WAL mode: one writer and one reader connection.
+    """Runs the batches of the classes below on the engine of a place."""
 
-    Every commit is on disk before the call returns.
-    """
+    def __init__(self, place: Place, keyring: Keyring, alone: bool = True) -> None:
+        """Opens, makes or migrates the store; `alone` keeps a second broker out of a SQLite file.
 
-    def __init__(self, path: str, keyring: Keyring, alone: bool = True) -> None:
-        """Opens, makes or migrates the store.
-
-        `alone` keeps a second broker out; operators' commands open the store beside a broker. Raises
-        ConfigurationError for a file that is no store, is damaged, newer, in use, or sealed with another key.
+        Raises ConfigurationError for what cannot be a store of this release, or is sealed with another key.
         """
-        self.path = path
         # Whose leases are ours: another name at each start.
         self.holder = secrets.token_hex(8)
-        self._opened = contextlib.ExitStack()
-        # The locks guard a connection each; leaves.
-        self._write_lock = threading.Lock()
-        self._read_lock = threading.Lock()
+        self.engine: Engine = SqliteEngine(place, alone) if isinstance(place, str) else PostgresEngine(place)
         try:
-            if alone:
-                self._claim(path)
-            self._writer = self._open(path)
-            self._reader = self._open(path)
-            self._check_pages()
-            self._migrate()
+            self.engine.migrate(MIGRATIONS)
             self._check_key(keyring)
-            if alone:
+            if alone and isinstance(place, str):
                 # Nobody else serves: who held these is gone.
                 self._run({}, "DELETE FROM leases")
         except StoreUnavailable as error:
             self.close()
-            raise ConfigurationError([f"store_path: {error.reason}"]) from None
-        except sqlite3.Error as error:
-            self.close()
-            trouble = f"store_path: {path} cannot be used: {file_trouble(path, error)}"
-            raise ConfigurationError([trouble]) from None
+            if not isinstance(place, str):
+                raise  # it may be there in a moment
+            raise ConfigurationError([f"{self.engine.setting}: {error.reason}"]) from None
         except BaseException:
             self.close()
             raise
-
-    def _claim(self, path: str) -> None:
-        """Takes the store for this process; files are made 0600 before SQLite could make them otherwise."""
-        try:
-            lock_file = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            self._opened.callback(os.close, lock_file)
-            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-            for name in filter(os.path.exists, (path, path + "-wal", path + "-shm")):
-                os.chmod(name, 0o600)
-        except BlockingIOError:
-            raise ConfigurationError([f"store_path: another broker is using {path}"]) from None
-        except OSError as error:
-            trouble = f"store_path: cannot use {path}: {file_trouble(path, error)}"
-            raise ConfigurationError([trouble]) from None
-
-    def _open(self, path: str) -> sqlite3.Connection:
-        connection = self._connect(path)
-        self._opened.callback(self._close_connection, connection)
-        return connection
-
-    @staticmethod
-    def _close_connection(connection: sqlite3.Connection) -> None:
-        with contextlib.suppress(sqlite3.Error):
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        connection.close()
-
-    @staticmethod
-    def _connect(path: str) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            path, isolation_level=None, check_same_thread=False, timeout=BUSY_WAIT, cached_statements=256
-        )
-        for pragma in (
-            "journal_mode=WAL",
-            "synchronous=FULL",
-            "secure_delete=ON",
-            "foreign_keys=ON",
-            "trusted_schema=OFF",
-        ):
-            connection.execute(f"PRAGMA {pragma}")
-        return connection
-
-    def _check_pages(self) -> None:
-        problem = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if problem != "ok":
-            broken = sqlite3.DatabaseError(problem)
-            broken.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-            raise broken
-
-    def _migrate(self) -> None:
-        version = self._writer.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(MIGRATIONS):
-            raise ConfigurationError(
-                [f"store_path: {self.path} was written by a newer version of this program (schema {version})"]
-            )
-        for number, script in enumerate(MIGRATIONS[version:], version + 1):
-            with self._batch() as writer:
-                # A command beside us may have been faster.
-                if writer.execute("PRAGMA user_version").fetchone()[0] < number:
-                    for statement in filter(str.strip, script.split(";\n")):
-                        writer.execute(statement)
-                    writer.execute(f"PRAGMA user_version = {number}")
 
     def _check_key(self, keyring: Keyring) -> None:
         """Refuses a wrong key at the start rather than at each user's next call."""
@@ -2971,56 +3900,28 @@ class Database:
         try:
             keyring.unseal("probe", "store", probe or b"")
         except ValueError:
-            raise ConfigurationError([f"key_file: the key does not belong to {self.path}"]) from None
+            raise ConfigurationError([f"key_file: the key does not belong to {self.engine.name}"]) from None
 
     def _key_probe(self) -> bytes | None:
         probe: bytes | None = self._one(only, "SELECT value FROM meta WHERE name = 'key_probe'", {})
         return probe
 
-    def _trouble(self, error: sqlite3.Error) -> StoreUnavailable:
-        return StoreUnavailable(f"{self.path} cannot be used: {file_trouble(self.path, error)}")
-
-    @contextlib.contextmanager
-    def _batch(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: everything within is committed to disk together, or nothing is."""
-        # Without a limit threads would queue behind one that waits for another process.
-        if not self._write_lock.acquire(timeout=BUSY_WAIT):
-            raise StoreUnavailable("another process keeps it locked")
-        try:
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._writer
-                self._writer.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    self._writer.execute("ROLLBACK")
-                raise
-        except sqlite3.Error as error:
-            raise self._trouble(error) from error
-        finally:
-            self._write_lock.release()
+    def _note(self, name: str) -> str | None:
+        """Returns a text of `meta`, or None; an older store has it as text, not as bytes."""
+        value = self._one(only, "SELECT value FROM meta WHERE name = :name", {"name": name})
+        return value.decode() if isinstance(value, bytes) else value
 
     def _run(self, parameters: Parameters, *statements: str) -> list[Values]:
         """Runs the statements as one batch. Returns the rows of those that return any."""
-        rows: list[Values] = []
-        with self._batch() as writer:
-            for statement in statements:
-                rows += writer.execute(statement, parameters).fetchall()
-        return rows
+        return self.engine.run(parameters, statements)
 
     def _run_each(self, statement: str, parameters: Iterable[Parameters]) -> None:
-        """Runs one statement with each of the parameters, all in one batch."""
-        with self._batch() as writer:
-            writer.executemany(statement, parameters)
+        """Runs one statement with each of the parameters, in one batch or several."""
+        self.engine.run_each(statement, parameters)
 
-    def _read(self, statement: str, parameters: Parameters) -> tuple[Any, list[Values]]:
-        """Returns the columns, as PEP 249 describes them, and the rows that a statement finds."""
-        with self._read_lock:
-            try:
-                cursor = self._reader.execute(statement, parameters)
-                return cursor.description, cursor.fetchall()
-            except sqlite3.Error as error:
-                raise self._trouble(error) from error
+    def _read(self, statement: str, parameters: Parameters) -> tuple[list[str], list[Values]]:
+        """Returns the names of the columns and the rows that a statement finds."""
+        return self.engine.read(statement, parameters)
 
     def _all(
         self, make: Callable[[Values], RowType], statement: str, parameters: Parameters
@@ -3035,9 +3936,13 @@ class Database:
         rows = self._all(make, statement, parameters)
         return rows[0] if rows else None
 
-    def change_marker(self) -> int:
-        """Returns a value that changes with every commit, of any process (PRAGMA data_version)."""
-        return int(self._one(only, "PRAGMA data_version", {}) or 0)
+    def change_marker(self) -> object:
+        """Returns a value that changes when anyone has committed."""
+        return self.engine.change_marker()
+
+    def clock(self) -> Clock:
+        """Returns the clock by which the times in the store go."""
+        return self.engine.clock()
 
     def healthy(self) -> bool:
         """Returns whether the store answers."""
@@ -3046,20 +3951,9 @@ class Database:
         except StoreUnavailable:
             return False
 
-    def backup(self, path: str) -> None:
-        """Writes a consistent copy to a file."""
-        try:
-            with self._read_lock, contextlib.closing(sqlite3.connect(path)) as copy:
-                self._reader.backup(copy)
-        except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            which = self.path if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) else path
-            raise StoreUnavailable(f"{which} cannot be used: {file_trouble(which, error)}") from error
-
     def close(self) -> None:
-        """Checkpoints and closes; the lock goes with the process or here."""
-        with self._write_lock, self._read_lock:
-            self._opened.close()
+        """Closes the engine."""
+        self.engine.close()
 
 
 REGISTER_CLIENT = """
@@ -3253,7 +4147,7 @@ class ClientStore(Database):
 
     def documents_failing_since(self) -> float | None:
         """Returns since when no client's document can be read; None when the last one was read."""
-        since = self._one(only, "SELECT value FROM meta WHERE name = 'documents_failing_since'", {})
+        since = self._note("documents_failing_since")
         return None if since is None else float(since)
 
     def documents_fail(self, since: float | None) -> None:
@@ -3265,7 +4159,7 @@ class ClientStore(Database):
             self._run({}, "DELETE FROM meta WHERE name = 'documents_failing_since'")
         else:
             self._run(
-                {"since": repr(since)},
+                {"since": repr(since).encode()},
                 "INSERT INTO meta (name, value) VALUES ('documents_failing_since', :since) "
                 "ON CONFLICT DO NOTHING",
             )
@@ -3573,8 +4467,7 @@ class UserStore(Database):
 
     def forgejo_url(self) -> str | None:
         """Returns the URL of the Forgejo whose users these are, None while the store knows none."""
-        url: str | None = self._one(only, "SELECT value FROM meta WHERE name = 'forgejo_url'", {})
-        return url
+        return self._note("forgejo_url")
 
     def bound_to(self, forgejo_url: str) -> str:
         """Returns the URL of the Forgejo whose users these are.
@@ -3584,7 +4477,7 @@ class UserStore(Database):
         """
         if self.forgejo_url() != forgejo_url:
             self._run(
-                {"url": forgejo_url},
+                {"url": forgejo_url.encode()},
                 "INSERT INTO meta (name, value) VALUES ('forgejo_url', :url) ON CONFLICT DO NOTHING",
                 """
                 UPDATE meta
@@ -3599,7 +4492,7 @@ class UserStore(Database):
 
         Returns the grants that ended by that.
         """
-        parameters = {"url": forgejo_url, "reason": "another Forgejo"}
+        parameters = {"url": forgejo_url.encode(), "reason": "another Forgejo"}
         ended = self._run(parameters, *(FORGET_USERS if forget else ()), BIND)
         return [GrantRow._make(row) for row in ended]
 
@@ -3608,11 +4501,9 @@ MAKE_GRANT = """
     INSERT INTO grants (sub, client_id, scope, requested_scope, resource, created_at, used_at, expires_at)
     VALUES (:sub, :client_id, :scope, :requested_scope, :resource, :now, :now, :expires_at)
 """
-# Ids count up, so the grant just made is the last one.
 MAKE_CODE = """
     INSERT INTO codes (hash, grant_id, client_id, redirect_uri, challenge, expires_at)
-    SELECT :code_hash, max(grant_id), :client_id, :redirect_uri, :challenge, :code_expires_at
-    FROM grants
+    VALUES (:code_hash, last_insert_rowid(), :client_id, :redirect_uri, :challenge, :code_expires_at)
     RETURNING grant_id
 """
 
@@ -4022,7 +4913,7 @@ class TokenStore(Database):
             SELECT grant_id
             FROM grants
             JOIN users USING (sub)
-            WHERE grant_id IN {IN_LIST} AND {LIVE_GRANT} AND status = 'active'
+            WHERE grant_id IN {IN_LIST_OF_IDS} AND {LIVE_GRANT} AND status = 'active'
             """,
             {"listed": json.dumps(list(grant_ids)), "now": now},
         )
@@ -4241,8 +5132,7 @@ class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore, LeaseS
 
     def listing(self, kind: str, now: float) -> tuple[list[str], list[Values]]:
         """Returns the column names and rows of users, clients, grants (live ones) or sessions."""
-        columns, rows = self._read(LISTINGS[kind], {"now": now})
-        return [column[0] for column in columns], rows
+        return self._read(LISTINGS[kind], {"now": now})
 
     def forget_client(self, client_id: str) -> bool:
         """Removes a client's registration; its logins stay. Returns whether it was there."""
@@ -16059,7 +16949,7 @@ def other_forgejo(known: str, configured: str) -> str:
 
 def open_store_of(settings: Settings, keyring: Keyring) -> Store:
     """Returns the store. Raises ConfigurationError when its users are of another Forgejo."""
-    store = Store(settings.store_path, keyring)
+    store = Store(store_place(settings), keyring)
     known = store.bound_to(settings.forgejo_url)
     if known != settings.forgejo_url:
         store.close()
@@ -16104,11 +16994,10 @@ class Broker:
         sockets: Sequence[tuple[str, socket.socket]] = (),
     ) -> None:
         self.settings = settings
-        machine = clock or Clock()
-        self.clock = SteadyClock(machine)
-        self.log = log or Log(settings, clock=machine)
+        self.log = log or Log(settings, clock=clock)
         keyring = load_keyring(settings)
         self.store = open_store_of(settings, keyring)
+        self.clock = SteadyClock(clock or self.store.clock())
         forgejo = Forgejo(settings, self.clock, self.log.metrics)
         self.upstream = ForgejoCredentials(
             settings,
@@ -16779,7 +17668,7 @@ def guarded(findings: Iterable[Finding]) -> Iterator[Finding]:
     except ConfigurationError as error:
         yield from (Finding("fail", problem) for problem in error.problems)
     except StoreUnavailable as error:
-        yield Finding("fail", f"store_path: {error.reason}")
+        yield Finding("fail", f"the store: {error.reason}")
     except OSError as error:
         yield Finding("fail", f"{error.filename}: {file_trouble(str(error.filename), error)}")
     except FetchFailed as error:
@@ -17906,12 +18795,14 @@ def acting_as(uid: int, gid: int) -> Iterator[None]:
 def open_store(arguments: Arguments, alone: bool = False) -> Iterator[tuple[Settings, Keyring, Store]]:
     """Opens the store for the block, beside a running broker unless `alone`; root acts as its owner."""
     settings = arguments.settings()
-    if not os.path.exists(settings.store_path):
-        raise ConfigurationError([f"store_path: there is no store at {settings.store_path}"])
+    owner = os.geteuid(), os.getegid()
+    if not settings.store_url:
+        if not os.path.exists(settings.store_path):
+            raise ConfigurationError([f"store_path: there is no store at {settings.store_path}"])
+        owner = os.stat(settings.store_path).st_uid, os.stat(settings.store_path).st_gid
     keyring = load_keyring(settings)
-    owner = os.stat(settings.store_path)
-    with acting_as(owner.st_uid, owner.st_gid):
-        with contextlib.closing(Store(settings.store_path, keyring, alone=alone)) as store:
+    with acting_as(*owner):
+        with contextlib.closing(Store(store_place(settings), keyring, alone=alone)) as store:
             yield settings, keyring, store
 
 
@@ -17934,10 +18825,10 @@ def since_when(text: str, now: float) -> float:
 
 def listing(arguments: Arguments) -> int:
     """Prints users, clients, grants or sessions, as a table or as JSON. Returns the exit status."""
-    now = Clock().now()
-    since = since_when(arguments.options["since"], now) if "since" in arguments.options else 0.0
+    options = arguments.options
+    since = since_when(options["since"], Clock().now()) if "since" in options else 0.0
     with open_store(arguments) as (_, _, store):
-        names, found = store.listing(arguments.command, now)
+        names, found = store.listing(arguments.command, store.clock().now())
     uses = [number for number, name in enumerate(names) if name in ("created_at", "used_at", "checked_at")]
     rows = [row for row in found if not since or max(row[number] or 0 for number in uses) >= since]
     if "json" in arguments.options:
@@ -18000,7 +18891,7 @@ def revoke(arguments: Arguments) -> int:
     with open_store(arguments) as (settings, _, store):
         log = Log(settings)
         removed = forget and forget_client(settings, store, log, value)
-        now = Clock().now()
+        now = store.clock().now()
         ended = store.find_grants(kind, value, now)
         if kind == "user" and not ended:
             ended = grants_of_renamed(settings, store, value)
@@ -18060,7 +18951,7 @@ def grants_of_renamed(settings: Settings, store: Store, login: str) -> list[Any]
     user = store.user(account.sub) if account else None
     if user is None or account is None or account.created is None or account.created != user.account_created:
         return []
-    return store.find_grants("user", user.login, Clock().now())
+    return store.find_grants("user", user.login, store.clock().now())
 
 
 # -- backup and keys
@@ -18071,8 +18962,11 @@ def backup(arguments: Arguments) -> int:
     path = arguments.word
     try:
         with open_store(arguments) as (_, _, store), acting_as(os.getuid(), os.getgid()):
+            if not isinstance(store.engine, SqliteEngine):
+                by = "PostgreSQL's own pg_dump makes the copy: pg_dump --format=custom --file=FILE store_url"
+                raise ConfigurationError([f"backup: the store is {store.engine.name}. {by}"])
             with new_file(path) as fresh:
-                store.backup(fresh)
+                store.engine.backup(fresh)
     except FileExistsError:
         raise ConfigurationError([f"{path} is there already"]) from None
     print(f"wrote {path}; it opens only with the sealing key, which is not in it")

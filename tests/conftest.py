@@ -16,7 +16,7 @@ settings.register_profile(
     "ci", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("ci")
-pytest_plugins = ("rigs.real_parts", "rigs.postgresql")
+pytest_plugins = ("rigs.real_parts", "rigs.postgresql", "rigs.stores")
 PR_SET_CHILD_SUBREAPER = 36
 END_LIMIT = 10
 
@@ -101,6 +101,8 @@ def nothing_is_left(request):
     if "shared" in request.fixturenames:
         yield
         return
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("engine") == "postgresql":
+        request.getfixturevalue("databases")  # its server is all tests' of this worker
     pids, threads = child_pids(), set(threading.enumerate())
     yield
     left = [command for pid in child_pids() - pids if (command := runs_on(pid))]
@@ -112,7 +114,13 @@ def nothing_is_left(request):
 
 
 @pytest.fixture
-def make_rig(tmp_path):
+def store_settings():
+    """A function that returns the settings of a new store, where it is not the usual one."""
+    return dict
+
+
+@pytest.fixture
+def make_rig(tmp_path, store_settings):
     """A function that makes a Rig (broker, fake Forgejo, children); all of it is ended with the test."""
     from rigs.rig import Rig
 
@@ -121,7 +129,7 @@ def make_rig(tmp_path):
     def make(**arguments):
         folder = tmp_path / f"rig{len(made)}"
         folder.mkdir()
-        made.append(Rig(folder, **arguments))
+        made.append(Rig(folder, **{**store_settings(), **arguments}))
         return made[-1]
 
     yield make

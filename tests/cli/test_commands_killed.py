@@ -46,12 +46,12 @@ def hooked(name):
     setattr(os, name, wrapper)
 for name in ("open", "unlink", "fsync", "replace", "chown"):
     hooked(name)
-connect = fjmcp_broker.Store._connect
+connect = fjmcp_broker.SqliteEngine._connect
 def traced(path):
     connection = connect(path)
     connection.set_trace_callback(step)
     return connection
-fjmcp_broker.Store._connect = staticmethod(traced)
+fjmcp_broker.SqliteEngine._connect = staticmethod(traced)
 sys.exit(fjmcp_broker.main(sys.argv[3:]))
 """
 

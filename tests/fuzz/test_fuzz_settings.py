@@ -177,6 +177,7 @@ GOOD = {
     "path": ["/tmp/x"],
     "command": ["program", "a,b"],
     "forgejo_scopes": ["read:user"],
+    "store_url": [""],
 }
 
 

@@ -190,8 +190,7 @@ def test_an_account_login_does_not_disturb_a_consent_page_that_is_open(rig):
 def test_the_page_survives_a_restart_and_an_unregistered_application_is_named_by_its_id(rig):
     client = rig.login("alice")
     browser, _ = open_account(rig)
-    with rig.broker.store._batch() as db:
-        db.execute("DELETE FROM clients")
+    rig.broker.store.engine.run({}, ["DELETE FROM clients"])
     rig.restart()
     assert client.client_id in browser.get(rig.url + "/account").words
 

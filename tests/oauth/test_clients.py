@@ -19,6 +19,13 @@ from rigs.processes import ended
 from rigs.rig import text_of
 from tools.replay import Replay, transcripts
 
+
+@pytest.fixture
+def engine():
+    """What is tested here is the same on each."""
+    return "sqlite"
+
+
 PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 LIST_ORIGIN = "https://claude.ai"
 

@@ -11,6 +11,13 @@ from rigs.busy_clients import same
 from rigs.mcp_client import McpClient, OAuthClient
 from rigs.rig import json_of, who
 
+
+@pytest.fixture
+def engine():
+    """What is tested here is the same on each."""
+    return "sqlite"
+
+
 PARTS = {
     "public_url": "https://mcp.example.org",
     "forgejo_oauth_client_id": "i",

@@ -4,11 +4,9 @@ What most tests stand on.
 """
 
 import collections
-import contextlib
 import io
 import json
 import socket
-import sqlite3
 import sys
 import threading
 import time
@@ -175,15 +173,11 @@ def tick_one_at_a_time(reaper):
     reaper.tick = one_tick
 
 
-def rows(store, statement, parameters=()):
-    """What a statement finds in a store's file, as whoever opens it beside the broker sees it.
-
-    Rows with names.
-    """
-    with contextlib.closing(sqlite3.connect(store.path)) as db:
-        found = db.execute(statement, parameters)
-        row = collections.namedtuple("Row", [column[0] for column in found.description], rename=True)
-        return [row._make(values) for values in found]
+def rows(store, statement, parameters=None):
+    """What a statement finds in a store: rows with names."""
+    columns, found = store.engine.read(statement, parameters or {})
+    row = collections.namedtuple("Row", columns, rename=True)
+    return [row._make(values) for values in found]
 
 
 def text_of(result):

@@ -143,12 +143,7 @@ def test_14_a_document_that_also_lists_none_needs_no_key(cimd, web, key):
 
 
 def test_a_preregistered_client_id_may_look_like_a_url_and_is_never_fetched(cimd, web):
-    with cimd.broker.store._batch() as db:
-        db.execute(
-            "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, "
-            "used_at) VALUES (?, 'configured', 'Mine', '[\"https://app.example/cb\"]', 'none', '{}', 0, 0)",
-            (ME,),
-        )
+    cimd.broker.store.add_client(ME, "configured", "Mine", ["https://app.example/cb"], None, "none", {}, 0.0)
     assert ask(cimd, ME).status == 200 and not web.resolved
 
 
@@ -517,12 +512,11 @@ def test_S14_what_is_kept_of_strangers_is_bounded_and_clients_with_a_login_stay(
             keep=40,
         )
     assert rows(store, "SELECT count(*) AS n FROM clients")[0].n == 41 and client.refresh().status == 200
-    with store._batch() as db:
-        db.executemany(
-            "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, "
-            "used_at) VALUES (?, 'document', 'N', '[]', 'none', '{}', 0, ?)",
-            [(f"https://y.example/{number}", now) for number in range(1100)],
-        )
+    store.engine.run_each(
+        "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at,"
+        " used_at) VALUES (:url, 'document', 'N', '[]', 'none', '{}', 0, :now)",
+        [{"url": f"https://y.example/{number}", "now": now} for number in range(1100)],
+    )
     assert refused(cimd, "https://app.example/one-more")
     assert rows(store, "SELECT count(*) AS n FROM clients")[0].n == 1001 and client.refresh().status == 200
     assert {row[1] for row in store.listing("clients", now)[1]} == {"document"}

@@ -828,8 +828,7 @@ def test_T02_the_challenge_is_no_verifier(client):
 
 def test_T03_a_code_without_a_challenge_opens_with_nothing(rig, client):
     code = code_for(client)
-    with rig.broker.store._batch() as db:
-        db.execute("UPDATE codes SET challenge = ''")
+    rig.broker.store.engine.run({}, ["UPDATE codes SET challenge = ''"])
     assert client.redeem(code).json()["error"] == "invalid_grant"
     assert client.redeem(code, code_verifier=None).json()["error"] == "invalid_request"
 

@@ -106,7 +106,7 @@ def traced(statement):
 
 def opening(self, *arguments, **named):
     opened(self, *arguments, **named)
-    self._writer.set_trace_callback(traced)
+    self.engine._writer.set_trace_callback(traced)
 
 broker.Store.__init__ = opening
 sys.exit(broker.main())

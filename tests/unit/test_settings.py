@@ -316,6 +316,7 @@ TYPES = {
             "log_format",
             "log_addresses",
             "broker_name",
+            "store_url",
         ),
         "str",
     ),
@@ -508,3 +509,79 @@ def test_any_file_gives_settings_or_a_sentence(text):
         else:
             with open(file.name, "rb") as written:
                 assert not tomllib.load(written)
+
+
+# -- the database of several brokers
+
+STORE = "postgresql://fjmcp@127.0.0.1/fjmcp"
+KEY = {"key": "k" * 43 + "="}
+
+
+@pytest.mark.parametrize(
+    "url, parameters",
+    [
+        (STORE, {"user": "fjmcp", "host": "127.0.0.1", "dbname": "fjmcp"}),
+        ("postgres://u%40x@[::1]:5433/d", {"user": "u@x", "host": "::1", "port": "5433", "dbname": "d"}),
+        ("postgresql:///d", {"dbname": "d"}),
+        (
+            "postgresql://u@%2Frun%2Fpostgresql/d?connect_timeout=3",
+            {"user": "u", "host": "/run/postgresql", "dbname": "d", "connect_timeout": "3"},
+        ),
+        ("postgresql://u@/d?host=/run/postgresql", {"user": "u", "dbname": "d", "host": "/run/postgresql"}),
+        (
+            "postgresql://u@a.example:1,b.example/d?sslmode=verify-full&sslrootcert=/etc/a%20b.pem",
+            {
+                "user": "u",
+                "host": "a.example,b.example",
+                "port": "1,",
+                "dbname": "d",
+                "sslmode": "verify-full",
+                "sslrootcert": "/etc/a b.pem",
+            },
+        ),
+    ],
+)
+def test_a_store_url_is_read_as_libpq_reads_it(url, parameters):
+    assert fjmcp_broker.postgresql_parameters(url) == parameters
+    assert load_settings({**NEEDED, **KEY, "store_url": url}, {}).store_url == url
+
+
+@pytest.mark.parametrize(
+    "url, sentence",
+    [
+        ("mysql://u@127.0.0.1/d", "must be such as postgresql://"),
+        ("postgresql://u:secret@127.0.0.1/d", "store_password"),
+        ("postgresql://u@127.0.0.1/d?password=secret", "'password'"),
+        ("postgresql://u@127.0.0.1/d?service=other", "'service'"),
+        ("postgresql://u@127.0.0.1/d?sslmode", "'sslmode'"),
+        ("postgresql://u@127.0.0.1:5432:1/d", "neither HOST nor HOST:PORT"),
+        ("postgresql://u@127.0.0.1/d?port=1,2", "as many"),
+        ("postgresql://u@db.internal/d", "sslmode=verify-full"),
+        ("postgresql://u@db.internal/d?sslmode=require", "sslmode=verify-full"),
+        ("postgresql://u@db.internal/d?sslmode=verify-ca", "sslmode=verify-full"),
+        ("postgresql://u@127.0.0.1,db.internal/d", "sslmode=verify-full"),
+        ("postgresql://u@127.0.0.1/d?host=db.internal", "sslmode=verify-full"),
+        ("postgresql://u@127.0.0.1/d?hostaddr=192.0.2.1", "sslmode=verify-full"),
+        ("postgresql://u@a.example,b.example/d?hostaddr=127.0.0.1,", "sslmode=verify-full"),
+        ("postgresql://u@localhost.evil.example/d", "sslmode=verify-full"),
+    ],
+)
+def test_a_store_url_that_cannot_be_is_refused_and_shown_nowhere(url, sentence):
+    with pytest.raises(ConfigurationError) as error:
+        load_settings({**NEEDED, **KEY, "store_url": url}, {})
+    assert sentence in str(error.value) and url not in str(error.value) and "secret" not in str(error.value)
+
+
+def test_a_store_of_several_brokers_needs_a_key_and_children_that_keep_no_state():
+    with pytest.raises(ConfigurationError, match="store_url: key or key_file must be given"):
+        load_settings({**NEEDED, "store_url": STORE}, {})
+    with pytest.raises(ConfigurationError, match="store_url: it cannot be with child_keeps_state"):
+        load_settings({**NEEDED, **KEY, "store_url": STORE, "child_keeps_state": "true"}, {})
+    assert load_settings({**NEEDED, "key_file": "k", "store_url": STORE}, {}).store_url == STORE
+
+
+def test_the_stores_password_is_a_secret(tmp_path):
+    (tmp_path / "password").write_text("correct horse\n")
+    values = {**NEEDED, **KEY, "store_url": STORE, "store_password_file": str(tmp_path / "password")}
+    assert load_settings(values, {}).store_password == "correct horse"
+    assert "correct horse" not in repr(fjmcp_broker.store_place(load_settings(values, {})))

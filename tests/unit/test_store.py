@@ -31,10 +31,22 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def store(path):
+def store(place):
+    """A store on each engine."""
+    made = Store(place, KEYS)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def sqlite_store(path):
     made = Store(path, KEYS)
     yield made
     made.close()
+
+
+def is_sqlite(store):
+    return isinstance(store.engine, fjmcp_broker.SqliteEngine)
 
 
 def add_user(store, sub="1", login="alice"):
@@ -146,20 +158,20 @@ def test_G01_the_programs_files_are_private_whatever_the_umask(make_installation
     assert set(made.values()) == {0o600}, made
 
 
-def test_G04_what_was_revoked_is_gone_from_the_files(store, path):
-    grant = filled(store)
-    store.rotate(token_hash("1r"), None, NOW, *pair("2"), b"a sealed successor")
+def test_G04_what_was_revoked_is_gone_from_the_files(sqlite_store, path):
+    grant = filled(sqlite_store)
+    sqlite_store.rotate(token_hash("1r"), None, NOW, *pair("2"), b"a sealed successor")
     gone = (token_hash("1a"), token_hash("2a"), b"a sealed successor")
     assert all(any(part in Path(name).read_bytes() for name in (path, path + "-wal")) for part in gone)
-    store.end_grant(grant, "revoked", NOW)
-    store.close()
+    sqlite_store.end_grant(grant, "revoked", NOW)
+    sqlite_store.close()
     left = b"".join(file.read_bytes() for file in Path(path).parent.iterdir())
     assert not any(part in left for part in gone)
-    store.__init__(path, KEYS)  # for the fixture's close
+    sqlite_store.__init__(path, KEYS)  # for the fixture's close
 
 
-def test_every_commit_is_on_disk_before_the_call_returns(store):
-    for connection in (store._writer, store._reader):
+def test_every_commit_is_on_disk_before_the_call_returns(sqlite_store):
+    for connection in (sqlite_store.engine._writer, sqlite_store.engine._reader):
         pragmas = {
             name: connection.execute(f"PRAGMA {name}").fetchone()[0]
             for name in ("journal_mode", "synchronous", "secure_delete", "foreign_keys", "trusted_schema")
@@ -173,12 +185,12 @@ def test_every_commit_is_on_disk_before_the_call_returns(store):
         }
 
 
-def test_G07_a_second_broker_is_kept_out_and_a_command_is_not(store, path):
+def test_G07_a_second_broker_is_kept_out_and_a_command_is_not(sqlite_store, path):
     with pytest.raises(ConfigurationError, match="another broker is using"):
         Store(path, KEYS)
     beside = Store(path, KEYS, alone=False)
     add_user(beside)
-    assert store.user("1").login == "alice"
+    assert sqlite_store.user("1").login == "alice"
     beside.close()
 
 
@@ -252,7 +264,7 @@ def test_G07_a_process_that_keeps_it_locked_costs_writers_a_wait_and_readers_not
 def test_G06_the_token_endpoint_issues_nothing_that_is_not_committed(rig):
     client = rig.login()
     before = dict(client.tokens)
-    writer = rig.broker.store._writer
+    writer = rig.broker.store.engine._writer
     writer.execute(f"PRAGMA max_page_count = {writer.execute('PRAGMA page_count').fetchone()[0]}")
     with contextlib.suppress(StoreUnavailable):
         for number in range(1000):
@@ -345,9 +357,9 @@ def test_the_fields_of_a_row_are_the_columns_of_its_statement(store):
             make = ast.unparse(node.args[0])
             row = ROWS_OF.get(make) or getattr(fjmcp_broker, make.removesuffix("._make"), None)
             for statement in values_of(node.args[1]) if hasattr(row, "_fields") else ():
-                nothing = dict.fromkeys(re.findall(r":(\w+)", statement), 0)
+                nothing = dict.fromkeys(re.findall(r":(\w+)", statement), 0 if is_sqlite(store) else None)
                 columns, _ = store._read(statement, nothing)
-                assert tuple(column[0] for column in columns) == row._fields, statement
+                assert tuple(columns) == row._fields, statement
                 compared.add(row)
     assert len(compared) > 12
 
@@ -469,7 +481,7 @@ import itertools, os, shutil, sys
 sys.path.insert(0, sys.argv[1])
 import fjmcp_broker as b
 b.MIGRATIONS = (*b.MIGRATIONS, sys.argv[3])
-connect = b.Store._connect
+connect = b.SqliteEngine._connect
 
 def migrate(path, number):
     count = itertools.count()
@@ -477,7 +489,7 @@ def migrate(path, number):
         connection = connect(path)
         connection.set_trace_callback(lambda sql: next(count) == number and os.kill(os.getpid(), 9))
         return connection
-    b.Store._connect = staticmethod(traced)
+    b.SqliteEngine._connect = staticmethod(traced)
     b.Store(path, b.Keyring([b"k" * 32])).close()
     os._exit(0)
 
@@ -524,10 +536,10 @@ def described():
     return {name: text for text in sections for name in text.partition("\n")[0].split(", ")}
 
 
-def test_every_column_is_described_and_stands_in_an_example(store):
+def test_every_column_is_described_and_stands_in_an_example(sqlite_store):
     tables = {}
     for table, column in rows(
-        store,
+        sqlite_store,
         "SELECT m.name, c.name AS column_name FROM sqlite_master m, pragma_table_info(m.name) c"
         " WHERE m.type = 'table' AND m.name NOT LIKE 'sqlite%'",
     ):
@@ -555,11 +567,11 @@ def explained(store, act):
     Of something done to a store.
     """
     statements, steps = [], []
-    store._writer.set_trace_callback(statements.append)
-    store._writer.set_progress_handler(lambda: steps.append(1), 10)
+    store.engine._writer.set_trace_callback(statements.append)
+    store.engine._writer.set_progress_handler(lambda: steps.append(1), 10)
     act()
-    store._writer.set_trace_callback(None)
-    store._writer.set_progress_handler(None, 0)
+    store.engine._writer.set_trace_callback(None)
+    store.engine._writer.set_progress_handler(None, 0)
     words = ("INSERT", "UPDATE", "DELETE", "SELECT")
     return {
         statement: [row.detail for row in rows(store, "EXPLAIN QUERY PLAN " + statement)]
@@ -584,18 +596,18 @@ MAY_SCAN = {
 }
 
 
-def test_what_runs_for_requests_and_by_the_clock_finds_its_rows_by_an_index(store):
+def test_what_runs_for_requests_and_by_the_clock_finds_its_rows_by_an_index(sqlite_store):
     scans = {}
     for method, statement in statements():
         nothing = dict.fromkeys(re.findall(r":(\w+)", statement))
-        for step in rows(store, "EXPLAIN QUERY PLAN " + statement, nothing):
+        for step in rows(sqlite_store, "EXPLAIN QUERY PLAN " + statement, nothing):
             if step.detail.startswith("SCAN") and "json_each" not in step.detail:
                 scans.setdefault(method, []).append(step.detail)
     assert scans.keys() == MAY_SCAN.keys(), scans
 
 
 def many_grants(store, count):
-    with store._batch() as db:
+    with store.engine._batch() as db:
         db.executemany(
             "INSERT INTO grants (sub, client_id, scope, requested_scope, resource, created_at, used_at, "
             "expires_at) VALUES ('1', ?, 'x', 'x', 'r', 0, 0, ?)",
@@ -613,13 +625,13 @@ def keep_document(store, number):
     [lambda s: keep_document(s, 1000), lambda s: s.sweep(NOW, DAY), lambda s: s.end_orphaned_sessions(NOW)],
     ids=["keep_document", "sweep", "end_orphaned_sessions"],
 )
-def test_nothing_that_is_done_while_others_wait_reads_all_grants(store, act):
-    add_user(store)
-    many_grants(store, 10)
+def test_nothing_that_is_done_while_others_wait_reads_all_grants(sqlite_store, act):
+    add_user(sqlite_store)
+    many_grants(sqlite_store, 10)
     for number in range(120):
-        keep_document(store, number)
-        add_client(store, f"fjd_{number}")
-    plans, _ = explained(store, lambda: act(store))
+        keep_document(sqlite_store, number)
+        add_client(sqlite_store, f"fjd_{number}")
+    plans, _ = explained(sqlite_store, lambda: act(sqlite_store))
     assert any("grants" in statement for statement in plans)
     for statement, plan in plans.items():
         assert not any(re.match(r"SCAN (grants|g|codes)\b(?! USING)", line) for line in plan), (
@@ -628,16 +640,16 @@ def test_nothing_that_is_done_while_others_wait_reads_all_grants(store, act):
         )
 
 
-def test_making_room_for_a_document_costs_the_same_whatever_grants_there_are(store):
-    add_user(store)
+def test_making_room_for_a_document_costs_the_same_whatever_grants_there_are(sqlite_store):
+    add_user(sqlite_store)
     for number in range(150):
-        keep_document(store, number)
+        keep_document(sqlite_store, number)
     steps = []
     for count in (100, 10_000):
-        many_grants(store, count)
-        steps.append(explained(store, lambda: keep_document(store, len(steps) + 1000))[1])
+        many_grants(sqlite_store, count)
+        steps.append(explained(sqlite_store, lambda: keep_document(sqlite_store, len(steps) + 1000))[1])
     assert steps[0] > 10 and steps[1] < 1.2 * steps[0] + 10
-    assert rows(store, "SELECT count(*) AS n FROM clients")[0].n == 100
+    assert rows(sqlite_store, "SELECT count(*) AS n FROM clients")[0].n == 100
 
 
 # -- crashes
@@ -695,14 +707,14 @@ def test_a_crash_between_any_two_statements_leaves_all_or_nothing(tmp_path, name
         store = Store(path, KEYS)
         grant = filled(store)
         before = repr(contents(path))
-        real = store._writer
-        store._writer = crashing(real, after)
+        real = store.engine._writer
+        store.engine._writer = crashing(real, after)
         crashed = False
         try:
             OPERATIONS[name](store, grant)
         except Crash:
             crashed = True
-        store._writer = real
+        store.engine._writer = real
         real.rollback()
         store.close()
         outcomes.append((crashed, repr(contents(path)), before))
@@ -790,20 +802,20 @@ def test_G05_kill_9_after_the_call_returned_keeps_what_it_wrote(path):
     store.close()
 
 
-def test_G06_a_full_disk_changes_nothing_and_is_forgotten_once_there_is_room(store):
-    filled(store)
-    pages = store._writer.execute("PRAGMA page_count").fetchone()[0]
-    store._writer.execute(f"PRAGMA max_page_count = {pages}")
+def test_G06_a_full_disk_changes_nothing_and_is_forgotten_once_there_is_room(sqlite_store):
+    filled(sqlite_store)
+    pages = sqlite_store.engine._writer.execute("PRAGMA page_count").fetchone()[0]
+    sqlite_store.engine._writer.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StoreUnavailable) as error:
         for number in range(1000):
-            store.add_client(f"big{number}", "dynamic", "n" * 1000, [], None, "none", {}, NOW)
+            sqlite_store.add_client(f"big{number}", "dynamic", "n" * 1000, [], None, "none", {}, NOW)
     assert error.value.status == 503 and ("Retry-After", "5") in error.value.headers
-    assert store.bearer(token_hash("1a"), NOW) and store.healthy()
-    kept = sum(store.client(f"big{n}") is not None for n in range(1000))
-    assert kept < 1000 and store.client(f"big{kept}") is None
-    store._writer.execute("PRAGMA max_page_count = 1000000")
-    add_client(store, "small")
-    assert store.client("small")
+    assert sqlite_store.bearer(token_hash("1a"), NOW) and sqlite_store.healthy()
+    kept = sum(sqlite_store.client(f"big{n}") is not None for n in range(1000))
+    assert kept < 1000 and sqlite_store.client(f"big{kept}") is None
+    sqlite_store.engine._writer.execute("PRAGMA max_page_count = 1000000")
+    add_client(sqlite_store, "small")
+    assert sqlite_store.client("small")
 
 
 def test_G16_many_threads_at_once_lose_nothing(store):
@@ -880,23 +892,28 @@ def test_G17_sweeping_drops_what_had_its_time_and_keeps_what_reuse_detection_nee
     assert store.refresh_token(token_hash("1r")) is None and store.client("c") is None
 
 
-def test_10_000_registrations_are_kept_then_swept_by_age_but_never_one_with_a_live_login(store):
-    add_user(store)
-    with store._batch() as db:
-        db.executemany(
-            "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at, "
-            "used_at) VALUES (?, 'dynamic', 'n', '[]', 'none', '{}', ?, ?)",
-            [(f"d{n}", NOW, NOW) for n in range(10_000)],
-        )
-    add_grant(store, "code", client="d77")
-    store.redeem_code(token_hash("code"), "d77", "https://x.example/cb", "ch", NOW, *pair("1"), 3)
-    store.sweep(NOW + 29 * DAY, 90 * DAY)
-    assert store.client("d0") and store.client("d9999")
-    store.sweep(NOW + 31 * DAY, 90 * DAY)
-    assert rows(store, "SELECT count(*) AS n FROM clients")[0].n >= 9_000  # a sweep takes a small batch
+def test_10_000_registrations_are_kept_then_swept_by_age_but_never_one_with_a_live_login(sqlite_store):
+    add_user(sqlite_store)
+    sqlite_store.engine.run_each(
+        "INSERT INTO clients (client_id, kind, name, redirect_uris, auth_method, metadata, created_at,"
+        " used_at) VALUES (:client_id, 'dynamic', 'n', '[]', 'none', '{}', :now, :now)",
+        [{"client_id": f"d{n}", "now": NOW} for n in range(10_000)],
+    )
+    add_grant(sqlite_store, "code", client="d77")
+    sqlite_store.redeem_code(token_hash("code"), "d77", "https://x.example/cb", "ch", NOW, *pair("1"), 3)
+    sqlite_store.sweep(NOW + 29 * DAY, 90 * DAY)
+    assert sqlite_store.client("d0") and sqlite_store.client("d9999")
+    sqlite_store.sweep(NOW + 31 * DAY, 90 * DAY)
+    assert (
+        rows(sqlite_store, "SELECT count(*) AS n FROM clients")[0].n >= 9_000
+    )  # a sweep takes a small batch
     for _ in range(20):
-        store.sweep(NOW + 31 * DAY, 90 * DAY)
-    assert store.client("d77") and store.client("d0") is None and store.client("d9999") is None
+        sqlite_store.sweep(NOW + 31 * DAY, 90 * DAY)
+    assert (
+        sqlite_store.client("d77")
+        and sqlite_store.client("d0") is None
+        and sqlite_store.client("d9999") is None
+    )
 
 
 def test_above_the_rows_of_a_user_the_one_unused_for_longest_goes(store):
@@ -926,13 +943,13 @@ def test_a_state_set_for_an_older_credential_does_not_stick(store):
     assert store.user("1").status == "active"
 
 
-def test_everybody_sees_that_somebody_committed(store, path):
+def test_everybody_sees_that_somebody_committed(store, place):
     before = store.change_marker()
     assert store.change_marker() == before
     add_client(store, "a")
     ours = store.change_marker()
     assert ours != before
-    beside = Store(path, KEYS, alone=False)
+    beside = Store(place, KEYS, alone=False)
     add_client(beside, "b")
     beside.close()
     assert store.change_marker() != ours
@@ -971,16 +988,16 @@ def test_of_all_unused_registrations_the_oldest_go_and_none_that_was_used(store)
     assert row.unused_since is None and row.network is None
 
 
-def test_a_registration_at_the_limits_reads_an_index_and_no_row(store):
+def test_a_registration_at_the_limits_reads_an_index_and_no_row(sqlite_store):
     """Its cost is that of counting entries of an index, however large the rows are."""
     ran = []
-    store._writer.set_trace_callback(ran.append)
-    register(store, "a")
-    store._writer.set_trace_callback(None)
+    sqlite_store.engine._writer.set_trace_callback(ran.append)
+    register(sqlite_store, "a")
+    sqlite_store.engine._writer.set_trace_callback(None)
     deletes = [text for text in ran if text.strip().startswith("DELETE FROM clients")]
     assert len(deletes) == 2
     for statement, index in zip(deletes, ("clients_by_network", "clients_unused"), strict=True):
-        steps = [row.detail for row in rows(store, "EXPLAIN QUERY PLAN " + statement)]
+        steps = [row.detail for row in rows(sqlite_store, "EXPLAIN QUERY PLAN " + statement)]
         reads = [step for step in steps if step.startswith(("SCAN", "SEARCH"))]
         assert reads[0].startswith("SEARCH clients USING PRIMARY KEY")  # what is deleted, if anything
         assert all(f"USING COVERING INDEX {index}" in step for step in reads[1:]) and len(reads) == 2, steps
