@@ -12491,7 +12491,7 @@ class ReplayState:
         """Takes over what is on file."""
         uris = json.loads(row.subscriptions)[: self._settings.max_subscriptions]
         with self.lock:
-            self.level = row.log_level
+            self.level = row.log_level if row.log_level in LEVELS else None
             self.tools_hash = row.tools_hash
             self.rights_hash = row.rights_hash or self.rights_hash or b""
             self.subscriptions = collections.Counter(uri for uri in uris if len(uri) <= MAX_URI)
@@ -12962,7 +12962,8 @@ class Session:
         self.sub = identity.sub
         self.client_id = identity.client_id
         self.is_durable = identity.name is not None
-        self.initialize = initialize
+        # As bytes: parsed, 64 KiB of it may cost 2 MiB, and sessions that sleep have it too.
+        self._initialize = dump(initialize)
         self.version: str | None = None  # negotiated with the first child
         self.server: dict[str, object] | None = None  # what the newest child said of itself
         self.ttl = 0  # ms for which what a modern child says of itself may be kept
@@ -12983,6 +12984,12 @@ class Session:
     def backend(self) -> Backend | None:
         """The child that serves now."""
         return self.backends.current
+
+    @property
+    def initialize(self) -> dict[str, object]:
+        """The params of the client's `initialize`, which each child is told."""
+        params: dict[str, object] = json.loads(self._initialize)
+        return params
 
     @property
     def label(self) -> str | None:
@@ -15646,14 +15653,20 @@ def remembers(session: Session, message: Message) -> Callable[[object], object] 
     if message.method == "tools/list" and not params.get("cursor"):
         return session.replay.set_tools
     level = member(params, "level", str, None)
-    if message.method == "logging/setLevel" and level is not None:
-        return lambda result: session.replay.set_level(level)
+    # On file stays only what is a level, whatever a child lets pass.
+    if message.method == "logging/setLevel" and level in LEVELS:
+        return functools.partial(note_level, session, level)
     uri = member(params, "uri", str, None)
     if message.method == "resources/subscribe" and uri is not None:
         return lambda result: session.replay.subscribe(uri)
     if message.method == "resources/unsubscribe" and uri is not None:
         return lambda result: session.replay.unsubscribe(uri)
     return None
+
+
+def note_level(session: Session, level: str, result: object) -> None:
+    """Keeps the log level that a client has set."""
+    session.replay.set_level(level)
 
 
 def sealed_state(keyring: Keyring, prefix: str, caller: Caller, message: Message, name: str) -> str:

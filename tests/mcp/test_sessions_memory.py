@@ -6,6 +6,7 @@ At a bound only its owner loses something.
 import ast
 import gc
 import json
+import time
 import types
 import weakref
 from pathlib import Path
@@ -261,3 +262,52 @@ def test_answers_to_questions_are_kept_only_for_a_child_that_gets_them_together_
     errors = [error for _, error, _ in backend.told]
     assert [bool(error) for error in errors] == [False, False, collects]
     assert len(json.dumps(asking.input_responses)) < (16_000 if collects else 10)
+
+
+# -- what is parsed
+
+
+MARK = "parsed and kept"
+HEAVY = b"[" + b",".join([b'{"%s":[]}' % MARK.encode()] * 1000) + b"]"
+
+
+def parsed_values():
+    """How many of the objects in HEAVY are in memory; the test itself has none but bytes."""
+    gc.collect()
+    return sum(1 for each in gc.get_objects() if type(each) is dict and each.keys() == {MARK})
+
+
+def wait_until(condition):
+    """Until a connection's thread has let go of its request, too."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_what_a_client_says_of_itself_is_parsed_only_while_a_child_is_told(rig):
+    body = (
+        b'{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-11-25",'
+        b'"clientInfo":{"name":"x","version":"1"},"capabilities":{"experimental":{"x":{"y":' + HEAVY + b"}}}}}"
+    )
+    with McpClient(rig.url + "/mcp", rig.login().tokens["access_token"]) as mcp:
+        assert mcp.post(body).status == 200
+    (session,) = rig.broker.sessions.all()
+    assert len(session.initialize["capabilities"]["experimental"]["x"]["y"]) == 1000
+    wait_until(lambda: parsed_values() == 0)
+
+
+def test_a_log_level_that_is_none_is_never_kept_whatever_a_child_lets_pass(rig):
+    with McpClient(rig.url + "/mcp", rig.login().tokens["access_token"]) as mcp:
+        mcp.initialize()
+        mcp.request("logging/setLevel", {"level": "error"})
+        (session,) = rig.broker.sessions.all()
+        assert session.replay.level == "error"
+        fat = fjmcp_broker.Message("request", 1, "logging/setLevel", {"level": "x" * 1000}, {})
+        assert fjmcp_broker.remembers(session, fat) is None
+        # A broker of before may have kept one.
+        rig.broker.store.update_session(session.name, "x" * 1000, [], None)
+        rig.restart()
+        assert text_of(mcp.call_tool("get_echo", text="awake")) == "awake"
+        (session,) = rig.broker.sessions.all()
+        assert session.replay.level is None
