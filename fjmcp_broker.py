@@ -5220,6 +5220,7 @@ MAX_DEPTH = 64
 # other thread run: this many cost 0.1 s and 60 MiB at most.
 MAX_VALUES = 1 << 18
 MAX_CHILD_VALUES = 1 << 20
+VALUE_BYTES = 128  # of a parsed value, where it is one of many
 NO_STRUCTURE = bytes(set(range(256)) - set(b'"[]{},'))
 AS_SQUARE = bytes.maketrans(b"{}", b"[]")
 # The escape of a first half of a pair without a second one, or of a second one without a first.
@@ -5288,6 +5289,11 @@ def _check_values(body: bytes, most: int) -> None:
         marks = _structure(body)
         if len(marks) - marks.count(b"]") - marks.count(b"}") > most:
             raise ValueError(f"more than {most} values")
+
+
+def weight_of(body: bytes) -> int:
+    """Returns about how much memory a JSON text takes together with its value, counted without parsing it."""
+    return len(body) + VALUE_BYTES * sum(map(body.count, (b"[", b"{", b",")))
 
 
 def _check_depth(body: bytes) -> None:
@@ -5633,7 +5639,8 @@ class Request:
     """One HTTP request.
 
     `headers` maps a lower-case name to the list of its values; `target` is the raw path, `query` the raw
-    query. `read_body(limit, seconds)` reads and returns the body; HTTPError 413, 408 or 400. `address` is the
+    query. `read_body(limit, seconds, weigh)` reads and returns the body, which weighs on its owner by weigh();
+    HTTPError 413, 408, 400 or 503. `address` is the
     client's, as far as trusted proxies tell. `direct`: no proxy spoke for the client. `is_proxy`: the address
     is a trusted proxy's own, which stands for an unknown number of clients. `seat` is the request's place
     among what is served at once.
@@ -6295,9 +6302,9 @@ def seat_of_address(request: Request, settings: Settings) -> None:
 
 @dataclass(eq=False, slots=True)
 class Body:
-    """A request's body while it is read: its owner, its beginning, its bytes, and how many are charged.
+    """A request's body: its owner, when its reading began, its bytes, and how many are charged.
 
-    `end` ends the reading.
+    `end` ends the reading. `weight` is charged once it has been read.
     """
 
     owner: str
@@ -6305,23 +6312,28 @@ class Body:
     end: Callable[[], None]
     received: int = 0
     charged: int = 0
+    weight: int = 0
     ended: bool = False
 
 
 class Bodies:
     """The bytes of bodies being read, charged to their owners as they arrive; the first FREE of each are not.
 
-    When there are more than `body_bytes`, the slowest body of
-    who holds most is ended: not the newcomer's, whoever that is.
+    When there are more than `body_bytes`, the slowest body of who holds most is ended: not the newcomer's,
+    whoever that is. One that has been read weighs on its owner until its request is answered or with a child;
+    those of one owner weigh at most `body_bytes`, but for a single one, and four times that over all; above
+    that an owner has an equal share.
     """
 
     FREE = 16384
+    OWNERS = 4
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._lock = threading.Lock()  # guards everything below, and what is charged of every Body; a leaf
         self._by_owner: dict[str, set[Body]] = {}
         self.total = 0
+        self._weights: dict[str, int] = {}  # of bodies that have been read, by owner
 
     def grow(self, body: Body, size: int) -> None:
         """Charges `size` bytes that have arrived; HTTPError 503 for a body that was ended, now or before."""
@@ -6341,17 +6353,42 @@ class Bodies:
             if victim is not body:
                 victim.end()
         if body.ended:
-            raise HTTPError(
-                503,
-                "temporarily_unavailable",
-                "Too many large requests at once; try again in a moment.",
-                (("Retry-After", "5"),),
-            )
+            raise self._no_room()
 
-    def close(self, body: Body) -> None:
-        """The body has been read, or never will be."""
+    @staticmethod
+    def _no_room() -> HTTPError:
+        return HTTPError(
+            503,
+            "temporarily_unavailable",
+            "Too many large requests at once; try again in a moment.",
+            (("Retry-After", "5"),),
+        )
+
+    def settle(self, body: Body, weight: int) -> None:
+        """The body has been read, and weighs so much until close(); HTTPError 503 where that has no room."""
         with self._lock:
             self._drop(body)
+            weight = max(0, weight - self.FREE)
+            held = self._weights.get(body.owner, 0)
+            limit = self._settings.body_bytes
+            others = sum(self._weights.values()) - held
+            share = self.OWNERS * limit // (len(self._weights) + 1)
+            is_full = others + held + weight > self.OWNERS * limit and held + weight > share
+            if weight and (held and held + weight > limit or others and is_full):
+                raise self._no_room()
+            if weight:
+                self._weights[body.owner] = held + weight
+                body.weight = weight
+
+    def close(self, body: Body) -> None:
+        """The body never will be read, or nothing of it waits any more."""
+        with self._lock:
+            self._drop(body)
+            if body.weight:
+                self._weights[body.owner] -= body.weight
+                body.weight = 0
+                if not self._weights[body.owner]:
+                    del self._weights[body.owner]
 
     def _slowest(self) -> Body:
         now = time.monotonic()
@@ -6363,6 +6400,7 @@ class Bodies:
         if body in bodies:
             bodies.remove(body)
             self.total -= body.charged
+            body.charged = 0
         if not bodies:
             self._by_owner.pop(body.owner, None)
 
@@ -10786,6 +10824,9 @@ class Child:
 # ============================================================================================================
 
 MAX_LOGGED_NAME = 128  # characters of a tool's name in its record
+MAX_TOLD_AGAIN = 1 << 20  # bytes of a call that are kept to ask it again, should its child want input first
+# What a child may ask of a client, and the capability it needs.
+ASKS = {"elicitation/create": "elicitation", "sampling/createMessage": "sampling", "roots/list": "roots"}
 UNKNOWN_TOOL = "(unknown)"
 
 
@@ -10892,6 +10933,12 @@ class RequestMeta:
 SESSION_META = RequestMeta()
 
 
+def progress_token(params: dict[str, object] | None) -> object:
+    """Returns the token under which a client wants to hear of progress: a text, or a number; else None."""
+    token = member(member(params, "_meta", dict, None), "progressToken", object, None)
+    return token if isinstance(token, float) or is_request_id(token) else None
+
+
 class Call:
     """One request in the form that both eras share: `params` without its era's own fields.
 
@@ -10911,7 +10958,8 @@ class Call:
         self.params = params
         self.deadline = deadline
         self.meta = meta
-        self.progress_token = member(member(params, "_meta", dict, None), "progressToken", object, None)
+        self.line: bytes | None = None  # what the child was told, if it may have to be told again
+        self.progress_token = progress_token(params)
         self.state = CallState.NEW
         self.waiting_since: float | None = None  # since when the client owes an answer: the clock stands
         self.undeclared: dict[str, object] = {}  # what the child asked of a client that cannot do it
@@ -10973,6 +11021,17 @@ class Call:
             retryable=False,
             code=INTERNAL_ERROR,
         )
+
+    def put_away(self, line: bytes | None) -> None:
+        """Lets go of what the call asks, which its child is told: for minutes it may wait for the answer.
+
+        `line` is kept in its place, for a child that may have to be told again.
+        """
+        self.line = line if line is not None and len(line) <= MAX_TOLD_AGAIN else None
+        self.params = None
+        if self.meta.capabilities is not None:
+            known: dict[str, object] = {name: {} for name in ASKS.values() if name in self.meta.capabilities}
+            self.meta = RequestMeta(known, None, self.meta.log_level)
 
     # -- states
 
@@ -11095,7 +11154,6 @@ META_SERVER = META + "serverInfo"
 META_SUBSCRIPTION = META + "subscriptionId"
 MODERN_META = {META_VERSION, META_CLIENT, META_CAPABILITIES, META_LEVEL}
 LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
-ASKS = {"elicitation/create": "elicitation", "sampling/createMessage": "sampling", "roots/list": "roots"}
 NO_SUBSCRIPTION = -1  # a number that no stream of ours has
 LEGACY_ONLY = ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
 
@@ -11217,12 +11275,18 @@ class ModernDialect:
 
     def encode(self, number: int, call: Call) -> bytes:
         """A call as a line, with what its client says of itself; after a question with the answers."""
-        params = dict(call.params or {})
+        if call.line is None:
+            params = dict(call.params or {})
+            meta = self._metadata(params, call.meta)
+        else:
+            params = json.loads(call.line)["params"]
+            meta = params["_meta"]
+            params.pop("inputResponses", None)
+            params.pop("requestState", None)
         if call.input_responses:
             params["inputResponses"] = call.input_responses
         if call.request_state:
             params["requestState"] = call.request_state
-        meta = self._metadata(params, call.meta)
         level = call.meta.log_level or self.log_level
         if level:
             meta[META_LEVEL] = level
@@ -11441,6 +11505,7 @@ class Backend:
         try:
             level = self.dialect.level_before(call)
             line = self.dialect.encode(number, call)
+            call.put_away(line if self.dialect.is_modern else None)
             if level:
                 line = (
                     self.register(InternalCall("logging/setLevel", {"level": level}, QUESTION_GRACE))
@@ -11664,6 +11729,9 @@ class Backend:
 
     def _ask_client(self, call: Call, question: Question) -> None:
         """Asks for all of it; the answers go with a retry (MCP 2026-07-28 patterns/mrtr)."""
+        if call.line is None:
+            self.owner.cancel(call, None, call.fail_undelivered, CallState.DONE)
+            return
         call.request_state = question.request_state
         call.input_responses = {}
         if question.requests:
@@ -12962,8 +13030,7 @@ class Session:
         self.sub = identity.sub
         self.client_id = identity.client_id
         self.is_durable = identity.name is not None
-        # As bytes: parsed, 64 KiB of it may cost 2 MiB, and sessions that sleep have it too.
-        self._initialize = dump(initialize)
+        self._initialize = dump(initialize)  # parsed, 64 KiB may cost 2 MiB
         self.version: str | None = None  # negotiated with the first child
         self.server: dict[str, object] | None = None  # what the newest child said of itself
         self.ttl = 0  # ms for which what a modern child says of itself may be kept
@@ -12988,8 +13055,7 @@ class Session:
     @property
     def initialize(self) -> dict[str, object]:
         """The params of the client's `initialize`, which each child is told."""
-        params: dict[str, object] = json.loads(self._initialize)
-        return params
+        return dict(json.loads(self._initialize))
 
     @property
     def label(self) -> str | None:
@@ -15064,6 +15130,7 @@ class Exchange:
         self._services = services
         self._is_listed = is_listed  # where no child of its own tells
         self._records: list[tuple[Message, ToolCallRecord]] = []
+        self.is_heavy = False  # whether its body and what is in it take much memory
 
     def begin_record(self, message: Message) -> None:
         """From here on a tools/call is on record, whatever becomes of it."""
@@ -15071,7 +15138,7 @@ class Exchange:
             return
         caller = self.caller
         who = {"user": caller.sub, "login": caller.login, "client": caller.client_id}
-        name = member(message.params, "name", str, "")
+        name = member(message.params, "name", str, "")[:MAX_NAME]
         write = functools.partial(self._services.write_tool_call, caller.grant_id)
         record = ToolCallRecord(who, name, write)
         record.is_listed = self._is_listed
@@ -15082,7 +15149,7 @@ class Exchange:
         if self.request.header("expect"):
             return
         with contextlib.suppress(HTTPError, RpcError):
-            value = read_value(self.request, Bodies.FREE, UNSERVED_PATIENCE)
+            value, _ = read_value(self.request, Bodies.FREE, UNSERVED_PATIENCE)
             for each in value if isinstance(value, list) else [value]:
                 message = message_from(each)
                 if message:
@@ -15096,6 +15163,14 @@ class Exchange:
                 record.is_listed = session.lists
                 return record
         return None
+
+    def owner_of_state(self, message: Message) -> Callable[[], str]:
+        """Returns a function that returns what a requestState of this message is bound to.
+
+        Few calls are ever suspended; a heavy one is not held until then.
+        """
+        owner = functools.partial(owner_of_state, self.caller, message)
+        return functools.partial(str, owner()) if self.is_heavy else owner
 
     def drop_records(self) -> None:
         """It is no call of its own, but the retry of one."""
@@ -15219,7 +15294,7 @@ class Endpoint:
         modern = False
         try:
             self._gate.admit(exchange)
-            value = read_value(request, self._settings.max_body)
+            value, exchange.is_heavy = read_value(request, self._settings.max_body)
             if isinstance(value, list):
                 return self._batch(exchange, value)
             if isinstance(value, dict) and is_request_id(value.get("id")):
@@ -15423,7 +15498,13 @@ class Endpoint:
             self._deadline(),
             meta,
             self._sessions.suspended,
-            functools.partial(sealed_state, self._keyring, self._settings.broker_prefix, caller, message),
+            functools.partial(
+                sealed_state,
+                self._keyring,
+                self._settings.broker_prefix,
+                caller.may_write,
+                exchange.owner_of_state(message),
+            ),
             self.judge.change(caller, message),
         )
         call.on_success = remembers(session, message)
@@ -15551,14 +15632,14 @@ def may_subscribe(log: Log, session: Session, message: Message, call: Call) -> b
     return True
 
 
-def read_value(request: Request, limit: int, seconds: float | None = None) -> object:
-    """Returns the JSON value of a body of at most `limit` bytes.
+def read_value(request: Request, limit: int, seconds: float | None = None) -> tuple[object, bool]:
+    """Returns the JSON value of a body of at most `limit` bytes, and whether it is a heavy one.
 
     Raises RpcError 400, and HTTPError as read_body() does.
     """
-    body = request.read_body(limit, seconds)
+    body = request.read_body(limit, seconds, weight_of)
     try:
-        return read_json(body)
+        return read_json(body), len(body) > HEAVY
     except ValueError as error:
         code = INVALID_REQUEST if "twice" in str(error) else PARSE_ERROR
         raise RpcError(code, f"The body is not JSON: {str(error)[:200]}.", None, 400) from None
@@ -15592,6 +15673,7 @@ def check_listener(message: Message, settings: Settings) -> None:
         raise RpcError(INVALID_PARAMS, complaint, None, 400)
 
 
+HEAVY = 1024  # bytes of a body; what it holds may take a hundred times that
 CAUSES = {
     PARSE_ERROR: "parse_error",
     INVALID_REQUEST: "invalid_message",
@@ -15647,7 +15729,7 @@ def remembers(session: Session, message: Message) -> Callable[[object], object] 
     params = message.params or {}
     name = member(params, "name", str, None)
     if message.method == "tools/call" and name is not None:
-        return functools.partial(session.note_task, name)
+        return functools.partial(session.note_task, name) if len(name) <= MAX_NAME else None
     if not session.is_durable:
         return None
     if message.method == "tools/list" and not params.get("cursor"):
@@ -15657,9 +15739,11 @@ def remembers(session: Session, message: Message) -> Callable[[object], object] 
     if message.method == "logging/setLevel" and level in LEVELS:
         return functools.partial(note_level, session, level)
     uri = member(params, "uri", str, None)
-    if message.method == "resources/subscribe" and uri is not None:
+    if uri is None or len(uri) > MAX_URI:
+        return None
+    if message.method == "resources/subscribe":
         return lambda result: session.replay.subscribe(uri)
-    if message.method == "resources/unsubscribe" and uri is not None:
+    if message.method == "resources/unsubscribe":
         return lambda result: session.replay.unsubscribe(uri)
     return None
 
@@ -15669,10 +15753,10 @@ def note_level(session: Session, level: str, result: object) -> None:
     session.replay.set_level(level)
 
 
-def sealed_state(keyring: Keyring, prefix: str, caller: Caller, message: Message, name: str) -> str:
+def sealed_state(keyring: Keyring, prefix: str, may_write: bool, owner: Callable[[], str], name: str) -> str:
     """Returns a suspended call's requestState: sealed, good for one retry of it (patterns/mrtr)."""
-    content = {"held": name, "write": caller.may_write}
-    return prefix + b64url(keyring.seal("mrtr", owner_of_state(caller, message), content))
+    content = {"held": name, "write": may_write}
+    return prefix + b64url(keyring.seal("mrtr", owner(), content))
 
 
 def open_state(keyring: Keyring, broker_name: str, caller: Caller, message: Message) -> str:
@@ -16390,7 +16474,7 @@ class RequestReader:
         self._bodies = bodies
         self._seat = seat
         self._buffer = bytearray()
-        self._body: Body | None = None  # the body that is being read, if it is charged
+        self._body: Body | None = None  # the body that is read, or weighs on its owner
         self.unread = 0  # the body that is still to be read: its length, or CHUNKED
         self.send_continue: Callable[[], None] | None = None
 
@@ -16535,11 +16619,13 @@ class RequestReader:
 
     # -- bodies
 
-    def read_body(self, limit: int, seconds: float | None = None) -> bytes:
-        """Returns the request's body, read only now.
+    def read_body(
+        self, limit: int, seconds: float | None = None, weigh: Callable[[bytes], int] = len
+    ) -> bytes:
+        """Returns the request's body, read only now; it weighs on its owner until let_go().
 
         HTTPError 413 above `limit`, 408 when it is too slow, 400 when it is malformed, 503 when bodies have
-        no room and this one is the slowest of whoever holds most.
+        no room and this one is the slowest of whoever holds most, or more than its owner may have.
         """
         if not self.unread:
             return b""
@@ -16552,19 +16638,30 @@ class RequestReader:
         deadline = now + min(self._settings.body_timeout, seconds or math.inf)
         try:
             if self.unread == CHUNKED or self.unread > Bodies.FREE:
-                end = functools.partial(interrupt, self._sock, socket.SHUT_RD)
-                self._body = Body(self._seat.owner, now, end)
+                self._body = self._new_body(now)
                 self._bodies.grow(self._body, len(self._buffer))
             if self.unread == CHUNKED:
                 body = self._chunks(limit, deadline, too_large)
             else:
                 body = self._exactly(self.unread, deadline)
-        finally:
-            if self._body:
-                self._bodies.close(self._body)
-                self._body = None
-        self.unread = 0
+            self.unread = 0
+            weight = weigh(body)
+            if self._body or weight > Bodies.FREE:
+                self._body = self._body or self._new_body(now)
+                self._bodies.settle(self._body, weight)
+        except BaseException:
+            self.let_go()
+            raise
         return body
+
+    def _new_body(self, now: float) -> Body:
+        return Body(self._seat.owner, now, functools.partial(interrupt, self._sock, socket.SHUT_RD))
+
+    def let_go(self) -> None:
+        """Nothing of the body waits any more."""
+        if self._body:
+            self._bodies.close(self._body)
+            self._body = None
 
     def _chunks(self, limit: int, deadline: float, too_large: HTTPError) -> bytes:
         """A chunked body (RFC 9112 7.1).
@@ -16726,7 +16823,10 @@ class Connection:
         """Has a request answered, and sends the answer."""
         log = self.server.log
         try:
-            response = self.server.handle(request)
+            try:
+                response = self.server.handle(request)
+            finally:
+                self.reader.let_go()
             self.close_after |= bool(self.reader.unread or self.server.draining)
             if not response.streaming:
                 self._send(response)

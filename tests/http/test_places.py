@@ -52,7 +52,8 @@ def nothing_held(rig):
     server = rig.broker.server
     with server._changed:
         assert server._changed.wait_for(lambda: not server._connections, 20)
-    assert held(server) == (0, 0) and not server.bodies._by_owner and server._making_room == 0
+    assert held(server) == (0, 0) and server._making_room == 0
+    assert not server.bodies._by_owner and not server.bodies._weights
 
 
 def until_held(server, count):
@@ -394,6 +395,74 @@ def test_bytes_of_bodies_stay_within_their_limit_and_every_byte_is_given_back():
     for body in made:
         bodies.close(body)
     assert bodies.total == 0 and not bodies._by_owner
+
+
+def test_what_has_been_read_weighs_on_its_owner_and_refuses_nobody_else():
+    limit = 1 << 20
+    bodies = Bodies(types.SimpleNamespace(body_bytes=limit))
+    made = []
+
+    def settle(owner, weight):
+        made.append(Body(owner, 0.0, lambda: None))
+        bodies.settle(made[-1], weight + Bodies.FREE)
+
+    settle("user 1", 3 * limit)  # a single one may be as heavy as a body can
+    for weight in (1, limit):
+        with pytest.raises(HTTPError):
+            settle("user 1", weight)
+    for owner in ("user 2", "user 3"):
+        settle(owner, limit - 1)
+        settle(owner, 1)
+        with pytest.raises(HTTPError):
+            settle(owner, 1)
+    settle("user 4", limit // 2)  # all is full: an equal share is left to each
+    settle("user 5", limit // 2)
+    with pytest.raises(HTTPError):
+        settle("user 5", limit // 2)
+    settle("user 5", -Bodies.FREE)  # a small one is free
+    for body in made:
+        bodies.close(body)
+        bodies.close(body)
+    assert not bodies._weights
+
+
+def test_heavy_requests_that_wait_for_a_child_are_bounded_for_their_user_and_others_are_served(
+    make_rig, control
+):
+    rig = make_rig(
+        child=("--control", control.path), max_sessions_per_user="1", body_bytes="1MiB", max_body="256KiB"
+    )
+    token = rig.login().tokens["access_token"]
+    waits, works = McpClient(rig.url + "/mcp", token), McpClient(rig.url + "/mcp", token)
+    waits.initialize()
+    works.initialize()
+    _, stream = works.start_request("tools/call", {"name": "get_slow", "arguments": {"key": "k"}})
+    control.wait_event(event="call", tool="get_slow")
+    heavy = {"name": "get_echo", "arguments": {"text": "here", "more": [[]] * 3000}}
+    message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": heavy}
+    head = (
+        f"Authorization: Bearer {token}",
+        f"Mcp-Session-Id: {waits.session_id}",
+        "Accept: application/json",
+    )
+    wires = at_once(rig, post(rig, "/mcp", json.dumps(message).encode(), *head), 4)
+    waiting = list(wires)
+    while len(waiting) > 1:
+        for sock in select.select([wire.sock for wire in waiting], [], [], 20)[0]:
+            (wire,) = (each for each in waiting if each.sock is sock)
+            waiting.remove(wire)
+            refused = wire.answer()
+            assert (refused.status, refused.json()["error"]) == (503, "temporarily_unavailable")
+    bob = McpClient(rig.url + "/mcp", rig.login("bob").tokens["access_token"])
+    bob.initialize()
+    assert text_of(bob.call_tool("get_echo", text="x" * 200_000)) == "x" * 200_000
+    control.release("k")
+    assert text_of(waiting[0].answer().json()["result"]) == "here"
+    stream.close()
+    for mcp in (waits, works, bob):
+        mcp.close()
+    close(wires)
+    nothing_held(rig)
 
 
 # -- what is refused without its body

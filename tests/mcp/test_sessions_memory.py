@@ -18,7 +18,7 @@ from fjmcp_broker import Allowance, anew
 from rigs import mcp_client
 from rigs.busy_clients import same
 from rigs.mcp_client import McpClient, RpcError
-from rigs.modern_requests import connect, listening, refused
+from rigs.modern_requests import call, connect, listening, refused, retry_of
 from rigs.rig import text_of, who
 
 FILE = Path(fjmcp_broker.__file__)
@@ -279,7 +279,7 @@ def parsed_values():
 
 def wait_until(condition):
     """Until a connection's thread has let go of its request, too."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -288,7 +288,9 @@ def wait_until(condition):
 def test_what_a_client_says_of_itself_is_parsed_only_while_a_child_is_told(rig):
     body = (
         b'{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-11-25",'
-        b'"clientInfo":{"name":"x","version":"1"},"capabilities":{"experimental":{"x":{"y":' + HEAVY + b"}}}}}"
+        b'"clientInfo":{"name":"x","version":"1"},"capabilities":{"experimental":{"x":{"y":'
+        + HEAVY
+        + b"}}}}}"
     )
     with McpClient(rig.url + "/mcp", rig.login().tokens["access_token"]) as mcp:
         assert mcp.post(body).status == 200
@@ -311,3 +313,39 @@ def test_a_log_level_that_is_none_is_never_kept_whatever_a_child_lets_pass(rig):
         assert text_of(mcp.call_tool("get_echo", text="awake")) == "awake"
         (session,) = rig.broker.sessions.all()
         assert session.replay.level is None
+
+
+@pytest.mark.parametrize("protocol", (mcp_client.LEGACY, mcp_client.MODERN))
+@pytest.mark.parametrize("era", ("legacy", "modern"))
+def test_a_call_in_flight_holds_nothing_of_it_that_was_parsed(make_rig, control, era, protocol):
+    rig = make_rig(child=("--era", era, "--control", control.path))
+    mcp = McpClient(
+        rig.url + "/mcp",
+        rig.login().tokens["access_token"],
+        protocol=protocol,
+        capabilities={"elicitation": {}},
+    )
+    with mcp:
+        if not mcp.is_modern:
+            mcp.initialize()
+        message = mcp._message("tools/call", {"name": "get_slow", "arguments": {"key": "k"}}, 7)
+        body = json.dumps(message).encode().replace(b'"name"', b'"heavy": ' + HEAVY + b', "name"', 1)
+        with mcp.open_post(body, headers=mcp.headers(message)) as stream:
+            control.wait_event(event="call", tool="get_slow")
+            wait_until(lambda: parsed_values() == 0)
+            control.release("k")
+            while not (event := stream.next()).data:
+                pass
+            assert text_of(event.data["result"]) == "slow k"
+
+
+def test_a_modern_child_asks_in_the_middle_of_a_large_call_and_of_one_that_is_too_large(make_rig):
+    rig = make_rig(child=("--era", "modern"))
+    mcp = connect(rig, capabilities={"elicitation": {}})
+    asked = call(mcp, "ask_elicit", {"message": "x" * 500_000})
+    answered = call(mcp, "ask_elicit", {"message": "x" * 500_000}, **retry_of(asked))
+    assert answered["resultType"] == "complete", answered
+    status, code, data = refused(
+        mcp, "tools/call", {"name": "ask_elicit", "arguments": {"pad": "x" * 2_000_000}}
+    )
+    assert (status, code, data["reason"]) == (200, -32603, "bad_answer")
