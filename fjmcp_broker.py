@@ -5639,11 +5639,10 @@ class Request:
     """One HTTP request.
 
     `headers` maps a lower-case name to the list of its values; `target` is the raw path, `query` the raw
-    query. `read_body(limit, seconds, weigh)` reads and returns the body, which weighs on its owner by weigh();
-    HTTPError 413, 408, 400 or 503. `address` is the
-    client's, as far as trusted proxies tell. `direct`: no proxy spoke for the client. `is_proxy`: the address
-    is a trusted proxy's own, which stands for an unknown number of clients. `seat` is the request's place
-    among what is served at once.
+    query. `read_body(limit, seconds, weigh)` reads and returns the body, which then weighs weigh(body) on its
+    owner; HTTPError 413, 408, 400 or 503. `address` is the client's, as far as trusted proxies tell.
+    `direct`: no proxy spoke for the client. `is_proxy`: the address is a trusted proxy's own, which stands
+    for an unknown number of clients. `seat` is the request's place among what is served at once.
     """
 
     method: str

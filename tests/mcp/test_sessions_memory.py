@@ -192,7 +192,7 @@ def test_a_session_on_file_with_more_subscriptions_than_allowed_is_cut(rig):
     mcp = rig.session()
     (session,) = rig.broker.sessions.all()
     uris = [f"test://echo/{number}" for number in range(200)]
-    rig.broker.store.update_session(session.name, None, ["x" * 5000, *uris], None)
+    rig.broker.store.update_session(session.name, None, ["x" * 5000, *uris], None, None)
     rig.restart()
     assert who(same(mcp)) == "alice"
     (session,) = rig.broker.sessions.all()
@@ -308,7 +308,7 @@ def test_a_log_level_that_is_none_is_never_kept_whatever_a_child_lets_pass(rig):
         fat = fjmcp_broker.Message("request", 1, "logging/setLevel", {"level": "x" * 1000}, {})
         assert fjmcp_broker.remembers(session, fat) is None
         # A broker of before may have kept one.
-        rig.broker.store.update_session(session.name, "x" * 1000, [], None)
+        rig.broker.store.update_session(session.name, "x" * 1000, [], None, None)
         rig.restart()
         assert text_of(mcp.call_tool("get_echo", text="awake")) == "awake"
         (session,) = rig.broker.sessions.all()

@@ -178,6 +178,7 @@ def test_a_call_of_a_user_with_too_many_requests_is_an_error(make_rig, era):
 def test_a_call_that_finds_no_child_is_an_error(rig, era):
     mcp = caller(rig, era)
     call(mcp, "get_pid")
+    records(rig, 1)
     for session in rig.broker.sessions.all():
         session.backends.sleep("idle")
     rig.broker.settings.forgejo_mcp_binary = ["/nonexistent/forgejo-mcp"]
@@ -187,6 +188,7 @@ def test_a_call_that_finds_no_child_is_an_error(rig, era):
 def test_a_call_of_a_session_that_is_gone_is_an_error_without_a_session(rig):
     mcp = rig.session()
     call(mcp, "get_pid")
+    records(rig, 1)
     gone = McpClient(mcp.url, mcp.token, session_id="x" * 43)
     assert ends(rig, gone, "get_pid") == ("get_pid", "error")
     assert rig.log.named("tool_called")[-1]["session"] is None
