@@ -5223,13 +5223,14 @@ MAX_CHILD_VALUES = 1 << 20
 VALUE_BYTES = 128  # of a parsed value, where it is one of many
 NO_STRUCTURE = bytes(set(range(256)) - set(b'"[]{},'))
 AS_SQUARE = bytes.maketrans(b"{}", b"[]")
+HALF_PAIR = re.compile(rb"\\u[dD]")
 # The escape of a first half of a pair without a second one, or of a second one without a first.
 LONE_SURROGATE = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
     rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 )
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-ENVELOPE = re.compile(rb'\{"jsonrpc":"2\.0","id":([0-9]{1,15}),"(result":\{|error":)')
+ENVELOPE = re.compile(rb'\{"jsonrpc":"2\.0","id":(0|[1-9][0-9]{0,14}),"(result":\{|error":)')
 # U+0085, U+2028 and U+2029, which some readers of event streams take for the end of a line.
 LINE_SEPARATORS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 Kind = TypeVar("Kind")
@@ -5283,9 +5284,9 @@ def _structure(body: bytes) -> bytes:
 def _check_values(body: bytes, most: int) -> None:
     """Raises ValueError if a JSON text may hold more than `most` values.
 
-    Each value but the first follows a bracket or a comma.
+    Each value but the first follows a bracket or a comma. A whole one takes two bytes at least: `1,`, `[]`.
     """
-    if len(body) > most and sum(map(body.count, (b"[", b"{", b","))) > most:
+    if len(body) > 2 * most and sum(map(body.count, (b"[", b"{", b","))) > most:
         marks = _structure(body)
         if len(marks) - marks.count(b"]") - marks.count(b"}") > most:
             raise ValueError(f"more than {most} values")
@@ -5317,7 +5318,7 @@ def without_lone_surrogates(body: bytes) -> bytes:
 
     Go and others read it like that; Python would keep such halves.
     """
-    if b"\\ud" not in body and b"\\uD" not in body:
+    if b"\\" not in body or not HALF_PAIR.search(body):
         return body
     # An escaped backslash is written in another way, so that each one that is left begins an escape.
     mended, found = LONE_SURROGATE.subn(rb"\\ufffd", body.replace(rb"\\", rb"\u005c"))
@@ -5562,7 +5563,7 @@ def with_id(
     if match and _is_plain(line, message, match):
         head = line[: match.start(1)] + dump(request_id)
         if not extra:
-            return head + line[match.end(1) :]
+            return b"".join((head, memoryview(line)[match.end(1) :]))
         if match[2] == b'result":{':
             more = dump(extra)[1:-1]
             if message.body["result"]:
@@ -10705,7 +10706,8 @@ class Child:
         size = 0
         assert self._process
         for chunk in self._chunks(self._process.stdout):
-            pieces = chunk.split(b"\n")
+            # Most chunks of a long line end nothing, and to look for one byte is faster than a split.
+            pieces = chunk.split(b"\n") if b"\n" in chunk else [chunk]
             for number, piece in enumerate(pieces, 1):
                 parts.append(piece)
                 size += len(piece)
@@ -11358,6 +11360,44 @@ BAD_LINES = 100  # lines in a row that are no messages, after which a child is s
 LIST_KINDS = ("tools", "prompts", "resources")
 
 
+def list_digest(result: object, name: str) -> bytes:
+    """A fingerprint of the list in a result of tools/list, prompts/list or resources/list."""
+    listed = result.get(name) if isinstance(result, dict) else None
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).digest()
+
+
+class Listing:
+    """An answer to tools/list: how its line goes on after the id, and what that says."""
+
+    LONGEST = 1 << 18  # bytes of a line; what is made of it takes a few times as many
+
+    def __init__(self, rest: bytes, result: object) -> None:
+        self.rest = rest
+        self.result = result
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """Its fingerprint."""
+        return list_digest(self.result, "tools")
+
+    @classmethod
+    def of(cls, line: bytes, result: object) -> Listing | None:
+        """Returns what to remember of an answer's line: nothing if it says more than its result."""
+        match = ENVELOPE.match(line) if len(line) <= cls.LONGEST else None
+        if not match or match[2] != b'result":{':
+            return None
+        rest = line[match.end(1) :]
+        again = read_child_json(b"{" + rest[1:])  # without its id: with another one in it, that is there
+        return cls(rest, result) if again == {"result": result} else None
+
+    def read(self, line: bytes) -> dict[str, object] | None:
+        """Returns what a line says that is this answer but for the id, None for any other."""
+        match = ENVELOPE.match(line)
+        if not match or len(line) - match.end(1) != len(self.rest) or not line.endswith(self.rest):
+            return None
+        return {"jsonrpc": "2.0", "id": int(match[1]), "result": self.result}
+
+
 class Program:
     """What is known of a child's program by its `fingerprint`: replacing the file changes that."""
 
@@ -11367,6 +11407,24 @@ class Program:
         self.sends_requests = sends_requests  # whether it has been seen to ask its client for things
         self.server: dict[str, object] | None = None  # what it last said of itself, as an initialize result
         self.tool_names: frozenset[str] = frozenset()  # what it last listed
+        # What it last listed, as it said it: children say the same again and again, and it is long.
+        self.listing: Listing | None = None
+
+    def read(self, line: bytes) -> object:
+        """Returns the value of a line. Raises ValueError."""
+        return self.listing and self.listing.read(line) or read_child_json(line)
+
+    def digest(self, result: object) -> bytes:
+        """Returns the fingerprint of the tools in a result of tools/list."""
+        listing = self.listing
+        return listing.digest if listing and listing.result is result else list_digest(result, "tools")
+
+    def note_listing(self, answer: Answer) -> None:
+        """Remembers an answer to tools/list, of several pages the last one."""
+        result = member(answer.message.body, "result", dict, {})
+        is_known = self.listing is not None and self.listing.result is result
+        if "tools" in result and "nextCursor" not in result and not is_known:
+            self.listing = Listing.of(answer.line, result)
 
 
 class OpenQuestion:
@@ -11609,7 +11667,7 @@ class Backend:
         line = without_lone_surrogates(line)  # here already: an answer may go on as these bytes
         line = line.removeprefix(BYTE_ORDER_MARK)
         try:
-            value = read_child_json(line)
+            value = self.program.read(line)
         except ValueError:
             self._on_bad_line(line, id_of_bad_line(line))
             return
@@ -11688,6 +11746,8 @@ class Backend:
             self._drop("debug", "stray_answer_from_child", answer.line, count=self._stray_answers)
         elif not is_early:
             self.used_at = time.monotonic()
+            if call.method == "tools/list":
+                self.program.note_listing(answer)
             call.finish(self._log, functools.partial(self._deliver, call, answer))
             self.owner.on_call_done(self, call, answer.message)
 
@@ -12525,12 +12585,6 @@ def rights_mark(rights: Rights | None) -> bytes:
     return b"" if rights is None else hashlib.sha256(repr(rights).encode()).digest()
 
 
-def list_digest(result: object, name: str) -> bytes:
-    """A fingerprint of the list in a result of tools/list, prompts/list or resources/list."""
-    listed = result.get(name) if isinstance(result, dict) else None
-    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).digest()
-
-
 class ReplayState:
     """What is replayed to a new child: log level and subscriptions.
 
@@ -12597,11 +12651,11 @@ class ReplayState:
         self._change(change)
         return was[0] not in (None, mark)
 
-    def set_tools(self, result: object) -> None:
-        """The client has been told the list of tools."""
+    def set_tools(self, digest: bytes) -> None:
+        """The client has been told the list of tools with this fingerprint."""
 
         def change() -> None:
-            self.tools_hash = list_digest(result, "tools")
+            self.tools_hash = digest
 
         self._change(change)
 
@@ -13354,6 +13408,12 @@ class Session:
                     self.tasks.popitem(last=False)
 
 
+def note_tools(session: Session, result: object) -> None:
+    """Keeps a fingerprint of the tools that the client has been told of."""
+    backend = session.backend
+    session.replay.set_tools(backend.program.digest(result) if backend else list_digest(result, "tools"))
+
+
 def note_rights(session: Session, rights: Rights | None) -> None:
     """Notifies the client of its lists when the operator's rules leave it another part of them.
 
@@ -13373,8 +13433,9 @@ def compare_tools(session: Session, backend: Backend) -> None:
     """Notifies the client, in the background, when the new child has other tools than the last one."""
 
     def compare(result: object) -> None:
-        if list_digest(result, "tools") != session.replay.tools_hash:
-            session.replay.set_tools(result)
+        digest = backend.program.digest(result)
+        if digest != session.replay.tools_hash:
+            session.replay.set_tools(digest)
             changed = Message("notification", None, "notifications/tools/list_changed", {}, {})
             session.frontend.on_notification(backend, changed, True)
 
@@ -14596,6 +14657,16 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+# An answer of 1 MiB needs some blocks of that size for a moment. Mapped and unmapped each time, their pages
+# cost as much as all else that is done with it. So blocks come from the heaps, which keep what is free at
+# their ends until it is trimmed.
+MALLOC_OPTIONS = (
+    (-3, 4 << 20),  # M_MMAP_THRESHOLD: bytes
+    (-1, 32 << 20),  # M_TRIM_THRESHOLD: bytes
+    (-8, 2),  # M_ARENA_MAX: heaps
+)
+
+
 class Trimmer:
     """Gives memory back to the system after a busy time: free blocks of the allocator, and cyclic garbage.
 
@@ -14609,7 +14680,11 @@ class Trimmer:
     GROWN = 4 << 20  # bytes that make it worth the while
 
     def __init__(self) -> None:
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+        libc = ctypes.CDLL(None)
+        self._trim = getattr(libc, "malloc_trim", None)  # glibc has it
+        if self._trim:
+            for number, value in MALLOC_OPTIONS:
+                libc.mallopt(number, value)
         self._floor = self._level = 0  # the first round finds out: it gives back what the start has left
         self._last = 0.0
         self._pause = self.EVERY
@@ -15732,7 +15807,7 @@ def remembers(session: Session, message: Message) -> Callable[[object], object] 
     if not session.is_durable:
         return None
     if message.method == "tools/list" and not params.get("cursor"):
-        return session.replay.set_tools
+        return functools.partial(note_tools, session)
     level = member(params, "level", str, None)
     # On file stays only what is a level, whatever a child lets pass.
     if message.method == "logging/setLevel" and level in LEVELS:

@@ -133,6 +133,39 @@ def test_half_a_surrogate_pair_is_read_as_others_read_it(reader, text, value):
     assert reader(text.encode()) == value
 
 
+def listing(request_id, name="get_a", more=""):
+    return (
+        '{"jsonrpc":"2.0","id":%s,"result":{"tools":[{"name":"%s"}]}%s}' % (request_id, name, more)
+    ).encode()
+
+
+def remembering(line):
+    program = fjmcp_broker.Program("", "legacy", False)
+    message = fjmcp_broker.classify(program.read(line))
+    program.note_listing(fjmcp_broker.Answer(1, line, message))
+    return program
+
+
+def test_a_list_of_tools_is_read_once_if_its_line_is_the_same_but_for_the_id():
+    program = remembering(listing(1))
+    again = program.read(listing(23))
+    assert again == json.loads(listing(23)) and again["result"] is program.listing.result
+    for other in (listing(2, "get_b"), listing(2, "get_aa"), listing(2, more=',"id":3'), listing('"2"')):
+        assert program.read(other) == json.loads(other)
+    for wrong in (listing("02"), listing(2)[:-1], listing(2) + b"}"):
+        with pytest.raises(ValueError):
+            program.read(wrong)
+
+
+@pytest.mark.parametrize("more", [',"id":1', ',"id":2', ',"error":null', ',"x":{}'])
+def test_a_list_of_tools_whose_line_says_more_is_read_each_time(more):
+    assert remembering(listing(1, more=more)).listing is None
+
+
+def test_a_list_of_tools_that_is_very_long_is_read_each_time():
+    assert remembering(listing(1, "g" * fjmcp_broker.Listing.LONGEST)).listing is None
+
+
 def test_members_that_are_the_same_once_halves_of_pairs_are_replaced_are_refused():
     with pytest.raises(ValueError, match="twice"):
         fjmcp_broker.read_json(rb'{"\ud800": 1, "\udfff": 2}')
