@@ -7060,12 +7060,16 @@ class Forgejo:
             raise Suspended(prohibition)
         return Account.from_answer(answer.json()) if answer.status == 200 else None
 
-    def named_account(self, login: str) -> Account | None:
-        """Returns the account that Forgejo shows under a login to anybody, None where it shows none.
+    def named_account(self, login: str, token: str = "") -> Account | None:
+        """Returns the account that Forgejo shows under a login to anybody, or to a token; None for none.
 
-        Raises UpstreamDown.
+        Raises UpstreamRefused where it shows nobody, UpstreamDown for all else.
         """
-        answer = self._fetch("GET", f"{self._api}/users/{quote(login, safe='')}")
+        authorization = f"token {token}" if token else None
+        url = f"{self._api}/users/{quote(login, safe='')}"
+        answer = self._fetch("GET", url, authorization=authorization)
+        if answer.status in (401, 403):
+            raise UpstreamRefused(f"the API answers {unexpected(answer)}")
         if answer.status == 404 and answer.json() is not None:
             return None
         account = Account.from_answer(answer.json()) if answer.status == 200 else None
@@ -7090,10 +7094,15 @@ class Forgejo:
         return {200: "good", 401: "refused"}.get(answer.status, "unknown")
 
     def introspect(self, token: str) -> str | None:
-        """Returns the scopes that Forgejo really granted, None when it does not say. Raises UpstreamDown."""
+        """Returns the scopes that Forgejo really granted, None when it does not say.
+
+        Raises UpstreamMisconfigured where it refuses this broker's id or secret, UpstreamDown for all else.
+        """
         client = f"{self._settings.forgejo_oauth_client_id}:{self._settings.forgejo_oauth_client_secret}"
         basic = "Basic " + base64.b64encode(client.encode()).decode()
         answer = self._fetch("POST", self._introspection, {"token": token}, basic)
+        if answer.status == 401:
+            raise UpstreamMisconfigured("introspection answers 401: it refuses the client id or its secret")
         value = answer.json() if answer.status == 200 else None
         if value is None:
             raise UpstreamDown(f"introspection answers {unexpected(answer)}")
@@ -7638,7 +7647,7 @@ class ForgejoCredentials:
         """Returns the scopes that Forgejo granted, None when it does not say: the login goes on."""
         try:
             return self._forgejo.introspect(access)
-        except UpstreamDown as error:
+        except (UpstreamDown, UpstreamMisconfigured) as error:
             self._trouble.failure("introspection", error)
             return None
 
@@ -17551,6 +17560,7 @@ COMMANDS = {
     }),
     "rebind": Command(
         "the same Forgejo has another URL: it is asked for users known here, who must be the same", {
+        "token": ("FILE", "ask with the token in it, where Forgejo shows users only to who is signed in"),
         "forget": ("", "it is another Forgejo: all logins end"),
     }),
     "backup": Command("write a consistent copy of the store, also while the broker runs", word="FILE"),
@@ -18606,13 +18616,14 @@ def check_secret(forgejo: Forgejo) -> Finding:
     """
     try:
         forgejo.introspect("check")
-    except UpstreamDown as error:
-        if "status 401" in str(error):
-            text = (
-                "forgejo_oauth_client_secret: the application in Forgejo is public, so that logins work with "
-                "any secret; where Forgejo looks at it (introspection), it refuses this one"
-            )
-            return Finding("fail", text, "make the application confidential, and copy its secret again")
+    except UpstreamMisconfigured:
+        text = (
+            "forgejo_oauth_client_secret: the application in Forgejo is public, so that logins work with "
+            "any secret; where Forgejo looks at it (introspection), it refuses this one"
+        )
+        return Finding("fail", text, "make the application confidential, and copy its secret again")
+    except UpstreamDown:
+        pass  # it may be switched off, and no login depends on it
     return Finding("ok", "Forgejo knows the application, its secret and its redirect URI")
 
 
@@ -19133,7 +19144,7 @@ def grants_of_renamed(settings: Settings, store: Store, login: str) -> list[Any]
     """
     try:
         account = Forgejo(settings, SteadyClock(Clock())).named_account(login)
-    except UpstreamDown:
+    except (UpstreamDown, UpstreamRefused):
         return []
     user = store.user(account.sub) if account else None
     if user is None or account is None or account.created is None or account.created != user.account_created:
@@ -19231,6 +19242,12 @@ def seal_anew(store: Store, keyring: Keyring) -> tuple[int, int]:
 # -- another URL for Forgejo
 
 
+SIGNED_IN_ONLY = (
+    "It shows them only to who is signed in (REQUIRE_SIGNIN_VIEW): make a token there (Settings, "
+    "Applications; scope read:user) and give the file that holds it as --token FILE"
+)
+
+
 def rebind(arguments: Arguments) -> int:
     """Gives the store to the configured forgejo_url, while no broker runs. Returns the exit status.
 
@@ -19243,7 +19260,8 @@ def rebind(arguments: Arguments) -> int:
             print(f"the store belongs to {known} already")
             return 0
         forget = "forget" in arguments.options
-        problem = "" if forget else differing_people(settings, store.known_people(50))
+        token = token_of(arguments.options.get("token"))
+        problem = "" if forget else differing_people(settings, store.known_people(50), token)
         if problem:
             print(f"fjmcp-broker: {problem}", file=sys.stderr)
             return 1
@@ -19262,20 +19280,37 @@ def rebind(arguments: Arguments) -> int:
     return 0
 
 
-def differing_people(settings: Settings, people: Sequence[Any]) -> str:
+def token_of(path: str | None) -> str:
+    """Returns the token in a file, "" without a file. Raises ConfigurationError."""
+    if path is None:
+        return ""
+    try:
+        token = decode_text(read_file(path)).strip()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError([f"--token: cannot read {path}: {reason}"]) from None
+    if not re.fullmatch(r"[\x21-\x7e]{1,200}", token):
+        raise ConfigurationError([f"--token: {path} must hold one token of Forgejo's and nothing else"])
+    return token
+
+
+def differing_people(settings: Settings, people: Sequence[Any], token: str) -> str:
     """Returns why a Forgejo seems not to have the users known here, "" if it has.
 
-    Compared are number, login and the account's creation. It is asked as anybody may ask: no token goes to a
-    server that may be another.
+    Compared are number, login and the account's creation. It is asked as anybody may ask, or with the
+    operator's `token`: none of a user's goes to a server that may be another.
     """
     forgejo = Forgejo(settings, SteadyClock(Clock()))
     same = 0
     hidden = 0
     for person in people:
         try:
-            account = forgejo.named_account(person.login)
+            account = forgejo.named_account(person.login, token)
         except UpstreamDown as error:
             return f"{settings.forgejo_url} cannot be asked for {person.login}: {error}. Nothing was changed"
+        except UpstreamRefused as error:
+            remedy = "The token must be valid, and have the scope read:user" if token else SIGNED_IN_ONLY
+            return f"{settings.forgejo_url} shows no users: {error}. {remedy}. Nothing was changed"
         if account is None:
             hidden += 1
         elif account.sub == person.sub and same_person(person, account.login, account.created):
@@ -19288,7 +19323,7 @@ def differing_people(settings: Settings, people: Sequence[Any]) -> str:
     if same and same >= hidden:
         return ""
     return (
-        f"{settings.forgejo_url} shows {same} of the {len(people)} users known here to anonymous callers, "
+        f"{settings.forgejo_url} shows {same} of the {len(people)} users known here, "
         "too few to tell that it is the same Forgejo. Nothing was changed; --forget ends all logins"
     )
 

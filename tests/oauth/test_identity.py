@@ -341,6 +341,25 @@ def test_rebind_where_the_users_cannot_be_seen_changes_nothing(moved, state):
     assert done.returncode == 1 and "Nothing was changed" in done.stderr and refuses_to_start(place)
 
 
+def test_rebind_where_only_who_is_signed_in_sees_users_says_so_and_asks_with_a_token(moved):
+    place, _, other = moved()
+    other.require_signin = True
+    done = place.command("rebind")
+    assert done.returncode == 1 and "REQUIRE_SIGNIN_VIEW" in done.stderr and "--token FILE" in done.stderr
+    token = place.folder / "token"
+    for text, code, said in (("", 2, "must hold one token"), ("no-token", 1, "scope read:user")):
+        token.write_text(text)
+        done = place.command("rebind", "--token", str(token))
+        assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+    assert "cannot read" in place.command("rebind", "--token", str(place.folder / "absent")).stderr
+    app = other.add_app(["http://127.0.0.1/"])
+    access = other.issue_tokens("bob", app.client_id, "read:user")
+    token.write_text(access["access_token"] + "\n")
+    done = place.command("rebind", "--token", str(token))
+    assert done.returncode == 0 and "all logins go on" in done.stdout, done.stderr
+    assert access["access_token"] not in done.stdout + done.stderr
+
+
 def test_rebind_beside_a_running_broker_is_refused(make_installation):
     place = make_installation()
     place.start()

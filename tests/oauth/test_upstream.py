@@ -687,3 +687,11 @@ def test_a_forgejo_ca_file_that_cannot_be_used_is_named(tmp_path, content, said)
         with pytest.raises(fjmcp_broker.FetchFailed) as error:
             fjmcp_broker.fetch("GET", url, ca_file=str(path))
     assert str(path) in str(error.value) and said in str(error.value)
+
+
+def test_a_secret_that_only_introspection_refuses_is_named_as_such(rig):
+    rig.forgejo.inject("/login/oauth/introspect", status(401, "no"), times=None)
+    rig.login()  # a public application logs in with any secret
+    (record,) = rig.log.named("forgejo_refuses_client")
+    assert (record["level"], record["where"]) == ("error", "introspection")
+    assert "secret" in record["reason"] and not rig.log.named("forgejo_cannot_be_asked")
