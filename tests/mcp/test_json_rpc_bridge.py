@@ -141,7 +141,7 @@ def listing(request_id, name="get_a", more=""):
 
 def remembering(line):
     program = fjmcp_broker.Program("", "legacy", False)
-    message = fjmcp_broker.classify(program.read(line))
+    message = fjmcp_broker.classify_sloppy(program.read(line))
     program.note_listing(fjmcp_broker.Answer(1, line, message))
     return program
 
