@@ -2381,6 +2381,11 @@ def load_keyring(settings: Settings) -> Keyring:
         if settings.key:
             return Keyring.parse(settings.key)
         if not os.path.exists(path):
+            if settings.store_url:
+                missing = (
+                    f"key_file: {path} is missing. It is the same for every broker of store_url, and is made"
+                )
+                raise ConfigurationError([f"{missing} once: openssl rand -base64 32"])
             if os.path.exists(settings.store_path):
                 raise ConfigurationError(
                     [
@@ -2601,6 +2606,12 @@ class SqliteEngine:
         """Returns the machine's clock: one broker writes all times."""
         return Clock()
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[Callable[[str, Parameters], sqlite3.Cursor]]:
+        """Nobody else can write within the block, which gets what executes statements of its own."""
+        with self._batch() as writer:
+            yield writer.execute
+
     def backup(self, path: str) -> None:
         """Writes a consistent copy to a file. Raises StoreUnavailable."""
         try:
@@ -2643,6 +2654,7 @@ ATTEMPT_PAUSE = 0.2  # seconds between two attempts to connect
 MOST_ATTEMPTS = 100  # of one batch; its time is over before
 MOST_STEPS = 500  # of one statement in a batch: each is a way to the server and back
 BATCHES_KEPT = 600  # seconds
+LOAD_WAIT = 3600  # seconds that a copy of a whole store may take
 SMALL_DRIFT = 60.0  # seconds: what a database's clock may differ at once without having been set
 
 # What PostgreSQL says otherwise than SQLite, in whose words all statements stand: (SQLite's, PostgreSQL's).
@@ -3101,6 +3113,29 @@ class DatabaseClock(Clock):
         return super().boottime() + self._steady
 
 
+class DatabaseFacts(NamedTuple):
+    """What `check` asks of a database."""
+
+    version: str
+    has_tables: bool
+    may_make_tables: bool
+    synchronous_commit: str
+    synchronous_standbys: str
+    fsync: str
+    now: float
+
+
+DATABASE_FACTS = {
+    "version": "current_setting('server_version')",
+    "has_tables": "to_regclass('schema_version') IS NOT NULL",
+    "may_make_tables": "coalesce(has_schema_privilege(current_schema(), 'CREATE'), FALSE)",
+    "synchronous_commit": "current_setting('synchronous_commit')",
+    "synchronous_standbys": "current_setting('synchronous_standby_names')",
+    "fsync": "current_setting('fsync')",
+    "now": "CAST(extract(epoch FROM clock_timestamp()) AS DOUBLE PRECISION)",
+}
+
+
 class PostgresEngine:
     """A PostgreSQL database: one connection to write and one to read, both made again when lost.
 
@@ -3152,6 +3187,12 @@ class PostgresEngine:
         for first in range(0, len(steps), MOST_STEPS):
             self._write(steps[first : first + MOST_STEPS])
 
+    def load(self, steps: Iterable[tuple[str, Parameters]]) -> None:
+        """Runs one batch of any length, once; nothing else is written meanwhile. Raises StoreUnavailable."""
+        with self._held(self._writer):
+            if self._attempt(steps, time.monotonic() + LOAD_WAIT) is None:
+                raise PostgresError("the connection was lost; nothing was written")
+
     def _write(self, steps: Sequence[tuple[str, Parameters]]) -> list[Values]:
         """Runs a batch until it is committed, or its time is over."""
         with self._held(self._writer) as until:
@@ -3170,7 +3211,7 @@ class PostgresEngine:
                     until = time.monotonic() + BUSY_WAIT
             raise PostgresError("other brokers were in the way too often")
 
-    def _attempt(self, steps: Sequence[tuple[str, Parameters]], until: float) -> list[Values] | None:
+    def _attempt(self, steps: Iterable[tuple[str, Parameters]], until: float) -> list[Values] | None:
         """Runs a batch once. Returns its rows, None when its commit was lost and nothing was done."""
         connection = self._writer.connection(until)
         batch = secrets.token_hex(16)
@@ -3256,6 +3297,11 @@ class PostgresEngine:
     def clock(self) -> Clock:
         """Returns the database's clock."""
         return self._clock
+
+    def facts(self) -> DatabaseFacts:
+        """Returns how the server is set, and what the user may do here."""
+        columns = ", ".join(f"{what} AS {name}" for name, what in DATABASE_FACTS.items())
+        return DatabaseFacts._make(self.read(f"SELECT {columns}", {})[1][0])
 
     # -- tables
 
@@ -5165,6 +5211,22 @@ class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore, LeaseS
     def drop_operator_records(self, up_to: int) -> None:
         """Drops what has been logged."""
         self._run({"up_to": up_to}, "DELETE FROM operator_records WHERE record_id <= :up_to")
+
+    def name_copy(self) -> str:
+        """Returns a random name of what is here, the same for every copy of it."""
+        self._run(
+            {"name": secrets.token_hex(8).encode()},
+            "INSERT INTO meta (name, value) VALUES ('copy_name', :name) ON CONFLICT DO NOTHING",
+        )
+        return self.copy_name() or ""
+
+    def copy_name(self) -> str | None:
+        """Returns the name that what is here got when it was copied, or None."""
+        return self._note("copy_name")
+
+    def copied_to(self) -> str | None:
+        """Returns the URL of the database that has taken over what is here, or None."""
+        return self._note("copied_to")
 
     def boxes(self) -> list[BoxRow]:
         """Returns all that stays sealed here: the key's probe and the credentials."""
@@ -17144,13 +17206,20 @@ def other_forgejo(known: str, configured: str) -> str:
 
 
 def open_store_of(settings: Settings, keyring: Keyring) -> Store:
-    """Returns the store. Raises ConfigurationError when its users are of another Forgejo."""
+    """Returns the store. Raises ConfigurationError when its users are of another Forgejo, or it was moved."""
     store = Store(store_place(settings), keyring)
+    copied_to = store.copied_to()
     known = store.bound_to(settings.forgejo_url)
-    if known != settings.forgejo_url:
-        store.close()
-        raise ConfigurationError([other_forgejo(known, settings.forgejo_url)])
-    return store
+    if not copied_to and known == settings.forgejo_url:
+        return store
+    store.close()
+    problem = moved(settings, copied_to) if copied_to else other_forgejo(known, settings.forgejo_url)
+    raise ConfigurationError([problem])
+
+
+def moved(settings: Settings, url: str) -> str:
+    """Returns the sentence that refuses a store whose copy has taken over."""
+    return f"store_path: what was in {settings.store_path} is in {url} now: set store_url to that"
 
 
 def wrong_host(public_url: str) -> str:
@@ -17564,6 +17633,10 @@ COMMANDS = {
         "forget": ("", "it is another Forgejo: all logins end"),
     }),
     "backup": Command("write a consistent copy of the store, also while the broker runs", word="FILE"),
+    "copy-store": Command(
+        "copy the store into an empty database of PostgreSQL, while no broker runs; the file serves no more",
+        word="URL",
+    ),
     "rotate-key": Command("seal everything under a new key; may be interrupted and run again"),
 }
 # fmt: on
@@ -18313,12 +18386,13 @@ def user_name(uid: int) -> str:
 def serving_user(settings: Settings, named: str | None) -> pwd.struct_passwd:
     """Returns the user that serves.
 
-    That is the caller; for root the one named, else the owner of the store or of its folder.
+    That is the caller; for root the one named, else the owner of the store (of the key, where the store is no
+    file) or of its folder.
     """
     uid, gid = os.getuid(), os.getgid()
     if named:
         return pwd.getpwnam(named)
-    path = os.path.abspath(settings.store_path)
+    path = os.path.abspath(key_path(settings) if settings.store_url else settings.store_path)
     for place in (path, os.path.dirname(path)):
         if uid == 0 and os.path.exists(place):
             uid = os.stat(place).st_uid
@@ -18382,8 +18456,9 @@ def secret_files(settings: Settings, config: str | None) -> dict[str, str]:
     found |= {path: name + "_file" for name, path in value_files(settings) if SETTING[name].secret}
     if not settings.key:
         found[key_path(settings)] = "key_file"
-    found |= {settings.store_path + end: "store_path" for end in ("", "-wal", "-shm")}
-    found[os.path.dirname(os.path.abspath(settings.store_path))] = "store_path"
+    if not settings.store_url:
+        found |= {settings.store_path + end: "store_path" for end in ("", "-wal", "-shm")}
+        found[os.path.dirname(os.path.abspath(settings.store_path))] = "store_path"
     return found
 
 
@@ -18434,6 +18509,9 @@ def check_files(files: Sequence[tuple[str, str]], server: pwd.struct_passwd) -> 
 
 def check_store(settings: Settings, server: pwd.struct_passwd) -> Iterator[Finding]:
     """Yields what is to say of the store, its folder, and the sealing key."""
+    if settings.store_url:
+        yield from check_database(settings)
+        return
     path = os.path.abspath(settings.store_path)
     key = os.path.abspath(key_path(settings))
     folder = os.path.dirname(path)
@@ -18463,13 +18541,52 @@ def check_store(settings: Settings, server: pwd.struct_passwd) -> Iterator[Findi
         yield from check_opened_store(settings, path)
 
 
-def check_opened_store(settings: Settings, path: str) -> Iterator[Finding]:
+CLOCKS_AGREE = 5.0  # seconds: by more the log's times and the database's are not easily put together
+
+
+def check_database(settings: Settings) -> Iterator[Finding]:
+    """Yields what is to say of the database of several brokers: version, rights, what it keeps, its clock."""
+    server = PostgresServer(settings.store_url, settings.store_password)
+    with contextlib.closing(PostgresEngine(server)) as engine:
+        facts = engine.facts()
+        apart = abs(facts.now - time.time())
+    yield Finding("ok", f"store_url: {server.name} answers: PostgreSQL {facts.version}")
+    if not facts.has_tables and not facts.may_make_tables:
+        text = "store_url: the user may not make tables there"
+        yield Finding("fail", text, "make the database the user's own: createdb --owner USER DATABASE")
+    elif not facts.has_tables:
+        yield Finding("ok", "store_url: the tables will be made at the first start")
+    is_synchronous = facts.synchronous_commit in ("on", "remote_apply")
+    if facts.synchronous_commit == "off" or facts.fsync == "off":
+        text = "store_url: what the server has answered it may forget (synchronous_commit or fsync is off)"
+        yield Finding(
+            "fail", text, "ALTER DATABASE … SET synchronous_commit = on; fsync = on in postgresql.conf"
+        )
+    elif len(server.hosts) > 1 and not (is_synchronous and facts.synchronous_standbys):
+        text = "store_url: of several hosts the next one may lack what this one has answered"
+        fix = (
+            "replicate synchronously: synchronous_standby_names must name a standby, synchronous_commit be on"
+        )
+        yield Finding("fail", text, fix)
+    if apart > CLOCKS_AGREE:
+        text = (
+            f"store_url: the database's clock, by which brokers go, and this server's are {apart:.0f} s apart"
+        )
+        yield Finding("warn", text, "let NTP set both")
+    if facts.has_tables:
+        yield from check_opened_store(settings, server)
+
+
+def check_opened_store(settings: Settings, place: Place) -> Iterator[Finding]:
     """Yields whether the key opens the store, its Forgejo's URL, and which older keys are still needed."""
     keyring = load_keyring(settings)
-    with contextlib.closing(Store(path, keyring, alone=False)) as store:
+    with contextlib.closing(Store(place, keyring, alone=False)) as store:
         older = sum(not keyring.is_newest(box) for _, _, box in store.boxes())
-        text = f"store_path: {path} opens with this key; sessions on file: {store.count_sessions()}"
+        where = f"{store.engine.setting}: {store.engine.name}"
+        text = f"{where} opens with this key; sessions on file: {store.count_sessions()}"
         yield Finding("ok", text)
+        if copied_to := store.copied_to():
+            yield Finding("fail", moved(settings, copied_to))
         known = store.forgejo_url()
         if known not in (None, settings.forgejo_url) and store.known_people(1):
             text = other_forgejo(str(known), settings.forgejo_url)
@@ -19001,6 +19118,8 @@ def open_store(arguments: Arguments, alone: bool = False) -> Iterator[tuple[Sett
     keyring = load_keyring(settings)
     with acting_as(*owner):
         with contextlib.closing(Store(store_place(settings), keyring, alone=alone)) as store:
+            if copied_to := store.copied_to():
+                raise ConfigurationError([moved(settings, copied_to)])
             yield settings, keyring, store
 
 
@@ -19169,6 +19288,104 @@ def backup(arguments: Arguments) -> int:
         raise ConfigurationError([f"{path} is there already"]) from None
     print(f"wrote {path}; it opens only with the sealing key, which is not in it")
     return 0
+
+
+# What refers to other tables comes after them.
+COPIED_FIRST = ("users", "grants")
+
+
+def copy_store(arguments: Arguments) -> int:
+    """Copies the SQLite store into an empty database of PostgreSQL, whole or not at all.
+
+    Returns the exit status. The file serves no more then. Run again after it was interrupted, it goes on.
+    """
+    settings = arguments.settings()
+    try:
+        server = PostgresServer(str(KINDS["store_url"](arguments.word)), settings.store_password)
+    except ValueError as error:
+        raise ConfigurationError([f"copy-store: URL {error}"]) from None
+    if not os.path.exists(settings.store_path):
+        raise ConfigurationError([f"store_path: there is no store at {settings.store_path}"])
+    keyring = load_keyring(settings)
+    owner = os.stat(settings.store_path)
+    with acting_as(owner.st_uid, owner.st_gid), contextlib.ExitStack() as opened:
+        source = opened.enter_context(contextlib.closing(Store(settings.store_path, keyring)))
+        target = opened.enter_context(contextlib.closing(Store(server, keyring)))
+        if copied_to := source.copied_to():
+            raise ConfigurationError([moved(settings, copied_to)])
+        counts = copied(source, target)
+    shown = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    print(
+        f"copied {shown}.\n{settings.store_path} serves no more. Set store_url = {arguments.word!r}"
+        f" and, for every broker the same, key_file = {key_path(settings)!r} (or key)"
+    )
+    return 0
+
+
+def copied(source: Store, target: Store) -> dict[str, int]:
+    """Copies all rows and returns how many of each table; the source is marked as moved.
+
+    Raises ConfigurationError when the target is not empty.
+    """
+    name = source.name_copy()
+    assert isinstance(source.engine, SqliteEngine) and isinstance(target.engine, PostgresEngine)
+    with source.engine.frozen() as execute:
+        found = execute(
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'", {}
+        )
+        tables = sorted((row[0] for row in found), key=lambda table: table not in COPIED_FIRST)
+        tables.sort(key=lambda table: table != COPIED_FIRST[0])
+        counts = {table: int(execute(f"SELECT count(*) FROM {table}", {}).fetchone()[0]) for table in tables}
+        if target.copy_name() != name:
+            if not is_empty(target, tables):
+                raise ConfigurationError([f"copy-store: {target.engine.name} is not empty"])
+            target.engine.load(rows_of(execute, tables))
+            compare_counts(target.engine, counts)
+        url = target.engine.server.url.encode()
+        execute("INSERT INTO meta (name, value) VALUES ('copied_to', :url)", {"url": url})
+    return counts
+
+
+def compare_counts(engine: Engine, counts: Mapping[str, int]) -> None:
+    """Raises ConfigurationError when a table has not as many rows as it should."""
+    for table, count in counts.items():
+        there = engine.read(f"SELECT count(*) FROM {table}", {})[1][0][0]
+        if there != count:
+            problem = f"{engine.name} has {there} rows of {table} instead of {count}"
+            raise ConfigurationError([f"copy-store: {problem}; the store here was not changed"])
+
+
+def is_empty(store: Store, tables: Sequence[str]) -> bool:
+    """Returns whether a store holds nothing but the key's probe."""
+    count = " + ".join(f"(SELECT count(*) FROM {table})" for table in tables if table != "meta")
+    notes = "(SELECT count(*) FROM meta WHERE name != 'key_probe')"
+    return bool(store.engine.read(f"SELECT {count} + {notes}", {})[1][0][0] == 0)
+
+
+def rows_of(
+    execute: Callable[[str, Parameters], sqlite3.Cursor], tables: Sequence[str]
+) -> Iterator[tuple[str, Parameters]]:
+    """Yields a statement and its parameters for each row of the tables; then those that let numbers go on."""
+    yield "DELETE FROM meta", {}
+    for table in tables:
+        rows = execute(f"SELECT * FROM {table}", {})
+        names = [column[0] for column in rows.description]
+        listed = ", ".join(names)
+        insert = f"INSERT INTO {table} ({listed}) VALUES ({', '.join(':' + name for name in names)})"
+        for row in rows:
+            values = dict(zip(names, row))
+            if table == "meta" and isinstance(values["value"], str):
+                values["value"] = values["value"].encode()
+            yield insert, values
+    last = execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'grants'", {}).fetchone()[
+        0
+    ]
+    records = execute("SELECT coalesce(max(record_id), 0) FROM operator_records", {}).fetchone()[0]
+    for table, column, number in (("grants", "grant_id", last), ("operator_records", "record_id", records)):
+        yield (
+            f"SELECT setval(pg_get_serial_sequence('{table}', '{column}'), :next, FALSE)",
+            {"next": number + 1},
+        )
 
 
 def rotate_key(arguments: Arguments) -> int:
@@ -19475,6 +19692,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {  # what runs each command of COMM
     "revoke": revoke,
     "rebind": rebind,
     "backup": backup,
+    "copy-store": copy_store,
     "rotate-key": rotate_key,
 }
 
