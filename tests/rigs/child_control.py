@@ -10,13 +10,19 @@ It obeys {"cmd": "release", "key"}, {"cmd": "emit", "message"},
 when the connection does: no child outlives the control it was started with.
 """
 
+from __future__ import annotations
+
 import json
 import selectors
 import shutil
 import socket
 import tempfile
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Self
+
+Event = dict[str, Any]
 
 WAIT = 10.0
 
@@ -29,48 +35,48 @@ class ChildControl:
     Use it as a context manager or call start() and stop(). `path` goes behind the children's `--control`.
     """
 
-    def __init__(self, path=None):
+    def __init__(self, path: str | Path | None = None) -> None:
         self._folder = None if path else tempfile.mkdtemp(prefix="child-control-")
-        self.path = str(path or Path(self._folder) / "control")
+        self.path = str(path) if path else str(Path(self._folder or "") / "control")
         self._changed = threading.Condition()
         self._sending = threading.Lock()
-        self._events = []
-        self._children = {}
+        self._events: list[Event] = []
+        self._children: dict[int, socket.socket] = {}
         self._wake_reader, self._wake = socket.socketpair()
-        self._listener = None
-        self._thread = None
-
-    def start(self):
-        """Listen; children may connect from now on. Returns self."""
         self._listener = socket.socket(socket.AF_UNIX)
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> Self:
+        """Listen; children may connect from now on. Returns self."""
         self._listener.bind(self.path)
         self._listener.listen(128)
         self._thread = threading.Thread(target=self._serve, name="child-control", daemon=True)
         self._thread.start()
         return self
 
-    def stop(self):
+    def stop(self) -> None:
         """End the connections, and with them the children that are still there."""
         if self._thread:
             self._wake.send(b"x")
             self._thread.join()
             self._thread = None
             Path(self.path).unlink(missing_ok=True)
+        self._listener.close()
         self._wake.close()
         self._wake_reader.close()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(self, *_exc):
+    def __exit__(self, *_exc: object) -> None:
         self.stop()
 
     # What children say
 
     @property
-    def children(self):
+    def children(self) -> list[int]:
         """The pids of the children now connected, oldest first.
 
         A child serves nothing before it is in here.
@@ -79,18 +85,20 @@ class ChildControl:
             return list(self._children)
 
     @property
-    def events(self):
+    def events(self) -> list[Event]:
         """Every event up to now, oldest first."""
         with self._changed:
             return list(self._events)
 
-    def wait_event(self, predicate=None, timeout=WAIT, **fields):
+    def wait_event(
+        self, predicate: Callable[[Event], object] | None = None, timeout: float = WAIT, **fields: object
+    ) -> Event:
         """The first event, past ones included, that has these fields and satisfies the predicate.
 
         Else TimeoutError.
         """
 
-        def found():
+        def found() -> Event | None:
             return next(
                 (
                     event
@@ -111,7 +119,7 @@ class ChildControl:
 
     # What children are told
 
-    def command(self, cmd, pid=None):
+    def command(self, cmd: Mapping[str, object], pid: int | None = None) -> int:
         """Send a command (a dict) to one child, or to all; how many were told.
 
         LookupError for an unknown pid.
@@ -125,21 +133,21 @@ class ChildControl:
         with self._sending:
             return sum(_delivered(connection, line) for connection in told)
 
-    def release(self, key, pid=None):
+    def release(self, key: str, pid: int | None = None) -> int:
         """Let the calls that wait for this key go on, also those that the same children get later."""
         return self.command({"cmd": "release", "key": key}, pid)
 
-    def emit(self, message, pid=None):
+    def emit(self, message: object, pid: int | None = None) -> int:
         """Let a child write this JSON-RPC message."""
         return self.command({"cmd": "emit", "message": message}, pid)
 
-    def raw(self, data, pid=None):
+    def raw(self, data: bytes, pid: int | None = None) -> int:
         """Let a child write these bytes."""
         return self.command({"cmd": "raw", "hex": data.hex()}, pid)
 
     # The thread
 
-    def _serve(self):
+    def _serve(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ)
             selector.register(self._wake_reader, selectors.EVENT_READ)
@@ -149,17 +157,17 @@ class ChildControl:
                         return self._close_all(selector)
                     if key.fileobj is self._listener:
                         selector.register(self._listener.accept()[0], selectors.EVENT_READ, _Connection())
-                    elif not self._read(key.fileobj, key.data):
+                    elif not self._read(connection_of(key), key.data):
                         selector.unregister(key.fileobj)
-                        key.fileobj.close()
+                        connection_of(key).close()
 
     @staticmethod
-    def _close_all(selector):
+    def _close_all(selector: selectors.BaseSelector) -> None:
         for key in list(selector.get_map().values()):
             selector.unregister(key.fileobj)
-            key.fileobj.close()
+            connection_of(key).close()
 
-    def _read(self, connection, state):
+    def _read(self, connection: socket.socket, state: _Connection) -> bool:
         """Take what has arrived; False at the end of the connection."""
         try:
             data = connection.recv(1 << 20)
@@ -174,7 +182,7 @@ class ChildControl:
             self._changed.notify_all()
         return bool(data)
 
-    def _take(self, connection, state, event):
+    def _take(self, connection: socket.socket, state: _Connection, event: Event) -> None:
         self._events.append(event)
         if event["event"] == "start":
             state.pid = event["pid"]
@@ -185,11 +193,11 @@ class ChildControl:
 class _Connection:
     """What is known of one connection: the child's pid, and the beginning of a line."""
 
-    def __init__(self):
-        self.pid = None
-        self._pieces = []
+    def __init__(self) -> None:
+        self.pid: int | None = None
+        self._pieces: list[bytes] = []
 
-    def lines(self, data):
+    def lines(self, data: bytes) -> list[bytes]:
         """The lines that `data` completes."""
         *ended, rest = data.split(b"\n")
         if ended:
@@ -199,7 +207,12 @@ class _Connection:
         return ended
 
 
-def _delivered(connection, line):
+def connection_of(key: selectors.SelectorKey) -> socket.socket:
+    assert isinstance(key.fileobj, socket.socket)
+    return key.fileobj
+
+
+def _delivered(connection: socket.socket, line: bytes) -> bool:
     try:
         connection.sendall(line)
     except OSError:

@@ -16,7 +16,7 @@ HEAD = "| | how | seen to work |\n|---|---|---|\n"
 EXAMPLE = "https://mcp.example.org/mcp"
 
 
-def table():
+def table() -> str:
     """The table's text: what the home page shows, for an example's address."""
     rows = (
         f"| **{name}** | {steps.replace('{url}', EXAMPLE)} | {seen or 'not yet'} |\n"

@@ -3,6 +3,8 @@
 https origins of any name on one loopback port, a resolver, and a throw-away certificate authority.
 """
 
+from __future__ import annotations
+
 import base64
 import errno
 import hashlib
@@ -11,7 +13,9 @@ import socket
 import ssl
 import subprocess
 import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from fjmcp_broker import PublicWeb
 
@@ -20,13 +24,13 @@ PUBLIC = "93.184.216.34"
 NAMES = ("claude.ai", "chatgpt.com", "vscode.dev", "zed.dev", "goose-docs.ai", "app.example", "*.app.example")
 
 
-def make_authority(folder):
+def make_authority(folder: Path) -> tuple[Path, Path, Path]:
     """A certificate authority and a certificate of it for NAMES.
 
     Gives (CA file, certificate file, key file).
     """
 
-    def openssl(*words):
+    def openssl(*words: str) -> None:
         subprocess.run(["openssl", *words], check=True, capture_output=True, cwd=folder)
 
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
@@ -78,31 +82,38 @@ class DocumentWeb:
     `connected` tell what happened.
     """
 
-    def __init__(self, authority):
+    def __init__(self, authority: tuple[Path, Path, Path]) -> None:
         self._ca, leaf, key = authority
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(leaf, key)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self._threads, self._open = [], set()
-        self.answers, self.names = {}, {}
-        self.asked, self.resolved, self.connected = [], [], []
+        self._threads: list[threading.Thread] = []
+        self._open: set[socket.socket] = set()
+        self.answers: dict[str, Any] = {}
+        self.names: dict[str, Any] = {}
+        self.asked: list[str] = []
+        self.resolved: list[str] = []
+        self.connected: list[tuple[str, int]] = []
         # Addresses that refuse, that let every attempt time out, and
         # that accept and say nothing; how long each attempt waited.
-        self.refused, self.silent, self.deaf, self.patience = set(), set(), set(), []
+        self.refused: set[str] = set()
+        self.silent: set[str] = set()
+        self.deaf: set[str] = set()
+        self.patience: list[float] = []
         self.ended = threading.Event()
         self._thread = threading.Thread(target=self._accept)
         self._thread.start()
 
-    def guarded(self):
+    def guarded(self) -> PublicWeb:
         """The broker's own guard, before this internet."""
         return PublicWeb(self._resolve, self._connect, str(self._ca))
 
-    def _resolve(self, host):
+    def _resolve(self, host: str) -> Any:
         self.resolved.append(host)
         answer = self.names.get(host, [PUBLIC])
         return answer() if callable(answer) else answer
 
-    def _connect(self, address, timeout):
+    def _connect(self, address: tuple[str, int], timeout: float) -> socket.socket:
         self.connected.append(address)
         if address[0] in self.refused:
             raise OSError(errno.ENETUNREACH, "Network is unreachable")
@@ -114,13 +125,20 @@ class DocumentWeb:
             return self._deaf(timeout)
         return socket.create_connection(self._listener.getsockname(), timeout)
 
-    def _deaf(self, timeout):
+    def _deaf(self, timeout: float) -> socket.socket:
         ours, theirs = socket.socketpair()
         self._open.add(theirs)
         ours.settimeout(timeout)
         return ours
 
-    def publish(self, document, url=None, headers=(), status=200, kind="application/json"):
+    def publish(
+        self,
+        document: Any,
+        url: str | None = None,
+        headers: Iterable[tuple[str, str]] = (),
+        status: int = 200,
+        kind: str = "application/json",
+    ) -> str:
         """Serve a document at its client_id (or another URL); gives the URL."""
         url = url or document["client_id"]
         body = document if isinstance(document, bytes) else json.dumps(document).encode()
@@ -131,7 +149,7 @@ class DocumentWeb:
         )
         return url
 
-    def _accept(self):
+    def _accept(self) -> None:
         while True:
             try:
                 connection, _ = self._listener.accept()
@@ -142,7 +160,7 @@ class DocumentWeb:
             self._threads.append(thread)
             thread.start()
 
-    def _serve(self, raw):
+    def _serve(self, raw: socket.socket) -> None:
         try:
             with raw, self._context.wrap_socket(raw, server_side=True) as connection:
                 self._open.add(connection)
@@ -168,7 +186,7 @@ class DocumentWeb:
         except OSError:
             pass  # the broker hung up, as it should on what it does not want
 
-    def close(self):
+    def close(self) -> None:
         """End every connection and thread."""
         self.ended.set()
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -183,14 +201,14 @@ class DocumentWeb:
             thread.join(10)
 
 
-def b64url(data):
+def b64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 class RsaKey:
     """A private RSA key in plain numbers, so that tests can also sign what no library would."""
 
-    def __init__(self, bits=2048, kid="k1"):
+    def __init__(self, bits: int = 2048, kid: str = "k1") -> None:
         p, q = (
             int(
                 subprocess.run(
@@ -206,7 +224,7 @@ class RsaKey:
         self.size = (self.n.bit_length() + 7) // 8
 
     @property
-    def jwk(self):
+    def jwk(self) -> dict[str, str]:
         """The public key (RFC 7517)."""
         return {
             "kty": "RSA",
@@ -217,16 +235,21 @@ class RsaKey:
             "n": b64url(self.n.to_bytes(self.size, "big")),
         }
 
-    def sign_block(self, block):
+    def sign_block(self, block: bytes) -> bytes:
         """The signature whose block is this."""
         return pow(int.from_bytes(block, "big"), self._d, self.n).to_bytes(self.size, "big")
 
-    def block(self, message):
+    def block(self, message: bytes) -> bytes:
         """EMSA-PKCS1-v1_5 with SHA-256."""
         info = bytes.fromhex("3031300d060960864801650304020105000420") + hashlib.sha256(message).digest()
         return b"\0\1" + b"\xff" * (self.size - 3 - len(info)) + b"\0" + info
 
-    def jwt(self, claims, header=None, block=None):
+    def jwt(
+        self,
+        claims: Mapping[str, Any],
+        header: Mapping[str, Any] | None = None,
+        block: Callable[[bytes], bytes] | None = None,
+    ) -> str:
         """A signed JWT; `block(message)` is another block than the right one."""
         header = {"alg": "RS256", "typ": "JWT", "kid": self.kid, **(header or {})}
         signed = ".".join(b64url(json.dumps(part).encode()) for part in (header, claims))

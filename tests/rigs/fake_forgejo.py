@@ -33,10 +33,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from email.message import Message
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler
+from typing import Any, Self, cast
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 WAIT = 10.0
@@ -134,7 +136,7 @@ class User:
     login: str
     password: str
     full_name: str
-    groups: list
+    groups: list[str]
     admin: bool
     created: str = CREATED
     suspended: bool = False
@@ -142,7 +144,7 @@ class User:
     must_change_password: bool = False
 
     @property
-    def email(self):
+    def email(self) -> str:
         return f"{self.login}@example.test"
 
 
@@ -151,17 +153,17 @@ class App:
     id: int
     client_id: str
     client_secret: str
-    redirect_uris: list
+    redirect_uris: list[str]
     confidential: bool
     name: str
 
-    def accepts_redirect(self, uri):
+    def accepts_redirect(self, uri: str) -> bool:
         """Forgejo's comparison: case and one trailing slash of the whole string do not count.
 
         A public client's loopback address may carry any port.
         """
 
-        def plain(text):
+        def plain(text: str) -> str:
             return text.lower().removesuffix("/")
 
         registered = {plain(known) for known in self.redirect_uris}
@@ -189,7 +191,7 @@ class Code:
     method: str
     made_at: float
 
-    def accepts(self, verifier):
+    def accepts(self, verifier: str) -> bool:
         if self.method == "S256":
             return _b64(hashlib.sha256(verifier.encode()).digest()) == self.challenge
         return self.method == "" or (self.method == "plain" and verifier == self.challenge)
@@ -201,14 +203,14 @@ class Repo:
     owner_id: int
     name: str
     private: bool
-    issues: list = field(default_factory=list)
+    issues: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
 class WebSession:
     csrf: str
     user_id: int | None = None
-    values: dict = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -217,7 +219,7 @@ class Identity:
 
     user: User
     grant: Grant
-    scopes: set
+    scopes: set[str]
 
 
 class BadToken(Exception):
@@ -227,7 +229,7 @@ class BadToken(Exception):
 class Refusal(Exception):
     """Carries the response to give instead of going on."""
 
-    def __init__(self, response):
+    def __init__(self, response: Response) -> None:
         super().__init__(response.status)
         self.response = response
 
@@ -250,58 +252,60 @@ class Recorded:
 
     method: str
     path: str
-    query: dict
+    query: dict[str, str]
     user_agent: str
     auth_user: str | None
     grant_id: int | None
     status: int
-    form: dict = field(default_factory=dict, repr=False)
-    headers: dict = field(default_factory=dict, repr=False)
+    form: dict[str, str] = field(default_factory=dict, repr=False)
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
 
 
-class RequestLog(Sequence):
+class RequestLog(Sequence[Recorded]):
     """The requests in the order in which they were processed or began to hang.
 
     Each once, logged before its answer is sent, so that whoever sees the answer finds it here.
     """
 
-    def __init__(self):
-        self._items = []
+    def __init__(self) -> None:
+        self._items: list[Recorded] = []
         self._changed = threading.Condition()
 
-    def __len__(self):
+    def __len__(self) -> int:
         with self._changed:
             return len(self._items)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         with self._changed:
             return self._items[index]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "\n".join(map(repr, self[:]))
 
-    def replace(self, old, new):
+    def replace(self, old: Recorded | None, new: Recorded) -> None:
         """Put `new` where `old` is, or at the end."""
         with self._changed:
             place = next((n for n, item in enumerate(self._items) if item is old), len(self._items))
             self._items[place : place + 1] = [new]
             self._changed.notify_all()
 
-    def clear(self):
+    def clear(self) -> None:
         with self._changed:
             self._items.clear()
 
-    def count(self, path_prefix, method=None):
+    def count(self, path_prefix: str, method: str | None = None) -> int:
         """How many requests were logged under this path (of this method)."""
         return sum(_matches(item, path_prefix, method) for item in self[:])
 
-    def wait_for(self, predicate, timeout=WAIT, *, start=0):
+    def wait_for(
+        self, predicate: Callable[[Recorded], object], timeout: float = WAIT, *, start: int = 0
+    ) -> Recorded:
         """The first logged request from index `start` on that satisfies `predicate`.
 
         Blocks until there is one. TimeoutError, with the log as text, if none comes.
         """
 
-        def found():
+        def found() -> Recorded | None:
             return next((item for item in self._items[start:] if predicate(item)), None)
 
         with self._changed:
@@ -314,16 +318,18 @@ class RequestLog(Sequence):
 class Request:
     """One request read from the wire; the handlers note in `auth_user` and `grant_id` whom they served."""
 
-    def __init__(self, method, target, headers, body):
+    def __init__(self, method: str, target: str, headers: Message, body: bytes) -> None:
         parts = urlsplit(target)
         self.method, self.path, self.headers, self.body = method, unquote(parts.path), headers, body
         self.target = target  # as the browser asked for it
         self.query = _first_values(parts.query)
-        self.auth_user = self.grant_id = None
-        self.session = self.session_id = None
+        self.auth_user: str | None = None
+        self.grant_id: int | None = None
+        self.session: Any = None
+        self.session_id: Any = None
         self.form = self._read_form()
 
-    def below(self, path):
+    def below(self, path: str) -> bool:
         """Take this path off the front, as a proxy does.
 
         False when the request is for something beside it.
@@ -332,7 +338,7 @@ class Request:
         self.path = (self.path.removeprefix(path) or "/") if inside else self.path
         return inside
 
-    def _read_form(self):
+    def _read_form(self) -> dict[str, str]:
         """Form or JSON body as name to text, as Forgejo binds both to the same struct."""
         kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         text = self.body.decode("utf-8", "replace")
@@ -346,20 +352,20 @@ class Request:
                 }
         return {}
 
-    def json(self):
+    def json(self) -> Any:
         try:
             return json.loads(self.body)
         except ValueError:
             return None
 
-    def cookie(self, name):
+    def cookie(self, name: str) -> str | None:
         try:
             morsel = SimpleCookie(self.headers.get("Cookie", "")).get(name)
         except CookieError:
             return None
         return morsel.value if morsel else None
 
-    def recorded(self, status):
+    def recorded(self, status: int) -> Recorded:
         return Recorded(
             self.method,
             self.path,
@@ -380,40 +386,45 @@ class Response:
     status: int
     body: bytes = b""
     content_type: str = ""
-    headers: list = field(default_factory=list)
+    headers: list[tuple[str, str]] = field(default_factory=list)
     send_only: int | None = None
 
-    def cookie(self, name, value, *, http_only=True):
+    def cookie(self, name: str, value: str, *, http_only: bool = True) -> Self:
         age = "; Max-Age=0" if value == "" else ""
         self.headers.append(
             ("Set-Cookie", f"{name}={value}; Path=/; SameSite=Lax{age}" + "; HttpOnly" * http_only)
         )
         return self
 
-    def json(self):
+    def json(self) -> Any:
         return json.loads(self.body)
 
-    def with_json(self, value):
+    def with_json(self, value: object) -> Self:
         self.body = json.dumps(value).encode()
         return self
 
 
-def _json(status, value):
+def _json(status: int, value: object) -> Response:
     return Response(
         status, json.dumps(value, separators=(",", ":")).encode(), "application/json;charset=utf-8"
     )
 
 
-def _text(status, text, headers=()):
+def _text(status: int, text: str, headers: Iterable[tuple[str, str]] = ()) -> Response:
     return Response(status, text.encode(), "text/plain; charset=utf-8", list(headers))
 
 
-def _see_other(location):
+def _see_other(location: str) -> Response:
     return Response(303, headers=[("Location", location)])
 
 
 # ---- Faults
 # ---------------------------------------------------------------------------------------------------------
+
+
+Pause = Callable[[threading.Event], None]
+Before = Callable[[Request, Pause], Response | None]
+After = Callable[[Response, Pause], Response]
 
 
 class Fault:
@@ -424,32 +435,32 @@ class Fault:
     `pause(event)` blocks until the event is set, and raises Cut if the server stops first.
     """
 
-    def __init__(self, before=None, after=None):
+    def __init__(self, before: Before | None = None, after: After | None = None) -> None:
         self.released = threading.Event()
         self._before, self._after = before, after
 
-    def release(self):
+    def release(self) -> None:
         """Let requests that hang in this fault go on."""
         self.released.set()
 
-    def before(self, request, pause):
+    def before(self, request: Request, pause: Pause) -> Response | None:
         return self._before(request, pause) if self._before else None
 
-    def after(self, response, pause):
+    def after(self, response: Response, pause: Pause) -> Response:
         return self._after(response, pause) if self._after else response
 
 
-def hang(*, processed=False):
+def hang(*, processed: bool = False) -> Fault:
     """No answer until `.release()`, then it is handled normally; the server's stop cuts the connection.
 
     With `processed` the request takes effect first and only the answer hangs.
     """
     fault = Fault()
 
-    def wait_before(_request, pause):
+    def wait_before(_request: Request, pause: Pause) -> None:
         pause(fault.released)
 
-    def wait_after(response, pause):
+    def wait_after(response: Response, pause: Pause) -> Response:
         pause(fault.released)
         return response
 
@@ -457,21 +468,23 @@ def hang(*, processed=False):
     return fault
 
 
-def slow_until(event):
+def slow_until(event: threading.Event) -> Fault:
     """The request waits for `event` (a threading.Event) before it is processed."""
     return Fault(before=lambda _request, pause: pause(event))
 
 
-def run(action):
+def run(action: Callable[[], object]) -> Fault:
     """Call `action()` just before the request is processed, for a change at exactly this point."""
 
-    def before(_request, _pause):
+    def before(_request: Request, _pause: Pause) -> None:
         action()
 
     return Fault(before=before)
 
 
-def status(code, body=b"", content_type=None, headers=None):
+def status(
+    code: int, body: object = b"", content_type: str | None = None, headers: Mapping[str, str] | None = None
+) -> Fault:
     """Answer so, without processing. `body` may be bytes, text, or a value to send as JSON."""
     if not isinstance(body, (bytes, str)):
         body, default = json.dumps(body), "application/json;charset=utf-8"
@@ -482,50 +495,52 @@ def status(code, body=b"", content_type=None, headers=None):
     return Fault(before=lambda _request, _pause: Response(code, data, content_type or default, list(extra)))
 
 
-def oauth_error(error, description=""):
+def oauth_error(error: str, description: str = "") -> Fault:
     """Answer as the token endpoint refuses: 400 with this error, without processing."""
     return status(400, {"error": error, "error_description": description})
 
 
-def html(code=200, text="<!DOCTYPE html><html><body><h1>Proxy page</h1></body></html>"):
+def html(
+    code: int = 200, text: str = "<!DOCTYPE html><html><body><h1>Proxy page</h1></body></html>"
+) -> Fault:
     """Answer with an HTML page, without processing."""
     return status(code, text, "text/html; charset=utf-8")
 
 
-def redirect(location, code=303):
+def redirect(location: str, code: int = 303) -> Fault:
     """Answer with a redirect, without processing."""
     return status(code, b"", headers={"Location": location})
 
 
-def lose_response():
+def lose_response() -> Fault:
     """Process the request fully, then cut the connection.
 
     What it changed stays changed, nobody hears of it.
     """
 
-    def after(_response, _pause):
+    def after(_response: Response, _pause: Pause) -> Response:
         raise Cut
 
     return Fault(after=after)
 
 
-def cut_body():
+def cut_body() -> Fault:
     """Announce the whole body, send half of it, cut the connection."""
 
-    def after(response, _pause):
+    def after(response: Response, _pause: Pause) -> Response:
         response.send_only = len(response.body) // 2
         return response
 
     return Fault(after=after)
 
 
-def json_override(change):
+def json_override(change: Any) -> Fault:
     """Process the request, then change its JSON.
 
     A dict replaces members (MISSING removes one), a callable maps the whole value to another.
     """
 
-    def merged(value):
+    def merged(value: dict[str, Any]) -> dict[str, Any]:
         value = {**value, **change}
         return {name: item for name, item in value.items() if item is not MISSING}
 
@@ -533,30 +548,30 @@ def json_override(change):
     return Fault(after=lambda response, _pause: response.with_json(mapping(response.json())))
 
 
-def wrong_content_type(content_type="text/plain"):
+def wrong_content_type(content_type: str = "text/plain") -> Fault:
     """Process the request and send the right body under another media type."""
 
-    def after(response, _pause):
+    def after(response: Response, _pause: Pause) -> Response:
         response.content_type = content_type
         return response
 
     return Fault(after=after)
 
 
-def truncated_json():
+def truncated_json() -> Fault:
     """Process the request and send the first half of the JSON as a complete HTTP message."""
 
-    def after(response, _pause):
+    def after(response: Response, _pause: Pause) -> Response:
         response.body = response.body[: len(response.body) // 2]
         return response
 
     return Fault(after=after)
 
 
-def huge_json(size=32 << 20):
+def huge_json(size: int = 32 << 20) -> Fault:
     """Process the request and send its JSON object with `size` bytes of padding first."""
 
-    def after(response, _pause):
+    def after(response: Response, _pause: Pause) -> Response:
         return response.with_json({"padding": "x" * size, **response.json()})
 
     return Fault(after=after)
@@ -565,7 +580,9 @@ def huge_json(size=32 << 20):
 class Injection:
     """A fault in its place: it strikes the nth to (nth + times - 1)th request counted from its injection."""
 
-    def __init__(self, path_prefix, fault, nth, times, method):
+    def __init__(
+        self, path_prefix: str, fault: Fault, nth: int, times: int | None, method: str | None
+    ) -> None:
         self.path_prefix, self.fault, self.nth, self.times, self.method = (
             path_prefix,
             fault,
@@ -576,7 +593,7 @@ class Injection:
         self.hits = self._seen = 0
         self._changed = threading.Condition()
 
-    def strikes(self, request):
+    def strikes(self, request: Request) -> bool:
         if not _matches(request, self.path_prefix, self.method):
             return False
         with self._changed:
@@ -587,14 +604,14 @@ class Injection:
                 self._changed.notify_all()
             return due
 
-    def wait_hit(self, n=1, timeout=WAIT):
+    def wait_hit(self, n: int = 1, timeout: float = WAIT) -> bool:
         """Block until the fault has struck n times; TimeoutError otherwise."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.hits >= n, timeout):
                 raise TimeoutError(f"{self.hits} of {n} requests met the fault at {self.path_prefix}")
             return True
 
-    def release(self):
+    def release(self) -> None:
         """Let what hangs in it go on."""
         self.fault.release()
 
@@ -605,39 +622,39 @@ class Gate:
     `arrived` is an Event, set once one has come; `count` says how many came in all, held or passed.
     """
 
-    def __init__(self, path_prefix, method, at):
+    def __init__(self, path_prefix: str, method: str | None, at: str) -> None:
         self.path_prefix, self.method, self.at = path_prefix, method, at
         self.arrived, self.count = threading.Event(), 0
         self._admitted, self._passed = 0, 0
         self._open = self._abandoned = False
         self._changed = threading.Condition()
 
-    def wait_arrived(self, n=1, timeout=WAIT):
+    def wait_arrived(self, n: int = 1, timeout: float = WAIT) -> bool:
         """Block until n requests in all have come to the gate; TimeoutError otherwise."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.count >= n, timeout):
                 raise TimeoutError(f"{self.count} of {n} requests arrived at {self.path_prefix}")
             return True
 
-    def let(self, n=1):
+    def let(self, n: int = 1) -> None:
         """Let n of the requests pass, and hold the others."""
         with self._changed:
             self._admitted += n
             self._changed.notify_all()
 
-    def open(self):
+    def open(self) -> None:
         """Let all pass, those that wait and those to come."""
         with self._changed:
             self._open = True
             self._changed.notify_all()
 
-    def abandon(self):
+    def abandon(self) -> None:
         """Cut the connections that wait here: the server stops."""
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
 
-    def pass_through(self):
+    def pass_through(self) -> None:
         with self._changed:
             self.count += 1
             self.arrived.set()
@@ -647,10 +664,10 @@ class Gate:
                 raise Cut
             self._passed += 1
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_exc):
+    def __exit__(self, *_exc: object) -> None:
         self.open()
 
 
@@ -672,34 +689,41 @@ class FakeForgejo:
     def __init__(
         self,
         *,
-        port=0,
-        host="127.0.0.1",
-        clock=time.time,
-        access_lifetime=3600,
-        refresh_lifetime=730 * 3600,
-        profile="forgejo",
-        version="11.0.1+gitea-1.22.0",
-        issuer_slash=True,
-        path="",
-        require_signin=False,
-        additional_grant_scopes=False,
-    ):
+        port: int = 0,
+        host: str = "127.0.0.1",
+        clock: Callable[[], float] = time.time,
+        access_lifetime: float = 3600,
+        refresh_lifetime: float = 730 * 3600,
+        profile: str | Profile = "forgejo",
+        version: str = "11.0.1+gitea-1.22.0",
+        issuer_slash: bool = True,
+        path: str = "",
+        require_signin: bool = False,
+        additional_grant_scopes: bool = False,
+    ) -> None:
         self.clock, self.access_lifetime, self.refresh_lifetime = clock, access_lifetime, refresh_lifetime
         self.profile = PROFILES[profile] if isinstance(profile, str) else profile
         self.version, self.issuer_slash, self.path = version, issuer_slash, path
         self.require_signin, self.additional_grant_scopes = require_signin, additional_grant_scopes
-        self.private_organizations = set()
+        self.private_organizations: set[str] = set()
         self.requests = RequestLog()
         self.wait_for, self.count = self.requests.wait_for, self.requests.count
         self._lock = threading.RLock()  # guards all state below; never held while a request waits or is sent
         self._key = secrets.token_bytes(32)
-        self._users, self._apps, self._grants = {}, {}, {}
-        self._codes, self._repos, self._sessions = {}, {}, {}
+        self._users: dict[int | None, User] = {}
+        self._apps: dict[str, App] = {}
+        self._grants: dict[int, Grant] = {}
+        self._codes: dict[str, Code] = {}
+        self._repos: dict[int, Repo] = {}
+        self._sessions: dict[str | None, WebSession] = {}
         self._user_ids, self._ids = itertools.count(1001), itertools.count(1)
-        self._injections, self._gates = [], []
+        self._injections: list[Injection] = []
+        self._gates: list[Gate] = []
         self._stopping = threading.Event()
-        self._connections, self._threads = set(), set()
-        self._listener = self._acceptor = None
+        self._connections: set[socket.socket] = set()
+        self._threads: set[threading.Thread] = set()
+        self._listener: Any = None
+        self._acceptor: Any = None
         self.host = host
         if port:
             socket.create_server((host, port)).close()  # SO_REUSEPORT below would share a taken port silently
@@ -709,15 +733,15 @@ class FakeForgejo:
         for login in ("alice", "bob"):
             self.add_user(login)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(self, *_exc):
+    def __exit__(self, *_exc: object) -> None:
         self.stop()
 
     # -- life --
 
-    def _bound_socket(self, port):
+    def _bound_socket(self, port: int) -> socket.socket:
         """A socket that reserves the port without listening.
 
         So nobody else gets it while the server is down.
@@ -728,12 +752,12 @@ class FakeForgejo:
         made.bind((self.host, port))
         return made
 
-    def start(self):
+    def start(self) -> Self:
         """Serve; returns self."""
         self.up()
         return self
 
-    def up(self):
+    def up(self) -> None:
         """Accept connections (again), on the same port."""
         if self._listener is None:
             self._listener = self._bound_socket(self.port)
@@ -741,7 +765,7 @@ class FakeForgejo:
             self._acceptor = threading.Thread(target=self._accept, args=(self._listener,), daemon=True)
             self._acceptor.start()
 
-    def down(self):
+    def down(self) -> None:
         """Refuse connections and cut those that are open. State stays."""
         if self._listener is not None:
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -750,13 +774,13 @@ class FakeForgejo:
             self._listener = None
         self.drop_connections()
 
-    def drop_connections(self):
+    def drop_connections(self) -> None:
         """Cut every open connection, idle keep-alive ones too."""
         with self._lock:
             for connection in self._connections:
                 _shutdown(connection)
 
-    def stop(self):
+    def stop(self) -> None:
         """End every connection and thread, and give the port back."""
         self._stopping.set()
         with self._lock:
@@ -772,7 +796,7 @@ class FakeForgejo:
             thread.join(WAIT)
         self._reservation.close()
 
-    def _accept(self, listener):
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
                 connection, address = listener.accept()
@@ -784,9 +808,9 @@ class FakeForgejo:
                 self._threads.add(thread)
             thread.start()
 
-    def _serve(self, connection, address):
+    def _serve(self, connection: socket.socket, address: Any) -> None:
         try:
-            _Handler(connection, address, self)
+            _Handler(connection, address, cast(Any, self))
         except OSError:
             pass
         finally:
@@ -799,8 +823,16 @@ class FakeForgejo:
     # -- what an administrator or a user can do --
 
     def add_user(
-        self, login, password="secret", *, sub=None, full_name="", groups=(), admin=False, created=CREATED
-    ):
+        self,
+        login: str,
+        password: str = "secret",
+        *,
+        sub: str | None = None,
+        full_name: str = "",
+        groups: Iterable[str] = (),
+        admin: bool = False,
+        created: str = CREATED,
+    ) -> User:
         """A new user with one private repository and one issue in it.
 
         `sub` overrides what userinfo calls them.
@@ -817,7 +849,7 @@ class FakeForgejo:
             self.add_repo(login, f"{login}-private")
             return user
 
-    def add_repo(self, login, name, *, private=True):
+    def add_repo(self, login: str, name: str, *, private: bool = True) -> Repo:
         """A repository of this user with one issue that names them."""
         with self._lock:
             repo = Repo(next(self._ids), self._need_user(login).id, name, private)
@@ -827,12 +859,20 @@ class FakeForgejo:
             )
             return repo
 
-    def issue_titles(self):
+    def issue_titles(self) -> list[str]:
         """The titles of all issues there are, each as often as it was written."""
         with self._lock:
             return [issue["title"] for repo in self._repos.values() for issue in repo.issues]
 
-    def add_app(self, redirect_uris, *, confidential=True, name="broker", client_id=None, client_secret=None):
+    def add_app(
+        self,
+        redirect_uris: Iterable[str],
+        *,
+        confidential: bool = True,
+        name: str = "broker",
+        client_id: str | None = None,
+        client_secret: str | None = None,
+    ) -> App:
         """A registered OAuth2 application."""
         with self._lock:
             app = App(
@@ -846,31 +886,31 @@ class FakeForgejo:
             self._apps[app.client_id] = app
             return app
 
-    def suspend(self, login):
+    def suspend(self, login: str) -> None:
         self._need_user(login).suspended = True
 
-    def unsuspend(self, login):
+    def unsuspend(self, login: str) -> None:
         self._need_user(login).suspended = False
 
-    def deactivate(self, login):
+    def deactivate(self, login: str) -> None:
         self._need_user(login).inactive = True
 
-    def must_change_password(self, login, value=True):
+    def must_change_password(self, login: str, value: bool = True) -> None:
         self._need_user(login).must_change_password = value
 
-    def rename(self, login, new):
+    def rename(self, login: str, new: str) -> None:
         """The id, and so `sub`, stays."""
         with self._lock:
             self._need_user(login).login = new
 
-    def delete_user(self, login):
+    def delete_user(self, login: str) -> None:
         with self._lock:
             user = self._users.pop(self._need_user(login).id)
             self._drop_grants(lambda grant: grant.user_id == user.id)
             self._repos = {n: repo for n, repo in self._repos.items() if repo.owner_id != user.id}
             self._sessions = {n: s for n, s in self._sessions.items() if s.user_id != user.id}
 
-    def backup(self):
+    def backup(self) -> Any:
         """A copy of all that a backup of Forgejo holds.
 
         Accounts, applications, grants and their counters, the signing key.
@@ -881,7 +921,7 @@ class FakeForgejo:
             kept = (self._users, self._apps, self._grants, self._codes, self._repos)
             return copy.deepcopy(kept), numbers, self._key
 
-    def restore(self, kept):
+    def restore(self, kept: Any) -> None:
         """Become what a backup holds: what was made after it is gone, and its numbers are given again."""
         with self._lock:
             tables, numbers, self._key = kept
@@ -889,12 +929,12 @@ class FakeForgejo:
             self._user_ids, self._ids = map(itertools.count, numbers)
             self._sessions = {}
 
-    def delete_app(self, client_id):
+    def delete_app(self, client_id: str) -> None:
         with self._lock:
             app = self._apps.pop(client_id)
             self._drop_grants(lambda grant: grant.app_id == app.id)
 
-    def revoke_grant(self, login, client_id):
+    def revoke_grant(self, login: str, client_id: str) -> None:
         """As the user's own settings page does; KeyError if there is none."""
         with self._lock:
             grant = self.grant_of(login, client_id)
@@ -902,17 +942,17 @@ class FakeForgejo:
                 raise KeyError((login, client_id))
             self._drop_grants(lambda other: other is grant)
 
-    def _drop_grants(self, doomed):
+    def _drop_grants(self, doomed: Callable[[Grant], object]) -> None:
         self._grants = {n: grant for n, grant in self._grants.items() if not doomed(grant)}
         self._codes = {n: code for n, code in self._codes.items() if code.grant_id in self._grants}
 
-    def rotate_secret(self, client_id):
+    def rotate_secret(self, client_id: str) -> str:
         """The application's new secret; tokens stay valid, as in Forgejo."""
         with self._lock:
             self._apps[client_id].client_secret = _secret("gto_")
             return self._apps[client_id].client_secret
 
-    def set_grant_scope(self, login, client_id, scope):
+    def set_grant_scope(self, login: str, client_id: str, scope: str) -> Grant:
         """Give the grant this scope; makes the grant if there is none, as an earlier login would have."""
         with self._lock:
             grant = self.grant_of(login, client_id) or self._make_grant(
@@ -921,40 +961,48 @@ class FakeForgejo:
             grant.scope = scope
             return grant
 
-    def grant_of(self, login, client_id):
+    def grant_of(self, login: str, client_id: str) -> Grant | None:
         """The user's one grant to this application, or None."""
         with self._lock:
             user, app = self._user_named(login), self._apps.get(client_id)
             return self._grant_for(user, app) if user and app else None
 
-    def issue_tokens(self, login, client_id, scope=""):
+    def issue_tokens(self, login: str, client_id: str, scope: str = "") -> dict[str, Any]:
         """A token response as from a login; an existing grant keeps its scope."""
         with self._lock:
             app = self._apps[client_id]
             user = self._need_user(login)
             return self._token_response(self._grant_for(user, app) or self._make_grant(user, app, scope), app)
 
-    def _need_user(self, login):
+    def _need_user(self, login: str) -> User:
         user = self._user_named(login)
         if user is None:
             raise KeyError(login)
         return user
 
-    def _user_named(self, login):
+    def _user_named(self, login: str) -> User | None:
         with self._lock:
             return next((user for user in self._users.values() if user.login.lower() == login.lower()), None)
 
-    def _grant_for(self, user, app):
+    def _grant_for(self, user: User, app: App) -> Grant | None:
         return next((g for g in self._grants.values() if (g.user_id, g.app_id) == (user.id, app.id)), None)
 
-    def _make_grant(self, user, app, scope):
+    def _make_grant(self, user: User, app: App, scope: str) -> Grant:
         grant = Grant(next(self._ids), user.id, app.id, scope)
         self._grants[grant.id] = grant
         return grant
 
     # -- faults and gates --
 
-    def inject(self, path_prefix, fault, *, nth=1, times=1, method=None):
+    def inject(
+        self,
+        path_prefix: str,
+        fault: Fault,
+        *,
+        nth: int = 1,
+        times: int | None = 1,
+        method: str | None = None,
+    ) -> Injection:
         """Make the nth request from now on under this path, and the times - 1 after it (None: all), go wrong.
         `fault` is a Fault, or one of the functions that make one without arguments. Returns the Injection."""
         made = fault if isinstance(fault, Fault) else fault()
@@ -963,14 +1011,14 @@ class FakeForgejo:
             self._injections.append(injection)
         return injection
 
-    def clear_faults(self):
+    def clear_faults(self) -> None:
         """Forget all faults; what hangs in them goes on."""
         with self._lock:
             cleared, self._injections = self._injections, []
         for injection in cleared:
             injection.release()
 
-    def hold(self, path_prefix, *, method=None, at="arrival"):
+    def hold(self, path_prefix: str, *, method: str | None = None, at: str = "arrival") -> Gate:
         """A closed Gate before this path.
 
         `at="checked"`, on the token endpoint, holds a refresh between the check of its token and the step
@@ -981,7 +1029,7 @@ class FakeForgejo:
             self._gates.append(gate)
         return gate
 
-    def _wait_at_gates(self, request, at):
+    def _wait_at_gates(self, request: Request, at: str) -> None:
         with self._lock:
             gates = [
                 gate
@@ -991,26 +1039,26 @@ class FakeForgejo:
         for gate in gates:
             gate.pass_through()
 
-    def _striking_fault(self, request):
+    def _striking_fault(self, request: Request) -> Fault:
         with self._lock:
             struck = [injection.fault for injection in self._injections if injection.strikes(request)]
         return struck[0] if struck else Fault()
 
     # -- one request --
 
-    def answer(self, request):
+    def answer(self, request: Request) -> Response:
         """The response to send; raises Cut where the connection is to end without one. Logs the request."""
         self._wait_at_gates(request, "arrival")
         fault = self._striking_fault(request)
         entry = None
 
-        def log(status):
+        def log(status: int) -> None:
             nonlocal entry
             recorded = request.recorded(status)
             self.requests.replace(entry, recorded)
             entry = recorded
 
-        def pause(event):
+        def pause(event: threading.Event) -> None:
             if not event.is_set():
                 log(0)
             while not event.wait(0.1):
@@ -1027,13 +1075,13 @@ class FakeForgejo:
         finally:
             log(status_known)
 
-    def _process(self, request):
+    def _process(self, request: Request) -> Response:
         try:
             return self._route(request)
         except Refusal as refusal:
             return refusal.response
 
-    def _route(self, request):
+    def _route(self, request: Request) -> Response:
         """Dispatch; the lock is held but where a refresh waits at a gate."""
         if request.path == "/login/oauth/access_token" and request.method == "POST":
             return self._access_token(request)
@@ -1057,10 +1105,10 @@ class FakeForgejo:
     # -- discovery, keys --
 
     @property
-    def issuer(self):
+    def issuer(self) -> str:
         return self.url + "/" * self.issuer_slash
 
-    def _discovery(self, _request):
+    def _discovery(self, _request: Request) -> Response:
         base = self.url + "/login/oauth/"
         return _json(
             200,
@@ -1097,19 +1145,19 @@ class FakeForgejo:
             },
         )
 
-    def _keys(self, _request):
+    def _keys(self, _request: Request) -> Response:
         return _json(200, {"keys": [{"kty": "oct", "alg": "HS256", "use": "sig"}]})
 
     # -- tokens --
 
-    def _sign(self, claims, key=None):
+    def _sign(self, claims: dict[str, Any], key: bytes | None = None) -> str:
         signed = ".".join(
             _b64(json.dumps(part, separators=(",", ":")).encode())
             for part in ({"alg": "HS256", "typ": "JWT"}, claims)
         )
         return signed + "." + _b64(hmac.digest(key or self._key, signed.encode(), "sha256"))
 
-    def _claims(self, token):
+    def _claims(self, token: str) -> dict[str, Any]:
         """The claims of a token we signed that has not expired; BadToken otherwise."""
         signed, _, signature = token.rpartition(".")
         if signed.count(".") != 1:
@@ -1117,12 +1165,12 @@ class FakeForgejo:
         expected = _b64(hmac.digest(self._key, signed.encode(), "sha256"))
         if not hmac.compare_digest(expected.encode(), signature.encode()):
             raise BadToken("token signature is invalid: signature is invalid")
-        claims = json.loads(base64.urlsafe_b64decode(signed.partition(".")[2] + "=="))
+        claims: dict[str, Any] = json.loads(base64.urlsafe_b64decode(signed.partition(".")[2] + "=="))
         if self.clock() >= claims["exp"]:
             raise BadToken("token has invalid claims: token is expired")
         return claims
 
-    def _token_response(self, grant, app):
+    def _token_response(self, grant: Grant, app: App) -> dict[str, Any]:
         """Void older refresh tokens, where the profile does that, and mint the next pair.
 
         Whole seconds and no unique claim: two access tokens of
@@ -1151,7 +1199,7 @@ class FakeForgejo:
             response["id_token"] = self._id_token(grant, app, now)
         return response
 
-    def _id_token(self, grant, app, now):
+    def _id_token(self, grant: Grant, app: App, now: int) -> str:
         user, scopes = self._users[grant.user_id], grant.scope.split()
         claims = {
             "iss": self.issuer,
@@ -1177,12 +1225,12 @@ class FakeForgejo:
             claims["groups"] = self._shown_groups(user, grant)
         return self._sign(claims, app.client_secret.encode())
 
-    def _display_name(self, user):
+    def _display_name(self, user: User) -> str:
         return user.full_name or (user.login if self.profile.name_falls_back_to_login else "")
 
     # -- the token endpoint --
 
-    def _access_token(self, request):
+    def _access_token(self, request: Request) -> Response:
         form = request.form
         client_id, secret = form.get("client_id", ""), form.get("client_secret", "")
         if not client_id or not secret:
@@ -1197,7 +1245,7 @@ class FakeForgejo:
         )
 
     @staticmethod
-    def _basic_client(request, client_id, secret):
+    def _basic_client(request: Request, client_id: str, secret: str) -> tuple[str, str]:
         """Fill in what the body lacks from the Basic header; Forgejo does not URL-decode the two."""
         scheme, _, data = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "basic":
@@ -1212,7 +1260,7 @@ class FakeForgejo:
                 )
         return pair
 
-    def _client(self, client_id, secret, wrong_secret, mark):
+    def _client(self, client_id: str, secret: str, wrong_secret: str, mark: str) -> App:
         """The application.
 
         The two grant types differ in the error for a wrong secret and in a quotation mark.
@@ -1228,7 +1276,7 @@ class FakeForgejo:
             )
         return app
 
-    def _exchange(self, request, form, client_id, secret):
+    def _exchange(self, request: Request, form: dict[str, str], client_id: str, secret: str) -> Response:
         app = self._client(client_id, secret, "unauthorized_client", "'")
         redirect_uri = form.get("redirect_uri", "")
         if redirect_uri and not app.accepts_redirect(redirect_uri):
@@ -1254,14 +1302,16 @@ class FakeForgejo:
         del self._codes[code.code]
         return _json(200, self._token_response(grant, app))
 
-    def _refresh(self, request, token, client_id, secret):
+    def _refresh(self, request: Request, token: str, client_id: str, secret: str) -> Response:
         with self._lock:
             app, grant = self._checked_refresh(request, token, client_id, secret)
         self._wait_at_gates(request, "checked")
         with self._lock:
             return _json(200, self._token_response(grant, app))
 
-    def _checked_refresh(self, request, token, client_id, secret):
+    def _checked_refresh(
+        self, request: Request, token: str, client_id: str, secret: str
+    ) -> tuple[App, Grant]:
         app = self._client(client_id, secret, "invalid_client", '"')
         try:
             claims = self._claims(token)
@@ -1279,12 +1329,12 @@ class FakeForgejo:
             raise _token_error("unauthorized_client", "token was already used")
         return app, grant
 
-    def _note(self, request, grant):
+    def _note(self, request: Request, grant: Grant) -> None:
         request.grant_id, request.auth_user = grant.id, self._users[grant.user_id].login
 
     # -- who is the bearer --
 
-    def _identity(self, request, parameter=None):
+    def _identity(self, request: Request, parameter: str | None = None) -> Identity | None:
         """The Identity behind the Authorization header (or a parameter), None without one.
 
         BadToken with Forgejo's reason: a line for each method of
@@ -1315,7 +1365,7 @@ class FakeForgejo:
 
     # -- userinfo, introspection --
 
-    def _userinfo(self, request):
+    def _userinfo(self, request: Request) -> Response:
         try:
             who = self._identity(request, request.query.get("access_token"))
         except BadToken:
@@ -1327,7 +1377,7 @@ class FakeForgejo:
         user = who.user
         if self.profile.web_knows_suspension:
             self._refuse_web_access(user)
-        value = {
+        value: dict[str, Any] = {
             "sub": user.sub,
             "name": self._display_name(user),
             "preferred_username": user.login,
@@ -1339,14 +1389,14 @@ class FakeForgejo:
             value["groups"] = groups or None
         return _json(200, value)
 
-    def _shown_groups(self, user, grant):
+    def _shown_groups(self, user: User, grant: Grant) -> list[str]:
         """An organization is spelled as it was made, its teams in lower case."""
         shows_all = {"all", "read:organization", "read:admin"} & set(grant.scope.split())
         hidden = self.private_organizations if self.additional_grant_scopes and not shows_all else ()
         parts = [group.partition(":") for group in user.groups]
         return [name + colon + team.lower() for name, colon, team in parts if name not in hidden]
 
-    def _refuse_web_access(self, user):
+    def _refuse_web_access(self, user: User) -> None:
         """Web routes answer such users with a page, or the way to the password form.
 
         Never with an error status.
@@ -1358,7 +1408,7 @@ class FakeForgejo:
         if user.must_change_password:
             raise Refusal(_see_other(self.path + "/user/settings/change_password"))
 
-    def _introspect(self, request):
+    def _introspect(self, request: Request) -> Response:
         scheme, _, data = request.headers.get("Authorization", "").partition(" ")
         pair = (_basic_pair(data) if scheme.lower() == "basic" else None) or ("", "")
         app = self._apps.get(pair[0])
@@ -1387,7 +1437,7 @@ class FakeForgejo:
 
     # -- pages: sign-in, consent --
 
-    def _session(self, request):
+    def _session(self, request: Request) -> tuple[WebSession, User | None]:
         """The browser's session, made if it has none; `_page` sends its cookies."""
         if request.session is None:
             request.session_id = request.cookie(self.profile.session_cookie)
@@ -1399,15 +1449,15 @@ class FakeForgejo:
         request.auth_user = user.login if user else None
         return request.session, user
 
-    def _with_cookies(self, request, response):
+    def _with_cookies(self, request: Request, response: Response) -> Response:
         response.cookie(self.profile.session_cookie, request.session_id)
         return response.cookie("_csrf", request.session.csrf) if self.profile.csrf_tokens else response
 
-    def _csrf_field(self, session):
+    def _csrf_field(self, session: WebSession) -> str:
         hidden = f'<input type="hidden" name="_csrf" value="{session.csrf}">'
         return hidden if self.profile.csrf_tokens else ""
 
-    def _check_csrf(self, request):
+    def _check_csrf(self, request: Request) -> WebSession:
         """Older servers compare a token.
 
         A newer one reads Origin and Sec-Fetch-Site, and lets pass what sends neither.
@@ -1425,11 +1475,11 @@ class FakeForgejo:
             raise Refusal(_text(400, "Invalid CSRF token.\n"))
         return session
 
-    def _page(self, status_code, title, body):
+    def _page(self, status_code: int, title: str, body: str) -> Response:
         text = _PAGE.format(title=html_text.escape(title), body=body)
         return Response(status_code, text.encode(), "text/html; charset=utf-8")
 
-    def _signed_in(self, request):
+    def _signed_in(self, request: Request) -> tuple[WebSession, User]:
         """The signed-in user of this browser, or a Refusal that leads to the sign-in page and back."""
         session, user = self._session(request)
         if user is None:
@@ -1438,7 +1488,7 @@ class FakeForgejo:
         self._refuse_web_access(user)
         return session, user
 
-    def _login_page(self, request, message=""):
+    def _login_page(self, request: Request, message: str = "") -> Response:
         _session, user = self._session(request)
         if user:
             return _see_other(self.path + "/")
@@ -1461,7 +1511,7 @@ class FakeForgejo:
             ),
         )
 
-    def _login(self, request):
+    def _login(self, request: Request) -> Response:
         user = self._user_named(request.form.get("user_name", ""))
         if user is None or user.password != request.form.get("password", ""):
             return self._login_page(request, "Username or password is incorrect.")
@@ -1480,13 +1530,13 @@ class FakeForgejo:
         response = self._with_cookies(request, _see_other(target if local else self.path + "/"))
         return response.cookie("redirect_to", "")
 
-    def _logout(self, request):
+    def _logout(self, request: Request) -> Response:
         self._session(request)
         self._sessions.pop(request.session_id, None)
         response = _see_other(self.path + "/user/login").cookie(self.profile.session_cookie, "")
         return response.cookie("redirect_to", quote(request.query.get("redirect_to", ""), safe=""))
 
-    def _home(self, request):
+    def _home(self, request: Request) -> Response:
         session, user = self._signed_in(request)
         apps = {app.id: app for app in self._apps.values()}
         rows = "".join(
@@ -1510,13 +1560,13 @@ class FakeForgejo:
             ),
         )
 
-    def _revoke_by_user(self, request, grant_id):
+    def _revoke_by_user(self, request: Request, grant_id: int) -> Response:
         self._check_csrf(request)
         _session, user = self._signed_in(request)
         self._drop_grants(lambda grant: (grant.id, grant.user_id) == (grant_id, user.id))
         return _see_other(self.path + "/")
 
-    def _authorize(self, request):
+    def _authorize(self, request: Request) -> Response:
         session, user = self._signed_in(request)
         asked = request.query | (request.form if request.method == "POST" else {})
         client_id, redirect_uri = asked.get("client_id", ""), asked.get("redirect_uri", "")
@@ -1546,7 +1596,7 @@ class FakeForgejo:
         session.values |= {name: asked.get(name, "") for name in ("client_id", "redirect_uri", "state")}
         return self._with_cookies(request, self._consent_page(request, user, app, asked))
 
-    def _consent_page(self, request, user, app, asked):
+    def _consent_page(self, request: Request, user: User, app: App, asked: dict[str, str]) -> Response:
         hidden = {
             name: asked.get(name, "") for name in ("client_id", "state", "scope", "nonce", "redirect_uri")
         }
@@ -1570,7 +1620,7 @@ class FakeForgejo:
             ),
         )
 
-    def _consent(self, request):
+    def _consent(self, request: Request) -> Response:
         session = self._check_csrf(request)
         _session, user = self._signed_in(request)
         form = request.form
@@ -1592,11 +1642,13 @@ class FakeForgejo:
             grant, form, session.values.get("challenge", ""), session.values.get("method", "")
         )
 
-    def _follow_scope(self, grant, asked):
+    def _follow_scope(self, grant: Grant, asked: dict[str, str]) -> None:
         if self.profile.scope_of_grant_follows_request and asked.get("scope"):
             grant.scope = asked["scope"]
 
-    def _redirect_with_code(self, grant, asked, challenge, method):
+    def _redirect_with_code(
+        self, grant: Grant, asked: dict[str, str], challenge: str, method: str
+    ) -> Response:
         text = "gta_" + base64.b32encode(secrets.token_bytes(32)).decode().rstrip("=").lower()
         self._codes[text] = Code(text, grant.id, asked["redirect_uri"], challenge, method, self.clock())
         grant.nonce = asked.get("nonce") or grant.nonce
@@ -1604,7 +1656,7 @@ class FakeForgejo:
         return _see_other(_with_query(asked["redirect_uri"], {"code": text, **state}))
 
     @staticmethod
-    def _authorize_error(asked, error, description):
+    def _authorize_error(asked: dict[str, str], error: str, description: str) -> Response:
         return _see_other(
             _with_query(
                 asked["redirect_uri"],
@@ -1631,16 +1683,16 @@ class FakeForgejo:
 
     # -- the API --
 
-    def _api_error(self, code, message, **more):
+    def _api_error(self, code: int, message: str, **more: object) -> Response:
         return _json(code, {"message": message, "url": f"{self.url}/api/swagger", **more})
 
-    def _not_found(self):
+    def _not_found(self) -> Response:
         return self._api_error(404, "The target couldn't be found.", errors=None)
 
-    def _api(self, request):
+    def _api(self, request: Request) -> Response:
         """Authentication comes first, on every path: a bad token is refused even where none is needed."""
         try:
-            who = self._identity(request)
+            who: Any = self._identity(request)  # None only for handlers that take it
         except BadToken as bad:
             return self._api_error(401, str(bad))
         if who:
@@ -1661,7 +1713,7 @@ class FakeForgejo:
                 return handler(self, request, who, *match.groups())
         return _text(405, "")
 
-    def _refuse_api_access(self, user):
+    def _refuse_api_access(self, user: User) -> None:
         """These 403s have no `url`, and one text serves the suspended and the inactive."""
         if user.suspended or user.inactive:
             raise Refusal(_json(403, {"message": PROHIBITED}))
@@ -1669,7 +1721,7 @@ class FakeForgejo:
             where = f"{self.url}/user/change_password"
             raise Refusal(_json(403, {"message": f"You must change your password. Change it at: {where}"}))
 
-    def _require_scopes(self, who, level, categories):
+    def _require_scopes(self, who: Identity, level: str, categories: Iterable[str]) -> None:
         wanted = [f"{level}:{category}" for category in categories]
         if not all(_allows(who.scopes, scope) for scope in wanted):
             raise Refusal(
@@ -1678,32 +1730,32 @@ class FakeForgejo:
                 )
             )
 
-    def _api_version(self, _request, _who):
+    def _api_version(self, _request: Request, _who: Identity) -> Response:
         return _json(200, {"version": self.version})
 
-    def _api_me(self, _request, who):
+    def _api_me(self, _request: Request, who: Identity) -> Response:
         return _json(200, self._user_json(who.user))
 
-    def _api_user(self, _request, _who, login):
+    def _api_user(self, _request: Request, _who: Identity, login: str) -> Response:
         user = self._user_named(login)
         if user is None:
             return self._api_error(404, f"user redirect does not exist [name: {login}]")
         return _json(200, self._user_json(user))
 
-    def _api_my_repos(self, request, who):
+    def _api_my_repos(self, request: Request, who: Identity) -> Response:
         return self._listing(
             request,
             [self._repo_json(repo, who) for repo in self._visible_repos(who) if repo.owner_id == who.user.id],
         )
 
-    def _api_new_repo(self, request, who):
+    def _api_new_repo(self, request: Request, who: Identity) -> Response:
         asked = request.json()
         if not isinstance(asked, dict) or not asked.get("name"):
             return self._api_error(422, "[Name]: Required")
         repo = self.add_repo(who.user.login, str(asked["name"]), private=bool(asked.get("private")))
         return _json(201, self._repo_json(repo, who))
 
-    def _api_user_repos(self, request, who, login):
+    def _api_user_repos(self, request: Request, who: Identity, login: str) -> Response:
         user = self._user_named(login)
         if user is None:
             return self._api_error(404, f"user redirect does not exist [name: {login}]")
@@ -1712,20 +1764,20 @@ class FakeForgejo:
             [self._repo_json(repo, who) for repo in self._visible_repos(who) if repo.owner_id == user.id],
         )
 
-    def _api_search(self, request, who):
+    def _api_search(self, request: Request, who: Identity) -> Response:
         word = request.query.get("q", "").lower()
         found = [self._repo_json(repo, who) for repo in self._visible_repos(who) if word in repo.name.lower()]
         response = self._listing(request, found)
         return response.with_json({"ok": True, "data": response.json()})
 
-    def _api_repo(self, _request, who, owner, name):
+    def _api_repo(self, _request: Request, who: Identity, owner: str, name: str) -> Response:
         return _json(200, self._repo_json(self._find_repo(who, owner, name), who))
 
-    def _api_issues(self, request, who, owner, name):
+    def _api_issues(self, request: Request, who: Identity, owner: str, name: str) -> Response:
         repo = self._find_repo(who, owner, name)
         return self._listing(request, [self._issue_json(repo, n) for n in range(len(repo.issues), 0, -1)])
 
-    def _api_new_issue(self, request, who, owner, name):
+    def _api_new_issue(self, request: Request, who: Identity, owner: str, name: str) -> Response:
         repo = self._find_repo(who, owner, name)
         asked = request.json()
         if not isinstance(asked, dict) or not asked.get("title"):
@@ -1735,7 +1787,7 @@ class FakeForgejo:
         )
         return _json(201, self._issue_json(repo, len(repo.issues)))
 
-    def _api_notifications(self, request, who):
+    def _api_notifications(self, request: Request, who: Identity) -> Response:
         mine = [repo for repo in self._visible_repos(who) if repo.owner_id == who.user.id]
         return self._listing(
             request,
@@ -1759,7 +1811,7 @@ class FakeForgejo:
             ],
         )
 
-    def _api_my_orgs(self, request, who):
+    def _api_my_orgs(self, request: Request, who: Identity) -> Response:
         names = [group for group in who.user.groups if ":" not in group]
         return self._listing(
             request,
@@ -1781,7 +1833,7 @@ class FakeForgejo:
             ],
         )
 
-    def _listing(self, request, items):
+    def _listing(self, request: Request, items: Sequence[object]) -> Response:
         page, limit = (
             _positive(request.query.get(name), default) for name, default in (("page", 1), ("limit", 30))
         )
@@ -1789,7 +1841,7 @@ class FakeForgejo:
         response.headers.append(("X-Total-Count", str(len(items))))
         return response
 
-    def _visible_repos(self, who):
+    def _visible_repos(self, who: Identity) -> list[Repo]:
         hide_private = who is None or "public-only" in who.scopes
         return [
             repo
@@ -1797,14 +1849,14 @@ class FakeForgejo:
             if not repo.private or (not hide_private and repo.owner_id == who.user.id)
         ]
 
-    def _find_repo(self, who, owner, name):
+    def _find_repo(self, who: Identity, owner: str, name: str) -> Repo:
         user = self._user_named(owner)
         for repo in self._visible_repos(who):
             if user and repo.owner_id == user.id and repo.name.lower() == name.lower():
                 return repo
         raise Refusal(self._not_found())
 
-    def _user_json(self, user):
+    def _user_json(self, user: User) -> dict[str, Any]:
         return {
             "id": user.id,
             "login": user.login,
@@ -1831,7 +1883,7 @@ class FakeForgejo:
             "username": user.login,
         }
 
-    def _repo_json(self, repo, who):
+    def _repo_json(self, repo: Repo, who: Identity) -> dict[str, Any]:
         owner = self._users[repo.owner_id]
         full_name, mine = f"{owner.login}/{repo.name}", who is not None and who.user is owner
         return {
@@ -1864,7 +1916,7 @@ class FakeForgejo:
             "permissions": {"admin": mine, "push": mine, "pull": True},
         }
 
-    def _issue_json(self, repo, number):
+    def _issue_json(self, repo: Repo, number: int) -> dict[str, Any]:
         issue, owner = repo.issues[number - 1], self._users[repo.owner_id]
         full_name = f"{owner.login}/{repo.name}"
         author = self._users.get(issue["user_id"], owner)
@@ -1911,13 +1963,15 @@ class FakeForgejo:
 class _Handler(BaseHTTPRequestHandler):
     """One connection. `server` is the FakeForgejo."""
 
+    server: Any
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
-    def log_message(self, *_args):
+    def log_message(self, *_args: object) -> None:
         pass
 
-    def _handle(self):
+    def _handle(self) -> None:
         try:
             request = Request(self.command, self.path, self.headers, self._read_body())
         except ValueError:
@@ -1946,7 +2000,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _handle
 
-    def _read_body(self):
+    def _read_body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", "").lower():
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
         parts = []
@@ -1962,34 +2016,34 @@ class _Handler(BaseHTTPRequestHandler):
 # --------------------------------------------------------------------------------------------------
 
 
-def _b64(data):
+def _b64(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
-def _uuid():
+def _uuid() -> str:
     digits = secrets.token_hex(16)
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
-def _secret(prefix):
+def _secret(prefix: str) -> str:
     return prefix + base64.b32encode(secrets.token_bytes(32)).decode().rstrip("=").lower()
 
 
-def _first_values(text):
-    values = {}
+def _first_values(text: str) -> dict[str, str]:
+    values: dict[str, str] = {}
     for name, value in parse_qsl(text, keep_blank_values=True):
         values.setdefault(name, value)
     return values
 
 
-def _with_query(uri, added):
+def _with_query(uri: str, added: Mapping[str, str]) -> str:
     parts = urlsplit(uri)
     return urlunsplit(
         parts._replace(query=urlencode(sorted({**_first_values(parts.query), **added}.items())))
     )
 
 
-def _without_loopback_port(uri):
+def _without_loopback_port(uri: str) -> str:
     parts = urlsplit(uri)
     try:
         loopback = ipaddress.ip_address(parts.hostname or "").is_loopback
@@ -2000,11 +2054,11 @@ def _without_loopback_port(uri):
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition(":")[0])) if strip else uri
 
 
-def _matches(request, path_prefix, method):
+def _matches(request: Request | Recorded, path_prefix: str, method: str | None) -> bool:
     return request.path.startswith(path_prefix) and method in (None, request.method)
 
 
-def _basic_pair(data):
+def _basic_pair(data: str) -> tuple[str, str] | None:
     try:
         name, colon, password = base64.b64decode(data, validate=True).decode().partition(":")
     except ValueError:
@@ -2012,24 +2066,24 @@ def _basic_pair(data):
     return (name, password) if colon else None
 
 
-def _token_error(error, description):
+def _token_error(error: str, description: str) -> Refusal:
     return Refusal(_json(400, {"error": error, "error_description": description}))
 
 
-def _api_scopes(grant_scope):
+def _api_scopes(grant_scope: str) -> set[str]:
     """What a grant's scope is worth at the API: its valid API scopes, or everything if there is none."""
     return {name for name in grant_scope.split(" ") if name in API_SCOPES} or {"all"}
 
 
-def _allows(scopes, wanted):
+def _allows(scopes: set[str], wanted: str) -> bool:
     return bool(scopes & {"all", wanted, wanted.replace("read:", "write:")})
 
 
-def _positive(text, default):
+def _positive(text: str | None, default: int) -> int:
     return int(text) if text and text.isdigit() and int(text) else default
 
 
-def _shutdown(connection):
+def _shutdown(connection: socket.socket) -> None:
     try:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:
@@ -2081,7 +2135,7 @@ _GRANT_ROW = """<form method="post" action="{base}/user/settings/applications/oa
 # ---------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Serve a fake Forgejo on 127.0.0.1 until stopped.")
     parser.add_argument("--port", type=int, default=3000, help="0 picks a free one (default: %(default)s)")
     parser.add_argument(

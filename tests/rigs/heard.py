@@ -1,5 +1,12 @@
 """What was heard: by a session's child, and on a stream."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rigs.child_control import ChildControl
+    from rigs.mcp_client import Event, McpClient, SseStream
 INITIALIZE = {
     "jsonrpc": "2.0",
     "id": 1,
@@ -18,16 +25,16 @@ class Heard:
     Lines are read in order, so a notification of a name of its own marks both ends.
     """
 
-    def __init__(self, mcp, control):
+    def __init__(self, mcp: McpClient, control: ChildControl) -> None:
         self._mcp, self._control = mcp, control
         self._from = self._mark("begin")
 
-    def _mark(self, name):
+    def _mark(self, name: str) -> int:
         self._mcp.notify(f"notifications/{name}")
         mark = self._control.wait_event(event="message", method=f"notifications/{name}")
         return self._control.events.index(mark)
 
-    def methods(self):
+    def methods(self) -> list[str]:
         end = self._mark("end")
         return [
             event["method"]
@@ -36,9 +43,9 @@ class Heard:
         ]
 
 
-def answer_of(stream, request_id):
+def answer_of(stream: SseStream, request_id: object) -> tuple[Event, list[Event]]:
     """The answer to a request on a stream, with what came before it."""
-    events = []
+    events: list[Event] = []
     while not events or not (
         isinstance(events[-1].data, dict)
         and events[-1].data.get("id") == request_id

@@ -7,11 +7,14 @@ that is read is appended to HEARD. A call is never refused: the answer says whic
 params.task it is a task named after the tool. After `notifications/poke` the list is said to have changed.
 """
 
+from __future__ import annotations
+
 import json
 import sys
+from typing import Any
 
 
-def answer(method, params, pages):
+def answer(method: str, params: dict[str, Any], pages: list[Any]) -> dict[str, Any]:
     if method == "initialize":
         return {
             "protocolVersion": params["protocolVersion"],
@@ -29,12 +32,12 @@ def answer(method, params, pages):
     return {"did": method}
 
 
-def main(tools, heard):
+def main(tools: str, heard: str) -> None:
     for line in sys.stdin:
         with open(heard, "a", encoding="utf-8") as file:
             file.write(line)
         message = json.loads(line)
-        out = {"jsonrpc": "2.0", "method": "notifications/tools/list_changed"}
+        out: dict[str, Any] = {"jsonrpc": "2.0", "method": "notifications/tools/list_changed"}
         if message.get("method") == "server/discover":
             out = {"jsonrpc": "2.0", "id": message["id"], "error": {"code": -32601, "message": "unknown"}}
         elif "id" in message:

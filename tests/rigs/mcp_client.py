@@ -22,12 +22,27 @@ import re
 import secrets
 import select
 import socket
+import ssl
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Self
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
-from rigs.browser import Browser, approve_login, connect, host_header, origin_of, request_target
+from rigs.browser import (
+    Browser,
+    Headers,
+    Routes,
+    approve_login,
+    connect,
+    host_header,
+    origin_of,
+    request_target,
+)
+
+Json = dict[str, Any]
+Begun = tuple[http.client.HTTPConnection, socket.socket, http.client.HTTPResponse]
 
 TIMEOUT = 30
 LEGACY = "2025-11-25"
@@ -37,7 +52,6 @@ EVENT_STREAM = "text/event-stream"
 METHOD_NOT_FOUND = -32601
 INTERNAL_ERROR = -32603
 NAMED_BY = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
-END = object()
 # Called with (message, revision, method of the request it answers) for each message that a client receives.
 judge = None
 
@@ -49,7 +63,7 @@ class ClientError(Exception):
 class HttpError(ClientError):
     """An HTTP answer without the JSON-RPC message it should have had; `response` is the answer."""
 
-    def __init__(self, response, wanted="an answer"):
+    def __init__(self, response: Response, wanted: str = "an answer") -> None:
         super().__init__(f"HTTP {response.status} instead of {wanted}: {response.text[:1000]}")
         self.response, self.http_status = response, response.status
 
@@ -57,7 +71,7 @@ class HttpError(ClientError):
 class RpcError(ClientError):
     """A JSON-RPC error: `code`, `message`, `data`, and the HTTP status it came with."""
 
-    def __init__(self, code, message, data=None, http_status=None):
+    def __init__(self, code: int, message: str, data: Any = None, http_status: int | None = None) -> None:
         super().__init__(f"{code} {message}" + ("" if data is None else f" {data}"))
         self.code, self.message, self.data, self.http_status = code, message, data, http_status
 
@@ -85,20 +99,20 @@ class Response:
     status: int
     headers: http.client.HTTPMessage
     body: bytes
-    events: list = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
     @property
-    def text(self):
+    def text(self) -> str:
         return self.body.decode("utf-8", "replace")
 
-    def json(self):
+    def json(self) -> Any:
         """The body as JSON; ClientError with the body if it is none."""
         try:
             return json.loads(self.body)
         except ValueError as error:
             raise ClientError(f"HTTP {self.status}, not JSON: {self.text[:1000]!r}") from error
 
-    def messages(self):
+    def messages(self) -> list[Json]:
         """All JSON-RPC messages in it, of a JSON body (a batch too) or of an event stream."""
         if self.headers.get_content_type() == EVENT_STREAM:
             return [event.data for event in self.events if isinstance(event.data, dict)]
@@ -116,11 +130,16 @@ class Wire:
     anything is sent; after sending nothing is ever repeated.
     """
 
-    def __init__(self, url, *, routes=None, context=None):
+    def __init__(
+        self, url: str, *, routes: Routes | None = None, context: ssl.SSLContext | None = None
+    ) -> None:
         self._url, self._routes, self._context = url, routes, context
-        self._idle, self._lock, self._closed = [], threading.Lock(), False
+        self._idle: list[http.client.HTTPConnection] = []
+        self._lock, self._closed = threading.Lock(), False
 
-    def begin(self, method, url, body, headers, timeout):
+    def begin(
+        self, method: str, url: str, body: bytes | None, headers: Mapping[str, str], timeout: float
+    ) -> Begun:
         """Send a request; gives (connection, socket, response) once the response's head is there."""
         connection = self._take(timeout)
         try:
@@ -139,7 +158,14 @@ class Wire:
             connection.close()
             raise
 
-    def exchange(self, method, url, body=None, headers=None, timeout=TIMEOUT):
+    def exchange(
+        self,
+        method: str,
+        url: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = TIMEOUT,
+    ) -> Response:
         """One request and its whole answer."""
         connection, _socket, answer = self.begin(method, url, body, headers or {}, timeout)
         try:
@@ -150,7 +176,7 @@ class Wire:
         self.give_back(connection)
         return response
 
-    def _take(self, timeout):
+    def _take(self, timeout: float) -> http.client.HTTPConnection:
         while True:
             with self._lock:
                 connection = self._idle.pop() if self._idle else None
@@ -163,7 +189,7 @@ class Wire:
                 return connection
             connection.close()
 
-    def give_back(self, connection):
+    def give_back(self, connection: http.client.HTTPConnection) -> None:
         """Keep a connection for the next exchange, if it is still open and its answer was read."""
         with self._lock:
             if connection.sock is not None and not self._closed:
@@ -171,7 +197,7 @@ class Wire:
                 return
         connection.close()
 
-    def close(self):
+    def close(self) -> None:
         """Close what is idle, and from now on what is given back."""
         with self._lock:
             self._closed, idle, self._idle = True, self._idle, []
@@ -179,7 +205,7 @@ class Wire:
             connection.close()
 
 
-def readable(wire):
+def readable(wire: socket.socket) -> bool:
     """Whether an idle socket has something to say, which can only be its end (or a server out of step)."""
     poll = select.poll()
     poll.register(wire, select.POLLIN | select.POLLHUP | select.POLLERR)
@@ -190,13 +216,13 @@ def readable(wire):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def challenge_parameters(header):
+def challenge_parameters(header: str | None) -> dict[str, str]:
     """The parameters of a WWW-Authenticate: Bearer header as a dict."""
     pairs = re.findall(r'([\w-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))', header or "")
     return {name.lower(): re.sub(r"\\(.)", r"\1", quoted) or plain for name, quoted, plain in pairs}
 
 
-def well_known(url, name):
+def well_known(url: str, name: str) -> str:
     """The well-known URL of this name for an identifier, its path behind (RFC 8414 and RFC 9728)."""
     return f"{origin_of(url)}/.well-known/{name}{urlsplit(url).path.rstrip('/')}"
 
@@ -205,8 +231,8 @@ def well_known(url, name):
 class Attempt:
     """One authorization request: what its code is redeemed with."""
 
-    verifier: str
-    redirect_uri: str
+    verifier: str | None
+    redirect_uri: str | None
     resource: str | None
 
 
@@ -219,25 +245,31 @@ class OAuthClient:
 
     def __init__(
         self,
-        broker_url,
+        broker_url: str,
         *,
-        name="scripted client",
-        redirect_uri="http://localhost/callback",
-        auth_method="none",
-        routes=None,
-        context=None,
-    ):
+        name: str = "scripted client",
+        redirect_uri: str = "http://localhost/callback",
+        auth_method: str = "none",
+        routes: Routes | None = None,
+        context: ssl.SSLContext | None = None,
+    ) -> None:
         self.broker_url = broker_url.rstrip("/").removesuffix("/mcp")
         self.mcp_url = self.broker_url + "/mcp"
         self.name, self.redirect_uri, self.auth_method = name, redirect_uri, auth_method
-        self.client_id = self.client_secret = None
-        self.challenge = self.resource_metadata = self.metadata = self.tokens = None
+        # None until they are known; whoever reads their members has come that far.
+        self.client_id: Any = None
+        self.client_secret: Any = None
+        self.challenge: Any = None
+        self.resource_metadata: Any = None
+        self.metadata: Any = None
+        self.tokens: Any = None
         self._routes, self._context = routes, context
-        self._attempts, self._last_attempt = {}, None
+        self._attempts: dict[str | None, Attempt] = {}
+        self._last_attempt: Attempt | None = None
 
     # -- finding out --
 
-    def discover(self):
+    def discover(self) -> Any:
         """From a 401 at the MCP URL to the authorization server's metadata (returned).
 
         What was found on the way is in `challenge` (its parameters) and
@@ -262,13 +294,13 @@ class OAuthClient:
         self.metadata = metadata
         return metadata
 
-    def _document(self, url):
+    def _document(self, url: str) -> Any:
         response = self._http("GET", url)
         if response.status != 200:
             raise HttpError(response, f"the document at {url}")
         return response.json()
 
-    def register(self, **overrides):
+    def register(self, **overrides: Any) -> Response:
         """Dynamic registration; on 201 the client is this one from now on."""
         asked = {
             "client_name": self.name,
@@ -290,14 +322,14 @@ class OAuthClient:
             self.auth_method = made.get("token_endpoint_auth_method", self.auth_method)
         return response
 
-    def _endpoint(self, name):
+    def _endpoint(self, name: str) -> str:
         if self.metadata is None:
             self.discover()
-        return self.metadata[name]
+        return str(self.metadata[name])
 
     # -- logging in --
 
-    def authorize_url(self, scope=None, resource="", **overrides):
+    def authorize_url(self, scope: str | None = None, resource: str | None = "", **overrides: Any) -> str:
         """An authorization request's URL, with a new state and PKCE pair.
 
         `resource` is the MCP URL unless given.
@@ -319,7 +351,16 @@ class OAuthClient:
         self._attempts[asked.get("state")] = self._last_attempt = attempt
         return self._endpoint("authorization_endpoint") + "?" + urlencode(asked)
 
-    def login(self, browser, login, password, access="full", *, scope=None, **overrides):
+    def login(
+        self,
+        browser: Browser | None,
+        login: str,
+        password: str,
+        access: str | None = "full",
+        *,
+        scope: str | None = None,
+        **overrides: Any,
+    ) -> Any:
         """The whole way, discovery and registration too if not yet done.
 
         Gives the token response as a dict and keeps it in `tokens`. `browser` None is a new one; `overrides`
@@ -336,7 +377,7 @@ class OAuthClient:
         callback = approve_login(browser, url, login, password, access=access, redirect_uri=self.redirect_uri)
         return self.finish(callback)
 
-    def finish(self, callback_url):
+    def finish(self, callback_url: str) -> Any:
         """What the client does when its redirect URI is called: check state and iss, redeem the code."""
         answer = dict(parse_qsl(urlsplit(callback_url).query))
         attempt = self._attempts.pop(answer.get("state"), None)
@@ -360,7 +401,7 @@ class OAuthClient:
 
     # -- tokens --
 
-    def redeem(self, code, **overrides):
+    def redeem(self, code: str, **overrides: Any) -> Response:
         """Exchange a code, by default of the latest `authorize_url`; on 200 the tokens are in `tokens`."""
         attempt = self._last_attempt or Attempt(None, self.redirect_uri, self.mcp_url)
         return self._grant(
@@ -374,24 +415,24 @@ class OAuthClient:
             overrides,
         )
 
-    def refresh(self, **overrides):
+    def refresh(self, **overrides: Any) -> Response:
         """Refresh, by default with the newest refresh token; on 200 the new tokens are in `tokens`."""
         token = (self.tokens or {}).get("refresh_token")
         return self._grant(
             {"grant_type": "refresh_token", "refresh_token": token, "resource": self.mcp_url}, overrides
         )
 
-    def _grant(self, fields, overrides):
+    def _grant(self, fields: Json, overrides: Json) -> Response:
         response = self._authenticated("token_endpoint", fields, overrides)
         if response.status == 200:
             self.tokens = response.json()
         return response
 
-    def revoke(self, token, **overrides):
+    def revoke(self, token: str, **overrides: Any) -> Response:
         """Revoke a token (RFC 7009)."""
         return self._authenticated("revocation_endpoint", {"token": token}, overrides)
 
-    def _authenticated(self, endpoint, fields, overrides):
+    def _authenticated(self, endpoint: str, fields: Json, overrides: Json) -> Response:
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
         if self.auth_method == "client_secret_basic":
             pair = f"{quote(self.client_id, safe='')}:{quote(self.client_secret, safe='')}"
@@ -403,7 +444,9 @@ class OAuthClient:
         fields = {name: value for name, value in {**fields, **overrides}.items() if value is not None}
         return self._http("POST", self._endpoint(endpoint), urlencode(fields).encode(), headers)
 
-    def _http(self, method, url, body=None, headers=None):
+    def _http(
+        self, method: str, url: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> Response:
         wire = Wire(url, routes=self._routes, context=self._context)
         try:
             return wire.exchange(
@@ -426,13 +469,15 @@ class EventReader:
     `comments` counts the keep-alives.
     """
 
-    def __init__(self):
-        self.comments, self.last_id = 0, None
-        self._id = self._name = None
-        self._data = []
+    def __init__(self) -> None:
+        self.comments = 0
+        self.last_id: str | None = None
+        self._id: str | None = None
+        self._name: str | None = None
+        self._data: list[str] = []
 
-    def feed(self, line):
-        line = line.decode("utf-8", "replace").rstrip("\r\n")
+    def feed(self, data: bytes) -> Event | None:
+        line = data.decode("utf-8", "replace").rstrip("\r\n")
         if not line:
             return self._complete()
         if line.startswith(":"):
@@ -448,8 +493,9 @@ class EventReader:
             self._name = value
         return None
 
-    def _complete(self):
-        data, made = "\n".join(self._data), None
+    def _complete(self) -> Event | None:
+        data = "\n".join(self._data)
+        made: Event | None = None
         if self._data or self._id is not None:
             try:
                 made = Event(self._id, json.loads(data), self._name or "message")
@@ -466,16 +512,22 @@ class SseStream:
     `response` holds it and there are no events.
     """
 
-    def __init__(self, connection, wire, answer, on_close=None, received=None):
-        self.status, self.headers, self.response = answer.status, answer.headers, None
+    def __init__(
+        self,
+        connection: http.client.HTTPConnection,
+        wire: socket.socket,
+        answer: http.client.HTTPResponse,
+        on_close: Callable[[SseStream], object] | None = None,
+        received: Callable[[Any], object] | None = None,
+    ) -> None:
+        self.status, self.headers = answer.status, answer.headers
+        self.response: Response | None = None
         self.ended = threading.Event()
         self._connection, self._wire, self._answer, self._on_close = connection, wire, answer, on_close
-        self._reader, self._queue, self._keepalive = (
-            EventReader(),
-            queue.SimpleQueue(),
-            threading.Semaphore(0),
-        )
-        self._thread, self._received = None, received or (lambda message: message)
+        self._reader, self._keepalive = EventReader(), threading.Semaphore(0)
+        self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: the end
+        self._thread: threading.Thread | None = None
+        self._received = received or (lambda message: message)
         if answer.headers.get_content_type() != EVENT_STREAM:
             self.response = Response(answer.status, answer.headers, answer.read())
             self._finish()
@@ -484,18 +536,18 @@ class SseStream:
             self._thread = threading.Thread(target=self._read, daemon=True)
             self._thread.start()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_exc):
+    def __exit__(self, *_exc: object) -> None:
         self.close()
 
     @property
-    def last_event_id(self):
+    def last_event_id(self) -> str | None:
         """The id to resume after, or None."""
         return self._reader.last_id
 
-    def _read(self):
+    def _read(self) -> None:
         try:
             while line := self._answer.readline():
                 comments = self._reader.comments
@@ -509,30 +561,30 @@ class SseStream:
         finally:
             self._finish()
 
-    def _finish(self):
+    def _finish(self) -> None:
         self._connection.close()
         self.ended.set()
-        self._queue.put(END)
+        self._queue.put(None)
         if self._on_close is not None:
             self._on_close(self)
 
-    def next(self, timeout=TIMEOUT):
+    def next(self, timeout: float = TIMEOUT) -> Event:
         """The next event. StreamEnded if there is none any more, TimeoutError if none came in time."""
         try:
             event = self._queue.get(timeout=timeout)
         except queue.Empty:
             raise TimeoutError("no event on the stream") from None
-        if event is END:
-            self._queue.put(END)
+        if event is None:
+            self._queue.put(None)
             raise StreamEnded("the stream has ended")
         self._received(event.data)
         return event
 
-    def wait_comment(self, timeout=TIMEOUT):
+    def wait_comment(self, timeout: float = TIMEOUT) -> bool:
         """Wait for a keep-alive comment that was not waited for before; False if none came."""
         return self._keepalive.acquire(timeout=timeout)
 
-    def close(self):
+    def close(self) -> None:
         """Hang up, and wait for the thread."""
         if self._thread is not None and not self.ended.is_set():
             try:
@@ -559,37 +611,42 @@ class McpClient:
 
     def __init__(
         self,
-        url,
-        token,
+        url: str,
+        token: str,
         *,
-        protocol=LEGACY,
-        session_id=None,
-        capabilities=None,
-        name="scripted client",
-        routes=None,
-        context=None,
-    ):
+        protocol: str = LEGACY,
+        session_id: str | None = None,
+        capabilities: Json | None = None,
+        name: str = "scripted client",
+        routes: Routes | None = None,
+        context: ssl.SSLContext | None = None,
+    ) -> None:
         self.url, self.token, self.protocol, self.session_id = url, token, protocol, session_id
         self.capabilities, self.info = capabilities or {}, {"name": name, "version": "1"}
-        self.version = protocol if session_id else None  # what was negotiated: sent once it is known
-        self.on_request = self.on_notification = None
-        self.events, self.server = [], None
+        # What was negotiated: sent once it is known.
+        self.version: str | None = protocol if session_id else None
+        self.on_request: Callable[[str, Any], Any] | None = None
+        self.on_notification: Callable[[str, Any], object] | None = None
+        self.events: list[Event] = []
+        self.server: Any = None
+        self.oauth: Any = None  # the OAuthClient of a client that a rig has logged in
         self._ids = itertools.count(1)
         self._wire = Wire(url, routes=routes, context=context)
-        self._streams, self._lock = set(), threading.Lock()
-        self._asked = {}  # the method of each request sent, by its id
+        self._streams: set[SseStream] = set()
+        self._lock = threading.Lock()
+        self._asked: dict[Any, str] = {}  # the method of each request sent, by its id
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_exc):
+    def __exit__(self, *_exc: object) -> None:
         self.close()
 
     @property
-    def is_modern(self):
+    def is_modern(self) -> bool:
         return self.protocol >= MODERN
 
-    def close(self):
+    def close(self) -> None:
         """Hang up everything; the session itself stays (see `delete`)."""
         with self._lock:
             streams = list(self._streams)
@@ -599,7 +656,9 @@ class McpClient:
 
     # -- requests --
 
-    def initialize(self, capabilities=None, version=None, timeout=TIMEOUT):
+    def initialize(
+        self, capabilities: Json | None = None, version: str | None = None, timeout: float = TIMEOUT
+    ) -> Any:
         """Open a session and tell the server so; gives the result of `initialize`, also kept in `server`."""
         if capabilities is not None:
             self.capabilities = capabilities
@@ -620,7 +679,14 @@ class McpClient:
         self.notify("notifications/initialized")
         return self.server
 
-    def request(self, method, params=None, id=None, timeout=TIMEOUT, headers=None):
+    def request(
+        self,
+        method: str,
+        params: Json | None = None,
+        id: object = None,
+        timeout: float = TIMEOUT,
+        headers: Headers | None = None,
+    ) -> Any:
         """Send a request and give its result.
 
         RpcError for an error, HttpError for an answer without a message, StreamEnded if the stream was over
@@ -629,23 +695,25 @@ class McpClient:
         message = self._message(method, params, next(self._ids) if id is None else id)
         return self._result(*self._call(message, headers or {}, timeout))
 
-    def notify(self, method, params=None, timeout=TIMEOUT):
+    def notify(self, method: str, params: Json | None = None, timeout: float = TIMEOUT) -> Response:
         """Send a notification; HttpError unless it is accepted with 202."""
         response = self.post(self._message(method, params), timeout=timeout)
         if response.status != 202:
             raise HttpError(response, "202")
         return response
 
-    def reply(self, id, result=None, error=None, timeout=TIMEOUT):
+    def reply(
+        self, id: object, result: object = None, error: object = None, timeout: float = TIMEOUT
+    ) -> Response:
         """Answer a request of the server with a result, or with an error object."""
         answer = {"error": error} if error is not None else {"result": result}
         return self.post({"jsonrpc": "2.0", "id": id, **answer}, timeout=timeout)
 
-    def call_tool(self, name, /, **args):
+    def call_tool(self, name: str, /, **args: Any) -> Any:
         """The result of a tool call."""
         return self.request("tools/call", {"name": name, "arguments": args})
 
-    def list_tools(self):
+    def list_tools(self) -> list[Json]:
         """All tools, of all pages."""
         tools, cursor, seen = [], None, set()
         while True:
@@ -658,8 +726,8 @@ class McpClient:
                 raise ClientError(f"the pages of tools/list go in a circle at {cursor!r}")
             seen.add(cursor)
 
-    def _message(self, method, params=None, id=None):
-        message = {"jsonrpc": "2.0", "method": method}
+    def _message(self, method: str, params: Json | None = None, id: object = None) -> Json:
+        message: Json = {"jsonrpc": "2.0", "method": method}
         if id is not None:
             message["id"] = id
         if self.is_modern and method != "initialize":
@@ -674,7 +742,7 @@ class McpClient:
         return message
 
     @staticmethod
-    def _result(response, answer):
+    def _result(response: Response, answer: Json | None) -> Any:
         if answer is None:
             if response.headers.get_content_type() == EVENT_STREAM:
                 raise StreamEnded("the stream ended without the answer")
@@ -686,7 +754,7 @@ class McpClient:
 
     # -- HTTP --
 
-    def received(self, message):
+    def received(self, message: Any) -> Any:
         """A message of the server, judged by the revision that is spoken."""
         if (
             judge is not None and isinstance(message, dict) and not isinstance(message.get("error"), str)
@@ -705,7 +773,7 @@ class McpClient:
             )
         return message
 
-    def headers(self, message=None):
+    def headers(self, message: Any = None) -> dict[str, str]:
         """The headers of a request that carries `message` (a dict, or None)."""
         headers = {"Accept": f"application/json, {EVENT_STREAM}"}
         if self.token is not None:
@@ -721,25 +789,27 @@ class McpClient:
         return headers
 
     @staticmethod
-    def _modern_headers(method, message):
+    def _modern_headers(method: str | None, message: Json) -> dict[str, str]:
         if method is None:
             return {}
         params = message.get("params")
         named = params.get(NAMED_BY.get(method)) if isinstance(params, dict) else None
         return {"Mcp-Method": method, **({"Mcp-Name": header_value(named)} if isinstance(named, str) else {})}
 
-    def post(self, message, headers=None, timeout=TIMEOUT):
+    def post(self, message: Any, headers: Headers | None = None, timeout: float = TIMEOUT) -> Response:
         """POST a message (or raw bytes) and read the answer to its end; nothing in it is an exception.
 
         `headers` are added; None takes one away.
         """
         return self._post(message, headers, timeout)[0]
 
-    def _call(self, message, headers, timeout):
+    def _call(self, message: Json, headers: Headers, timeout: float) -> tuple[Response, Json | None]:
         """As post, until the answer to `message` is there: (Response, the answer or None)."""
         return self._post(message, headers, timeout, message["id"])
 
-    def _post(self, message, headers, timeout, awaited=None):
+    def _post(
+        self, message: Any, headers: Headers | None, timeout: float, awaited: object = None
+    ) -> tuple[Response, Json | None]:
         deadline = time.monotonic() + timeout
         connection, wire, answer = self._begin("POST", message, headers, timeout)
         try:
@@ -759,7 +829,7 @@ class McpClient:
             )
         return response, found
 
-    def _begin(self, method, message, headers, timeout):
+    def _begin(self, method: str, message: Any, headers: Headers | None, timeout: float) -> Begun:
         body = message if isinstance(message, bytes | None) else json.dumps(message).encode()
         for asked in message if isinstance(message, list) else [message]:
             if isinstance(asked, dict) and "method" in asked and isinstance(asked.get("id"), str | int):
@@ -773,9 +843,14 @@ class McpClient:
                 made[name] = value
         return self._wire.begin(method, self.url, body, made, timeout)
 
-    def _read_events(self, wire, answer, deadline, awaited):
+    def _read_events(
+        self, wire: socket.socket, answer: http.client.HTTPResponse, deadline: float, awaited: object
+    ) -> tuple[Response, Json | None]:
         """Read a POST's stream to its end, handing on what is in it. The end must follow the answer."""
-        reader, lines, events, found = EventReader(), [], [], None
+        reader = EventReader()
+        lines: list[bytes] = []
+        events: list[Event] = []
+        found: Any = None
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -801,7 +876,7 @@ class McpClient:
             else:
                 self.handle(event.data)
 
-    def handle(self, message):
+    def handle(self, message: Any) -> None:
         """Do with a message of the server what a client does: answer a request, note a notification."""
         if not isinstance(message, dict) or "method" not in message:
             return
@@ -811,7 +886,7 @@ class McpClient:
         elif self.on_notification is not None:
             self.on_notification(method, params)
 
-    def _answer_to(self, method, params):
+    def _answer_to(self, method: str, params: Any) -> Json:
         try:
             if self.on_request is not None:
                 return {"result": self.on_request(method, params)}
@@ -826,7 +901,9 @@ class McpClient:
 
     # -- streams --
 
-    def open_stream(self, last_event_id=None, timeout=TIMEOUT, headers=None):
+    def open_stream(
+        self, last_event_id: str | None = None, timeout: float = TIMEOUT, headers: Headers | None = None
+    ) -> SseStream:
         """GET the session's stream; HttpError if it is refused."""
         extra = {
             "Accept": EVENT_STREAM,
@@ -838,19 +915,26 @@ class McpClient:
             raise HttpError(stream.response, "a stream")
         return stream
 
-    def open_post(self, message, headers=None, timeout=TIMEOUT):
+    def open_post(self, message: Any, headers: Headers | None = None, timeout: float = TIMEOUT) -> SseStream:
         """POST a message and give its answer as an SseStream that can be left before its end.
 
         Its events are not handled. `response` is set if the answer was plain.
         """
         return self._stream("POST", message, headers, timeout)
 
-    def start_request(self, method, params=None, id=None, headers=None, timeout=TIMEOUT):
+    def start_request(
+        self,
+        method: str,
+        params: Json | None = None,
+        id: object = None,
+        headers: Headers | None = None,
+        timeout: float = TIMEOUT,
+    ) -> tuple[Any, SseStream]:
         """As open_post, for a request made here: gives (id, SseStream)."""
         id = next(self._ids) if id is None else id
         return id, self.open_post(self._message(method, params, id), headers, timeout)
 
-    def _stream(self, method, message, headers, timeout):
+    def _stream(self, method: str, message: Any, headers: Headers | None, timeout: float) -> SseStream:
         connection, wire, answer = self._begin(method, message, headers, timeout)
         stream = SseStream(connection, wire, answer, self._forget, self.received)
         with self._lock:
@@ -858,16 +942,16 @@ class McpClient:
                 self._streams.add(stream)
         return stream
 
-    def _forget(self, stream):
+    def _forget(self, stream: SseStream) -> None:
         with self._lock:
             self._streams.discard(stream)
 
-    def delete(self, timeout=TIMEOUT):
+    def delete(self, timeout: float = TIMEOUT) -> Response:
         """End the session; the id is kept so that its end can be observed."""
         return self._wire.exchange("DELETE", self.url, None, self.headers(), timeout)
 
 
-def answers(message, id, status):
+def answers(message: object, id: object, status: int) -> bool:
     """Whether this is the answer to the request `id` (1, "1" and True are three ids).
 
     An HTTP error may answer without an id: the server need not have read so far.
@@ -878,7 +962,7 @@ def answers(message, id, status):
     return (there is None and status >= 400) or (there == id and type(there) is type(id))
 
 
-def header_value(text):
+def header_value(text: str) -> str:
     """A parameter's value as a header: as it is if it can be, else in the spec's base64 form."""
     if re.fullmatch(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", text) and not text.startswith("=?base64?"):
         return text

@@ -3,11 +3,19 @@
 A logged-in client, its refusals, its questions and its listeners.
 """
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from rigs.mcp_client import META, MODERN, McpClient, RpcError, SseStream
 
-ALL_INPUT = {"elicitation": {}, "sampling": {}, "roots": {}}
+if TYPE_CHECKING:
+    from rigs.mcp_client import Json, OAuthClient
+    from rigs.rig import Rig
+
+ALL_INPUT: Json = {"elicitation": {}, "sampling": {}, "roots": {}}
 ANSWERS = {
     "elicitation/create": {"action": "accept", "content": {"answer": "blue"}},
     "sampling/createMessage": {
@@ -19,7 +27,15 @@ ANSWERS = {
 }
 
 
-def connect(rig, user="alice", access="full", capabilities=None, *, oauth=None, **arguments):
+def connect(
+    rig: Rig,
+    user: str = "alice",
+    access: str = "full",
+    capabilities: Json | None = None,
+    *,
+    oauth: OAuthClient | None = None,
+    **arguments: Any,
+) -> McpClient:
     """A modern McpClient of a user who logged in through a client of its own (or through `oauth`)."""
     oauth = oauth or rig.login(user, access, **arguments)
     mcp = McpClient(
@@ -29,7 +45,9 @@ def connect(rig, user="alice", access="full", capabilities=None, *, oauth=None, 
     return mcp
 
 
-def refused(mcp, method, params=None, headers=None):
+def refused(
+    mcp: McpClient, method: str, params: Json | None = None, headers: Mapping[str, str] | None = None
+) -> tuple[int | None, int, Any]:
     """(HTTP status, code, data) of the error that answers a request."""
     try:
         result = mcp.request(method, params, headers=headers)
@@ -38,12 +56,18 @@ def refused(mcp, method, params=None, headers=None):
     raise AssertionError(f"{method} was answered with {result}")
 
 
-def call(mcp, name, arguments=None, headers=None, **params):
+def call(
+    mcp: McpClient,
+    name: str,
+    arguments: Json | None = None,
+    headers: Mapping[str, str] | None = None,
+    **params: object,
+) -> Any:
     """The result of a tools/call, whatever kind of result it is."""
     return mcp.request("tools/call", {"name": name, "arguments": arguments or {}, **params}, headers=headers)
 
 
-def retry_of(asked, answers=None):
+def retry_of(asked: Json, answers: Json | None = None) -> Json:
     """The parameters that answer an `input_required`.
 
     Every question by its kind, or `answers` as they are.
@@ -56,26 +80,28 @@ def retry_of(asked, answers=None):
     return {"inputResponses": given, "requestState": asked["requestState"]}
 
 
-def asked_methods(asked):
+def asked_methods(asked: Json) -> list[str]:
     """What an `input_required` asks for, sorted."""
     assert asked["resultType"] == "input_required", asked
     return sorted(question["method"] for question in asked["inputRequests"].values())
 
 
-def subscription_of(message):
+def subscription_of(message: Json) -> object:
     """The subscription that a message on a listener's stream belongs to."""
-    return (message.get("params") or message.get("result"))["_meta"][META + "subscriptionId"]
+    return (message.get("params") or message["result"])["_meta"][META + "subscriptionId"]
 
 
 @contextlib.contextmanager
-def listening(mcp, request_id=None, **wanted):
+def listening(
+    mcp: McpClient, request_id: object = None, **wanted: object
+) -> Iterator[tuple[Json, SseStream, object]]:
     """(acknowledged filter, stream, id) of a subscriptions/listen."""
     request_id, stream = mcp.start_request("subscriptions/listen", {"notifications": wanted}, id=request_id)
     with stream:
         assert isinstance(stream, SseStream) and stream.response is None, (
             stream.response and stream.response.text
         )
-        first = stream.next().data
+        first: Any = stream.next().data
         assert (
             first["method"] == "notifications/subscriptions/acknowledged"
             and subscription_of(first) == request_id

@@ -3,22 +3,30 @@
 Sessions of an installation, functions run beside, ends waited for.
 """
 
+from __future__ import annotations
+
 import os
 import select
 import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from rigs.mcp_client import McpClient, OAuthClient
+
+if TYPE_CHECKING:
+    from rigs.broker_process import Installation
+    from rigs.child_control import ChildControl
 
 GONE_LIMIT = 5  # seconds after which no child may be left (design 2)
 
 
-def login(installation, user="alice"):
+def login(installation: Installation, user: str = "alice") -> OAuthClient:
     client = OAuthClient(installation.url, name="Process test")
     client.login(None, user, "secret", "full")
     return client
 
 
-def session(installation, user="alice"):
+def session(installation: Installation, user: str = "alice") -> McpClient:
     client = login(installation, user)
     mcp = McpClient(installation.url + "/mcp", client.tokens["access_token"])
     mcp.initialize()
@@ -26,11 +34,11 @@ def session(installation, user="alice"):
     return mcp
 
 
-def in_thread(function, *arguments, **named):
+def in_thread(function: Callable[..., Any], *arguments: Any, **named: Any) -> Callable[[], Any]:
     """Run a function beside; join() gives what it returned or raised."""
     outcome = []
 
-    def body():
+    def body() -> None:
         try:
             outcome.append(function(*arguments, **named))
         except Exception as error:
@@ -39,7 +47,7 @@ def in_thread(function, *arguments, **named):
     thread = threading.Thread(target=body)
     thread.start()
 
-    def join():
+    def join() -> Any:
         thread.join(40)
         assert outcome, "it did not end"
         return outcome[0]
@@ -47,7 +55,7 @@ def in_thread(function, *arguments, **named):
     return join
 
 
-def ended(*names):
+def ended(*names: str) -> None:
     """Wait for the broker's threads of these names."""
     for thread in threading.enumerate():
         if thread.name in names and thread.is_alive():
@@ -55,7 +63,7 @@ def ended(*names):
             assert not thread.is_alive(), f"{thread.name} did not end"
 
 
-def hanging_call(mcp, control, key="k"):
+def hanging_call(mcp: McpClient, control: ChildControl, key: str = "k") -> Callable[[], Any]:
     """A call that hangs in its child until the key is released; gives join()."""
     caller = McpClient(mcp.url, mcp.token, session_id=mcp.session_id)
     join = in_thread(caller.call_tool, "get_slow", key=key)
@@ -63,7 +71,7 @@ def hanging_call(mcp, control, key="k"):
     return join
 
 
-def await_end(pids, limit=GONE_LIMIT):
+def await_end(pids: Iterable[int], limit: float = GONE_LIMIT) -> list[int]:
     """The pids that still run after at most `limit` seconds."""
     descriptors = {}
     for pid in pids:

@@ -1,8 +1,11 @@
 """A proxy in the test's own process, before a broker: what it passes on, and how, is up to its makers."""
 
+from __future__ import annotations
+
 import http.client
 import http.server
 import threading
+from typing import Any, Self
 
 KEPT_BACK = ("connection", "transfer-encoding", "content-length", "server", "date")
 
@@ -14,17 +17,21 @@ class Proxy:
     `target` is the broker's port.
     """
 
-    def __init__(self, target=None):
+    def __init__(self, target: int | None = None) -> None:
         proxy = self
         self.target = target
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            def handle_any(self):
+            def handle_any(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 connection = http.client.HTTPConnection("127.0.0.1", proxy.target)
                 connection.request(self.command, self.path, body or None, dict(self.headers))
                 reply = connection.getresponse()
-                answer = {"status": reply.status, "headers": reply.getheaders(), "body": reply.read()}
+                answer: dict[str, Any] = {
+                    "status": reply.status,
+                    "headers": reply.getheaders(),
+                    "body": reply.read(),
+                }
                 connection.close()
                 proxy.pass_on(self.command, self.path, (self.headers, body), answer)
                 self.send_response(answer["status"])
@@ -40,21 +47,21 @@ class Proxy:
 
             do_GET = do_POST = do_DELETE = do_HEAD = do_OPTIONS = handle_any
 
-            def log_message(self, *_args):
+            def log_message(self, *_args: object) -> None:
                 pass
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = "http://127.0.0.1:%d" % self.server.server_address[1]
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
 
-    def pass_on(self, method, path, request, answer):
+    def pass_on(self, method: str, path: str, request: Any, answer: Any) -> None:
         """Nothing is changed."""
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self.thread.start()
         return self
 
-    def __exit__(self, *_exc):
+    def __exit__(self, *_exc: object) -> None:
         self.server.shutdown()
         self.thread.join()
         self.server.server_close()

@@ -7,10 +7,14 @@ clients), "assistants" (one of their programs), "go-clients" (one of them, the o
 "promtool", "jq" and "systemd-analyze" (programs).
 """
 
+from __future__ import annotations
+
 import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,12 +23,12 @@ import run
 TEST_LIMIT = 60
 
 
-def part_names(item):
+def part_names(item: pytest.Item) -> list[str]:
     """The real parts a test names in its marks."""
     return [name for mark in item.iter_markers("real") for name in mark.args]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests with real parts behind all others.
 
     Keep the wait for an install out of their time limit.
@@ -35,12 +39,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(TEST_LIMIT, func_only=True))
 
 
-def part_folders():
+def part_folders() -> dict[str, Path]:
     """{name: folder} of the real parts of this working copy and this Python."""
     return {name: folder for name, (folder, _) in parts_here().items()}
 
 
-def parts_here():
+def parts_here() -> dict[str, Any]:
     """{name: (folder, installer)} of the real parts of this working copy and this Python."""
     python = run.Python(tuple(sys.version_info[:3]), sys.executable)
     cache = Path(os.environ.get("FJMCP_CACHE") or run.ROOT / ".cache")
@@ -48,7 +52,7 @@ def parts_here():
 
 
 @functools.cache
-def outcome_of(folder, installer):
+def outcome_of(folder: Path, installer: Any) -> tuple[str, str]:
     """(state, text) of a part.
 
     It is waited for if it is being installed, and installed if tests/run.py leaves that to us.
@@ -60,26 +64,28 @@ def outcome_of(folder, installer):
 
 
 @pytest.fixture(scope="session")
-def real_part():
+def real_part() -> Callable[[str], str]:
     """A function from a real part's name to its program (a path).
 
     Waits for the install; skips, or fails in CI.
     """
     parts = parts_here()
 
-    def program(name):
+    def program(name: str) -> str:
         state, text = outcome_of(*parts[name])
         missing = run.on_missing_part(name, state, text, run.is_ci())
         if missing is None:
             return text
         outcome, why = missing
-        return pytest.skip(why) if outcome == "skip" else pytest.fail(why, pytrace=False)
+        if outcome == "skip":
+            raise pytest.skip.Exception(why)
+        raise pytest.fail.Exception(why, pytrace=False)
 
     return program
 
 
 @pytest.fixture(autouse=True)
-def real_parts_are_there(request):
+def real_parts_are_there(request: pytest.FixtureRequest) -> None:
     """A test marked `real` starts only when all its parts are there.
 
     Whether or not it asks for their programs.

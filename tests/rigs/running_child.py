@@ -6,8 +6,9 @@ import os
 import queue
 import sys
 import threading
+from typing import Any
 
-from fjmcp_broker import Child, Log
+from fjmcp_broker import Child, Guardian, Log
 
 TOKEN = "eyJhbGciOiJSUzI1NiJ9.eyJnbnQiOjF9.c2lnbmF0dXJl"
 
@@ -21,9 +22,10 @@ class Values:
 class Running:
     """A Child that runs a Python program, its lines and its end."""
 
-    def __init__(self, guardian, program, **values):
-        settings = type("S", (Values,), values)()
-        self.lines, self.ended, self.log = queue.Queue(), threading.Event(), io.StringIO()
+    def __init__(self, guardian: Guardian, program: str, **values: Any) -> None:
+        settings: Any = type("S", (Values,), values)()
+        self.lines: queue.Queue[bytes] = queue.Queue()
+        self.ended, self.log = threading.Event(), io.StringIO()
         self.child = Child(
             [sys.executable, "-I", "-u", "-c", program],
             {"PATH": os.environ["PATH"], "FORGEJO_ACCESS_TOKEN": TOKEN},
@@ -35,10 +37,10 @@ class Running:
             lambda child: self.ended.set(),
         )
 
-    def line(self):
+    def line(self) -> bytes:
         return self.lines.get(timeout=20)
 
-    def end(self):
+    def end(self) -> str | None:
         """Tick as the reaper does until it has ended; the reason."""
         while not self.ended.wait(0.05):
             self.child.tick()
@@ -48,7 +50,7 @@ class Running:
 ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)\n"
 
 
-def counts():
+def counts() -> tuple[int, int, int]:
     """Open file descriptors, threads, child processes."""
     gc.collect()
     with open(f"/proc/self/task/{os.getpid()}/children") as file:

@@ -4,9 +4,12 @@ Every message a test's client receives is held against MCP's own JSON schema. `j
 method)` is what the tests hook into their clients (conftest.py).
 """
 
+from __future__ import annotations
+
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 from jsonschema import Draft7Validator, Draft202012Validator
 
@@ -47,7 +50,7 @@ class SchemaViolation(AssertionError):
 
 
 @functools.cache
-def validator(revision, *names):
+def validator(revision: str, *names: str) -> Any:
     """A validator for a value that is one of these definitions of the revision's schema.
 
     None if it has none of them.
@@ -59,7 +62,7 @@ def validator(revision, *names):
     return kind({place: schema[place], "anyOf": known}) if known else None
 
 
-def failures(value, revision, *names):
+def failures(value: object, revision: str, *names: str) -> list[str]:
     """The sentences of what is wrong with a value that must be one of these definitions."""
     found = validator(revision, *names)
     if found is None:
@@ -71,12 +74,12 @@ def failures(value, revision, *names):
     ]
 
 
-def sentences(error):
+def sentences(error: Any) -> list[str]:
     """An error's message, and those of the alternatives it tried."""
     return [error.message[:300], *(inner.message[:300] for inner in error.context or ())]
 
 
-def violations(message, revision, method=None):
+def violations(message: Any, revision: str, method: str | None = None) -> list[str]:
     """What the revision says against this message of a server.
 
     `method` is that of the request it answers, if known.
@@ -87,7 +90,7 @@ def violations(message, revision, method=None):
         return error_violations(message, revision)
     wrong = failures(message, revision, "JSONRPCResultResponse", "JSONRPCResponse")
     names = [
-        RESULTS.get(method, "Result"),
+        RESULTS.get(method or "", "Result"),
         *(["InputRequiredResult"] if revision >= MODERN and method in ASKS_FOR_INPUT else []),
     ]
     if revision >= MODERN and message["result"].get("resultType") == "input_required":
@@ -95,7 +98,7 @@ def violations(message, revision, method=None):
     return wrong or failures(message["result"], revision, *names)
 
 
-def error_violations(message, revision):
+def error_violations(message: Any, revision: str) -> list[str]:
     """As violations, for an error.
 
     JSON-RPC's null for an id that could not be read is what the revisions have no form for.
@@ -109,7 +112,7 @@ def error_violations(message, revision):
     )
 
 
-def judge(message, revision, method=None):
+def judge(message: Any, revision: str, method: str | None = None) -> None:
     """SchemaViolation if the revision does not allow this message.
 
     Of revisions without a schema here anything goes.

@@ -27,7 +27,7 @@ belong to the caller and nobody else can write there, else `/etc/fjmcp-broker/br
 """
 
 
-def table():
+def table() -> str:
     """The document's text."""
     rows = []
     for setting in fjmcp_broker.SETTINGS:
