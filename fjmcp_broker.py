@@ -15,8 +15,8 @@ Four ideas carry the design:
      hashed tokens, sealed credentials, commit before answer.
 
 Contents, in dependency order; a section names only what stands above it:
-  Vocabulary · Tool rules · Settings · Log and metrics · Seal · SQLite · PostgreSQL · Store · Messages ·
-  HTTP values · Outgoing HTTP · Forgejo · Forgejo credentials · Pages · Clients · Authorization ·
+  Vocabulary · Tool rules · Settings · Log and metrics · Seal · SQLite · PostgreSQL · Store · Brokers ·
+  Messages · HTTP values · Outgoing HTTP · Forgejo · Forgejo credentials · Pages · Clients · Authorization ·
   Child process · Calls · Dialects · Backend · Launcher and capacity · Session · Frontends · Sessions ·
   Maintenance · Endpoint · HTTP server · Broker · Command line · Init · Doctor · Check · Operators · Serve
 """
@@ -2273,6 +2273,21 @@ class Keyring:
         self._keys = tuple(keys)
         self._path = path
         self._seen: tuple[int, int] | None = None
+        # The ids of the keys that all brokers of the store have, None where this is the only one.
+        self.common: frozenset[str] | None = None
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the keys, newest first; each box names one."""
+        return [_key_id(key).hex() for key in self.keys]
+
+    @property
+    def _by_use(self) -> list[bytes]:
+        """The keys; the one that seals is first: the newest that every broker of the store has."""
+        return sorted(self.keys, key=lambda key: not self._is_common(key))
+
+    def _is_common(self, key: bytes) -> bool:
+        return self.common is None or _key_id(key).hex() in self.common
 
     @property
     def keys(self) -> tuple[bytes, ...]:
@@ -2311,7 +2326,7 @@ class Keyring:
     def seal(self, purpose: str, owner: str, value: object) -> bytes:
         """Returns a box with a JSON value in it, padded so that its length says little."""
         plain = json.dumps(value, separators=(",", ":")).encode()
-        return seal_with(self.keys[0], purpose, owner, plain + b" " * (-len(plain) % 256))
+        return seal_with(self._by_use[0], purpose, owner, plain + b" " * (-len(plain) % 256))
 
     def unseal(self, purpose: str, owner: str, box: bytes) -> Any:
         """Returns the JSON value in a box.
@@ -2325,7 +2340,7 @@ class Keyring:
 
     def chained(self, token: str) -> Keyring:
         """Returns the keyring that only the holder of `token` can make, for sealing the token's successor."""
-        return Keyring(hkdf(token.encode(), key, b"fjmcp/v1/grace", 32) for key in self.keys)
+        return Keyring(hkdf(token.encode(), key, b"fjmcp/v1/grace", 32) for key in self._by_use)
 
 
 def file_trouble(path: str, error: Exception) -> str:
@@ -3451,6 +3466,10 @@ CREATE TABLE operator_records (
   record_id INTEGER PRIMARY KEY, event TEXT NOT NULL, sub TEXT, client_id TEXT, grant_id INTEGER,
   reason TEXT NOT NULL, session TEXT
 );
+CREATE TABLE brokers (
+  instance TEXT PRIMARY KEY, name TEXT NOT NULL, version TEXT NOT NULL, key_ids TEXT NOT NULL,
+  started_at REAL NOT NULL, seen_at REAL NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE leases (
   name TEXT PRIMARY KEY, holder TEXT NOT NULL, until REAL NOT NULL, credential_seq INTEGER
 ) WITHOUT ROWID;
@@ -3665,6 +3684,22 @@ class ProgramRow(NamedTuple):
 
     era: str
     sends_requests: int
+
+
+class BrokerRow(NamedTuple):
+    """One of several brokers of this store; `key_ids` are divided by spaces, newest first."""
+
+    instance: str
+    name: str
+    version: str
+    key_ids: str
+    started_at: float
+    seen_at: float
+
+    @property
+    def label(self) -> str:
+        """What people know it by."""
+        return self.name or f"without a name ({self.instance[:6]})"
 
 
 class LeaseRow(NamedTuple):
@@ -3911,13 +3946,15 @@ class Database:
 
         Raises ConfigurationError for what cannot be a store of this release, or is sealed with another key.
         """
+        # Whether other brokers may serve from the same store.
+        self.is_shared = not isinstance(place, str)
         # Whose leases are ours: another name at each start.
         self.holder = secrets.token_hex(8)
         self.engine: Engine = SqliteEngine(place, alone) if isinstance(place, str) else PostgresEngine(place)
         try:
             self.engine.migrate(MIGRATIONS)
             self._check_key(keyring)
-            if alone and isinstance(place, str):
+            if alone and not self.is_shared:
                 # Nobody else serves: who held these is gone.
                 self._run({}, "DELETE FROM leases")
         except StoreUnavailable as error:
@@ -5133,8 +5170,43 @@ class SessionStore(Database):
         )
 
 
-class LeaseStore(Database):
-    """What one of several brokers does for all of them: each lease has one holder, for a time."""
+class BrokerStore(Database):
+    """The brokers of this store, and what one of them does for all: each lease has one holder, for a time."""
+
+    def report_broker(self, row: BrokerRow) -> None:
+        """Writes down that a broker is there, and forgets those that were not seen for a day."""
+        self._run(
+            {**row._asdict(), "forgotten": row.seen_at - 86400},
+            """
+            INSERT INTO brokers (instance, name, version, key_ids, started_at, seen_at)
+            VALUES (:instance, :name, :version, :key_ids, :started_at, :seen_at)
+            ON CONFLICT (instance) DO UPDATE
+            SET key_ids = excluded.key_ids,
+                seen_at = excluded.seen_at
+            """,
+            "DELETE FROM brokers WHERE seen_at < :forgotten",
+        )
+
+    def forget_broker(self, instance: str) -> None:
+        """Drops a broker that has ended in order, with its leases."""
+        self._run(
+            {"instance": instance},
+            "DELETE FROM brokers WHERE instance = :instance",
+            "DELETE FROM leases WHERE holder = :instance",
+        )
+
+    def brokers(self, since: float) -> list[BrokerRow]:
+        """Returns the brokers that were seen since then, by name."""
+        return self._all(
+            BrokerRow._make,
+            """
+            SELECT instance, name, version, key_ids, started_at, seen_at
+            FROM brokers
+            WHERE seen_at >= :since
+            ORDER BY name, started_at
+            """,
+            {"since": since},
+        )
 
     def take_lease(self, name: str, holder: str, now: float, until: float) -> bool:
         """Takes a lease that nobody holds now, or prolongs one's own. Returns whether it is ours."""
@@ -5164,16 +5236,16 @@ class LeaseStore(Database):
         )
 
     def leases(self, prefix: str, now: float) -> set[str]:
-        """Returns the names of the leases held now that begin with `prefix`, which ends in a space."""
+        """Returns the names of the leases held now that begin with `prefix`."""
         found = self._all(
             only,
-            "SELECT name FROM leases WHERE name >= :prefix AND name < :behind AND until > :now",
-            {"prefix": prefix, "behind": prefix[:-1] + "!", "now": now},
+            "SELECT name FROM leases WHERE name LIKE :pattern AND until > :now",
+            {"pattern": prefix + "%", "now": now},
         )
         return set(found)
 
 
-class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore, LeaseStore):
+class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore, BrokerStore):
     """All that the broker keeps, and what concerns several of its tables: listings, boxes, sweeping."""
 
     def listing(self, kind: str, now: float) -> tuple[list[str], list[Values]]:
@@ -5268,6 +5340,110 @@ class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore, LeaseS
             *SWEEPS,
         )
         return [only(row) for row in ended]
+
+
+# ============================================================================================================
+# Brokers
+# Owns what the brokers of one store know of each other: who
+# is there, which keys they have, what each has seen.
+# Must not know what a broker serves. With SQLite there is only one, and nothing of this is written.
+# ============================================================================================================
+
+
+class Brokers:
+    """This broker among those of its store: it reports each second, and learns of the others."""
+
+    EVERY = 1.0  # seconds between two reports
+    GONE = 15.0  # seconds without a report after which nobody waits for a broker any more
+    FORGOTTEN = 300.0  # seconds after which its keys do not count any more
+
+    def __init__(
+        self, settings: Settings, store: Store, keyring: Keyring, log: Log, clock: SteadyClock
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._keyring = keyring
+        self._log = log
+        self._clock = clock
+        self._started_at = clock.now()
+        self._due = 0.0
+        self._warned = Seldom(clock, 60.0)
+
+    def join(self) -> None:
+        """Reports this broker before it serves.
+
+        Raises ConfigurationError when another one seals with a key that is not here.
+        """
+        if not self._store.is_shared:
+            return
+        others = self._others(self.FORGOTTEN)
+        sealing = common_keys(others)[:1]
+        if sealing and sealing[0] not in self._keyring.ids:
+            names = ", ".join(each.label for each in others)
+            self._store.close()
+            raise ConfigurationError(
+                [f"key_file: the brokers of this store ({names}) seal with a key that is not here"]
+            )
+        self._report(self._started_at)
+
+    def report(self, seen_at: float) -> None:
+        """Writes down, each second, that this broker has acted on all that was committed before `seen_at`.
+
+        Learns with which keys it may seal: a box has to open at every broker.
+        """
+        if self._store.is_shared and self._clock.monotonic() >= self._due:
+            self._due = self._clock.monotonic() + self.EVERY
+            self._report(seen_at)
+
+    def _report(self, seen_at: float) -> None:
+        ids = self._keyring.ids
+        self._store.report_broker(
+            BrokerRow(
+                self._store.holder,
+                self._settings.broker_name,
+                __version__,
+                " ".join(ids),
+                self._started_at,
+                seen_at,
+            )
+        )
+        others = self._others(self.FORGOTTEN)
+        self._keyring.common = frozenset(ids).intersection(*(each.key_ids.split() for each in others))
+        alike = [each for each in others if each.name == self._settings.broker_name]
+        if [each for each in alike if each.seen_at > seen_at - 5] and self._warned.due(""):
+            self._log.event(
+                "warning",
+                "broker_name_twice",
+                name=self._settings.broker_name,
+                means="another broker of this store has the same name: a proxy cannot tell them apart",
+            )
+
+    def _others(self, seconds: float) -> list[BrokerRow]:
+        """Returns the other brokers that reported in the last so many seconds."""
+        found = self._store.brokers(self._clock.now() - seconds)
+        return [each for each in found if each.instance != self._store.holder]
+
+    def await_all(self) -> None:
+        """Waits until every other broker has acted on what is committed by now, or is gone."""
+        if not self._store.is_shared:
+            return
+        now = self._clock.now()
+        while self._clock.now() < now + self.GONE:
+            if all(each.seen_at > now for each in self._others(self.GONE)):
+                return
+            time.sleep(0.1)
+
+    def leave(self) -> None:
+        """This broker serves no more."""
+        if self._store.is_shared:
+            self._store.forget_broker(self._store.holder)
+
+
+def common_keys(brokers: Sequence[BrokerRow]) -> list[str]:
+    """Returns the ids of the keys that all of these brokers have, as the first one orders them."""
+    if not brokers:
+        return []
+    return [key for key in brokers[0].key_ids.split() if all(key in each.key_ids.split() for each in brokers)]
 
 
 # ============================================================================================================
@@ -14795,9 +14971,10 @@ class Reaper:
     # Seconds: by then a machine that starts with a wrong clock has been set right.
     FIRST_SWEEP = 3600.0
 
-    def __init__(self, services: Services, launcher: Launcher, sessions: Sessions) -> None:
+    def __init__(self, services: Services, launcher: Launcher, sessions: Sessions, brokers: Brokers) -> None:
         self._settings = services.settings
         self._store = services.store
+        self._brokers = brokers
         self._upstream = services.upstream
         self._kept = services.kept
         self._log = services.log
@@ -14806,6 +14983,7 @@ class Reaper:
         self._sessions = sessions
         self._stop = threading.Event()
         self._marker: object = None
+        self._acted_at = self._clock.now()  # what was committed before it has been acted on
         self._next_sweep = self._clock.monotonic() + self.FIRST_SWEEP
         self._next_save = 0.0
         self._next_refresh = 0.0
@@ -14850,6 +15028,7 @@ class Reaper:
         self._step(self._kept.expire)
         self._step(self._trimmer.tick, time.monotonic(), self._sessions.is_quiet)
         self._step(self._end_what_was_revoked, now)
+        self._step(self._brokers.report, self._acted_at)
         self._step(self._upstream.settle)
         self._step(self._refresh, now)
         monotonic = self._clock.monotonic()
@@ -14948,6 +15127,7 @@ class Reaper:
             with self._lock:
                 self._unseen += unseen
             raise
+        self._acted_at = now
 
     def _end_streams_of(self, streams: dict[Reader, tuple[Caller, bool]], now: float) -> None:
         """Ends streams and sessions whose grants have ended, and sessions that another broker has ended."""
@@ -17263,6 +17443,8 @@ class Broker:
         keyring = load_keyring(settings)
         self.store = open_store_of(settings, keyring)
         self.clock = SteadyClock(clock or self.store.clock())
+        self.brokers = Brokers(settings, self.store, keyring, self.log, self.clock)
+        self.brokers.join()
         forgejo = Forgejo(settings, self.clock, self.log.metrics)
         self.upstream = ForgejoCredentials(
             settings,
@@ -17271,7 +17453,7 @@ class Broker:
             forgejo,
             self.log,
             self.clock,
-            lambda sub: self.sessions.forget_person(sub),
+            self._person_ended,
         )
         self.guardian = Guardian()
         limiter = Limiter(self.clock)
@@ -17280,7 +17462,7 @@ class Broker:
         self.launcher = Launcher(services)
         self.capacity = Capacity(settings, self.clock)
         self.sessions = Sessions(services, self.launcher, self.capacity)
-        self.reaper = Reaper(services, self.launcher, self.sessions)
+        self.reaper = Reaper(services, self.launcher, self.sessions, self.brokers)
         oauth = OAuthServices(settings, self.store, keyring, self.log, self.clock, limiter)
         clients = Clients(oauth, web or PublicWeb())
         self.documents = clients.documents
@@ -17293,6 +17475,11 @@ class Broker:
         self.server = self.servers[0]
         self._hosts = own_hosts(settings.public_url, self.server.ports)
         self._blob = git_blob_id(__file__)
+
+    def _person_ended(self, sub: str) -> None:
+        """Ends, at every broker, what the earlier person of a number had, before the new one is let in."""
+        self.sessions.forget_person(sub)
+        self.brokers.await_all()
 
     def _end_session(self, name: bytes) -> None:
         self.sessions.forget([name], "ended by the user")
@@ -17534,9 +17721,9 @@ class Broker:
         self.capacity.wait_until_empty(self.settings.stop_timeout + 3)  # the reaper still ticks
         self.reaper.stop()
         self.guardian.close()
-        for save in (self.upstream.settle, self.sessions.save_uses):
+        for last in (self.upstream.settle, self.sessions.save_uses, self.brokers.leave):
             with contextlib.suppress(StoreUnavailable):
-                save()
+                last()
         self.store.close()
 
 
@@ -18587,6 +18774,7 @@ def check_opened_store(settings: Settings, place: Place) -> Iterator[Finding]:
         yield Finding("ok", text)
         if copied_to := store.copied_to():
             yield Finding("fail", moved(settings, copied_to))
+        yield from check_brokers(store, keyring)
         known = store.forgejo_url()
         if known not in (None, settings.forgejo_url) and store.known_people(1):
             text = other_forgejo(str(known), settings.forgejo_url)
@@ -18601,6 +18789,20 @@ def check_opened_store(settings: Settings, place: Place) -> Iterator[Finding]:
             "the others can be taken out"
         )
         yield Finding("ok", text)
+
+
+def check_brokers(store: Store, keyring: Keyring) -> Iterator[Finding]:
+    """Yields which brokers serve from a store that several share, and which of them have other keys."""
+    if not store.is_shared:
+        return
+    now = store.engine.clock().now()
+    brokers = store.brokers(now - Brokers.FORGOTTEN)
+    seen = [f"{each.label} ({each.version}, seen {max(0, now - each.seen_at):.0f} s ago)" for each in brokers]
+    yield Finding("ok", "brokers of this store: " + (", ".join(seen) or "none serves at present"))
+    unaware = [each.label for each in brokers if keyring.ids[0] not in each.key_ids.split()]
+    if unaware:
+        text = f"key_file: the newest key here is not known to the brokers {', '.join(unaware)}"
+        yield Finding("warn", text, "put the same keys into key_file (or `key`) of every broker")
 
 
 # -- settings that are valid and still do not what is meant
@@ -19396,9 +19598,12 @@ def rotate_key(arguments: Arguments) -> int:
     """
     with open_store(arguments) as (settings, keyring, store):
         is_done = all(keyring.is_newest(box) for _, _, box in store.boxes())
-        if settings.key and is_done and len(keyring.keys) == 1:
+        if store.is_shared:
+            now = store.engine.clock().now()
+            check_rotation(store.brokers(now - Brokers.FORGOTTEN), keyring, is_done)
+        elif settings.key and is_done and len(keyring.keys) == 1:
             raise ConfigurationError([three_steps(settings)])
-        if not settings.key and is_done:
+        elif not settings.key and is_done:
             keyring = add_key(settings)
         count, lost = seal_anew(store, keyring)
     print(
@@ -19410,6 +19615,29 @@ def rotate_key(arguments: Arguments) -> int:
         text = f"{lost} credentials open with no key that is here; their users have to log in again."
         print(text, file=sys.stderr)
     return int(lost > 0)
+
+
+def check_rotation(brokers: Sequence[BrokerRow], keyring: Keyring, is_done: bool) -> None:
+    """Raises ConfigurationError where there is no new key, or not every broker of a shared store has it."""
+    newest = keyring.ids[0]
+    unaware = [each.label for each in brokers if newest not in each.key_ids.split()]
+    if unaware:
+        names = ", ".join(unaware)
+        raise ConfigurationError(
+            [
+                f"the newest key here is not known to these brokers: {names}. Nothing was changed. "
+                + SHARED_STEPS
+            ]
+        )
+    if is_done and len(keyring.keys) == 1:
+        raise ConfigurationError(["there is no new key. " + SHARED_STEPS])
+
+
+SHARED_STEPS = """Steps for several brokers of one store:
+  1. put a new key (openssl rand -base64 32) before the old one in key_file of every broker, which each reads
+     by itself, or in `key`, and restart each; they seal with the old one until all have the new one
+  2. run rotate-key once
+  3. ten minutes later, when check says that the old key can be taken out, take it out everywhere"""
 
 
 def three_steps(settings: Settings) -> str:

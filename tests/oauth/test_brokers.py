@@ -3,6 +3,7 @@
 A login, a session, a token mean the same at each, and what only one may do one does.
 """
 
+import base64
 import copy
 import threading
 import time
@@ -21,17 +22,22 @@ from rigs.rig import who
 
 TOKEN = "/login/oauth/access_token"
 LIST = {"jsonrpc": "2.0", "id": 1, "method": "prompts/list"}
+KEY = base64.b64encode(b"k" * 32).decode()  # with which the suite's databases are made
 LASTING = {"access_token_lifetime": "60d", "session_idle_timeout": "60d"}  # only Forgejo's own tokens expire
 
 
 @pytest.fixture
-def make_brokers(tmp_path):
-    """A function that makes Brokers; all of them are ended with the test."""
+def make_brokers(tmp_path, engine, request):
+    """A function that makes Brokers, on each engine of the store; all of them are ended with the test."""
     made = []
+    new_database = None if engine == "sqlite" else request.getfixturevalue("new_database")
 
     def make(count=2, **arguments):
         folder = tmp_path / f"brokers{len(made)}"
         folder.mkdir()
+        if new_database:
+            place = new_database()
+            arguments |= {"store": {"store_url": place.url, "store_password": place.password}, "key": KEY}
         made.append(Brokers(folder, count, **arguments))
         return made[-1]
 
@@ -102,7 +108,6 @@ def test_a_login_that_is_revoked_at_one_broker_ends_streams_and_children_at_all(
     for stream in streams:
         await_stream_end(stream)
     for member in two.all:
-        member.log.wait("session_ended")
         until(lambda member=member: not member.broker.capacity.count())
     assert there.post(LIST).status == 401
 
@@ -131,13 +136,76 @@ def test_what_a_modern_client_is_asked_is_answered_at_the_broker_that_asked(two)
     assert call(here, "ask_elicit", **retry_of(asked))["resultType"] == "complete"
 
 
-def test_a_new_person_under_an_old_number_is_not_served_by_the_old_ones_child(two):
+def test_before_a_new_person_is_let_in_under_an_old_number_every_broker_has_ended_what_the_old_one_had(two):
     a, b = two.all
     mcp = a.session()
-    session = a.broker.sessions.all()[0]
+    (session,) = a.broker.sessions.all()
     b.broker.upstream._admission.end_person(user_row(b), "alice")
-    assert a.at(mcp).post(LIST).status == 401
-    until(lambda: session.ended)
+    assert session.ended and a.at(mcp).post(LIST).status == 401
+
+
+def test_a_broker_that_is_gone_is_waited_for_no_longer_than_its_time(two):
+    a, b = two.all
+    a.session()
+    a.broker.reaper.stop()
+    join = in_thread(b.broker.upstream._admission.end_person, user_row(b), "alice")
+    two.clock.advance(fjmcp_broker.Brokers.GONE)
+    assert join() is None
+
+
+# -- keys
+
+
+def key_of_box(member, box):
+    """Which of a member's keys, newest first, sealed a box."""
+    return member.broker.brokers._keyring.ids.index(box[3:7].hex())
+
+
+def test_a_new_key_seals_once_every_broker_has_it_and_until_then_all_boxes_open_everywhere(make_brokers):
+    brokers = make_brokers()
+    a, b = brokers.all
+    new = fjmcp_broker.new_key()
+    keys = a.broker.brokers._keyring
+    a.write_keys(new + brokers.key)
+    until(lambda: a.store.brokers(0)[0].key_ids.count(" ") == 1)
+    for member in brokers.all:
+        member.login()
+        assert key_of_box(a, user_row(member).credential) == 1
+    assert who(b.session()) == "alice"
+    with pytest.raises(fjmcp_broker.ConfigurationError, match="not known to these brokers: b"):
+        fjmcp_broker.check_rotation(a.store.brokers(0), keys, False)
+    b.write_keys(new + brokers.key)
+    until(lambda: len(keys.common) == 2)
+    fjmcp_broker.check_rotation(a.store.brokers(0), keys, False)
+    a.login()
+    assert key_of_box(a, user_row(a).credential) == 0 and who(b.session()) == "alice"
+
+
+def test_a_broker_without_the_key_that_the_others_seal_with_does_not_start(make_brokers):
+    brokers = make_brokers()
+    a, b = brokers.all
+    b.stop()
+    new = fjmcp_broker.new_key()
+    a.write_keys(new + brokers.key)
+    until(lambda: len(a.broker.brokers._keyring.common or ()) == 2)
+    with pytest.raises(fjmcp_broker.ConfigurationError, match="seal with a key that is not here"):
+        b.start()
+
+
+def test_two_brokers_of_one_name_are_told(make_brokers):
+    brokers = make_brokers()
+    a, b = brokers.all
+    b.stop()
+    b.name = "a"
+    b.start()
+    a.log.wait("broker_name_twice")
+
+
+def test_a_broker_that_ended_in_order_is_not_listed_any_more(two):
+    a, b = two.all
+    assert [each.label for each in a.store.brokers(0)] == ["a", "b"]
+    b.stop()
+    assert [each.label for each in a.store.brokers(0)] == ["a"]
 
 
 # -- logins
@@ -331,6 +399,7 @@ def test_while_another_broker_refreshes_calls_go_on_with_the_token_that_is_still
     brokers.clock.advance(3550)
     dead_refresh(a, 3600)
     assert who(b.at(mcp)) == "alice" and refreshes(brokers) == 0
+    a.store.end_lease(f"user {user_row(a).sub}", "dead")
 
 
 def test_a_refusal_waits_for_the_callback_at_another_broker_that_may_have_caused_it(make_brokers):

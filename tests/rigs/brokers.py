@@ -22,6 +22,15 @@ class Member:
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.address = "http://127.0.0.1:%d" % self.socket.getsockname()[1]
         self.broker = self.log = None
+        self.key_file = brokers.directory / f"key-{name}"
+        self.write_keys(brokers.key)
+
+    def write_keys(self, text):
+        """Write this broker's key file anew."""
+        new = self.key_file.with_suffix(".new")
+        new.write_text(text)
+        new.chmod(0o600)
+        new.rename(self.key_file)
 
     @property
     def routes(self):
@@ -33,7 +42,7 @@ class Member:
 
     def start(self):
         """Build this broker anew, on its port, beside the others."""
-        values = {**self.brokers.values, "broker_name": self.name}
+        values = {**self.brokers.values, "broker_name": self.name, "key_file": str(self.key_file)}
         settings = fjmcp_broker.load_settings({name: str(value) for name, value in values.items()}, {})
         self.log = AuditLog(settings, self.brokers.clock)
         self.broker = fjmcp_broker.Broker(
@@ -83,7 +92,10 @@ class Brokers:
     several brokers. Without it, SQLite's file is opened by each.
     """
 
-    def __init__(self, directory, count=2, *, store=None, child=(), access_lifetime=3600, **settings):
+    def __init__(
+        self, directory, count=2, *, store=None, key=None, child=(), access_lifetime=3600, **settings
+    ):
+        self.directory, self.key = Path(directory), (key or fjmcp_broker.new_key()).strip() + "\n"
         self.clock = FakeClock()
         self.forgejo = FakeForgejo(clock=self.clock, access_lifetime=access_lifetime).start()
         self._patched = contextlib.ExitStack()
@@ -93,9 +105,6 @@ class Brokers:
         self.all = [Member(self, name) for name in names]
         self.url = self.all[0].address
         self.app = self.forgejo.add_app([self.url + "/oauth/callback"])
-        key_file = Path(directory) / "key"
-        key_file.write_text(fjmcp_broker.new_key())
-        key_file.chmod(0o600)
         self.values = {
             "public_url": self.url,
             "forgejo_url": self.forgejo.url,
@@ -103,7 +112,6 @@ class Brokers:
             "forgejo_oauth_client_secret": self.app.client_secret,
             "forgejo_mcp_binary": ",".join((*CHILD, *child)),
             "store_path": str(Path(directory) / "broker.db"),
-            "key_file": str(key_file),
             "debug": "true",
             **(store or {}),
             **settings,
@@ -115,8 +123,10 @@ class Brokers:
         """Let several brokers open one SQLite file, which the program itself refuses."""
         real = fjmcp_broker.Store
 
-        def beside(path, keyring, alone=True):
-            return real(path, keyring, alone=False)
+        def beside(place, keyring, alone=True):
+            store = real(place, keyring, alone=False)
+            store.is_shared = True
+            return store
 
         fjmcp_broker.Store = beside
         self._patched.callback(setattr, fjmcp_broker, "Store", real)

@@ -4,6 +4,7 @@ Afterwards nothing may be lost, mixed up or left over.
 
     python3 tests/tools/chaos.py --minutes 10          as long as one likes
     python3 tests/tools/chaos.py --seed 7 --steps 20   the same again
+    python3 tests/tools/chaos.py --brokers 3           several brokers of one PostgreSQL: see fleet_chaos.py
     python3 tests/tools/chaos.py --hostile             people
     attack it instead, for ten minutes: see hostile.py
 
@@ -568,6 +569,20 @@ def besiege(seed, seconds):
         hostile.run(folder, seconds, seed=seed)
 
 
+def run_fleet(options):
+    """The same with several brokers; PostgreSQL is the suite's, or this machine's."""
+    from rigs.real_parts import outcome_of, parts_here
+    from tools import fleet_chaos
+
+    state, program = outcome_of(*parts_here()["postgresql"])
+    if state != "ok":
+        raise SystemExit(f"there is no PostgreSQL: {program}")
+    binaries = Path(program).parent
+    return fleet_chaos.run(
+        options.seed, binaries, count=options.brokers, steps=options.steps, minutes=options.minutes
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description="Break everything around the broker, and see that nothing is lost."
@@ -581,6 +596,9 @@ def main():
         help="fill the disk by RLIMIT_FSIZE also where a tmpfs could be mounted",
     )
     parser.add_argument("--hostile", action="store_true", help="five logins and fifty addresses attack it")
+    parser.add_argument(
+        "--brokers", type=int, help="so many brokers of one PostgreSQL (see fleet_chaos.py), up to 3"
+    )
     options = parser.parse_args()
     if options.hostile:
         return besiege(options.seed, 60 * (options.minutes or 10))
@@ -588,7 +606,10 @@ def main():
         options.minutes = 1
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print(f"seed {options.seed}", flush=True)
-    counts = run(options.seed, steps=options.steps, minutes=options.minutes, tmpfs=not options.no_tmpfs)
+    if options.brokers:
+        counts = run_fleet(options)
+    else:
+        counts = run(options.seed, steps=options.steps, minutes=options.minutes, tmpfs=not options.no_tmpfs)
     for name, count in sorted(counts.items()):
         print(f"{count:8}  {name}")
 
