@@ -18,7 +18,7 @@ settings.register_profile(
 settings.load_profile("ci")
 pytest_plugins = ("rigs.real_parts", "rigs.postgresql", "rigs.stores")
 PR_SET_CHILD_SUBREAPER = 36
-END_LIMIT = 10
+END_LIMIT = 30
 
 
 OPT_IN = {

@@ -621,7 +621,7 @@ def test_revoke_is_in_force_in_a_running_broker(make_installation, words):
     with pytest.raises(HttpError) as error:
         again(alice).request("ping")
     assert error.value.response.status == 401
-    assert stream.ended.wait(10)
+    assert stream.ended.wait(30)
     if words != ("--all",):
         assert again(bob).request("ping") == {}
         while len(broker.children()) != 1:

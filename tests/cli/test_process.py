@@ -148,7 +148,7 @@ def test_SIGTERM_answers_what_was_read_ends_idle_streams_and_leaves_no_child(mak
     pids = broker.children()
     assert pids
     broker.process.send_signal(signal.SIGTERM)
-    assert stream.ended.wait(10)
+    assert stream.ended.wait(30)
     control.release("k")
     assert not isinstance(join(), Exception)
     assert broker.process.wait(25) == 0
@@ -322,7 +322,7 @@ def test_metrics_are_served_on_their_own_address_only(make_installation):
     import urllib.error
     import urllib.request
 
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer:
         text = answer.read().decode()
     assert (
         'fjmcp_children{state="idle"} 1' in text
@@ -330,7 +330,7 @@ def test_metrics_are_served_on_their_own_address_only(make_installation):
         and "alice" not in text
     )
     with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(installation.url + "/metrics", timeout=10)
+        urllib.request.urlopen(installation.url + "/metrics", timeout=30)
     assert error.value.code == 404
     mcp.close()
 
@@ -430,7 +430,7 @@ def test_as_a_subreaper_it_reaps_what_is_handed_to_it(make_installation, monkeyp
     assert all(record["reason"] == "idle" for record in installation.records("child_stopped"))
 
 
-def gone_zombies(parent, limit=10):
+def gone_zombies(parent, limit=30):
     """Whether the process has no zombie among its children, soon."""
     end = time.monotonic() + limit
     while time.monotonic() < end:

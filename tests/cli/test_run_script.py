@@ -185,9 +185,9 @@ def test_a_waiter_gets_the_stamp_of_the_install_under_way_and_not_the_state_befo
     with run.folder_lock(folder, fcntl.LOCK_EX):
         waiter = threading.Thread(target=wait)
         waiter.start()
-        assert waiting.wait(10)
+        assert waiting.wait(30)
         run.install_locked(folder, lambda place: tool)
-    waiter.join(10)
+    waiter.join(30)
     assert seen == [("ok", str(tool))]
 
 
@@ -195,7 +195,7 @@ def test_when_installs_have_started_no_test_can_look_before_they_end(tmp_path):
     part, tool, go = tmp_path / "part", program(tmp_path / "tool"), threading.Event()
 
     def slow(folder, commands):
-        assert go.wait(10)
+        assert go.wait(30)
         return tool
 
     installs = run.BackgroundInstalls(tmp_path, run.probe_python(sys.executable), run.Commands())
@@ -336,7 +336,7 @@ def test_stop_ends_the_command_under_way_and_lets_none_start(tmp_path):
     thread.start()
     started.read_text()
     commands.stop()
-    thread.join(10)
+    thread.join(30)
     assert len(failures) == 1 and "status -9" in failures[0]
     with pytest.raises(run.InstallFailed, match="stopped"):
         commands.run([sys.executable, "-c", ""])

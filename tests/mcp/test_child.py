@@ -229,7 +229,7 @@ def test_P19_200_starts_and_ends_leave_nothing(start, guardian):
             running.end()
     for thread in threading.enumerate():
         if thread.name.startswith(("stdout-", "stderr-")):
-            thread.join(10)
+            thread.join(30)
     assert counts() == before
     with pytest.raises(ChildMissing):
         Child(["/nowhere/x"], {}, "user", guardian, Values(), Log(Values(), io.StringIO()), print, print)

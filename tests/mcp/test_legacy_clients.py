@@ -155,7 +155,7 @@ def test_concurrent_requests_to_a_sleeping_session_wake_one_child(rig):
 
     def call():
         other = McpClient(mcp.url, mcp.token, session_id=mcp.session_id)
-        barrier.wait(10)
+        barrier.wait(30)
         pids.append(text_of(other.call_tool("get_pid")))
 
     threads = [threading.Thread(target=call) for _ in range(8)]
@@ -271,13 +271,13 @@ def test_the_get_stream_carries_what_belongs_to_no_request_and_resumes(controlle
     control.emit(
         {"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": 1}}
     )
-    first = stream.next(10)
+    first = stream.next(30)
     stream.close()
     control.emit(
         {"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": 2}}
     )
     resumed = mcp.open_stream(last_event_id=first.id)
-    assert resumed.next(10).data["params"]["data"] == 2
+    assert resumed.next(30).data["params"]["data"] == 2
     resumed.close()
 
 
@@ -290,7 +290,7 @@ def test_a_newer_get_stream_takes_over(controlled, control):
     control.emit(
         {"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": 1}}
     )
-    assert newer.next(10).data["params"]["data"] == 1
+    assert newer.next(30).data["params"]["data"] == 1
     newer.close()
 
 

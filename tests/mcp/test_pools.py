@@ -159,7 +159,7 @@ def test_logins_that_listen_to_everything_leave_a_place_for_the_next_person(make
         assert awake(rig) == 2  # nobody needs their places
         carol = connect(rig, "carol")
         assert who(carol) == "carol"
-        (stopped,) = rig.log.named("child_stopped")
+        (stopped,) = rig.log.wait("child_stopped")
         assert stopped["reason"] == "place needed"
         for _ in range(3):  # who gave way does not take a place back from who uses it
             rig.tick()

@@ -519,7 +519,7 @@ def test_D29_a_get_stream_begins_at_once_and_delete_ends(rig):
     stream = mcp.open_stream()
     stream.wait_comment(10)
     assert mcp.delete().status == 204
-    assert stream.ended.wait(10)
+    assert stream.ended.wait(30)
 
 
 def test_D30_a_slow_call_streams_soon_with_ids_and_no_buffering(make_rig, tmp_path):

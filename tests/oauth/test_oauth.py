@@ -349,7 +349,7 @@ def test_C05_of_many_clicks_at_once_all_lead_to_one_login(rig, client):
     barrier, places = threading.Barrier(8), []
 
     def click(decision):
-        barrier.wait(10)
+        barrier.wait(30)
         places.append((decision, decide(rig, page_browser, page, client, **DECISIONS[decision])))
 
     threads = [threading.Thread(target=click, args=(number % 2,)) for number in range(8)]
@@ -418,7 +418,7 @@ def test_K04_a_second_callback_waits_for_the_first(rig, client, monkeypatch):
         for _ in "ab"
     ]
     threads[0].start()
-    assert here.wait(10)
+    assert here.wait(30)
     threads[1].start()
     threads[1].join(0.3)
     assert not places
@@ -586,7 +586,7 @@ def test_T08_of_many_parallel_redemptions_one_succeeds(rig, client, code):
     answers, barrier = [], threading.Barrier(12)
 
     def redeem():
-        barrier.wait(10)
+        barrier.wait(30)
         answers.append(client.redeem(code))
 
     threads = [threading.Thread(target=redeem) for _ in range(12)]
@@ -660,7 +660,7 @@ def test_R04_parallel_refreshes_all_succeed_with_one_pair(rig):
     r0, answers, barrier = client.tokens["refresh_token"], [], threading.Barrier(20)
 
     def refresh():
-        barrier.wait(10)
+        barrier.wait(30)
         answers.append(client.refresh(refresh_token=r0))
 
     threads = [threading.Thread(target=refresh) for _ in range(20)]

@@ -87,7 +87,7 @@ def test_open_streams_of_a_suspended_user_end_and_those_of_others_do_not(lasting
     rig.forgejo.suspend("alice")
     refused_call(mcp)
     rig.log.wait("suspended")
-    assert stream.ended.wait(10)
+    assert stream.ended.wait(30)
     assert who(bob) == "bob" and not others.ended.is_set()
 
 
@@ -98,7 +98,7 @@ def test_open_streams_end_when_Forgejo_ended_the_login(lasting):
     rig.forgejo.revoke_grant("alice", rig.app.client_id)
     refused_call(mcp)
     rig.log.wait("logged_out_upstream")
-    assert stream.ended.wait(10)
+    assert stream.ended.wait(30)
     assert same(mcp).post(CALL).status == 401
 
 

@@ -215,7 +215,7 @@ def test_a_lost_refresh_answer_is_one_clean_401_and_invalid_grant_and_one_login_
         assert refused.status == 401 and 'error="invalid_token"' in refused.headers["WWW-Authenticate"]
         answer = mcp.oauth.refresh()
         assert answer.status == 400 and answer.json()["error"] == "invalid_grant"
-    assert len(rig.log.named("logged_out_upstream")) == 1
+    assert len(rig.log.wait("logged_out_upstream")) == 1
     asked = rig.forgejo.count(TOKEN)
     rig.login("alice")
     assert [who(same(mcp)) for mcp in (*sessions, bob)] == ["alice"] * 3 + ["bob"]

@@ -24,7 +24,7 @@ from typing import Any, Self
 
 Event = dict[str, Any]
 
-WAIT = 10.0
+WAIT = 30.0
 
 
 class ChildControl:

@@ -198,7 +198,7 @@ class DocumentWeb:
                 pass
             connection.close()
         for thread in (self._thread, *self._threads):
-            thread.join(10)
+            thread.join(30)
 
 
 def b64url(data: bytes) -> str:

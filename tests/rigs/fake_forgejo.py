@@ -41,7 +41,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Self, cast
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
-WAIT = 10.0
+WAIT = 30.0
 CONSENT_LIMIT = 600
 OIDC_SCOPES = ("openid", "profile", "email", "groups")
 SCOPE_CATEGORIES = (

@@ -81,7 +81,7 @@ class AuditLog(fjmcp_broker.Log):
         with self._arrived:
             return [record for record in self.records if record["event"] == event]
 
-    def wait(self, event: str, count: int = 1, timeout: float = 15) -> list[dict[str, Any]]:
+    def wait(self, event: str, count: int = 1, timeout: float = 30) -> list[dict[str, Any]]:
         """The records of an event once there are `count` of them."""
         with self._arrived:
             enough = self._arrived.wait_for(

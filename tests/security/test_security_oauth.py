@@ -1147,7 +1147,7 @@ def test_R07_a_refresh_that_races_a_revocation_leaves_nothing_alive(rig):
         tokens, barrier = client.tokens, threading.Barrier(6)
 
         def race(number):
-            barrier.wait(10)
+            barrier.wait(30)
             return (
                 client.revoke(tokens["refresh_token"])
                 if number == 0

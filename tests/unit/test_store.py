@@ -858,7 +858,7 @@ def test_of_two_that_redeem_or_rotate_the_same_only_one_does(store):
         results, barrier = [], threading.Barrier(6)
 
         def race(name, attempt=attempt, results=results, barrier=barrier):
-            barrier.wait(10)
+            barrier.wait(30)
             results.append(attempt(name))
 
         threads = [threading.Thread(target=race, args=(f"race{id(attempt)}{n}",)) for n in range(6)]

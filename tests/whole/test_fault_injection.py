@@ -17,7 +17,7 @@ from rigs import mcp_client, modern_requests
 from rigs.mcp_client import ClientError, McpClient
 from rigs.rig import Rig, text_of
 
-WAIT = 20
+WAIT = 40
 DELIVERIES = (
     (fjmcp_broker.EventStream, "put"),
     (fjmcp_broker.Child, "send"),
