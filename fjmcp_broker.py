@@ -263,7 +263,7 @@ class SteadyClock:
         return self._clock.boottime() + self._offset
 
     def wall(self) -> float:
-        """Returns what the wall clock says at this moment."""
+        """Returns the wall clock's time."""
         return self._clock.now()
 
     def monotonic(self) -> float:
@@ -1163,7 +1163,7 @@ class DatabaseHost(NamedTuple):
 
     @property
     def is_near(self) -> bool:
-        """Whether only this machine's own programs can be there."""
+        """Returns whether only this machine's own programs can be there."""
         place = self.address or self.name
         return not place or place[0] in "/@" or is_loopback(place)
 
@@ -1971,7 +1971,7 @@ def silence_if_broken(stream: TextIO) -> None:
 
 
 def rfc3339(seconds: float) -> str:
-    """A time as RFC 3339 has it, in UTC, with milliseconds."""
+    """Returns a time as RFC 3339 has it, in UTC, with milliseconds."""
     moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
@@ -2071,7 +2071,7 @@ class Log:
             self.event(level, event, **fields)
 
     def _is_due(self, level: str, event: str, owner: str, fields: dict[str, object]) -> bool:
-        """Whether one more record may be written; it is counted. Under the lock."""
+        """Returns whether one more record may be written; it is counted. Under the lock."""
         now = time.monotonic()
         of_event = self._bursts.setdefault((event, ""), Burst(now, level, {}))
         burst = self._bursts.get((event, owner))
@@ -2779,7 +2779,7 @@ class PostgresError(Exception):
 
     @property
     def is_undone(self) -> bool:
-        """Whether the batch may succeed when it is run again.
+        """Returns whether the batch may succeed when it is run again.
 
         It collided (40001, 40P01; 23505: another made the same row), or its connection or server is gone
         (25006: it is another server now that is written to).
@@ -3517,7 +3517,7 @@ class ClientRow(NamedTuple):
 
     @property
     def in_use(self) -> bool:
-        """Whether somebody has logged in through it."""
+        """Returns whether somebody has logged in through it."""
         return self.used_at > self.created_at
 
 
@@ -5583,7 +5583,7 @@ def read_json(body: bytes) -> object:
 
 
 def read_child_json(line: bytes) -> object:
-    """The value of a line of a child: JSON of at most MAX_CHILD_VALUES values; ValueError otherwise."""
+    """Returns the value of a child's line: JSON of at most MAX_CHILD_VALUES values; else ValueError."""
     _check_values(line, MAX_CHILD_VALUES)
     return _decode(_CHILD, line)
 
@@ -5615,7 +5615,7 @@ def answer_of(head: bytes) -> int | None:
 
 
 def parse_json_object(body: bytes, error: str) -> dict[str, object]:
-    """A JSON object from outside; OAuthError `error` when it is none."""
+    """Returns a JSON object from outside; OAuthError `error` when it is none."""
     try:
         value = read_json(body)
     except ValueError as problem:
@@ -5654,7 +5654,7 @@ def is_absent(value: object) -> bool:
 
 
 def is_request_id(value: object) -> bool:
-    """Whether a value is a string of up to 256 characters or an integer of up to 64 digits."""
+    """Returns whether a value is a string of up to 256 characters or an integer of up to 64 digits."""
     if isinstance(value, bool):
         return False
     if isinstance(value, str):
@@ -5961,7 +5961,7 @@ class Response:
 
 
 def json_response(status: int, value: object, headers: Headers = (), cause: str = "") -> Response:
-    """A JSON response."""
+    """Returns a JSON response."""
     return Response(status, json.dumps(value).encode(), "application/json", tuple(headers), cause=cause)
 
 
@@ -5969,7 +5969,7 @@ NO_STORE = (("Cache-Control", "no-store"), ("Pragma", "no-cache"))
 
 
 def error_response(error: HTTPError, headers: Headers = ()) -> Response:
-    """An HTTPError as JSON, for programs."""
+    """Returns an HTTPError as JSON, for programs."""
     body = {"error": error.code, "error_description": error.description}
     return json_response(error.status, body, (*error.headers, *headers), error.cause)
 
@@ -5999,7 +5999,7 @@ class Event:
 
 
 class Holder:
-    """What one user, or one session, holds: its bytes, and what of it may be dropped, oldest first."""
+    """The bytes of one user or one session, and its messages that may be dropped, oldest first."""
 
     __slots__ = ("bytes", "items")
 
@@ -6063,7 +6063,7 @@ class KeptBytes:
                 tries += 1
 
     def _full(self, owner: Owner, size: int) -> Holder | None:
-        """Who has to give something up before an owner can have so much more; None when there is room.
+        """Returns the holder who must give something up before an owner can have so much more, else None.
 
         Under the lock. What is larger than a bound by itself needs all else there to go.
         """
@@ -6079,7 +6079,7 @@ class KeptBytes:
         return None
 
     def _largest(self) -> Holder | None:
-        """The user who holds most."""
+        """Returns the user who holds most."""
         while self._most:
             held, name = self._most[0]
             user = self.users.get(name)
@@ -6091,7 +6091,7 @@ class KeptBytes:
         return None
 
     def _may_exceed(self, owner: Owner, size: int, holder: Holder) -> bool:
-        """Whether it is the others who fill everything, while this user has less than an equal share."""
+        """Returns whether the others fill everything, while this user has less than an equal share."""
         user = self.users.get(owner.user)
         session = self.sessions.get(owner.session)
         if holder is session or holder is user:
@@ -6147,11 +6147,11 @@ class KeptBytes:
             self._release(owner, size)
 
     def is_outsized(self, size: int) -> bool:
-        """Whether something is larger than a session's share: it lives while its connection does."""
+        """Returns whether something is larger than a session's share: it lives while its connection does."""
         return size > self._settings.kept_bytes_per_session
 
     def expire(self) -> None:
-        """Drop what has waited longer than `kept_time`; what is being read begins anew."""
+        """Drops what has waited longer than `kept_time`; a message being read begins anew."""
         before = self._clock.monotonic() - self._settings.kept_time
         with self.lock:
             tries = len(self.ages)
@@ -6311,7 +6311,7 @@ class EventStream:
             self._remove(item)
 
     def _settle(self) -> None:
-        """Nobody reads: what was not yet charged is, and an answer larger than the session's share goes."""
+        """Nobody reads: uncharged messages are charged, an answer above the session's share is dropped."""
         assert self._kept
         with self._changed:
             items = [item for item in self._items.values() if not item.dropped]
@@ -6340,7 +6340,7 @@ class EventStream:
             self._remove(item)
 
     def forget(self) -> None:
-        """No client can come back: what is on the stream goes, once nobody reads it any more."""
+        """No client can come back: the stream's messages are dropped, once nobody reads it any more."""
         with self._changed:
             self.named = False
             if self._reader is None:
@@ -6371,7 +6371,7 @@ class EventStream:
             return self._reader
 
     def open_if_free(self) -> Reader | None:
-        """A Reader as open() gives it, None when there is one already."""
+        """Returns a Reader as open() gives it, None when there is one already."""
         with self._changed:
             if self._reader:
                 return None
@@ -6380,12 +6380,12 @@ class EventStream:
 
     @property
     def is_taken(self) -> bool:
-        """Whether a client took all that was put on it."""
+        """Returns whether a client took every message of the stream."""
         return self._taken >= self._number
 
     @property
     def holds_nothing(self) -> bool:
-        """Whether no client reads it, and what none has taken is gone."""
+        """Returns whether no client reads it, and its untaken messages are gone."""
         with self._changed:
             if self._reader is not None:
                 return False
@@ -6393,7 +6393,7 @@ class EventStream:
 
     @property
     def is_open(self) -> bool:
-        """Whether a reader is attached."""
+        """Returns whether a reader is attached."""
         return self._reader is not None
 
 
@@ -6434,7 +6434,7 @@ class Reader:
 
     @property
     def has_all(self) -> bool:
-        """Whether the last item was handed over."""
+        """Returns whether the last item was handed over."""
         return self.stream.finished and self.cursor >= self.stream._number
 
     def close(self) -> None:
@@ -7271,7 +7271,7 @@ class Forgejo:
             raise UpstreamDown(f"the token endpoint answers {unexpected(answer)}")
 
     def userinfo(self, access: str) -> UserInfo:
-        """Returns who an access token belongs to. Raises UpstreamRefused or UpstreamDown."""
+        """Returns the owner of an access token. Raises UpstreamRefused or UpstreamDown."""
         answer = self._fetch("GET", self._userinfo, authorization=f"Bearer {access}")
         if answer.status == 401:
             raise UpstreamRefused("userinfo answers 401")
@@ -7791,7 +7791,7 @@ class ForgejoCredentials:
                 self.settle()
 
     def settle(self) -> None:
-        """Saves what could not be saved before, and believes the refusals whose callbacks have ended.
+        """Saves results that could not be saved before, and believes refusals whose callbacks have ended.
 
         Raises StoreUnavailable.
         """
@@ -7808,11 +7808,11 @@ class ForgejoCredentials:
                 self._logged_out(each.user, each.reason)
 
     def login(self, code: str, verifier: str) -> UserInfo:
-        """Exchanges a callback's code and returns who logged in.
+        """Exchanges a callback's code and returns the user who logged in.
 
-        Raises NotAllowed, UpstreamRefused, UpstreamMisconfigured or UpstreamDown.
-        The exchange has killed the user's older refresh token, so its credential
-        is saved as soon as it is known whose it is, whatever becomes of the login.
+        Raises NotAllowed, UpstreamRefused, UpstreamMisconfigured or UpstreamDown. The exchange has killed the
+        user's older refresh token, so its credential is saved as soon as it is known whose it is, whatever
+        becomes of the login.
         """
         try:
             return self._login(code, verifier)
@@ -7845,7 +7845,7 @@ class ForgejoCredentials:
         return info
 
     def _identify(self, credential: Credential, began: int) -> tuple[UserInfo, float | None]:
-        """Returns who a new credential belongs to and when that account was made (None: unreadable).
+        """Returns a new credential's owner, and when that account was made (None: unreadable).
 
         Raises NotAllowed for a suspended user, UpstreamRefused or UpstreamDown where Forgejo does not say; a
         known user's credential is saved before that.
@@ -8603,7 +8603,7 @@ def application_line(application: Application) -> Html:
 def account_page(
     login: str, forgejo_host: str, address: str, applications: Sequence[Application], csrf: str, notes: Html
 ) -> Response:
-    """Returns what a user has connected, each with the button that ends it.
+    """Returns a user's connected applications, each with the button that ends it.
 
     `address` is that of the MCP endpoint.
     """
@@ -8961,7 +8961,7 @@ def refuse_failing_origin(answer: Fetched) -> Fetched:
 
 
 def unreadable_documents(web: PublicWeb, schemes: tuple[str, ...]) -> list[str]:
-    """Why none of WELL_KNOWN_DOCUMENTS can be read from here, a reason each; empty when one can."""
+    """Returns why none of WELL_KNOWN_DOCUMENTS can be read from here, a reason each; empty when one can."""
 
     def read(number: int, url: str) -> None:
         try:
@@ -9032,7 +9032,7 @@ def freshness(answer: Fetched) -> float:
 
 
 def temporarily(sentence: str, seconds: int, cause: str = "") -> HTTPError:
-    """Returns the refusal of what may well work after these seconds."""
+    """Returns the refusal of a request that may succeed after these seconds."""
     headers = (("Retry-After", str(seconds)),)
     return HTTPError(503, "temporarily_unavailable", sentence, headers, cause)
 
@@ -9626,7 +9626,7 @@ def end_grant(services: OAuthServices, row: AnyGrant, reason: str, event: str = 
 
 
 def server_metadata(settings: Settings, advertised: bool) -> Response:
-    """Returns what this authorization server offers (RFC 8414)."""
+    """Returns the authorization server's metadata (RFC 8414)."""
     url = settings.public_url
     methods: dict[str, list[str]] = {"methods_supported": list(AUTH_METHODS)}
     if settings.client_documents:
@@ -9823,7 +9823,7 @@ class ForgejoLogins:
 
 
 class AccountPages:
-    """The account page: what a user has connected, seen and ended by that user alone."""
+    """The account page: a user's connected applications, seen and ended by that user alone."""
 
     def __init__(
         self,
@@ -9844,7 +9844,7 @@ class AccountPages:
         self._forgejo_host = urlsplit(services.settings.forgejo_url).netloc
 
     def show(self, request: Request) -> Response:
-        """GET /account: what a user has connected, after a login that is bound to this browser."""
+        """GET /account: a user's connected applications, after a login that is bound to this browser."""
         rate_limit(self._limiter, self._settings, "authorize", request)
         cookie = self._forms.cookie(request, self._forms.account_name)
         user = self._store.account(token_hash(cookie), self._clock.now()) if cookie else None
@@ -10156,7 +10156,7 @@ class AuthorizationEndpoint:
         return replace(response, headers=(*response.headers, *map(tuple, answer["headers"])))
 
     def _answer_box(self, state_hash: bytes, response: Response, code: str = "") -> bytes:
-        """The answer of a callback, sealed, as `_answered_before` reads it."""
+        """Returns the answer of a callback, sealed, as `_answered_before` reads it."""
         headers = dict(response.headers)
         location = headers.pop("Location")
         kept = [(name, value) for name, value in headers.items() if name == "Set-Cookie"]
@@ -10185,7 +10185,7 @@ class AuthorizationEndpoint:
     def _client_answered(
         self, login: dict[str, Any], info: UserInfo, now: float, state_hash: bytes
     ) -> Response:
-        """The redirect to the client with the code of a new grant (RFC 6749 4.1.2)."""
+        """Returns the redirect to the client with the code of a new grant (RFC 6749 4.1.2)."""
         code = new_secret("fjc_")
         response = self._to_client(login, code=code)
         code_expires = now + self._settings.code_lifetime
@@ -10220,7 +10220,7 @@ class AuthorizationEndpoint:
         self._log.connect_step(step, client_id, client.name if client else "")
 
     def _to_client(self, login: dict[str, Any], **answer: str) -> Response:
-        """The authorization response, to the validated URI: `iss` (RFC 9207 2), `state` byte for byte."""
+        """Returns the authorization response, to the validated URI: `iss` (RFC 9207 2), exact `state`."""
         if login["state"] is not None:
             answer["state"] = login["state"]
         return redirect(with_query(login["redirect_uri"], {**answer, "iss": self._settings.public_url}))
@@ -10854,7 +10854,7 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs and has not been told to stop."""
+        """Returns whether it runs and has not been told to stop."""
         return self.reason is None
 
     def send(self, line: bytes, deadline: float = 10.0) -> bool:
@@ -10895,7 +10895,7 @@ class Child:
         self._signal(signal.SIGTERM)
 
     def _has_exited(self) -> bool:
-        """Whether the process has ended by itself; under the lock, in which its descriptor stays open."""
+        """Returns whether the process has ended by itself; under the lock, so that its descriptor is open."""
         if self._exit is None or self.ended.is_set():
             return self.ended.is_set()
         poll = select.poll()
@@ -11088,7 +11088,7 @@ def unavailable(reason: str, sentence: str, status: int = 503, wait: int = 5) ->
 
 
 def session_not_found() -> RpcError:
-    """The answer for a session that has ended, expired, is somebody else's or never was: always the same."""
+    """Returns the one error for a session that has ended, expired, is somebody else's or never was."""
     return RpcError(SESSION_NOT_FOUND, "Session not found. Start a new one with initialize.", None, 404)
 
 
@@ -11099,7 +11099,7 @@ def answer_dropped(request_id: object, code: int = SERVER_ERROR) -> bytes:
 
 
 def modern_answer_dropped(request_id: object) -> bytes:
-    """The same in the words of MCP 2026-07-28, which has no use for the code of the legacy era."""
+    """Returns the same in the words of MCP 2026-07-28, which has no use for the code of the legacy era."""
     return answer_dropped(request_id, INTERNAL_ERROR)
 
 
@@ -11171,7 +11171,7 @@ NEXT_STATES: dict[CallState, frozenset[CallState]] = {
 
 @dataclass(frozen=True, slots=True)
 class RequestMeta:
-    """What a request says of its client (MCP 2026-07-28 `_meta`); None: what its session said."""
+    """A request's description of its client (MCP 2026-07-28 `_meta`); None: the session's description."""
 
     capabilities: dict[str, object] | None = None
     client_info: dict[str, object] | None = None
@@ -11262,7 +11262,7 @@ class Call:
         self.outcome = "unknown" if outcome_unknown else "error"
 
     def fail_undelivered(self) -> None:
-        """Answers a call whose answer, or question, cannot be passed on."""
+        """Ends a call with an error, because its answer or question cannot be delivered."""
         self.fail(
             "bad_answer",
             "The tool's answer could not be passed on; whether it did anything is not known.",
@@ -11347,7 +11347,7 @@ class Call:
 
 
 def outcome_of(message: Message) -> str:
-    """What a child's answer to tools/call says became of the call."""
+    """Returns what a child's answer to tools/call says became of the call."""
     result = member(message.body, "result", dict, None)
     if result is None:
         return "error"
@@ -11452,7 +11452,7 @@ def call_number(value: object) -> int | None:
 
 
 def _decode_common(line: bytes, message: Message) -> ChildEvent | None:
-    """What means the same in both eras."""
+    """Returns the event of a line that means the same in both eras, None for any other."""
     if message.kind == "response":
         return Answer(call_number(message.id), line, message)
     if message.method == "notifications/progress" and message.kind == "notification":
@@ -11461,19 +11461,19 @@ def _decode_common(line: bytes, message: Message) -> ChildEvent | None:
 
 
 def encode_message(body: dict[str, object]) -> bytes:
-    """A message as a line."""
+    """Returns a message as a line."""
     return dump({"jsonrpc": "2.0", **body})
 
 
 def encode_cancellation(number: int, params: dict[str, object] | None) -> bytes:
-    """Tells the child that nobody waits for a call any more, with what the client said of that."""
+    """Returns the notification that a call is cancelled, with the client's reason."""
     return encode_message(
         {"method": "notifications/cancelled", "params": {**(params or {}), "requestId": number}}
     )
 
 
 class LegacyDialect:
-    """Of a child that was initialized: what it asks are requests of its own, in the middle of a call."""
+    """The lines of an initialized child, whose questions are requests of its own in the middle of a call."""
 
     is_modern = False
 
@@ -11481,25 +11481,25 @@ class LegacyDialect:
         self._level: str | None = None
 
     def level_before(self, call: Call) -> str | None:
-        """The log level that the child has to be set to before this call; None when it has it."""
+        """Returns the log level that the child has to be set to before this call; None when it has it."""
         if call.meta.log_level in (None, self._level):
             return None
         self._level = call.meta.log_level
         return self._level
 
     def encode(self, number: int, call: Call) -> bytes:
-        """A call as a line."""
+        """Returns a call as a line."""
         params = call.params
         if call.progress_token is not None and params is not None:
             params = {**params, "_meta": {**member(params, "_meta", dict, {}), "progressToken": number}}
         return dump(asking(call.method, params, jsonrpc="2.0", id=number))
 
     def encode_answer(self, key: object, result: object, error: dict[str, object] | None) -> bytes:
-        """The client's answer to a question, as a line."""
+        """Returns the client's answer to a question, as a line."""
         return encode_message({"id": key} | ({"error": error} if error else {"result": result}))
 
     def decode(self, line: bytes, message: Message) -> ChildEvent:
-        """What a line of the child says."""
+        """Returns the event that a child's line means."""
         if message.kind == "request":
             return Question(None, ((message.id, message.method, message.params),))
         return _decode_common(line, message) or Notice(message)
@@ -11543,7 +11543,7 @@ class ModernDialect:
         return encode_message({"id": number, "method": call.method, "params": {**params, "_meta": meta}})
 
     def encode_listen(self, number: int, wanted: dict[str, object]) -> bytes:
-        """A request for a stream of notifications, as a line."""
+        """Returns a request for a stream of notifications, as a line."""
         params = {"notifications": wanted, "_meta": self._metadata({}, SESSION_META)}
         return encode_message({"id": number, "method": "subscriptions/listen", "params": params})
 
@@ -11563,7 +11563,7 @@ class ModernDialect:
         }
 
     def decode(self, line: bytes, message: Message) -> ChildEvent:
-        """What a line of the child says."""
+        """Returns the event that a child's line means."""
         result = member(message.body, "result", dict, {})
         if message.kind == "response" and result.get("resultType") == "input_required":
             return Question(call_number(message.id), input_requests(result), result.get("requestState"))
@@ -11608,7 +11608,7 @@ LIST_KINDS = ("tools", "prompts", "resources")
 
 
 def list_digest(result: object, name: str) -> bytes:
-    """A fingerprint of the list in a result of tools/list, prompts/list or resources/list."""
+    """Returns a fingerprint of the list in a result of tools/list, prompts/list or resources/list."""
     listed = result.get(name) if isinstance(result, dict) else None
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).digest()
 
@@ -11700,7 +11700,7 @@ class OpenQuestion:
 
 
 class BackendOwner(Protocol):
-    """Who has a backend, and hears what its child says. `lock` guards the backend's calls, too."""
+    """The owner of a backend, told of its child's messages. `lock` guards the backend's calls, too."""
 
     lock: threading.Lock
 
@@ -11774,7 +11774,7 @@ class Backend:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the child can still be spoken to."""
+        """Returns whether the child can still be spoken to."""
         return self._child is not None and self._child.alive
 
     @property
@@ -11790,7 +11790,7 @@ class Backend:
 
     @property
     def has_dialect(self) -> bool:
-        """Whether the child has been spoken to."""
+        """Returns whether the child has been spoken to."""
         return self._dialect is not None
 
     @property
@@ -11830,11 +11830,11 @@ class Backend:
         self.pending = {number: call for number, call in self.pending.items() if id(call) not in unsent}
 
     def number_of(self, call: Call) -> int | None:
-        """The number of a call in flight, None when it is not; under the owner's lock."""
+        """Returns the number of a call in flight, None when it is not; under the owner's lock."""
         return next((number for number, each in self.pending.items() if each is call), None)
 
     def next_number(self) -> int:
-        """A number for a message that is no call."""
+        """Returns a number for a message that is no call."""
         return next(self._numbers)
 
     def start(self, call: InternalCall) -> bool:
@@ -11871,7 +11871,7 @@ class Backend:
             self.send(asking(method, params))
 
     def set_level(self, level: str) -> None:
-        """From here on the child logs what is at least of this level."""
+        """Sets the level from which on the child logs."""
         if isinstance(self.dialect, ModernDialect):
             self.dialect.log_level = level
         else:
@@ -12130,7 +12130,7 @@ class ToolList:
         return tools
 
     def has(self, name: str) -> bool:
-        """Whether the child, or another of its program, is known to list a tool of this name."""
+        """Returns whether the child, or another of its program, is known to list a tool of this name."""
         return name in (self.tools or ()) or name in self._backend.program.tool_names
 
     def learn(self) -> None:
@@ -12227,7 +12227,7 @@ class ModernSubscriptions:
 
     @property
     def is_listening(self) -> bool:
-        """Whether the child has acknowledged a stream."""
+        """Returns whether the child has acknowledged a stream."""
         return self._listen is not None
 
     @property
@@ -12397,7 +12397,7 @@ class Handshake:
 
 
 class Launcher:
-    """Starts children, and knows what they have said of their programs.
+    """Starts children, and knows how their programs described themselves.
 
     `lock` guards its containers; a leaf.
     """
@@ -12508,7 +12508,7 @@ class Launcher:
 
     @property
     def sends_requests(self) -> bool:
-        """Whether the program of the newest child is known to ask its client for things."""
+        """Returns whether the program of the newest child is known to ask its client for things."""
         return self._newest is not None and self._newest.sends_requests
 
     def note_sends_requests(self, program: Program) -> None:
@@ -12523,7 +12523,7 @@ class Launcher:
             self._services.store.program_sends_requests(program.fingerprint)
 
     def known_server(self) -> dict[str, object] | None:
-        """Returns what the program said of itself when a child of it last started; None when none has."""
+        """Returns the program's own description at its last start, None when there was none."""
         with contextlib.suppress(ChildMissing, OSError):
             fingerprint = binary_fingerprint(child_command(self._settings))
             with self.lock:
@@ -12532,7 +12532,7 @@ class Launcher:
         return None
 
     def lists_tool(self, name: str) -> bool:
-        """Whether the program of the newest child is known to list a tool of this name."""
+        """Returns whether the program of the newest child is known to list a tool of this name."""
         return self._newest is not None and name in self._newest.tool_names
 
     # -- why a child ended, or refused
@@ -12612,7 +12612,7 @@ def connect(
 
 
 def supported_versions(body: dict[str, object] | None) -> list[object]:
-    """The versions that an answer to server/discover names, be it an error."""
+    """Returns the versions that an answer to server/discover names, be it an error."""
     if member(body, "result", dict, None) is not None:
         return member(member(body, "result", dict, {}), "supportedVersions", list, [])
     error = member(body, "error", dict, {})
@@ -12728,7 +12728,7 @@ class Capacity:
         return True
 
     def _others(self, holder: SlotHolder) -> list[SlotHolder]:
-        """Who may give way: the user's own, where they have as many as a user may. Under the lock."""
+        """Returns the slots that may be freed: the user's own, if they are at their limit. Under the lock."""
         only_own = self._has_all_of_their_own(holder.sub)
         return [
             each for each in self._holders if each is not holder and (not only_own or each.sub == holder.sub)
@@ -12765,7 +12765,7 @@ class Capacity:
             self.lock.notify_all()
 
     def slot_may_be_free(self) -> None:
-        """A child may have become idle: whoever waits for a slot looks again."""
+        """A child may have become idle: all that wait for a slot look again."""
         if self._waiting:
             with self.lock:
                 self.lock.notify_all()
@@ -12792,14 +12792,14 @@ def binary_fingerprint(command: list[str]) -> str:
 
 
 def challenge_header(settings: Settings, error: str | None = None, scope: str = " ".join(SCOPES)) -> str:
-    """The WWW-Authenticate value that leads a client to our metadata (RFC 9728 5.1)."""
+    """Returns the WWW-Authenticate value that leads a client to our metadata (RFC 9728 5.1)."""
     url = f"{settings.public_url}/.well-known/oauth-protected-resource/mcp"
     shown = f', error="{error}"' if error else ""
     return f'Bearer resource_metadata="{url}", scope="{scope}"{shown}'
 
 
 def invalid_token(settings: Settings, description: str, cause: str) -> HTTPError:
-    """401 for a presented token that is not good (RFC 6750 3.1)."""
+    """Returns the 401 for a presented token that is not valid (RFC 6750 3.1)."""
     headers = (("WWW-Authenticate", challenge_header(settings, "invalid_token")),)
     return HTTPError(401, "invalid_token", description, headers, cause)
 
@@ -12856,7 +12856,7 @@ class ReplayState:
         self.subscribing: collections.Counter[str] = collections.Counter()  # asked for, not yet answered
 
     def read(self, row: SessionRow) -> None:
-        """Takes over what is on file."""
+        """Takes over the state on file."""
         uris = json.loads(row.subscriptions)[: self._settings.max_subscriptions]
         with self.lock:
             self.level = row.log_level if row.log_level in LEVELS else None
@@ -13007,7 +13007,7 @@ class Questions:
         return gone
 
     def of(self, call: Call) -> list[OpenQuestion]:
-        """The open questions of a call; under the lock."""
+        """Returns the open questions of a call; under the lock."""
         return [each for each in self.open if each.call is call]
 
     def drop_of(self, call: Call) -> None:
@@ -13020,19 +13020,19 @@ class Questions:
 
 
 class Frontend(Protocol):
-    """What a session tells those who speak with its client."""
+    """The client's side of a session."""
 
     @property
     def is_listening(self) -> bool:
-        """Whether somebody waits for news of a resource: that keeps the child awake."""
+        """Returns whether a client is subscribed to a resource: that keeps the child awake."""
 
     @property
     def needs_subscriptions(self) -> bool:
-        """Whether a new child must be told that somebody listens."""
+        """Returns whether a new child must be told that somebody listens."""
 
     @property
     def keeps_nothing(self) -> bool:
-        """Whether nothing waits here for a client."""
+        """Returns whether nothing waits here for a client."""
 
     def on_start(self, backend: Backend) -> None:
         """A new child serves."""
@@ -13150,7 +13150,7 @@ class Backends:
             self._settle(start, None, busy)
 
     def _lead(self, start: ChildStart) -> None:
-        """Starts a child. Whatever happens, who waits for `start` is told, and the next may try again."""
+        """Starts a child. Whatever happens, the waiters for `start` are told, and the next may try again."""
         error: RpcError | HTTPError | None = None
         backend = None
         try:
@@ -13166,7 +13166,7 @@ class Backends:
             self._settle(start, backend, error)
 
     def _settle(self, start: ChildStart, backend: Backend | None, error: RpcError | HTTPError | None) -> None:
-        """A start is over: puts the child in place, or notes the failure; tells who waits."""
+        """A start is over: the child is in place, or its failure is noted; the waiters are told."""
         with self._lock:
             too_late = backend if self._session.ended else None
             if too_late:
@@ -13363,7 +13363,7 @@ class Session:
         return self.name.hex()[:12] if self.name else None
 
     def new_stream(self, answers: int) -> EventStream:
-        """A stream to the client that ends with that many answers."""
+        """Returns a stream to the client that ends with that many answers."""
         return EventStream(
             self.settings.stream_events,
             self.settings.stream_bytes,
@@ -13418,7 +13418,7 @@ class Session:
                 self.on_call_done(backend, call, None)
 
     def calls(self, backend: Backend | None = None) -> list[Call]:
-        """The client's requests in flight, on one backend or all; under the lock."""
+        """Returns the client's requests in flight, on one backend or all; under the lock."""
         return [
             call
             for each in ([backend] if backend else self.backends.all())
@@ -13427,7 +13427,7 @@ class Session:
         ]
 
     def is_busy(self, backend: Backend) -> bool:
-        """Whether a child has something to do, or waits for its client; under the lock."""
+        """Returns whether a child has something to do, or waits for its client; under the lock."""
         if any(not call.may_be_cut_off for call in backend.pending.values()):
             return True
         return any(each.backend is backend for each in self.questions.open)
@@ -13558,7 +13558,7 @@ class Session:
 
     @property
     def keeps_nothing(self) -> bool:
-        """Whether it has no child and nothing that a client has not taken."""
+        """Returns whether it has no child and nothing that a client has not taken."""
         backends = self.backends
         if backends.current or backends.draining or backends.starting:
             return False
@@ -13640,7 +13640,7 @@ class Session:
         return None
 
     def lists(self, name: str) -> bool:
-        """Whether a child of this session is known to list a tool of this name."""
+        """Returns whether a child of this session is known to list a tool of this name."""
         backend = self.backend
         return backend.tool_list.has(name) if backend else self.launcher.lists_tool(name)
 
@@ -13692,7 +13692,7 @@ def compare_tools(session: Session, backend: Backend) -> None:
 
 
 def is_local(backend: Backend, call: Call) -> bool:
-    """Whether the broker answers a call itself: a modern child does not know the method any more."""
+    """Returns whether the broker answers a call itself: a modern child does not know the method any more."""
     return backend.dialect.is_modern and call.method in LEGACY_ONLY
 
 
@@ -13766,7 +13766,7 @@ def fail_lost(call: Call, reason: str, is_too_large: bool) -> None:
 
 
 def read_again(session: Session) -> None:
-    """Takes over what is on file of a session: another broker of this store may have served it since."""
+    """Takes over a session's state on file: another broker of this store may have served it since."""
     with contextlib.suppress(StoreUnavailable):
         row = session.name and session.services.store.session(session.name, session.sub, session.client_id)
         if row:
@@ -13820,7 +13820,7 @@ Change = Callable[[dict[str, object]], dict[str, object]]
 
 
 def dump_notification(message: Message) -> bytes:
-    """A child's notification as it goes to a client."""
+    """Returns a child's notification as it goes to a client."""
     return dump(asking(message.method, message.params or None, jsonrpc="2.0"))
 
 
@@ -13869,7 +13869,7 @@ class LegacyCall(Call):
         self.outcome = "ok"
 
     def error(self, code: int, text: str, data: object) -> None:
-        """Delivers an error. For what was missed in the client this era has no code."""
+        """Delivers an error; in this era a capability that the client lacks has no code of its own."""
         self._put(error_message(self.id, code, text, data))
 
     def _put(self, data: bytes) -> None:
@@ -13901,12 +13901,12 @@ class SessionFrontend:
 
     @property
     def is_listening(self) -> bool:
-        """Whether somebody waits for news of a resource; an open stream alone does not keep a child awake."""
+        """Returns whether a client is subscribed to a resource; an open stream alone keeps no child awake."""
         return bool(self.session.replay.subscriptions) and self.get_stream.is_open
 
     @property
     def needs_subscriptions(self) -> bool:
-        """Whether a new child must be told that somebody listens."""
+        """Returns whether a new child must be told that somebody listens."""
         return self.is_listening
 
     def on_start(self, backend: Backend) -> None:
@@ -13914,7 +13914,7 @@ class SessionFrontend:
 
     @property
     def keeps_nothing(self) -> bool:
-        """Whether no client reads, and what none has taken has gone by its time."""
+        """Returns whether no client reads, and what none has taken has gone by its time."""
         return all(
             stream.holds_nothing for stream in (self.get_stream, *list(self.streams.values()), *self._quiet)
         )
@@ -13998,7 +13998,7 @@ class SessionFrontend:
         return [call for call in self.session.calls(backend) if isinstance(call, LegacyCall)]
 
     def _target(self, backend: Backend | None) -> tuple[EventStream, LegacyCall | None]:
-        """The stream for what belongs to no request by itself, and the call it is taken to belong to."""
+        """Returns the stream for a message that belongs to no request, and the call it is counted to."""
         with self.session.lock:
             calls = self._calls()
             here = self._calls(backend)
@@ -14080,7 +14080,7 @@ class SessionFrontend:
 
 
 class SuspendedCalls:
-    """Calls whose clients have to come back with a retry, by the name that its `requestState` carries."""
+    """Calls that wait for a client's retry, by the name in the retry's `requestState`."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -14298,7 +14298,7 @@ def named_questions(questions: list[OpenQuestion]) -> dict[str, OpenQuestion]:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A `subscriptions/listen` that is served: its stream, its id, and what it hears of."""
+    """A `subscriptions/listen` that is served: its stream, its id, and its filter."""
 
     stream: EventStream
     id: object
@@ -14306,7 +14306,7 @@ class Listener:
     uris: frozenset[str]
 
     def hears(self, message: Message) -> bool:
-        """Whether a notification is for this one."""
+        """Returns whether a notification passes this listener's filter."""
         if message.method == "notifications/resources/updated":
             return member(message.params, "uri", str, None) in self.uris
         return LIST_CHANGES.get(message.method) in self.kinds
@@ -14334,17 +14334,17 @@ class StatelessFrontend:
 
     @property
     def is_listening(self) -> bool:
-        """Whether somebody waits for news of a resource; changes of lists do not keep a child awake."""
+        """Returns whether a client is subscribed to a resource; changes of lists keep no child awake."""
         return any(listener.uris for listener in self._listeners.values())
 
     @property
     def needs_subscriptions(self) -> bool:
-        """Whether a new child must be told that somebody listens."""
+        """Returns whether a new child must be told that somebody listens."""
         return bool(self._kinds() or self.is_listening)
 
     @property
     def keeps_nothing(self) -> bool:
-        """Whether nobody uses it."""
+        """Returns whether nobody uses it."""
         return not self._listeners and not self.users
 
     def discover(self) -> dict[str, object]:
@@ -14371,18 +14371,18 @@ class StatelessFrontend:
     # -- who listens
 
     def _kinds(self) -> set[str]:
-        """The lists whose changes somebody waits for."""
+        """Returns the lists whose changes a listener wants to hear of."""
         return {kind for listener in self._listeners.values() for kind in listener.kinds}
 
     def on_start(self, backend: Backend) -> None:
-        """A new child serves: those who listen are told of lists that have changed."""
+        """A new child serves: listeners are told of lists that have changed."""
         with self.session.lock:
             kinds = self._kinds()
         for kind in kinds:
             self._compare_list(backend, kind)
 
     def _compare_list(self, backend: Backend, kind: str) -> None:
-        """Asks for a list, tells those who listen if it has changed; nobody waits for that."""
+        """Asks for a list, and tells the listeners if it has changed; nobody waits for that."""
         method, member_name = LISTS[kind]
         latest = self.session.launcher.lists
 
@@ -14479,7 +14479,7 @@ class StatelessFrontend:
                 self.session.update_subscriptions()
 
     def forget_resources(self) -> None:
-        """Ends all subscriptions to resources; who has one listens on to the rest."""
+        """Ends all subscriptions to resources; their listeners keep the rest."""
         with self.session.lock:
             listeners = {key: each for key, each in self._listeners.items() if each.uris}
             for key, listener in listeners.items():
@@ -14491,7 +14491,7 @@ class StatelessFrontend:
     # -- what the child says
 
     def on_notification(self, backend: Backend | None, message: Message, is_subscribed: bool) -> None:
-        """News go to those who listen, anything else to the only request in flight."""
+        """Notifications go to the listeners, those of a call to the only request in flight."""
         self._tell_listeners(message)
         with self.session.lock:
             calls = self.session.calls(backend)
@@ -14536,7 +14536,7 @@ class StatelessFrontend:
         self.session.questions.answer(question, error=error)
 
     def on_withdrawn(self, message: Message, questions: list[OpenQuestion]) -> None:
-        """The child takes questions back: a retry finds what has become of the call."""
+        """The child withdraws questions: their call's retry returns the outcome."""
 
     def tick(self) -> None:
         """Nothing goes by the clock here."""
@@ -14555,7 +14555,7 @@ class StatelessFrontend:
 
 
 def tagged(method: str, params: dict[str, object], request_id: object) -> bytes:
-    """A notification for the listener whose request had this id."""
+    """Returns a notification for the listener whose request had this id."""
     meta = {**member(params, "_meta", dict, {}), META_SUBSCRIPTION: request_id}
     return dump({"jsonrpc": "2.0", "method": method, "params": {**params, "_meta": meta}})
 
@@ -14676,7 +14676,7 @@ class Sessions:
         return found
 
     def _load(self, name: bytes, sub: str, client_id: str) -> SessionFrontend:
-        """The session of a row; of two that load it at once both get the same."""
+        """Returns the session of a row; of two that load it at once both get the same."""
         row = self._store.session(name, sub, client_id)
         if row is None:
             raise session_not_found()
@@ -14740,7 +14740,7 @@ class Sessions:
         return frontend
 
     def _make_room_in_pools(self, sub: str, key: PoolKey) -> list[StatelessFrontend]:
-        """Takes out what a user has too much of: those used longest ago that nobody uses now.
+        """Takes out a user's shared sessions above the bound: those used longest ago, and not used now.
 
         Under the lock.
         """
@@ -14809,7 +14809,7 @@ class Sessions:
         return dropped
 
     def _end(self, session: Session, reason: str) -> None:
-        """Ends a session. Raises nothing: it is dropped already, and who ends many must come to the last."""
+        """Ends a session, which is dropped from the maps already. Raises nothing, so that others end, too."""
         try:
             session.end(reason)
         except Exception as error:
@@ -14822,7 +14822,7 @@ class Sessions:
             self._end(session, reason)
 
     def end_streams(self) -> None:
-        """Lets those who listen know that it was no accident."""
+        """Tells listeners that the end of their streams was no accident."""
         for session in self.all():
             if not session.is_durable:
                 session.frontend.end()
@@ -14894,12 +14894,12 @@ class Caller:
 
     @property
     def may_write(self) -> bool:
-        """Whether all tools may be called."""
+        """Returns whether all tools may be called."""
         return WRITE in self.scope.split()
 
 
 def resident_bytes() -> int:
-    """The resident memory of this process."""
+    """Returns the resident memory of this process."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -15216,7 +15216,7 @@ class Names:
 
     @staticmethod
     def _fold(name: str) -> str:
-        """A name as lenient parsers compare it.
+        """Returns a name as lenient parsers compare it.
 
         Go's encoding/json ignores case, by Unicode's simple folding: U+017F is an s, U+212A a k; no other
         character becomes an ASCII letter, and nothing is normalized. casefold() folds these and more.
@@ -15335,7 +15335,7 @@ NO_NAME = Verdict(
 
 
 class Judge:
-    """Says what a token may do: which requests go to a child, and what of a result is shown."""
+    """Decides which requests of a token go to a child, and which parts of a result are shown."""
 
     def __init__(self, services: Services) -> None:
         self._settings = services.settings
@@ -15481,7 +15481,7 @@ class Exchange:
                     self.begin_record(message)
 
     def record_of(self, message: Message, session: Session) -> ToolCallRecord | None:
-        """The record of a message, for its call to write."""
+        """Returns the record of a message, for its call to write."""
         for each, record in self._records:
             if each is message:
                 record.session = session.label
@@ -15508,7 +15508,7 @@ class Exchange:
 
 
 def outcome_of_error(error: BaseException) -> str:
-    """What became of a tools/call that was not sent."""
+    """Returns what became of a tools/call that was not sent."""
     return "denied" if isinstance(error, HTTPError) and error.status == 403 else "error"
 
 
@@ -15844,7 +15844,7 @@ class Endpoint:
         return self._stream_answer(exchange, reader, call)
 
     def _stream_answer(self, exchange: Exchange, reader: Reader, call: ModernCall) -> Response:
-        """The answer to a modern call, which ends when its client hangs up."""
+        """Returns the answer to a modern call, which ends when its client hangs up."""
         self._reaper.track(reader, exchange.caller, True)
         hang_up = functools.partial(call.session.cancel, call, {"reason": "the client hung up"})
         delivery = delivery_for(exchange.request)
@@ -15853,7 +15853,7 @@ class Endpoint:
         )
 
     def _listen(self, caller: Caller, message: Message, lease: Lease) -> Response:
-        """The stream of a `subscriptions/listen`."""
+        """Returns the stream of a `subscriptions/listen`."""
         frontend = lease.frontend
         rights = self.judge.rights(caller)
         note_rights(frontend.session, rights)
@@ -15944,7 +15944,7 @@ class Endpoint:
 
 
 def may_subscribe(log: Log, session: Session, message: Message, call: Call) -> bool:
-    """Whether a call keeps to the bounds of subscriptions; one that does not is answered."""
+    """Returns whether a call keeps to the bounds of subscriptions; one that does not is answered."""
     if message.method != "resources/subscribe":
         return True
     uri = (message.params or {}).get("uri")
@@ -16032,7 +16032,7 @@ def cause_of(error: RpcError) -> str:
 
 
 def takes_streams(request: Request) -> bool:
-    """Whether a client can read an event stream."""
+    """Returns whether a client can read an event stream."""
     return any("text/event-stream" in value for value in request.headers.get("accept", ()))
 
 
@@ -16042,12 +16042,12 @@ def delivery_for(request: Request) -> Delivery:
 
 
 def name_reads(name: str, settings: Settings) -> bool:
-    """Whether a tool's name is one of `read_only_tools`."""
+    """Returns whether a tool's name is one of `read_only_tools`."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.read_only_tools)
 
 
 def remembers(session: Session, message: Message) -> Callable[[object], object] | None:
-    """What a successful answer leaves behind, as a function of the result, or None.
+    """Returns what a successful answer leaves behind, as a function of the result, or None.
 
     That is which tool a task belongs to; and of a client's session, what has to be replayed to a new child.
     """
@@ -16110,7 +16110,7 @@ def open_state(keyring: Keyring, broker_name: str, caller: Caller, message: Mess
 
 
 def owner_of_state(caller: Caller, message: Message) -> str:
-    """What a requestState is bound to: who asked, through which client, for what, however that is written."""
+    """Returns what a requestState is bound to: user, client and request, in one spelling."""
     what = {"arguments": {}} | {
         name: value
         for name, value in (message.params or {}).items()
@@ -16124,7 +16124,7 @@ def owner_of_state(caller: Caller, message: Message) -> str:
 
 
 def message_from(value: object) -> Message | None:
-    """What a client sent as a message, with its params as they are meant; None for what is dropped.
+    """Returns what a client sent as a message, with its params as they are meant; None for what is dropped.
 
     RpcError 400. All that goes to a child is written anew from this: its method, and its params without a
     member that a child could read as another than the gate does. A request without an id would pass the gate
@@ -16154,7 +16154,7 @@ def message_from(value: object) -> Message | None:
 
 
 def as_meant(method: str, params: dict[str, object]) -> dict[str, object]:
-    """Params without what is null or, for an object, an empty list: it stands for what is absent.
+    """Returns params without members that stand for absent ones: null, or an empty list for an object.
 
     Capabilities are empty then.
     """
@@ -16210,12 +16210,12 @@ def is_modern(request: Request, message: Message) -> bool:
 
 
 def no_such_method(method: str) -> RpcError:
-    """404 with -32601 (MCP 2026-07-28 streamable-http)."""
+    """Returns the 404 with -32601 (MCP 2026-07-28 streamable-http)."""
     return RpcError(METHOD_NOT_FOUND, f"{method[:100]} is not a method of this revision", None, 404)
 
 
 def bad_metadata(code: int, sentence: str, data: dict[str, object] | None = None) -> RpcError:
-    """400 for a request whose metadata is not as it must be."""
+    """Returns the 400 for a request whose metadata break the rules."""
     return RpcError(code, sentence, data, 400)
 
 
@@ -16310,7 +16310,7 @@ def check_parameter_headers(request: Request, params: dict[str, object], session
 
 
 def is_number(text: str | None, number: int) -> bool:
-    """Whether a text is that number, however it is written."""
+    """Returns whether a text is that number, however it is written."""
     try:
         return (
             text is not None and re.fullmatch(r"[-+0-9.eE]{1,40}", text) is not None and float(text) == number
@@ -16341,7 +16341,7 @@ def serves(rights: Rights, message: Message) -> bool:
 
 
 def server_left(rights: Rights | None, server: dict[str, object]) -> dict[str, object]:
-    """Returns what a server says of itself, without the capabilities that a caller may not use."""
+    """Returns a server's description of itself without the capabilities that a caller may not use."""
     if rights is None:
         return server
     gone = {"prompts": not rights.prompts, "resources": not rights.resources}
@@ -16354,7 +16354,7 @@ def server_left(rights: Rights | None, server: dict[str, object]) -> dict[str, o
 
 
 def news_left(rights: Rights | None, wanted: dict[str, object]) -> dict[str, object]:
-    """Returns what a listener wants to hear of, without what it may not use."""
+    """Returns a listener's filter without the parts that its caller may not use."""
     if rights is None:
         return wanted
     gone = {
@@ -16419,7 +16419,7 @@ class Gone(Exception):
 
 
 def bad_request(description: str) -> HTTPError:
-    """400 for what is not strictly HTTP."""
+    """Returns the 400 for bytes that are not strictly HTTP."""
     return HTTPError(400, "bad_request", description)
 
 
@@ -16461,7 +16461,7 @@ class DisconnectWatcher(threading.Thread):
                 self._epoll.unregister(sock.fileno())
 
     def run(self) -> None:
-        """Close the readers of who hung up, until closed."""
+        """Closes the readers of clients that hang up, until closed."""
         happened = select.poll()
         happened.register(self._epoll, select.POLLIN)
         while not self._ended:
@@ -16743,7 +16743,7 @@ def http_date(second: int) -> str:
 
 
 def write_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
-    """The one place where headers are written.
+    """Returns the head of a response; headers are written here alone.
 
     CR, LF and NUL are refused: nothing reflected can split a response (H12).
     """
@@ -16822,7 +16822,7 @@ class RequestReader:
             raise Gone
 
     def discard(self, deadline: float) -> None:
-        """Reads what still comes and throws it away."""
+        """Reads and drops the client's further bytes."""
         while True:
             self._receive(deadline)
             self._buffer.clear()
@@ -16835,7 +16835,7 @@ class RequestReader:
         return data
 
     def _line(self, deadline: float, limit: int, too_long: tuple[int, str, str]) -> bytes:
-        """The bytes before the next CR LF; a bare LF ends no line (RFC 9112 2.2)."""
+        """Returns the bytes before the next CR LF; a bare LF ends no line (RFC 9112 2.2)."""
         searched = 0
         while (end := self._buffer.find(b"\n", searched)) < 0 and len(self._buffer) < limit:
             searched = len(self._buffer)
@@ -16989,7 +16989,7 @@ class RequestReader:
             self._body = None
 
     def _chunks(self, limit: int, deadline: float, too_large: HTTPError) -> bytes:
-        """A chunked body (RFC 9112 7.1).
+        """Returns a chunked body (RFC 9112 7.1).
 
         A chunk costs a few microseconds however small it is, so their number has a bound, too.
         """
@@ -17086,7 +17086,7 @@ class Connection:
         )
 
     def _refuse(self, error: HTTPError) -> None:
-        """Answers what is not strictly HTTP; the connection ends."""
+        """Answers a request that is not strictly HTTP; the connection ends."""
         self.since = time.monotonic()
         self.close_after = True
         with self.server.log.request(self.request_id):
@@ -17605,7 +17605,7 @@ class Broker:
         return replace(response, headers=(*response.headers, *cors)) if cors else response
 
     def _cors(self, request: Request, kind: str) -> tuple[tuple[str, str], ...]:
-        """The CORS headers of the answer; HTTPError 403 for a web origin that may not call.
+        """Returns the CORS headers of the answer; HTTPError 403 for a web origin that may not call.
 
         Forms are judged by who reads them.
         """
@@ -17754,7 +17754,7 @@ def own_hosts(public_url: str, ports: Sequence[int]) -> set[str]:
 
 
 def git_blob_id(path: str) -> str:
-    """The id git gives the running file, so that an operator can tell which revision answers."""
+    """Returns the id git gives the running file, so that an operator can tell which revision answers."""
     with open(path, "rb") as file:
         data = file.read()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
@@ -18182,7 +18182,7 @@ HINTS = {
 
 
 def discovery_probes(url: str) -> Iterator[Probe]:
-    """Yields what clients read first (RFC 9728, RFC 8414), in the spellings that they use."""
+    """Yields the first requests of clients (RFC 9728, RFC 8414), in the spellings that they use."""
     resource = {
         "resource": f"{url}/mcp",
         "authorization_servers": [url],
@@ -18224,7 +18224,7 @@ def discovery_probes(url: str) -> Iterator[Probe]:
 
 
 def endpoint_probes(url: str) -> Iterator[Probe]:
-    """Yields what clients ask of /mcp before they have a token, and with one that has expired."""
+    """Yields requests of clients to /mcp without a token, and with an expired one."""
     challenge = {
         "status": 401,
         "!www-authenticate": ["error="],
@@ -18270,7 +18270,7 @@ def browser_probes() -> Iterator[Probe]:
 
 
 def refusal_probes() -> Iterator[Probe]:
-    """Yields what must be refused, and how: clients go by the status and the `error` of the answer."""
+    """Yields requests that must be refused, and how: clients go by the status and the answer's `error`."""
     script = {"status": 400, "json": {"error": "invalid_redirect_uri"}}
     body: object = {"redirect_uris": ["javascript:alert(1)"]}
     yield Probe("people: a script is no redirect URI", "POST /register", script, PASS_ON, body=body)
@@ -18327,7 +18327,7 @@ def login_probes(url: str, client: str) -> Iterator[Probe]:
 
 
 def unlike(found: Mapping[str, Any], rules: Mapping[str, Any]) -> Iterator[str]:
-    """Yields how an object differs from what it must be, a few words for each rule that it breaks."""
+    """Yields an object's differences from its rules, a few words for each broken rule."""
     for name, rule in rules.items():
         plain = name.removeprefix("!")
         value = found.get(plain)
@@ -18339,7 +18339,7 @@ def unlike(found: Mapping[str, Any], rules: Mapping[str, Any]) -> Iterator[str]:
 
 
 def mistakes(answer: Fetched, want: Mapping[str, Any], origin: str | None) -> list[str]:
-    """Returns what is wrong with an answer, a few words each."""
+    """Returns an answer's mistakes, a few words each."""
     headers = {name: value.lower() for name, value in answer.headers.items()}
     document = answer.json() if "json" in want else {}
     if origin and want["status"] != 403 and headers.get("access-control-allow-origin") != "*":
@@ -18440,7 +18440,7 @@ def collapsed(findings: Iterable[Finding]) -> Iterator[Finding]:
 
 
 def is_broker(url: str) -> Finding | None:
-    """Returns why what answers at a URL is not fjmcp-broker, None if it is one, or nearly.
+    """Returns why the answers at a URL are not fjmcp-broker's, None if they are, or nearly.
 
     Raises FetchFailed.
     """
@@ -18670,7 +18670,10 @@ def check_modes(settings: Settings, config: str | None, server: int) -> Iterator
 
 
 def obstacle(path: str, rights: int) -> str:
-    """Returns what keeps this process from a file, "" if nothing does; `rights` as for access(2)."""
+    """Returns what keeps this process from a file, "" if nothing does.
+
+    `rights` are as for access(2).
+    """
     path = os.path.abspath(path)
     parts = path.split("/")
     for number in range(2, len(parts)):
@@ -18695,7 +18698,7 @@ def check_files(files: Sequence[tuple[str, str]], server: pwd.struct_passwd) -> 
 
 
 def check_store(settings: Settings, server: pwd.struct_passwd) -> Iterator[Finding]:
-    """Yields what is to say of the store, its folder, and the sealing key."""
+    """Yields findings about the store, its folder, and the sealing key."""
     if settings.store_url:
         yield from check_database(settings)
         return
@@ -18809,7 +18812,7 @@ def check_brokers(store: Store, keyring: Keyring) -> Iterator[Finding]:
 
 
 def check_people(settings: Settings) -> Iterator[Finding]:
-    """Yields what in the settings of people and lifetimes cannot be meant so."""
+    """Yields settings of people and lifetimes that cannot be meant so."""
     scopes = set(settings.forgejo_oauth_scopes.split())
     if settings.allowed_groups and not scopes & {"read:organization", "read:admin", "all"}:
         text = (
@@ -18831,7 +18834,7 @@ def check_people(settings: Settings) -> Iterator[Finding]:
 
 
 def check_urls(settings: Settings) -> Iterator[Finding]:
-    """Yields what can be seen of the addresses without asking anybody."""
+    """Yields findings about the addresses that need no request."""
     check_configured_clients(settings)
     yield from check_reach(urlsplit(settings.public_url))
     internal = urlsplit(settings.forgejo_internal_url)
@@ -18900,7 +18903,7 @@ def check_forgejo(settings: Settings) -> Iterator[Finding]:
 
 
 def is_login_page(answer: Fetched) -> bool:
-    """Whether an answer only leads to Forgejo's login."""
+    """Returns whether an answer only leads to Forgejo's login."""
     return 300 <= answer.status < 400 and "/user/login" in answer.headers.get("location", "")
 
 
@@ -18981,7 +18984,7 @@ def check_rules(settings: Settings, tools: Collection[str]) -> Iterator[Finding]
 
 
 def told(path: str, outcome: ChildOutcome) -> Finding:
-    """Returns what the trial of a program has shown."""
+    """Returns the finding about a program's trial."""
     if outcome.server:
         who = f"{outcome.server.get('name')} {outcome.server.get('version')}"
         return Finding("ok", f"forgejo_mcp_binary: {path} starts and answers as {who}")
@@ -19784,7 +19787,7 @@ RESTART_PAUSE = 5  # seconds
 
 
 def is_activated() -> bool:
-    """Whether a service manager started us with sockets (sd_listen_fds(3))."""
+    """Returns whether a service manager started us with sockets (sd_listen_fds(3))."""
     return os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "").isdigit()
 
 
@@ -19867,7 +19870,7 @@ def warn_of_rules(broker: Broker) -> None:
 
 
 def announce(broker: Broker) -> None:
-    """Logs what is served where, and what of the settings an operator may not expect."""
+    """Logs which URLs and sockets are served, and settings that may surprise an operator."""
     settings = broker.settings
     sockets = [f"{server.purpose}: {address}" for server in broker.servers for address in server.addresses]
     broker.log.event(
