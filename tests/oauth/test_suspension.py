@@ -11,6 +11,7 @@ from rigs.browser import BrowserError
 from rigs.busy_clients import same
 from rigs.fake_forgejo import html, run, status
 from rigs.mcp_client import ClientError, RpcError
+from rigs.processes import ended
 from rigs.rig import who
 
 VERSION = "/api/v1/version"
@@ -180,7 +181,9 @@ def test_what_is_no_403_in_JSON_with_a_message_about_the_account_suspends_nobody
     rig.forgejo.inject(VERSION, answer(), times=None)
     assert rig.broker.upstream.examine(sub_of(rig)) == "unknown"
     rig.clock.advance(3590)
-    assert rig.broker.upstream.refresh(sub_of(rig)) is True
+    rig.broker.upstream.refresh(sub_of(rig))  # unless the reaper was first
+    ended("refresh")
+    assert rig.log.named("upstream_refreshed")
     rig.forgejo.clear_faults()
     assert user(rig).status == "active" and who(same(mcp)) == "alice"
 
