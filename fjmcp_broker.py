@@ -776,14 +776,14 @@ SETTINGS = (
     ),
     Setting(
         "allowed_origins",
-        "names",
+        "origins",
         "https://claude.ai,https://claude.com,https://chatgpt.com",
         "web origins that may call /mcp, besides our own and loopback ones",
         reload=True,
     ),
     Setting(
         "allowed_redirect_schemes",
-        "names",
+        "schemes",
         "cursor,vscode,vscode-insiders,jetbrains,claude",
         "private-use schemes that a redirect URI may have",
         reload=True,
@@ -981,6 +981,8 @@ def _text(value: object) -> str:
 
 
 def _url(value: object) -> str:
+    if not _text(value).isascii():
+        raise ValueError("must be written in ASCII, a host name with other letters as xn--… (IDNA)")
     match = URL.fullmatch(_text(value).rstrip("/"))
     if not match or not 0 < int(match[3] or 1) < 65536:
         raise ValueError(
@@ -1009,7 +1011,7 @@ def _optional_url(value: object) -> str:
 
 
 def _address(value: object) -> tuple[str, int]:
-    match = re.fullmatch(r"(.+):([0-9]{1,5})", _text(value))
+    match = re.fullmatch(r"([^/\s]+):([0-9]{1,5})", _text(value))
     if not match or int(match[2]) > 65535:
         raise ValueError("must be HOST:PORT, such as 127.0.0.1:8080")
     return match[1].strip("[]"), int(match[2])
@@ -1088,6 +1090,24 @@ def _names(value: object) -> tuple[str, ...]:
             raise ValueError(
                 f"contains {item!r}; names are separated by commas, such as a,b, or are a TOML list"
             )
+    return items
+
+
+def _origins(value: object) -> tuple[str, ...]:
+    """Returns a list of web origins, as browsers spell them (RFC 6454 6.1)."""
+    items = tuple(item.lower().removesuffix("/") for item in _names(value))
+    for item in items:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#]+", item):
+            raise ValueError(f"contains {item!r}, which is no origin such as https://app.example.org")
+    return items
+
+
+def _schemes(value: object) -> tuple[str, ...]:
+    """Returns a list of URI schemes; what follows one in a URI may stand there and is taken off."""
+    items = tuple(item.lower().partition(":")[0] for item in _names(value))
+    for item in items:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*", item):
+            raise ValueError(f"contains {item!r}, which is no scheme such as myapp (of myapp://callback)")
     return items
 
 
@@ -1325,6 +1345,8 @@ KINDS: dict[str, Callable[[object], object]] = {
     "any_address": _optional_address,
     "list": _list,
     "names": _names,
+    "origins": _origins,
+    "schemes": _schemes,
     "networks": _networks,
     "command": _command,
     "broker_name": _broker_name,
@@ -1546,6 +1568,8 @@ def _given(table: Table, name: str) -> tuple[Setting, Given]:
     """Returns the setting that a key of a source means, and its value. Raises ValueError."""
     setting, in_file = KEYS.get(name, (None, False))
     value = table.values[name]
+    if setting is None and isinstance(value, dict):
+        raise ValueError(f"unknown section [{name}]: settings stand at the top of the file, in no section")
     if setting is None:
         raise ValueError(f"unknown setting {name!r}{did_you_mean(name, KEYS)}")
     if table.secrets_only and not setting.secret:
@@ -1593,6 +1617,9 @@ def _conflicts(values: Mapping[str, Any], given: Mapping[str, Given]) -> Iterato
             f"{source}: listen: with an http public_url it must be on loopback: tokens would travel in the"
             f" clear{line}"
         )
+    if listen and listen == values.get("metrics_listen"):
+        source, line = given["metrics_listen"][1:]
+        yield f"{source}: metrics_listen: it is the address of `listen`; give it another port{line}"
     if values.get("store_url"):
         source, line = given["store_url"][1:]
         if not values.get("key") and not values.get("key_file"):
@@ -2312,7 +2339,9 @@ class Keyring:
             try:
                 keys.append(base64.b64decode(line, validate=True))
             except binascii.Error:
-                raise ValueError("a sealing key is not base64") from None
+                raise ValueError(
+                    "a sealing key is not base64: put a line there that `openssl rand -base64 32` prints"
+                ) from None
             if len(keys[-1]) != 32:
                 raise ValueError("a sealing key must be 32 bytes, written as base64 (44 characters)")
         if not keys:
@@ -2385,6 +2414,19 @@ def key_path(settings: Settings) -> str:
     return settings.key_file or settings.store_path + ".key"
 
 
+def refuse_no_database(path: str) -> None:
+    """Raises ConfigurationError for a store_path that is a folder, or another file than SQLite's."""
+    if os.path.isdir(path):
+        problem = (
+            f"store_path: {path} is a folder. Name a file in it, such as {os.path.join(path, 'broker.db')}"
+        )
+        raise ConfigurationError([problem])
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(16)
+        if head and head != b"SQLite format 3\0":
+            raise ConfigurationError([f"store_path: {path} is another file, no store. Name one of its own"])
+
+
 def load_keyring(settings: Settings) -> Keyring:
     """Returns the keyring of `key`, of `key_file`, or of the file beside the store.
 
@@ -2402,6 +2444,7 @@ def load_keyring(settings: Settings) -> Keyring:
                 )
                 raise ConfigurationError([f"{missing} once: openssl rand -base64 32"])
             if os.path.exists(settings.store_path):
+                refuse_no_database(settings.store_path)
                 raise ConfigurationError(
                     [
                         f"key_file: {path} is missing, and {settings.store_path} was sealed with it. "
@@ -18660,13 +18703,17 @@ def check_modes(settings: Settings, config: str | None, server: int) -> Iterator
         except OSError:
             continue
         is_folder = stat.S_ISDIR(found.st_mode)
+        if is_folder and path in (settings.store_path, settings.secrets_file, key_path(settings)):
+            continue  # a file is meant: what tries to read it says so
         if not is_folder and not stat.S_ISREG(found.st_mode):
             continue
         is_for_group = found.st_uid != server and not is_folder and what != "secrets_file"
         others = 0o007 if is_for_group else 0o077
         if found.st_mode & (others | 0o020):
-            mode = "700" if is_folder else "600" if others == 0o077 else "640"
-            yield Finding("warn", f"{what}: {path} is open to other users", f"chmod {mode} {path}")
+            fix = f"chmod {'600' if others == 0o077 else '640'} {path}"
+            if is_folder:
+                fix = f"chmod 700 {path} if it is the store's alone, else give the store a folder of its own"
+            yield Finding("warn", f"{what}: {path} is open to other users", fix)
 
 
 def obstacle(path: str, rights: int) -> str:
@@ -18694,6 +18741,8 @@ def check_files(files: Sequence[tuple[str, str]], server: pwd.struct_passwd) -> 
         reason = obstacle(path, os.R_OK)
         if reason:
             fix = f"let it: chown {server.pw_name} {path}, or chmod it and its folders"
+            if not os.path.exists(path):
+                fix = "put the file there, or give its right path"
             yield Finding("fail", f"{what}: {server.pw_name} cannot read {path}: {reason}", fix)
 
 
@@ -18705,6 +18754,7 @@ def check_store(settings: Settings, server: pwd.struct_passwd) -> Iterator[Findi
     path = os.path.abspath(settings.store_path)
     key = os.path.abspath(key_path(settings))
     folder = os.path.dirname(path)
+    refuse_no_database(path)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         text = f"store_path: {folder} is not a folder this user can write to ({obstacle(folder, os.W_OK)})"
         owner = "" if server.pw_uid == 0 else f" -o {server.pw_name}"
@@ -18833,10 +18883,39 @@ def check_people(settings: Settings) -> Iterator[Finding]:
         yield Finding("warn", text, "set it to 10m or more; revocation is at once, whatever it is")
 
 
+def check_listen(settings: Settings) -> Iterator[Finding]:
+    """Yields why nothing can listen on the address of `listen`, unless a broker does already."""
+    host, port = settings.listen
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+            return
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+    with contextlib.suppress(FetchFailed):
+        name = f"[{host}]" if ":" in host else host
+        answer = fetch("GET", f"http://{name}:{port}/healthz", deadline=5.0).json()
+        if member(answer, "git", str, ""):
+            return
+    text = f"listen: {host}:{port} cannot be had: {reason}"
+    fix = "give another, or end what listens there; under the units that is systemd, and `listen` is not used"
+    yield Finding("warn", text, fix)
+
+
 def check_urls(settings: Settings) -> Iterator[Finding]:
     """Yields findings about the addresses that need no request."""
     check_configured_clients(settings)
     yield from check_reach(urlsplit(settings.public_url))
+    yield from check_listen(settings)
+    if settings.forgejo_ca_file and os.access(settings.forgejo_ca_file, os.R_OK):
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(settings.forgejo_ca_file)
+        except (ssl.SSLError, OSError):
+            text = f"forgejo_ca_file: {settings.forgejo_ca_file} is no file of certificates in PEM"
+            yield Finding(
+                "fail", text, "give the authority's certificate; it begins with -----BEGIN CERTIFICATE-----"
+            )
     internal = urlsplit(settings.forgejo_internal_url)
     if internal.scheme != "http" or internal.hostname is None:
         return
@@ -18876,6 +18955,8 @@ def check_forgejo(settings: Settings) -> Iterator[Finding]:
         version = fetch("GET", base + "/api/v1/version", ca_file=settings.forgejo_ca_file)
     except FetchFailed as error:
         fix = "check the address, DNS, firewall and certificate (forgejo_ca_file)"
+        if "speaks no TLS" in str(error):
+            fix = "what listens there may speak http: give the right port, or http as forgejo_internal_url"
         yield Finding("fail", f"forgejo_url: {base} does not answer: {error}", fix)
         return
     number = member(version.json(), "version", str, "unknown")
@@ -19005,6 +19086,10 @@ def program_name(settings: Settings) -> str:
 def unusable_program(name: str) -> str:
     """Returns why this process cannot run a program, "" if nothing speaks against it."""
     path = find_program(name)
+    if path is None and name.startswith("~"):
+        return f"{name} begins with ~, which only shells expand: write the whole path"
+    if path is None and " " in name and find_program(name.split()[0]):
+        return f"{name} is a program with arguments: write them as a list, {json.dumps(name.split())}"
     if path is None and "/" not in name:
         return f"{name} is in no folder of PATH ({os.environ.get('PATH', '')})"
     if path is None:

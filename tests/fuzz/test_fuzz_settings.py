@@ -165,6 +165,8 @@ GOOD = {
     "switch": ["true", "off"],
     "list": ["", "a,b"],
     "names": ["", "a,b"],
+    "origins": ["", "https://a.example,https://b.example"],
+    "schemes": ["", "a,b"],
     "networks": ["10.0.0.0/8", ""],
     "log_format": ["json", "text"],
     "log_addresses": ["full", "network", "off"],
@@ -178,6 +180,7 @@ GOOD = {
     "command": ["program", "a,b"],
     "forgejo_scopes": ["read:user"],
     "store_url": [""],
+    "broker_name": ["", "b1"],
 }
 
 

@@ -320,7 +320,7 @@ TYPES = {
         ),
         "str",
     ),
-    **dict.fromkeys(("list", "names"), "tuple[str, ...]"),
+    **dict.fromkeys(("list", "names", "origins", "schemes"), "tuple[str, ...]"),
     **dict.fromkeys(("count", "rate", "size"), "int"),
     "duration": "float",
     "switch": "bool",
