@@ -379,12 +379,19 @@ def dead_refresh(member, seconds=17):
     member.store.holder = holder
 
 
+def stop_reapers(brokers):
+    """No broker refreshes by itself from now on."""
+    for member in brokers.all:
+        member.broker.reaper.stop()
+
+
 def test_a_broker_that_died_over_a_refresh_holds_others_up_no_longer_than_its_lease(
     make_brokers, monkeypatch
 ):
     monkeypatch.setattr(fjmcp_broker, "LEASE_WATCH", 0.3)
     brokers = make_brokers(**LASTING)
     mcp = brokers.all[0].session()
+    stop_reapers(brokers)
     brokers.clock.advance(3598)
     dead_refresh(brokers.all[0])
     join = in_thread(who, brokers.all[1].at(mcp))
@@ -396,6 +403,7 @@ def test_while_another_broker_refreshes_calls_go_on_with_the_token_that_is_still
     brokers = make_brokers(**LASTING)
     a, b = brokers.all
     mcp = a.session()
+    stop_reapers(brokers)
     brokers.clock.advance(3550)
     dead_refresh(a, 3600)
     assert who(b.at(mcp)) == "alice" and refreshes(brokers) == 0
