@@ -193,3 +193,17 @@ def test_a_real_Prometheus_scrapes_a_broker_loads_the_rules_and_answers_the_dash
     finally:
         process.terminate()
         process.wait(30)
+
+
+def test_the_process_is_measured_where_proc_shows_processes_only(monkeypatch):
+    """ProcSubset=pid of the shipped unit: /proc has no stat, meminfo and the like."""
+    real = open
+
+    def only_processes(path, *more, **named):
+        assert not str(path).startswith("/proc/") or str(path).startswith("/proc/self/"), path
+        return real(path, *more, **named)
+
+    monkeypatch.setattr("builtins.open", only_processes)
+    found = fjmcp_broker.process_metrics()
+    began = found["process_start_time_seconds", ()]
+    assert 0 < began <= time.time() and found["process_resident_memory_bytes", ()] > 0
