@@ -15,7 +15,7 @@ import fjmcp_broker
 from rigs.broker_process import BROKER, run_program
 from rigs.mcp_client import OAuthClient
 
-QUIET = ("serve", "init")  # what says nothing on success, or asks
+QUIET = ("serve", "init", "copy-store")  # what says nothing on success, asks, or needs a database
 WORDS = {
     "check": ("check",),
     "doctor": ("doctor", "http://127.0.0.1:9"),
