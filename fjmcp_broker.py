@@ -2709,6 +2709,7 @@ def newer_schema(engine: Engine, version: int) -> str:
 OLDEST_POSTGRESQL = 13
 SETTLE_WAIT = 30  # seconds in which it must turn out what became of a commit; who asked waits
 ATTEMPT_PAUSE = 0.2  # seconds between two attempts to connect
+AWAY_PAUSE = 1.0  # seconds in which nobody tries anew after no connection could be made
 MOST_ATTEMPTS = 100  # of one batch; its time is over before
 MOST_STEPS = 500  # of one statement in a batch: each is a way to the server and back
 BATCHES_KEPT = 600  # seconds
@@ -2741,6 +2742,7 @@ BEGIN_BATCH = """
     SET LOCAL statement_timeout = 0;
     SET LOCAL idle_in_transaction_session_timeout = '5s';
     SET LOCAL enable_seqscan = off;
+    SET LOCAL jit = off;
     INSERT INTO batches (batch_id, is_committed) VALUES ('{batch}', TRUE)
 """
 # Waits for the batch's end, and keeps it from being committed later if it is not here: no two have one id.
@@ -3088,15 +3090,24 @@ class PostgresLink:
         self._server = server
         self._hosts = server.hosts
         self._connection: PostgresConnection | None = None
+        self._failed_at = -math.inf
 
     def connection(self, until: float) -> PostgresConnection:
-        """Returns the connection; raises PostgresError when none can be had in time."""
+        """Returns the connection; raises PostgresError when none can be had in time.
+
+        Just after that it is raised at once: else those who queue would each wait, one after the other.
+        """
+        first: PostgresError | None = None  # the last one may say only that no time was left
         while self._connection is None:
+            if time.monotonic() < self._failed_at + AWAY_PAUSE:
+                raise PostgresError("there was no connection a moment ago")
             try:
                 self._connection = self._connect(until)
-            except PostgresError:
+            except PostgresError as error:
+                first = first or error
                 if time.monotonic() + ATTEMPT_PAUSE >= until:
-                    raise
+                    self._failed_at = time.monotonic()
+                    raise first from None
                 time.sleep(ATTEMPT_PAUSE)
         return self._connection
 

@@ -14,6 +14,7 @@ import pytest
 import fjmcp_broker
 from fjmcp_broker import ConfigurationError, PostgresServer, Store, StoreUnavailable, token_hash
 from rigs.cut_wire import COMMIT, CutWire
+from rigs.postgresql import AS_NOBODY, free_port
 from rigs.rig import rows
 from rigs.stores import KEYS
 
@@ -124,6 +125,7 @@ def test_a_commit_that_nobody_can_look_up_is_unavailable_and_its_lock_is_free_ag
 ):
     monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 1)
     monkeypatch.setattr(fjmcp_broker, "SETTLE_WAIT", 1)
+    monkeypatch.setattr(fjmcp_broker, "AWAY_PAUSE", 0)
     fill(store)
     with CutWire(place) as wire:
         beyond = Store(wire.place, KEYS)
@@ -132,6 +134,7 @@ def test_a_commit_that_nobody_can_look_up_is_unavailable_and_its_lock_is_free_ag
         with pytest.raises(StoreUnavailable):
             grant(beyond, "code")
         wire.plan = lambda message: None
+        monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 30)
         beyond.update_user("2", "bob", "Bob", [], NOW)
         beyond.close()
     assert store.user("2")
@@ -219,7 +222,111 @@ def test_brokers_that_start_at_once_on_an_empty_database_make_its_tables_once(da
         store.close()
 
 
+# -- a pooler between
+
+POOLER = """
+[databases]
+* = host={host} port={port} user=fjmcp
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {listen}
+unix_socket_dir =
+auth_type = any
+pool_mode = transaction
+default_pool_size = 2
+"""
+
+
+@pytest.fixture
+def pooled(place, databases, real_part):
+    """The database through pgbouncer, by whose rules no two transactions need be on the same connection."""
+    server = databases.server
+    listen = free_port("127.0.0.1")
+    configuration = server.folder / f"pgbouncer{listen}.ini"
+    configuration.write_text(POOLER.format(host=server.folder, port=server.port, listen=listen))
+    configuration.chmod(0o644)
+    words = [*(AS_NOBODY if os.geteuid() == 0 else ()), real_part("pgbouncer"), "-q", str(configuration)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield PostgresServer(f"postgresql://fjmcp@127.0.0.1:{listen}/{place.url.rpartition('/')[2]}")
+    process.terminate()
+    process.wait()
+
+
+@pytest.mark.real("pgbouncer")
+def test_several_brokers_share_a_pooler_that_gives_each_batch_another_connection(pooled, monkeypatch):
+    monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 60)  # it may still be starting
+    stores = [Store(pooled, KEYS) for _ in range(4)]
+    fill(stores[0])
+    failures = []
+
+    def work(number, store):
+        try:
+            for n in range(8):
+                name = f"{number}.{n}"
+                assert (
+                    grant(store, name)
+                    and redeem(store, name, name)
+                    and redeem(store, name, "x" + name) is None
+                )
+                assert store.bearer(token_hash(name + "a"), NOW)
+                assert store.save_credential("1", b"box", 0, 0, NOW, NOW)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=each) for each in enumerate(stores)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    assert not failures and stores[0].user("1").credential_seq == 32
+    assert stores[0].engine._is_committed("never begun") is False
+    for store in stores:
+        assert store.change_marker() == stores[0].change_marker()
+        store.close()
+
+
 # -- the server goes and comes
+
+
+def test_a_server_that_is_killed_under_load_loses_nothing_that_was_answered(own_postgresql, monkeypatch):
+    monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 60)
+    monkeypatch.setattr(fjmcp_broker, "SETTLE_WAIT", 60)
+    server = own_postgresql()
+    place = PostgresServer(server.url(server.database(), socket=True))
+    stores = [Store(place, KEYS) for _ in range(2)]
+    fill(stores[0])
+    done, failures, stop = [], [], threading.Event()
+
+    def work(number, store):
+        try:
+            for n in itertools.count():
+                name = f"{number}.{n}"
+                if stop.is_set():
+                    return
+                assert grant(store, name) and redeem(store, name, name)
+                done.append(name)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=each) for each in enumerate(stores)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        seen = len(done)
+        while len(done) < seen + 10 and not failures:
+            time.sleep(0.01)
+        server.kill()
+        server.start()
+    stop.set()
+    for thread in threads:
+        thread.join(100)
+    assert not failures
+    for name in done:
+        assert stores[0].bearer(token_hash(name + "a"), NOW) and redeem(stores[1], name, "x" + name) is None
+    numbers = [rows(stores[0], f"SELECT count(*) AS n FROM {table}")[0].n for table in ("grants", "codes")]
+    assert numbers == [len(done)] * 2
+    for store in stores:
+        store.close()
 
 
 def test_a_server_that_was_restarted_or_killed_is_found_again(own_postgresql):
@@ -241,6 +348,7 @@ def test_a_server_that_is_away_makes_the_store_unavailable_until_it_is_back(own_
     store = Store(PostgresServer(server.url(server.database()), "correct horse"), KEYS)
     fill(store)
     monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 0.5)
+    monkeypatch.setattr(fjmcp_broker, "AWAY_PAUSE", 0)
     server.stop()
     with pytest.raises(StoreUnavailable) as error:
         grant(store, "code")
@@ -290,6 +398,7 @@ def test_a_server_that_falls_silent_costs_the_time_of_a_batch_and_a_new_connecti
         beyond = Store(wire.place, KEYS)
         fill(beyond)
         monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 0.5)
+        monkeypatch.setattr(fjmcp_broker, "AWAY_PAUSE", 0)
         wire.plan = lambda message: "hold"
         for act in (lambda: beyond.user("1"), lambda: grant(beyond, "code")):
             with pytest.raises(StoreUnavailable) as error:
@@ -298,6 +407,25 @@ def test_a_server_that_falls_silent_costs_the_time_of_a_batch_and_a_new_connecti
         wire.plan = lambda message: None
         monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 30)
         assert beyond.user("1") and grant(beyond, "code")
+        beyond.close()
+
+
+def test_who_queues_while_no_connection_can_be_had_does_not_wait_in_turn(place, monkeypatch):
+    with CutWire(place) as wire:
+        beyond = Store(wire.place, KEYS)
+        monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 0.5)
+        monkeypatch.setattr(fjmcp_broker, "AWAY_PAUSE", 100)
+        wire.plan = lambda message: "hold"
+        reasons = []
+        for _ in range(3):
+            with pytest.raises(StoreUnavailable) as error:
+                beyond.user("1")
+            reasons.append(error.value.reason.rpartition(": ")[2])
+        assert reasons[2] == "there was no connection a moment ago"
+        monkeypatch.setattr(fjmcp_broker, "AWAY_PAUSE", 0)
+        wire.plan = lambda message: None
+        monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 30)
+        assert beyond.user("1") is None
         beyond.close()
 
 
@@ -315,7 +443,7 @@ def test_a_batch_that_cannot_be_leaves_nothing_open(store):
 
 
 def test_a_wrong_password_is_unavailable_and_shown_nowhere(databases, monkeypatch):
-    monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 3)
+    monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 8)
     with pytest.raises(StoreUnavailable) as error:
         Store(PostgresServer(databases.server.url("postgres"), "wrong horse"), KEYS)
     assert "password authentication failed" in error.value.reason and "wrong horse" not in error.value.reason
