@@ -5289,12 +5289,23 @@ class BrokerStore(Database):
             LeaseRow._make, "SELECT name, holder, until FROM leases WHERE name = :name", {"name": name}
         )
 
-    def leases(self, prefix: str, now: float) -> set[str]:
-        """Returns the names of the leases held now that begin with `prefix`."""
+    def callbacks(self, now: float, seen_since: float) -> set[str]:
+        """Returns the names of the leases of callbacks under way, here or at a broker seen since then."""
         found = self._all(
             only,
-            "SELECT name FROM leases WHERE name LIKE :pattern AND until > :now",
-            {"pattern": prefix + "%", "now": now},
+            """
+            SELECT name
+            FROM leases
+            WHERE name LIKE 'callback %'
+              AND until > :now
+              AND (
+                holder LIKE :ours
+                OR EXISTS (
+                  SELECT 1 FROM brokers WHERE leases.holder LIKE instance || ' %' AND seen_at >= :seen_since
+                )
+              )
+            """,
+            {"now": now, "seen_since": seen_since, "ours": self.holder + " %"},
         )
         return set(found)
 
@@ -7727,6 +7738,12 @@ class Pairs:
         self._store.save_credential(sub, box, *numbers, unsaved.began, unsaved.seq)
 
 
+def callbacks_under_way(store: Store, clock: SteadyClock) -> frozenset[str]:
+    """Returns the callbacks that are under way at any broker that lives."""
+    now = clock.now()
+    return frozenset(store.callbacks(now, now - Brokers.GONE))
+
+
 @contextlib.contextmanager
 def callback_lease(store: Store, clock: SteadyClock, name: str, patience: float) -> Iterator[bool]:
     """Holds the lease of a callback; yields False where another still does after `patience` seconds."""
@@ -7852,7 +7869,7 @@ class ForgejoCredentials:
         self._pairs.save_all_pending()
         with self._lock:
             refused = list(self._refused.values())
-        running = self._store.leases(CALLBACKS, self._clock.now()) if refused else set()
+        running = callbacks_under_way(self._store, self._clock) if refused else frozenset()
         for each in refused:
             if not each.callbacks & running:
                 with self._lock:
@@ -8041,7 +8058,7 @@ class ForgejoCredentials:
         until the callbacks that are under way now have ended.
         """
         self._store.end_lease(f"user {user.sub}", self._store.holder)
-        callbacks = frozenset(self._store.leases(CALLBACKS, self._clock.now()))
+        callbacks = callbacks_under_way(self._store, self._clock)
         if callbacks:
             with self._lock:
                 self._refused[user.sub] = Refused(user, reason, callbacks)
@@ -15058,9 +15075,19 @@ class Reaper:
             self._unseen.append(reader)  # its grant may have ended since it was let in
 
     def run(self) -> None:
-        """Ticks until stopped."""
+        """Ticks until stopped.
+
+        A database that is away holds up what is asked of it, and nothing that children and calls wait for.
+        """
+        if self._store.is_shared:
+            threading.Thread(target=self._run, args=(self._tick_store,), daemon=True, name="reaper").start()
+            self._run(self._tick_memory)
+        else:
+            self._run(self.tick)
+
+    def _run(self, tick: Callable[[], object]) -> None:
         while not self._stop.wait(0.5):
-            self.tick()
+            tick()
 
     def stop(self) -> None:
         """Ends run()."""
@@ -15072,15 +15099,23 @@ class Reaper:
         Raises nothing. A step that fails, for one session or for all, is
         logged and done again by the next round; the other steps go on.
         """
+        self._tick_memory()
+        self._tick_store()
+
+    def _tick_memory(self) -> None:
+        """What asks nothing of the store."""
         self._step(self._compare_clocks)
-        now = self._clock.now()
         self._step(self._log.flush)
-        self._step(self._log_operators)
         self._step(self._launcher.tick)
         for session in self._sessions.all():
             self._step(self._tick_session, session)
         self._step(self._kept.expire)
         self._step(self._trimmer.tick, time.monotonic(), self._sessions.is_quiet)
+
+    def _tick_store(self) -> None:
+        """What asks or changes the store."""
+        now = self._clock.now()
+        self._step(self._log_operators)
         self._step(self._end_what_was_revoked, now)
         self._step(self._brokers.report, self._acted_at)
         self._step(self._upstream.settle)
@@ -15092,9 +15127,17 @@ class Reaper:
             self._step(self._sessions.unload, monotonic - max(60, self._settings.session_idle_timeout))
         if monotonic >= self._next_sweep:
             self._next_sweep = monotonic + 60
-            now -= self._clock.leap()  # what only a step of the clock expires stays
-            self._step(self._forget, "grant ended", self._store.end_orphaned_sessions, now)
-            self._step(self._forget, "expired", self._store.sweep, now, self._settings.session_lifetime)
+            self._step(self._sweep, now - self._clock.leap())  # what only a step of the clock expires stays
+
+    def _sweep(self, now: float) -> None:
+        """Drops rows that have had their time; of several brokers one does so, for a minute."""
+        if self._store.is_shared:
+            if not self._store.take_lease(
+                "sweep", self._store.holder, self._clock.now(), self._clock.now() + 50
+            ):
+                return
+        self._step(self._forget, "grant ended", self._store.end_orphaned_sessions, now)
+        self._step(self._forget, "expired", self._store.sweep, now, self._settings.session_lifetime)
 
     def _log_operators(self) -> None:
         """Logs what operators' commands have done, and which sessions ended, once over all brokers.

@@ -383,6 +383,9 @@ def stop_reapers(brokers):
     """No broker refreshes by itself from now on."""
     for member in brokers.all:
         member.broker.reaper.stop()
+    for thread in threading.enumerate():
+        if thread.name == "reaper":
+            thread.join(30)
 
 
 def test_a_broker_that_died_over_a_refresh_holds_others_up_no_longer_than_its_lease(
@@ -410,12 +413,16 @@ def test_while_another_broker_refreshes_calls_go_on_with_the_token_that_is_still
     a.store.end_lease(f"user {user_row(a).sub}", "dead")
 
 
-def test_a_refusal_waits_for_the_callback_at_another_broker_that_may_have_caused_it(make_brokers):
+def test_a_refusal_waits_for_the_callback_at_another_broker_that_may_have_caused_it(
+    make_brokers, monkeypatch
+):
+    monkeypatch.setattr(fjmcp_broker.Brokers, "GONE", 7200.0)  # the clock leaps over their reports
     brokers = make_brokers(**LASTING)
     a, b = brokers.all
     mcp = a.session()
-    brokers.clock.advance(3590)
     brokers.forgejo.inject(TOKEN, oauth_error("invalid_grant", "replaced by the login"), method="POST")
+    stop_reapers(brokers)
+    brokers.clock.advance(3590)
     with b.broker.upstream.callback():
         with pytest.raises(fjmcp_broker.UpstreamDown):
             a.broker.upstream.refresh(user_row(a).sub)
@@ -424,19 +431,37 @@ def test_a_refusal_waits_for_the_callback_at_another_broker_that_may_have_caused
     assert user_row(a).status == "active" and who(a.at(mcp)) == "alice"
 
 
-def test_a_refusal_is_believed_once_the_callback_at_another_broker_has_ended_without_a_login(make_brokers):
+def test_a_refusal_is_believed_once_the_callback_at_another_broker_has_ended_without_a_login(
+    make_brokers, monkeypatch
+):
+    monkeypatch.setattr(fjmcp_broker.Brokers, "GONE", 7200.0)  # the clock leaps over their reports
     brokers = make_brokers(**LASTING)
     a, b = brokers.all
     mcp = a.session()
     brokers.forgejo.revoke_grant("alice", brokers.app.client_id)
+    stop_reapers(brokers)
     brokers.clock.advance(3590)
     with b.broker.upstream.callback():
         with pytest.raises(fjmcp_broker.UpstreamDown):
             a.broker.upstream.refresh(user_row(a).sub)
         a.broker.upstream.settle()
         assert user_row(a).status == "active"
+    a.broker.upstream.settle()
     a.log.wait("logged_out_upstream")
     assert mcp.post(LIST).status == 401
+
+
+def test_a_refusal_does_not_wait_for_the_callback_of_a_broker_that_is_gone(make_brokers):
+    brokers = make_brokers(**LASTING)
+    a, b = brokers.all
+    a.session()
+    brokers.forgejo.revoke_grant("alice", brokers.app.client_id)
+    stop_reapers(brokers)
+    brokers.clock.advance(3590)
+    now = brokers.clock.now()
+    assert a.store.take_lease("callback x", f"{'0' * 16} dead", now, now + 80)
+    with pytest.raises(fjmcp_broker.LoggedOut):
+        a.broker.upstream.refresh(user_row(a).sub)
 
 
 def failing(store, monkeypatch, method):
@@ -478,6 +503,43 @@ def test_a_pair_of_an_older_refresh_never_replaces_a_newer_one(make_brokers):
     numbers = (row.credential_grant, row.credential_count, 0.0, 0.0, row.credential_order)
     assert a.store.save_credential(row.sub, b"old", *numbers, row.credential_seq) is None
     assert user_row(a).credential == newer.credential
+
+
+# -- the database
+
+
+def test_a_database_that_does_not_answer_holds_up_no_child_that_is_to_stop(make_brokers, monkeypatch):
+    brokers = make_brokers(1)
+    (a,) = brokers.all
+    a.session()
+    asked, on = threading.Event(), threading.Event()
+
+    def silent(_most):
+        asked.set()
+        on.wait(60)
+        raise fjmcp_broker.StoreUnavailable("no answer in time")
+
+    monkeypatch.setattr(a.store, "operator_records", silent)
+    assert asked.wait(30)
+    brokers.clock.advance(901)
+    stopped = a.log.wait("child_stopped")[0]["reason"]
+    on.set()
+    assert stopped == "idle"
+
+
+def test_rows_that_have_had_their_time_are_dropped_by_one_broker(make_brokers, monkeypatch):
+    brokers = make_brokers(3)
+    swept = []
+    for member in brokers.all:
+        real = member.store.sweep
+        monkeypatch.setattr(
+            member.store,
+            "sweep",
+            lambda *given, real=real, name=member.name: swept.append(name) or real(*given),
+        )
+    for member in brokers.all:
+        member.broker.reaper._sweep(brokers.clock.now())
+    assert swept == ["a"]
 
 
 # -- what operators do

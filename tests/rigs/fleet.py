@@ -13,7 +13,7 @@ import fjmcp_broker
 from rigs.broker_process import BrokerProcess, toml
 from rigs.browser import Browser
 from rigs.mcp_client import McpClient, OAuthClient
-from rigs.postgresql import PASSWORD
+from rigs.postgresql_server import PASSWORD
 from rigs.processes import await_end
 from rigs.rig import CHILD
 
@@ -88,7 +88,7 @@ class FleetMember:
 
 
 class Fleet:
-    """`count` brokers of a new database of `server` (a rigs.postgresql.Server).
+    """`count` brokers of a new database of `server` (a rigs.postgresql_server.Server).
 
     People come to `url`: to a proxy by `routes`, or to one broker by the member's.
     """

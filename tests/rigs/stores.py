@@ -8,7 +8,7 @@ import time
 import pytest
 
 import fjmcp_broker
-from rigs.postgresql import PASSWORD
+from rigs.postgresql_server import PASSWORD
 
 ENGINES = ("sqlite", pytest.param("postgresql", marks=pytest.mark.real("postgresql")))
 KEYS = fjmcp_broker.Keyring([b"k" * 32])

@@ -5,7 +5,7 @@ A database for each test, a server that restarts, dies, and is replaced by its s
 
 import pytest
 
-from rigs.postgresql import PASSWORD
+from rigs.postgresql_server import PASSWORD
 
 pytestmark = pytest.mark.real("postgresql")
 

@@ -571,10 +571,13 @@ def besiege(seed, seconds):
 
 def run_fleet(options):
     """The same with several brokers; PostgreSQL is the suite's, or this machine's."""
-    from rigs.real_parts import outcome_of, parts_here
+    sys.path.insert(0, str(BROKER.parent))
+    import run as suite
     from tools import fleet_chaos
 
-    state, program = outcome_of(*parts_here()["postgresql"])
+    cache = os.environ.get("FJMCP_CACHE") or suite.ROOT / ".cache"
+    folder, installer = suite.real_parts(cache, suite.probe_python(sys.executable))["postgresql"]
+    state, program = suite.install(folder, lambda place: installer(place, suite.Commands()))
     if state != "ok":
         raise SystemExit(f"there is no PostgreSQL: {program}")
     binaries = Path(program).parent

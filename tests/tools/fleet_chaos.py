@@ -22,7 +22,7 @@ from rigs.browser import Browser
 from rigs.fake_forgejo import FakeForgejo
 from rigs.fleet import Fleet
 from rigs.mcp_client import McpClient, OAuthClient
-from rigs.postgresql import Server
+from rigs.postgresql_server import Server
 from tools import chaos
 
 # The broker, ended like `kill -9` at a chosen commit: just before it, or after it.

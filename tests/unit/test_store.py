@@ -590,7 +590,7 @@ MAY_SCAN = {
     "bound_to": "at the start: whether there is any user",
     "_check_key": "at the start: whether there is any credential",
     "sweep": "leases: one for each user whose credential is being refreshed, and each login under way",
-    "leases": "the same",
+    "callbacks": "the same",
     "brokers": "a handful",
     "report_broker": "a handful",
     "forget_broker": "leases, as above",

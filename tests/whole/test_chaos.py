@@ -1,8 +1,10 @@
 """A short run of tests/tools/chaos.py, and by name every failure that a run of it has found."""
 
+from pathlib import Path
+
 import pytest
 
-from tools import chaos, hostile
+from tools import chaos, fleet_chaos, hostile
 
 
 @pytest.mark.timeout(300)  # a few seconds where nothing else runs; what hangs is found by the run itself
@@ -33,6 +35,23 @@ def test_each_disturbance_does_what_it_says(tmp_path, name):
         ]
     finally:
         world.close()
+
+
+@pytest.mark.real("postgresql")
+@pytest.mark.timeout(900, func_only=True)
+@pytest.mark.parametrize(
+    "seed, only",
+    [
+        (1, {"kill_broker", "crash_at_a_commit"}),
+        (2, {"kill_database", "restart_database", "fail_over", "refresh_everybody"}),
+    ],
+)
+def test_brokers_and_their_database_die_and_nothing_is_lost(real_part, scale, seed, only):
+    binaries = Path(real_part("postgresql")).parent
+    steps = scale(3, 40)
+    only = None if steps > 3 else only
+    counts = fleet_chaos.run(seed, binaries, steps=steps, say=lambda text: None, only=only)
+    assert counts["steps"] == steps and counts["calls: answered"] > 30
 
 
 @pytest.mark.timeout(300)
