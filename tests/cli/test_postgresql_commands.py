@@ -91,7 +91,7 @@ def findings(place, monkeypatch, **facts):
 
 def test_check_tries_the_database(place, monkeypatch):
     found = findings(place, monkeypatch, fsync="on")
-    assert [level for level, _ in found] == ["ok", "ok"]
+    assert {level for level, _ in found} == {"ok"}
     assert "answers: PostgreSQL" in found[0][1] and "opens with this key" in found[1][1]
 
 
