@@ -14,7 +14,7 @@ import pytest
 import fjmcp_broker
 from fjmcp_broker import ConfigurationError, PostgresServer, Store, StoreUnavailable, token_hash
 from rigs.cut_wire import COMMIT, CutWire
-from rigs.postgresql import AS_NOBODY, free_port
+from rigs.postgresql_server import AS_NOBODY, free_port
 from rigs.rig import rows
 from rigs.stores import KEYS
 
