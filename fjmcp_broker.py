@@ -2866,7 +2866,7 @@ def postgresql_value(value: object) -> tuple[int, bytes | None]:
     if isinstance(value, bytes):
         return BYTEA, value
     # SQLite can keep NUL in a text, PostgreSQL cannot.
-    return TEXT, str(value).replace("\0", "\N{REPLACEMENT CHARACTER}").encode()
+    return TEXT, str(value).replace("\0", "\ufffd").encode()
 
 
 @functools.cache
