@@ -15551,7 +15551,8 @@ class Exchange:
         self.caller = caller
         self._services = services
         self._is_listed = is_listed  # where no child of its own tells
-        self._records: list[tuple[Message, ToolCallRecord]] = []
+        # By identity: a batch may hold thousands. The message is kept, so no other has its id().
+        self._records: dict[int, tuple[Message, ToolCallRecord]] = {}
         self.is_heavy = False  # whether its body and what is in it take much memory
 
     def begin_record(self, message: Message) -> None:
@@ -15564,7 +15565,7 @@ class Exchange:
         write = functools.partial(self._services.write_tool_call, caller.grant_id)
         record = ToolCallRecord(who, name, write)
         record.is_listed = self._is_listed
-        self._records.append((message, record))
+        self._records[id(message)] = (message, record)
 
     def begin_unserved(self) -> None:
         """Puts on record what a POST asks that is refused for its user's sake, as far as it has arrived."""
@@ -15579,12 +15580,12 @@ class Exchange:
 
     def record_of(self, message: Message, session: Session) -> ToolCallRecord | None:
         """Returns the record of a message, for its call to write."""
-        for each, record in self._records:
-            if each is message:
-                record.session = session.label
-                record.is_listed = session.lists
-                return record
-        return None
+        if id(message) not in self._records:
+            return None
+        _, record = self._records[id(message)]
+        record.session = session.label
+        record.is_listed = session.lists
+        return record
 
     def owner_of_state(self, message: Message) -> Callable[[], str]:
         """Returns a function that returns what a requestState of this message is bound to.
@@ -15596,11 +15597,11 @@ class Exchange:
 
     def drop_records(self) -> None:
         """It is no call of its own, but the retry of one."""
-        self._records = []
+        self._records = {}
 
     def end_records(self, error: BaseException) -> None:
         """No call came of it, or none that was sent."""
-        for _, record in self._records:
+        for _, record in self._records.values():
             record.write(outcome_of_error(error))
 
 
