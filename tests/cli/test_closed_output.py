@@ -131,12 +131,16 @@ def test_closed_streams_are_not_given_to_the_store(broker):
 def test_an_interrupted_command_ends_as_by_sigint_without_a_traceback():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = "http://127.0.0.1:%d" % silent.getsockname()[1]
-        process = subprocess.Popen(
-            [sys.executable, "-I", BROKER, "doctor", url],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        here = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", BROKER, "doctor", url],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, here)
         with silent.accept()[0]:  # it waits for an answer
             process.send_signal(signal.SIGINT)
             _, said = process.communicate(timeout=60)
