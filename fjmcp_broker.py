@@ -5533,7 +5533,7 @@ LONE_SURROGATE = re.compile(
     rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 )
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-ENVELOPE = re.compile(rb'\{"jsonrpc":"2\.0","id":(0|[1-9][0-9]{0,14}),"(result":\{|error":)')
+ENVELOPE = re.compile(rb'\{"jsonrpc":"2\.0","id":(0|[1-9][0-9]{0,14}),"result":')
 # U+0085, U+2028 and U+2029, which some readers of event streams take for the end of a line.
 LINE_SEPARATORS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 Kind = TypeVar("Kind")
@@ -5570,6 +5570,7 @@ def _finite_or_null(text: str) -> float | None:
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
 _CHILD = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite_or_null)
+_STRICT_NUMBERS = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 _LENIENT = json.JSONDecoder(strict=False)
 # Made once: json.dumps would make one a call.
 _ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False)
@@ -5647,9 +5648,23 @@ def read_json(body: bytes) -> object:
     return _decode(_STRICT, body)
 
 
+class PlainResult(dict[str, object]):
+    """A child's answer as its line has it: the envelope, then the result, and nothing else.
+
+    Another reader finds in such a line what the broker found, so it may go on with its bytes.
+    """
+
+
 def read_child_json(line: bytes) -> object:
     """Returns the value of a child's line: JSON of at most MAX_CHILD_VALUES values; else ValueError."""
     _check_values(line, MAX_CHILD_VALUES)
+    match = ENVELOPE.match(line)
+    if match and b"\r" not in line:
+        with contextlib.suppress(ValueError, RecursionError):  # else it is read as any other line
+            text = without_lone_surrogates(line).decode("utf-8")
+            result, end = _STRICT_NUMBERS.raw_decode(text, match.end())
+            if text[end:] == "}":
+                return PlainResult(jsonrpc="2.0", id=int(match[1]), result=result)
     return _decode(_CHILD, line)
 
 
@@ -5668,7 +5683,7 @@ def id_of_bad_line(line: bytes) -> object:
 
 
 ANSWER_HEAD = re.compile(
-    rb'\s*\{\s*"jsonrpc"\s*:\s*"2\.0"\s*,\s*"id"\s*:\s*([0-9]{1,15})\s*,\s*"(?:result|error)"'
+    rb'\s*(?:\[\s*)?\{\s*"jsonrpc"\s*:\s*"2\.0"\s*,\s*"id"\s*:\s*([0-9]{1,15})\s*,\s*"(?:result|error)"'
 )
 LINE_HEAD = 200  # bytes at the beginning of a line that may say whose answer it is
 
@@ -5742,7 +5757,8 @@ def classify(value: object) -> Message:
         raise ValueError("a response has an id, and either result or error")
     if "error" in value:
         error = value["error"]
-        if not isinstance(error, dict) or not isinstance(error.get("code"), int):
+        code = member(error, "code", int, None)
+        if code is None or abs(code) >= 2**63:
             raise ValueError("an error must be an object with a code")
     return Message("response", value["id"], "", None, value)
 
@@ -5859,29 +5875,23 @@ def with_id(
 ) -> bytes:
     """Returns a child's answer with its id replaced and `extra` members in its result.
 
-    A line whose envelope leaves no doubt keeps its bytes: a large result is not written anew.
+    A PlainResult keeps its bytes: a large result is not written anew.
     """
     line = escape_line_separators(line)
-    match = ENVELOPE.match(line)
-    if match and _is_plain(line, message, match):
+    match = ENVELOPE.match(line) if isinstance(message.body, PlainResult) else None
+    if match:
         head = line[: match.start(1)] + dump(request_id)
         if not extra:
             return b"".join((head, memoryview(line)[match.end(1) :]))
-        if match[2] == b'result":{':
+        if line[match.end() : match.end() + 1] == b"{":
             more = dump(extra)[1:-1]
             if message.body["result"]:
                 more += b","
-            return head + line[match.end(1) : match.end()] + more + line[match.end() :]
+            return head + line[match.end(1) : match.end() + 1] + more + line[match.end() + 1 :]
     body = {**message.body, "id": request_id}
     if extra:
         body["result"] = {**body["result"], **extra}
     return dump(body)
-
-
-def _is_plain(line: bytes, message: Message, envelope: re.Match[bytes]) -> bool:
-    """Returns whether the line's first id is the only one, and nothing follows the message in the line."""
-    members = {"jsonrpc", "id", "result", "error"}
-    return int(envelope[1]) == message.id and message.body.keys() <= members and b"\r" not in line
 
 
 # ============================================================================================================
@@ -6809,14 +6819,16 @@ def plain_reason(error: object) -> str:
 
 
 class _Socket(io.RawIOBase):
-    """A socket for http.client with one deadline over a whole answer.
+    """A socket for http.client with one deadline and one cap over a whole answer, its heads included.
 
-    A time-out for each read would start anew at each byte.
+    A time-out for each read would start anew at each byte; http.client reads interim answers, chunks and
+    trailers without end.
     """
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    def __init__(self, sock: socket.socket, deadline: float, most: int) -> None:
         self._sock = sock
         self._deadline = deadline
+        self._left = most
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """Returns what http.client reads the answer from."""
@@ -6827,9 +6839,13 @@ class _Socket(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Reads what is there. Raises TimeoutError at the deadline."""
+        """Reads what is there. Raises TimeoutError at the deadline, FetchFailed above the cap."""
         self._sock.settimeout(_time_left(self._deadline))
-        return self._sock.recv_into(buffer)
+        size = self._sock.recv_into(buffer)
+        self._left -= size
+        if self._left < 0:
+            raise FetchFailed("the answer is too large")
+        return size
 
     def sendall(self, data: bytes) -> None:
         """Sends all of the data. Raises TimeoutError at the deadline."""
@@ -6845,6 +6861,8 @@ LOOKUPS = threading.BoundedSemaphore(64)
 STRANGERS_LOOKUPS = threading.BoundedSemaphore(64)
 # Addresses of a name that are tried.
 MAX_ADDRESSES = 16
+# Bytes of an answer beside its body.
+MAX_ANSWER_HEAD = 1 << 17
 
 
 def resolve_name(host: str) -> list[str]:
@@ -6993,7 +7011,7 @@ def fetch(
     try:
         reached = list(addresses) or resolve_until(end, host, resolve_name, LOOKUPS)
         sock = open_socket(parts, reached, end, ca_file, connect)
-        connection.sock = _Socket(sock, end)
+        connection.sock = _Socket(sock, end, cap + MAX_ANSWER_HEAD)
         return _exchange(connection, method, parts, headers, body, cap, on_data)
     except (OSError, http.client.HTTPException, ValueError) as error:
         away = isinstance(error, (ConnectionError, TimeoutError))
@@ -7118,6 +7136,11 @@ def jwt_claims(token: object) -> dict[str, object]:
     return claims if isinstance(claims, dict) else {}
 
 
+def is_token(text: str) -> bool:
+    """Returns whether a text can stand in a header and an environment (RFC 6749 A.12), and be sealed."""
+    return bool(re.fullmatch(r"[\x21-\x7e]{1,8192}", text))
+
+
 def _number(claims: Mapping[str, object], name: str) -> int:
     """Returns a claim that counts something, 0 where there is none."""
     value = member(claims, name, int, 0)
@@ -7163,7 +7186,8 @@ class Credential:
         access = member(answer, "access_token", str, "")
         refresh = answer.get("refresh_token") or old_refresh
         token_type = str(answer.get("token_type")).lower()
-        if not access or not isinstance(refresh, str) or token_type != "bearer":
+        is_usable = is_token(access) and isinstance(refresh, str) and is_token(refresh)
+        if not is_usable or not isinstance(refresh, str) or token_type != "bearer":
             raise UpstreamDown("Forgejo's token answer is incomplete")
         claims = jwt_claims(refresh)
         identity = jwt_claims(member(answer, "id_token", str, ""))
@@ -7345,7 +7369,7 @@ class Forgejo:
             raise UpstreamDown(f"userinfo answers {unexpected(answer)}")
         sub = member(value, "sub", str, "")
         login = member(value, "preferred_username", str, "")
-        if not re.fullmatch(r"[1-9][0-9]{0,18}", sub) or not login:
+        if not re.fullmatch(r"[1-9][0-9]{0,18}", sub) or not (0 < len(login) < 256 and login.isprintable()):
             raise UpstreamDown("userinfo names nobody")
         groups = (group for group in member(value, "groups", list, []) if isinstance(group, str))
         return UserInfo(sub, login, member(value, "name", str, ""), tuple(groups))
@@ -11699,21 +11723,19 @@ class Listing:
         return list_digest(self.result, "tools")
 
     @classmethod
-    def of(cls, line: bytes, result: object) -> Listing | None:
+    def of(cls, line: bytes, body: dict[str, object]) -> Listing | None:
         """Returns what to remember of an answer's line: nothing if it says more than its result."""
         match = ENVELOPE.match(line) if len(line) <= cls.LONGEST else None
-        if not match or match[2] != b'result":{':
+        if not match or not isinstance(body, PlainResult):
             return None
-        rest = line[match.end(1) :]
-        again = read_child_json(b"{" + rest[1:])  # without its id: with another one in it, that is there
-        return cls(rest, result) if again == {"result": result} else None
+        return cls(line[match.end(1) :], body["result"])
 
     def read(self, line: bytes) -> dict[str, object] | None:
         """Returns what a line says that is this answer but for the id, None for any other."""
         match = ENVELOPE.match(line)
         if not match or len(line) - match.end(1) != len(self.rest) or not line.endswith(self.rest):
             return None
-        return {"jsonrpc": "2.0", "id": int(match[1]), "result": self.result}
+        return PlainResult(jsonrpc="2.0", id=int(match[1]), result=self.result)
 
 
 class Program:
@@ -11742,7 +11764,7 @@ class Program:
         result = member(answer.message.body, "result", dict, {})
         is_known = self.listing is not None and self.listing.result is result
         if "tools" in result and "nextCursor" not in result and not is_known:
-            self.listing = Listing.of(answer.line, result)
+            self.listing = Listing.of(answer.line, answer.message.body)
 
 
 class OpenQuestion:

@@ -362,6 +362,7 @@ def test_J08_what_a_child_says_out_of_turn_is_dropped_and_the_call_goes_on(make_
 
 
 ANSWER = {"content": [{"type": "text", "text": "meant"}]}
+PACKED = json.dumps(ANSWER, separators=(",", ":")).encode()
 
 
 @pytest.fixture
@@ -381,13 +382,32 @@ def unjudged(monkeypatch):
             {"id": None, "method": "notifications/message", "params": None},
             {"id": number, "result": ANSWER},
         ],
+        lambda number: b'{"jsonrpc":"2.0","id":%d,"result":%s,"id":%d}' % (number, PACKED, number),
+        lambda number: b'{"jsonrpc":"2.0","id":%d,"result":%s,"\\u0069d":%d}' % (number, PACKED, number),
+        lambda number: b'{"jsonrpc":"2.0","id":%d,"result":{"a":1},"result":%s}' % (number, PACKED),
     ],
-    ids=["error null", "a fraction", "every member", "a batch of one", "a batch"],
+    ids=[
+        "error null",
+        "a fraction",
+        "every member",
+        "a batch of one",
+        "a batch",
+        "the id twice",
+        "the id twice in two spellings",
+        "two results",
+    ],
 )
 @pytest.mark.usefixtures("unjudged")
 def test_a_childs_sloppy_answer_is_taken_as_it_is_meant(make_rig, control, change):
     seen = answered_by(make_rig, control, change)
     assert seen == ANSWER
+
+
+def test_a_number_that_no_double_holds_reaches_no_client_however_the_child_writes_its_answer(
+    make_rig, control
+):
+    line = b'{"jsonrpc":"2.0","id":%d,"result":{"content":[],"structuredContent":{"v":1e400}}}'
+    assert answered_by(make_rig, control, lambda number: line % number)["structuredContent"] == {"v": None}
 
 
 @pytest.mark.parametrize(
@@ -411,6 +431,10 @@ def test_a_childs_sloppy_error_is_taken_as_it_is_meant(make_rig, control, change
         b'{"id":%d,"result":{}}',
         b'{"jsonrpc":"2.0","id":%d,"error":"no"}',
         b'{"jsonrpc":"2.0","id":%d,"error":{"code":"ECONNREFUSED","message":"no"}}',
+        b'{"jsonrpc":"2.0","id":%d,"error":{"code":true,"message":"no"}}',
+        b'{"jsonrpc":"2.0","id":%d,"error":{"code":1e300,"message":"no"}}',
+        b'{"jsonrpc":"2.0","id":%d,"error":{"code":' + b"9" * 100 + b',"message":"no"}}',
+        b'[{"jsonrpc":"2.0","id":%d,"result":' + b"[" * 100_000 + b"]" * 100_000 + b"}]",
         b'{"jsonrpc":"2.0","id":%d,"error":{"code":-32603,"message":["no"]}}',
         b'{"jsonrpc":"2.0","id":%d,"error":{"code":-32603}}',
         b'{"jsonrpc":"2.0","id":%d,"result":{"structuredContent":{"v":NaN}}}',

@@ -3,6 +3,7 @@
 Used end to end, and attacked.
 """
 
+import contextlib
 import gzip
 import json
 import socket
@@ -351,6 +352,33 @@ def test_S08_an_answer_that_is_too_large_or_never_ends_is_let_go_of(cimd, web):
     with ThreadPoolExecutor(len(urls)) as pool:
         assert all(pool.map(lambda url: refused(cimd, url) or ask(cimd, url).status == 503, urls))
     assert ask(cimd, web.publish({**MINE, "client_id": "https://app.example/after"})).status == 200
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(OVERLONG[name] for name in ("continue", "no end")),
+        endless(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n", b"x" * 1000),
+        endless(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"X: y\r\n" * 100),
+        endless(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n" * 100),
+    ],
+)
+def test_S08_all_bytes_of_an_answer_are_counted_not_only_those_of_its_body(answer):
+    ended = threading.Event()
+
+    def serve():
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            answer(connection, ended)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(fjmcp_broker.FetchFailed, match="^the answer is too large$"):
+            fjmcp_broker.fetch("GET", f"http://127.0.0.1:{listener.getsockname()[1]}/", cap=5120, deadline=60)
+        ended.set()
+        thread.join()
 
 
 @pytest.mark.parametrize(

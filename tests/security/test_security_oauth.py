@@ -637,6 +637,11 @@ def test_K06_K07_an_ambiguous_answer_or_one_of_another_issuer_is_refused_and_bur
         (fake_forgejo.cut_body(), "temporarily_unavailable"),
         (fake_forgejo.json_override({"access_token": MISSING}), "temporarily_unavailable"),
         (fake_forgejo.json_override({"access_token": 5}), "temporarily_unavailable"),
+        (fake_forgejo.json_override({"access_token": "x" * 100_000}), "temporarily_unavailable"),
+        (fake_forgejo.json_override({"access_token": "a\0b"}), "temporarily_unavailable"),
+        (fake_forgejo.json_override({"access_token": "a\nX: y"}), "temporarily_unavailable"),
+        (fake_forgejo.json_override({"refresh_token": "\u00fc"}), "temporarily_unavailable"),
+        (fake_forgejo.json_override({"refresh_token": "x" * 100_000}), "temporarily_unavailable"),
         (fake_forgejo.json_override({"token_type": "mac"}), "temporarily_unavailable"),
         (fake_forgejo.json_override(lambda value: [value]), "temporarily_unavailable"),
         (fake_forgejo.oauth_error("invalid_grant"), "server_error"),
@@ -658,6 +663,13 @@ def test_K08_a_senseless_life_of_forgejos_token_is_not_believed(rig, client, lif
     client.redeem(code_for(client))
     left = rig.broker.store.user("1001").access_expires_at - rig.clock.now()
     assert 0 < left <= 3600 and bearer_status(rig, client.tokens["access_token"]) == 200
+
+
+@pytest.mark.parametrize("login", ["x" * 5000, "a\nb", "\u202eecila", "", 5])
+def test_K10_a_login_is_a_short_text_of_characters_that_are_seen(rig, client, login):
+    rig.forgejo.inject("/login/oauth/userinfo", fake_forgejo.json_override({"preferred_username": login}))
+    answer = query_of(approve_login(Browser(), client.authorize_url(), "alice", "secret"))
+    assert answer["error"] == "temporarily_unavailable" and count(rig, "users") == 0
 
 
 @pytest.mark.parametrize("sub", ["2002", 0, "", "1001 ", "01001", [1001], "0", -1, "alice", None])

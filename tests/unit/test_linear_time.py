@@ -334,7 +334,7 @@ READERS = {
     "a line of a child": fjmcp_broker.read_child_json,
     "an answer of a child": lambda text: fjmcp_broker.with_id(
         b'{"jsonrpc":"2.0","id":1,"result":' + text + b"}",
-        fjmcp_broker.Message("response", 1, "", None, {"result": {}}),
+        fjmcp_broker.Message("response", 1, "", None, fjmcp_broker.PlainResult(result={})),
         2,
     ),
     "an answer of Forgejo": lambda text: fjmcp_broker.Fetched(

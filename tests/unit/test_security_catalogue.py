@@ -26,7 +26,7 @@ CASES = {
     "T": 22,
     "U": 12,
     "X": 14,
-    "Y": 52,
+    "Y": 54,
 }
 ROWS = re.findall(r"^\| ([A-Z][0-9]{2}) \| (.*?) \| (.*) \|$", PAGE, re.MULTILINE)
 NUMBERED_OTHERWISE = {"test_clients.py"}  # its numbers are those of what clients need
