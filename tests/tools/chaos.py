@@ -133,6 +133,15 @@ class Seat:
 class World:
     """The broker, its surroundings and the people in front of it."""
 
+    explained = EXPLAINED
+    settings = {
+        "session_idle_timeout": "2s",
+        "stop_timeout": "1s",
+        "request_timeout": "20s",
+        "max_sessions": str(MAX_CHILDREN),
+        "max_sessions_per_user": str(MAX_CHILDREN_OF_USER),
+    }
+
     def __init__(self, folder, seed, *, seats=2, tmpfs=True):
         self.folder, self.random, self.counts = Path(folder), random.Random(seed), collections.Counter()
         self._habits, self._number, self._lock = random.Random(f"habits {seed}"), 0, threading.Lock()
@@ -146,18 +155,11 @@ class World:
             self.folder,
             self.forgejo,
             CHILD,
-            session_idle_timeout="2s",
-            stop_timeout="1s",
-            request_timeout="20s",
-            max_sessions=str(MAX_CHILDREN),
-            max_sessions_per_user=str(MAX_CHILDREN_OF_USER),
+            **self.settings,
         )
         self.installation.write(**{**self.installation.settings, "store_path": str(self.store)})
         self.broker = self.installation.start()
-        for user in USERS:
-            for _ in range(seats):
-                self.sit_down(user)
-            self.sit_down(user, self.seats[-1].oauth)
+        self.sit_all_down(seats)
 
     def _small_disk(self):
         """A tmpfs that can be filled, where this machine lets us mount one."""
@@ -168,6 +170,12 @@ class World:
         )
         return place if done.returncode == 0 else None
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc):
+        self.close()
+
     def close(self):
         self.installation.close()
         self.forgejo.stop()
@@ -175,6 +183,13 @@ class World:
             subprocess.run(["umount", self.disk], check=True)
 
     # -- people
+
+    def sit_all_down(self, seats):
+        """Everybody opens a session in each of so many applications, and another in the last of them."""
+        for user in USERS:
+            for _ in range(seats):
+                self.sit_down(user)
+            self.sit_down(user, self.seats[-1].oauth)
 
     def sit_down(self, user, oauth=None):
         """A person opens a session, with a new application unless one is given."""
@@ -253,7 +268,7 @@ class World:
 
         def keep_using(seat):
             while not over.is_set():
-                self.use(seat, EXPLAINED[kind])
+                self.use(seat, self.explained[kind])
 
         with ThreadPoolExecutor(len(self.seats)) as pool:
             running = [pool.submit(keep_using, seat) for seat in self.seats]
@@ -483,6 +498,10 @@ class World:
             os.listdir(f"/proc/{self.broker.pid}/fd")
         )
 
+    def last_lines(self):
+        """What the log said last."""
+        return self.installation.log_path.read_text().splitlines()[-30:]
+
     def check_leaks(self):
         """At rest, a broker that did much soon has no more than one that just started."""
         self.rest()
@@ -535,7 +554,16 @@ class World:
 
 
 def run(seed, *, steps=None, minutes=None, say=print, tmpfs=True):
-    """Steps until there were enough; the counts.
+    """Steps until there were enough, and what must hold at rest; the counts."""
+    with (
+        tempfile.TemporaryDirectory(prefix="fjmcp-chaos-") as folder,
+        World(folder, seed, tmpfs=tmpfs) as world,
+    ):
+        return take_steps(world, seed, steps, minutes, say, world.check_leaks)
+
+
+def take_steps(world, seed, steps, minutes, say, *checks):
+    """Steps until there were enough, then these checks; the counts.
 
     Violation, with what was done before it, if something must not be.
     """
@@ -546,18 +574,14 @@ def run(seed, *, steps=None, minutes=None, say=print, tmpfs=True):
         done.append(text)
         say(f"{len(done):4}  {text}")
 
-    with tempfile.TemporaryDirectory(prefix="fjmcp-chaos-") as folder:
-        world = World(folder, seed, tmpfs=tmpfs)
-        try:
-            while (steps is None or len(done) < steps) and (deadline is None or time.monotonic() < deadline):
-                world.step(tell)
-            world.check_leaks()
-        except Violation as error:
-            log = world.installation.log_path.read_text().splitlines()[-30:]
-            raise Violation("\n".join([f"seed {seed}, after {done}: {error}", *log])) from error
-        finally:
-            world.close()
-        return world.counts
+    try:
+        while (steps is None or len(done) < steps) and (deadline is None or time.monotonic() < deadline):
+            world.step(tell)
+        for check in checks:
+            check()
+    except Violation as error:
+        raise Violation("\n".join([f"seed {seed}, after {done}: {error}", *world.last_lines()])) from error
+    return world.counts
 
 
 def besiege(seed, seconds):

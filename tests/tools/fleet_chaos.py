@@ -46,11 +46,6 @@ def counted(self, text, until):
 broker.PostgresConnection.command = counted
 sys.exit(broker.main())
 """
-EXPLAINED = {
-    **chaos.EXPLAINED,
-    # No 401: who cannot be asked about ends nobody's login.
-    "database": {"busy", "starting_failed", "upstream_down", "session_ended", "child_died", "tool", 503},
-}
 DATABASE = {"restart_database", "kill_database", "fail_over"}
 
 
@@ -93,6 +88,12 @@ class AllBrokers:
 class World(chaos.World):
     """Brokers, their database, and the people in front of them."""
 
+    explained = {
+        **chaos.EXPLAINED,
+        # No 401: who cannot be asked about ends nobody's login.
+        "database": {"busy", "starting_failed", "upstream_down", "session_ended", "child_died", "tool", 503},
+    }
+
     def __init__(self, folder, seed, binaries, *, count=3, seats=1):
         self.folder, self.random, self.counts = Path(folder), random.Random(seed), collections.Counter()
         self._habits, self._number, self._lock = random.Random(f"habits {seed}"), 0, threading.Lock()
@@ -113,19 +114,12 @@ class World(chaos.World):
             self.forgejo,
             count,
             others=[self.follower],
-            session_idle_timeout="2s",
-            stop_timeout="1s",
-            request_timeout="20s",
-            max_sessions=str(chaos.MAX_CHILDREN),
-            max_sessions_per_user=str(chaos.MAX_CHILDREN_OF_USER),
+            **self.settings,
         )
         self._ends.callback(self.fleet.close)
         self.fleet.start()
         self.broker = AllBrokers(self.fleet)
-        for user in chaos.USERS:
-            for _ in range(seats):
-                self.sit_down(user)
-            self.sit_down(user, self.seats[-1].oauth)
+        self.sit_all_down(seats)
 
     def close(self):
         self._ends.close()
@@ -148,23 +142,6 @@ class World(chaos.World):
             mcp.initialize()
             self.seats.append(Seat(user, oauth, mcp.session_id, self))
         self.counts["sessions opened"] += 1
-
-    def storm(self, kind, disturb):
-        """Use every session at once, again and again, while `disturb` runs."""
-        over = threading.Event()
-
-        def keep_using(seat):
-            while not over.is_set():
-                self.use(seat, EXPLAINED[kind])
-
-        with ThreadPoolExecutor(len(self.seats)) as pool:
-            running = [pool.submit(keep_using, seat) for seat in self.seats]
-            try:
-                disturb()
-            finally:
-                over.set()
-            for future in running:
-                future.result()
 
     # -- disturbances
 
@@ -306,6 +283,14 @@ class World(chaos.World):
         if count < len(self.seats):
             raise chaos.Violation(f"{count} sessions on file of {len(self.seats)}")
 
+    def last_lines(self):
+        """What each broker's log said last."""
+        return [
+            f"{member.name}: {line}"
+            for member in self.fleet.members
+            for line in member.log_path.read_text().splitlines()[-15:]
+        ]
+
     def spent(self):
         """How often each credential at Forgejo was spent."""
         return collections.Counter(
@@ -345,27 +330,10 @@ class World(chaos.World):
 
 def run(seed, binaries, *, count=3, steps=None, minutes=None, say=print, only=None):
     """Steps until there were enough; the counts. Violation if something is that must not be."""
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    done = []
-
-    def tell(text):
-        done.append(text)
-        say(f"{len(done):4}  {text}")
-
-    with tempfile.TemporaryDirectory(prefix="fjmcp-chaos-") as folder:
-        world = World(folder, seed, binaries, count=count)
+    with (
+        tempfile.TemporaryDirectory(prefix="fjmcp-chaos-") as folder,
+        World(folder, seed, binaries, count=count) as world,
+    ):
         if only:
             world.STEPS = [step for step in world.STEPS if step[0].__name__ in only]
-        try:
-            while (steps is None or len(done) < steps) and (deadline is None or time.monotonic() < deadline):
-                world.step(tell)
-        except chaos.Violation as error:
-            logs = [
-                f"{member.name}: {line}"
-                for member in world.fleet.members
-                for line in member.log_path.read_text().splitlines()[-15:]
-            ]
-            raise chaos.Violation("\n".join([f"seed {seed}, after {done}: {error}", *logs])) from error
-        finally:
-            world.close()
-        return world.counts
+        return chaos.take_steps(world, seed, steps, minutes, say)
