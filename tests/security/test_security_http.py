@@ -586,7 +586,7 @@ def test_N05_health_needs_no_login_and_tells_numbers_only(shared):
 
 def test_N05_health_does_not_wait_for_a_writer(make_rig):
     rig = make_rig()
-    with rig.broker.store._write_lock:
+    with rig.broker.store.engine._write_lock:
         assert ask(rig, get(rig)).json()["store"] == "ok"
 
 
