@@ -6439,9 +6439,13 @@ class EventStream:
         It takes over from an older reader.
         """
         with self._changed:
-            if self._reader:
-                self._reader.ended = True
-            self._reader = Reader(self, self._taken if after is None else after)
+            older = self._reader
+            if older:
+                older.ended = True
+            if after is None:
+                self._reader = Reader(self, self._taken, older.sender if older else None)
+            else:
+                self._reader = Reader(self, after)
             self._changed.notify_all()
             return self._reader
 
@@ -6475,24 +6479,31 @@ class EventStream:
 class Reader:
     """One client's reading of an EventStream.
 
-    take(timeout) -> Event, None on time-out; `ended` once there will be no more.
+    take(timeout) -> Event, None on time-out; `ended` once there will be no more. It takes over from `older`.
     """
 
-    def __init__(self, stream: EventStream, cursor: int) -> None:
+    # Seconds in which an older reader's client has what is being sent to it, unless that client is gone.
+    TAKE_OVER = 1.0
+
+    def __init__(self, stream: EventStream, cursor: int, older: Reader | None = None) -> None:
         self.stream = stream
         self.cursor = cursor
         self.ended = False
+        self._is_sending = False  # an item was taken, and is neither acknowledged nor given up
+        self._older = older
 
     def take(self, timeout: float, after: int = 0) -> Event | None:
         """The next item, waiting at most `timeout` seconds; None then, or when the reader has `ended`."""
         stream = self.stream
         with stream._changed:
+            self._take_over()
             while not self.ended:
                 seen = max(self.cursor, after)
                 item = stream._items.get(seen + 1)
                 if item is None and seen < stream._number:
                     item = next((item for item in stream._items.values() if item.number > seen), None)
                 if item is not None:
+                    self._is_sending = True
                     return item
                 if stream.finished:
                     self.ended = True
@@ -6500,9 +6511,27 @@ class Reader:
                     return None
             return None
 
+    @property
+    def sender(self) -> Reader:
+        """Returns the reader that may be sending: the older one, until this one has taken over from it."""
+        return self._older or self
+
+    def _take_over(self) -> None:
+        """Skips what the older reader sends just now: its client may have it before it is acknowledged.
+
+        Under the lock.
+        """
+        older = self._older
+        if older is None:
+            return
+        self.stream._changed.wait_for(lambda: self.ended or not older._is_sending, self.TAKE_OVER)
+        self._older = None
+        self.cursor = max(self.cursor, self.stream._taken)
+
     def ack(self, item: Event) -> None:
         """The item has been handed to the client's socket."""
         with self.stream._changed:
+            self._is_sending = False
             self.cursor = item.number
             self.stream._taken = max(self.stream._taken, item.number)
             self.stream._changed.notify_all()
@@ -6517,6 +6546,7 @@ class Reader:
         stream = self.stream
         with stream._changed:
             self.ended = True
+            self._is_sending = False
             was_last = stream._reader is self
             if was_last:
                 stream._reader = None

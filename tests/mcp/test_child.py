@@ -548,7 +548,7 @@ def test_sessions_opened_and_closed_leave_nothing(make_rig):
     for _ in range(15):
         one()
     wait_for_quiet(rig, 16)
-    assert counts() == before
+    assert all(now <= then for now, then in zip(counts(), before))  # what came before them may end meanwhile
 
 
 def wait_for_quiet(rig, stopped):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import fjmcp_broker
 from rigs.busy_clients import same
 from rigs.heard import answer_of
 from rigs.mcp_client import McpClient, StreamEnded
@@ -270,6 +271,33 @@ def test_a_newer_GET_takes_over_at_once_and_nothing_is_lost_or_sent_twice(contro
         assert streams[-2].ended.wait(30)
     assert taken == list(range(6)) and quiet(streams[-1])
     streams[-1].close()
+
+
+def test_what_an_older_GET_is_sending_as_a_newer_takes_over_is_not_sent_again():
+    stream = fjmcp_broker.EventStream()
+    older = stream.open()
+    stream.put(b"0")
+    sent = older.take(0)
+    in_between, newer = stream.open(), stream.open()  # one that was replaced before it read anything
+    found = in_thread(newer.take, 0.1)
+    older.ack(sent)
+    assert found() is None and in_between.take(0) is None
+    stream.put(b"1")
+    assert newer.take(0).data == b"1"
+
+
+def test_what_an_older_GET_could_not_send_is_for_the_newer(monkeypatch):
+    stream = fjmcp_broker.EventStream()
+    older = stream.open()
+    stream.put(b"0")
+    older.take(0)
+    newer = stream.open()
+    found = in_thread(newer.take, 30)
+    older.close()
+    assert found().data == b"0"
+    newest = stream.open()
+    monkeypatch.setattr(fjmcp_broker.Reader, "TAKE_OVER", 0.0)  # a client that is gone takes nothing any more
+    assert newest.take(0).data == b"0"
 
 
 def test_what_belongs_to_no_request_goes_to_the_GET_stream_of_its_session_only(controlled, control):
