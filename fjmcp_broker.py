@@ -10908,6 +10908,10 @@ class Child:
     show it to a client or a model. `too_long` is the beginning of the line above `max_line` that ended it.
     """
 
+    # Bytes of a piece of a line, below which the next one is added to it: a child that writes two bytes at a
+    # time would else make an object of 35 bytes of each.
+    SMALL = 4096
+
     def __init__(
         self,
         command: Sequence[str],
@@ -11081,7 +11085,10 @@ class Child:
             # Most chunks of a long line end nothing, and to look for one byte is faster than a split.
             pieces = chunk.split(b"\n") if b"\n" in chunk else [chunk]
             for number, piece in enumerate(pieces, 1):
-                parts.append(piece)
+                if parts and len(parts[-1]) < self.SMALL:
+                    parts[-1] += piece
+                else:
+                    parts.append(piece)
                 size += len(piece)
                 if size > self._settings.max_line:
                     self.too_long = b"".join(parts)[:LINE_HEAD]

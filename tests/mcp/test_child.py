@@ -14,6 +14,8 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import types
 from pathlib import Path
 
 import pytest
@@ -193,6 +195,33 @@ def test_a_line_at_the_limit_passes_and_one_above_it_ends_the_child(start):
 def test_J20_a_line_without_an_end_ends_the_child_before_it_fills_the_memory(start):
     running = start("import sys\nwhile True: sys.stdout.write('x' * 65536)", max_line=1 << 20)
     assert running.end() == "line_too_long"
+
+
+def tiny_pieces(pipe):
+    """A pipe's bytes as a child writes them that flushes after each number."""
+    for number in range(100_000):
+        yield b"%02d" % (number % 100)
+    yield b"\n"
+
+
+def test_a_line_that_comes_in_tiny_pieces_takes_little_more_memory_than_its_bytes():
+    lines = []
+    child = types.SimpleNamespace(
+        SMALL=Child.SMALL,
+        _process=types.SimpleNamespace(stdout=None),
+        _settings=types.SimpleNamespace(max_line=1 << 20),
+        _token=b"token",
+        _chunks=tiny_pieces,
+        _on_line=lines.append,
+    )
+    tracemalloc.start()
+    try:
+        Child._read_stdout(child)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert lines == [b"".join(tiny_pieces(None))[:-1]]
+    assert peak < 5 * len(lines[0])
 
 
 def test_P15_a_flood_on_stderr_is_drained_and_capped(start):
