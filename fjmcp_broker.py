@@ -29,33 +29,43 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("fjmcp-broker needs Python 3.11 or newer; this is Python " + sys.version.split()[0])
 
-# Python keeps what it makes of a file's text while compiling it for as long as that file runs: 33 MiB here,
-# more than the broker needs itself. So a Python that was started with this file becomes, under the same
-# process id, a Python that gets the file as it has been compiled, through pipes that hold it all. Where there
-# are none to be had, it goes on as it is.
+# While Python runs a script, it keeps what it made of the script's text to compile it: 33 MiB here, more than
+# the broker itself needs. So the Python that was started with this file compiles it, and is then replaced
+# (execv) by another Python that is handed the compiled code. The process, its descriptors, environment,
+# folder and arguments stay the same, and nothing is written to disk. The code waits in pipes, which hold all
+# of it before anybody reads. Where the other Python might be of another version, or no such pipe can be made,
+# this one goes on. Under `-m`, pdb or coverage, whose frames stand below this one, nothing of that happens.
 if __name__ == "__main__" and sys._getframe().f_back is None:
     import fcntl
     import marshal
     import os
 
     compiled = marshal.dumps(sys._getframe().f_code)
-    goes_on = """import marshal, sys
-code = marshal.loads(b"".join(open(int(each), "rb").read() for each in sys.argv[1].split(",")))
-del sys.argv[:2]
+    run_compiled = """import marshal, sys
+parts = []
+for number in sys.argv[1].split(","):
+    with open(int(number), "rb") as pipe:
+        parts.append(pipe.read())
+code = marshal.loads(b"".join(parts))
+del sys.argv[:2], parts
 __file__ = code.co_filename
 exec(code)"""
     readers = []
-    half = 1 << 19  # bytes; twice as many are what an unprivileged process may give a pipe
+    part = 1 << 19  # bytes; an unprivileged process may have pipes of twice as many
     try:
-        for start in range(0, len(compiled), half):
+        # sys.executable is found by the name that this process was given, and that may be any.
+        if not os.path.samefile(sys.executable, "/proc/self/exe"):
+            raise OSError("sys.executable is another program")
+        for start in range(0, len(compiled), part):
             reader, writer = os.pipe()
             readers.append(reader)
             os.set_inheritable(reader, True)
             with open(writer, "wb", 0) as pipe:
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 2 * half)
-                pipe.write(compiled[start : start + half])
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 2 * part)
+                pipe.write(compiled[start : start + part])
+        options = [word for word in sys.orig_argv[1 : -len(sys.argv)] if word != "--"]
         # -P -S: nothing is imported from this folder or the file's own, and only the standard library.
-        words = [sys.executable, *sys.orig_argv[1 : -len(sys.argv)], "-P", "-S", "-c", goes_on]
+        words = [sys.executable, *options, "-P", "-S", "-c", run_compiled]
         os.execv(sys.executable, [*words, ",".join(map(str, readers)), *sys.argv])
     except OSError:
         for reader in readers:

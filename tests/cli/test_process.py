@@ -56,6 +56,37 @@ def test_nothing_is_imported_from_the_folder_it_is_started_in(tmp_path):
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("fjmcp-broker ")
 
 
+@pytest.mark.parametrize("options", [["--"], ["-X", "dev"], ["-W", "error"], ["-I", "-OO", "-u", "--"]])
+def test_options_of_python_stay_in_force_and_nothing_is_said_of_the_start(tmp_path, options):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    shutil.copy(BROKER, folder)
+    done = subprocess.run(
+        [sys.executable, *options, "fjmcp_broker.py", "--version"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("fjmcp-broker ")
+
+
+@pytest.mark.parametrize("name", ["another", "nowhere"])
+def test_a_process_may_have_a_name_under_which_another_program_or_none_is_found(tmp_path, name):
+    another = tmp_path / "another"
+    another.write_text("#!/bin/sh\nexit 77\n")
+    another.chmod(0o755)
+    done = subprocess.run(
+        [name, BROKER, "--version"],
+        executable=os.path.realpath(sys.executable),
+        env={**os.environ, "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("fjmcp-broker ")
+
+
 def test_where_no_pipe_is_to_be_had_it_runs_as_it_is(tmp_path):
     shell = 'ulimit -n 4 && exec "$@"'  # a file that is imported can still be opened
     done = subprocess.run(
