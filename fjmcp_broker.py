@@ -11799,7 +11799,8 @@ class Program:
 
     def read(self, line: bytes) -> object:
         """Returns the value of a line. Raises ValueError."""
-        return self.listing and self.listing.read(line) or read_child_json(line)
+        listing = self.listing  # another child's thread may replace it
+        return listing and listing.read(line) or read_child_json(line)
 
     def digest(self, result: object) -> bytes:
         """Returns the fingerprint of the tools in a result of tools/list."""
@@ -11809,7 +11810,8 @@ class Program:
     def note_listing(self, answer: Answer) -> None:
         """Remembers an answer to tools/list, of several pages the last one."""
         result = member(answer.message.body, "result", dict, {})
-        is_known = self.listing is not None and self.listing.result is result
+        listing = self.listing
+        is_known = listing is not None and listing.result is result
         if "tools" in result and "nextCursor" not in result and not is_known:
             self.listing = Listing.of(answer.line, answer.message.body)
 

@@ -166,6 +166,13 @@ def test_a_list_of_tools_that_is_very_long_is_read_each_time():
     assert remembering(listing(1, "g" * fjmcp_broker.Listing.LONGEST)).listing is None
 
 
+def test_a_line_is_read_though_another_child_of_the_program_replaces_its_list_meanwhile(monkeypatch):
+    program = remembering(listing(1))
+    looks = iter([program.listing, None])
+    monkeypatch.setattr(fjmcp_broker.Program, "listing", property(lambda self: next(looks)), raising=False)
+    assert program.read(listing(2)) == json.loads(listing(2))
+
+
 def test_members_that_are_the_same_once_halves_of_pairs_are_replaced_are_refused():
     with pytest.raises(ValueError, match="twice"):
         fjmcp_broker.read_json(rb'{"\ud800": 1, "\udfff": 2}')
