@@ -635,10 +635,8 @@ ENVIRONMENT_PREFIX = "FJMCP_BROKER_"
 CONFIGURATION_FILE = "broker.toml"
 SYSTEM_CONFIGURATION = "/etc/fjmcp-broker/broker.toml"
 FILE_ONLY_KINDS = ("clients", "tool_rules")
-HIDDEN_KINDS = (
-    *FILE_ONLY_KINDS,
-    "store_url",
-)  # their values may hold a secret, and are not shown where they are wrong
+# Values of these kinds may hold a secret: one that is wrong is not shown.
+HIDDEN_KINDS = (*FILE_ONLY_KINDS, "store_url")
 FORGEJO_SCOPE = re.compile(
     r"openid|profile|email|groups|all|public-only"
     r"|(read|write):(activitypub|admin|misc|notification|organization|package|issue|repository|user)"
@@ -7226,8 +7224,11 @@ class Credential:
         access = member(answer, "access_token", str, "")
         refresh = answer.get("refresh_token") or old_refresh
         token_type = str(answer.get("token_type")).lower()
-        is_usable = is_token(access) and isinstance(refresh, str) and is_token(refresh)
-        if not is_usable or not isinstance(refresh, str) or token_type != "bearer":
+        if (
+            not isinstance(refresh, str)
+            or token_type != "bearer"
+            or not (is_token(access) and is_token(refresh))
+        ):
             raise UpstreamDown("Forgejo's token answer is incomplete")
         claims = jwt_claims(refresh)
         identity = jwt_claims(member(answer, "id_token", str, ""))
@@ -8671,9 +8672,9 @@ def missing_rights(missing: Sequence[str], forgejo_url: str) -> Html:
 
 
 def rules_note(left: Sequence[tuple[str, str]]) -> Html:
-    """Returns a note of what the operator's rules leave to each application, "" without rules.
+    """Returns a note of what the operator's rules leave to each application: its name, and a sentence.
 
-    `applications` are (name, sentence).
+    Without any it is empty.
     """
     lines = [
         fill("<li><strong>{name}</strong>: {rights}</li>", name=name, rights=rights)
@@ -12975,12 +12976,12 @@ def rights_mark(rights: Rights | None) -> bytes:
 
 
 class ReplayState:
-    """What is replayed to a new child: log level and subscriptions.
+    """A session's log level and subscriptions, which are replayed to a new child, and two fingerprints.
 
-    And fingerprints of what the client knows. These are of its tools, and of what the
-    operator's rules left to it (rights_mark; None: it has called nothing yet). `save`
-    writes all of it down after a change, for a session that is on file. A shared one is
-    not (None): there the listeners of a resource are counted. `lock` is the session's.
+    These are of the tools that the client knows, and of what the operator's rules leave to it (rights_mark;
+    None: it has called nothing yet). `save` writes all four down after a change, for a session that is on
+    file. For a shared session, which is not, it is None, and `subscriptions` counts the listeners of each
+    resource. `lock` is the session's.
     """
 
     def __init__(
@@ -15435,8 +15436,8 @@ KNOWN_META = Names(
     META_SUBSCRIPTION,
     META + "related-task",
 )
-# Seconds in which the body of a request must be there that is refused for its user's sake, to be on record.
-UNSERVED_PATIENCE = 0.5
+UNSERVED_PATIENCE = 0.5  # seconds that the body of a POST which gets 429 has to arrive, to be on record
+HEAVY = 1024  # bytes of a body; what it holds may take a hundred times that
 # What a login that may not write is served besides tools/call:
 # the specification's methods that change nothing at Forgejo.
 READING_METHODS = frozenset(
@@ -15639,7 +15640,7 @@ class Exchange:
         self._records[id(message)] = (message, record)
 
     def begin_unserved(self) -> None:
-        """Puts on record what a POST asks that is refused for its user's sake, as far as it has arrived."""
+        """Begins the records of the calls in a POST that gets 429, if its body is small and there at once."""
         if self.request.header("expect"):
             return
         with contextlib.suppress(HTTPError, RpcError):
@@ -15700,7 +15701,7 @@ class Gate:
         return caller
 
     def admit(self, exchange: Exchange) -> None:
-        """Counts a POST for its user; raises HTTPError 429 as seat() does, what it asks being on record."""
+        """Counts a POST for its user; raises HTTPError 429 as seat() does, with its calls on record."""
         try:
             self.seat(exchange.request, exchange.caller)
         except HTTPError:
@@ -16167,7 +16168,6 @@ def check_listener(message: Message, settings: Settings) -> None:
         raise RpcError(INVALID_PARAMS, complaint, None, 400)
 
 
-HEAVY = 1024  # bytes of a body; what it holds may take a hundred times that
 CAUSES = {
     PARSE_ERROR: "parse_error",
     INVALID_REQUEST: "invalid_message",
