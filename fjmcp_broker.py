@@ -15049,10 +15049,10 @@ def resident_bytes() -> int:
 
 # An answer of 1 MiB needs some blocks of that size for a moment. Mapped and unmapped each time, their pages
 # cost as much as all else that is done with it. So blocks come from the heaps, which keep what is free at
-# their ends until it is trimmed.
+# their ends: the first until it is trimmed, the second for good, so it may be no more than a few such answers.
 MALLOC_OPTIONS = (
     (-3, 4 << 20),  # M_MMAP_THRESHOLD: bytes
-    (-1, 32 << 20),  # M_TRIM_THRESHOLD: bytes
+    (-1, 8 << 20),  # M_TRIM_THRESHOLD: bytes
     (-8, 2),  # M_ARENA_MAX: heaps
 )
 
