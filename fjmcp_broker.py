@@ -5353,9 +5353,12 @@ class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore, Broker
             {"most": most},
         )
 
-    def drop_operator_records(self, up_to: int) -> None:
-        """Drops what has been logged."""
-        self._run({"up_to": up_to}, "DELETE FROM operator_records WHERE record_id <= :up_to")
+    def drop_operator_records(self, record_ids: Iterable[int]) -> None:
+        """Drops what has been logged; a record with a lower number may have been committed since."""
+        self._run(
+            {"listed": json.dumps(list(record_ids))},
+            f"DELETE FROM operator_records WHERE record_id IN {IN_LIST_OF_IDS}",
+        )
 
     def name_copy(self) -> str:
         """Returns a random name of what is here, the same for every copy of it."""
@@ -15201,13 +15204,17 @@ class Reaper:
             self._next_sweep = monotonic + 60
             self._step(self._sweep, now - self._clock.leap())  # what only a step of the clock expires stays
 
+    def _is_ours(self, what: str, seconds: float) -> bool:
+        """Takes the lease of what one broker does for all; returns whether it is ours, as it is alone."""
+        now = self._clock.now()
+        return not self._store.is_shared or self._store.take_lease(
+            what, self._store.holder, now, now + seconds
+        )
+
     def _sweep(self, now: float) -> None:
         """Drops rows that have had their time; of several brokers one does so, for a minute."""
-        if self._store.is_shared:
-            if not self._store.take_lease(
-                "sweep", self._store.holder, self._clock.now(), self._clock.now() + 50
-            ):
-                return
+        if not self._is_ours("sweep", 50):
+            return
         self._step(self._forget, "grant ended", self._store.end_orphaned_sessions, now)
         self._step(self._forget, "expired", self._store.sweep, now, self._settings.session_lifetime)
 
@@ -15217,8 +15224,7 @@ class Reaper:
         A crash before it is dropped logs it twice.
         """
         records = self._store.operator_records(OPERATOR_RECORDS)
-        now = self._clock.now()
-        if not records or not self._store.take_lease("operator records", self._store.holder, now, now + 10):
+        if not records or not self._is_ours("operator records", 10):
             return
         # Another broker may have logged some before the lease was ours.
         records = self._store.operator_records(OPERATOR_RECORDS)
@@ -15233,8 +15239,9 @@ class Reaper:
             known = {name: value for name, value in fields.items() if value is not None}
             self._log.audit(record.event, **known)
         if records:
-            self._store.drop_operator_records(records[-1].record_id)
-        self._store.end_lease("operator records", self._store.holder)
+            self._store.drop_operator_records([record.record_id for record in records])
+        if self._store.is_shared:
+            self._store.end_lease("operator records", self._store.holder)
 
     def _compare_clocks(self) -> None:
         """Follows the wall clock once it has differed for long; tells the operator before and after."""

@@ -96,3 +96,13 @@ def test_sessions_that_an_operators_command_ends_while_no_broker_runs_are_logged
     rig.log.wait("session_ended")
     rig.tick()
     assert len(rig.log.named("session_ended")) == len(rig.log.named("token_revoked")) == 1
+
+
+def test_a_broker_alone_takes_no_lease_to_log_or_to_sweep(rig, monkeypatch):
+    mcp = rig.session()
+    taken = []
+    monkeypatch.setattr(rig.broker.store, "take_lease", lambda *given: taken.append(given) or True)
+    delete(rig, mcp)
+    rig.log.wait("session_ended")
+    rig.broker.reaper._sweep(rig.clock.now())
+    assert taken == []

@@ -556,3 +556,22 @@ def test_what_an_operator_did_is_in_the_log_of_one_broker(make_brokers):
         member.tick()
     assert sum(len(member.log.named("token_revoked")) for member in brokers.all) == 1
     assert oauth.refresh().json()["error"] == "invalid_grant"
+
+
+def test_a_record_that_was_committed_late_under_a_lower_number_is_logged(make_brokers, monkeypatch):
+    (a,) = make_brokers(1).all
+    insert = """
+        INSERT INTO operator_records (record_id, event, client_id, reason)
+        VALUES (:number, 'client_removed', :client, 'removed by operator')
+    """
+    real = a.store.drop_operator_records
+
+    def drop(*logged):
+        monkeypatch.setattr(a.store, "drop_operator_records", real)
+        a.store.engine.run({"number": 6, "client": "late"}, [insert])
+        real(*logged)
+
+    monkeypatch.setattr(a.store, "drop_operator_records", drop)
+    a.store.engine.run({"number": 7, "client": "early"}, [insert])
+    assert [each["client"] for each in a.log.wait("client_removed", 2)] == ["early", "late"]
+    until(lambda: not a.store.operator_records(10))
