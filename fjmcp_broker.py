@@ -19531,7 +19531,10 @@ def acting_as(uid: int, gid: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_store(arguments: Arguments, alone: bool = False) -> Iterator[tuple[Settings, Keyring, Store]]:
-    """Opens the store for the block, beside a running broker unless `alone`; root acts as its owner."""
+    """Opens the store for the block, beside a running broker unless `alone`; root acts as its owner.
+
+    Raises ConfigurationError.
+    """
     settings = arguments.settings()
     owner = os.geteuid(), os.getegid()
     if not settings.store_url:
@@ -19543,7 +19546,22 @@ def open_store(arguments: Arguments, alone: bool = False) -> Iterator[tuple[Sett
         with contextlib.closing(Store(store_place(settings), keyring, alone=alone)) as store:
             if copied_to := store.copied_to():
                 raise ConfigurationError([moved(settings, copied_to)])
+            if alone and store.is_shared:
+                refuse_beside_brokers(store)
             yield settings, keyring, store
+
+
+def refuse_beside_brokers(store: Store) -> None:
+    """Raises ConfigurationError while brokers serve from a shared store, which no lock keeps out."""
+    brokers = store.brokers(store.clock().now() - Brokers.GONE)
+    if brokers:
+        names = ", ".join(each.label for each in brokers)
+        raise ConfigurationError(
+            [
+                f"store_url: brokers are using {store.engine.name}: {names}. Stop them; "
+                f"one that was killed counts for {Brokers.GONE:.0f} s"
+            ]
+        )
 
 
 # -- listings

@@ -8,7 +8,7 @@ import pytest
 import fjmcp_broker
 from fjmcp_broker import ConfigurationError, Store
 from rigs.mcp_client import McpClient, OAuthClient
-from rigs.rig import text_of
+from rigs.rig import text_of, who
 from rigs.stores import KEYS
 
 pytestmark = pytest.mark.real("postgresql")
@@ -53,6 +53,16 @@ def test_the_program_serves_from_a_database_and_its_commands_act_on_it(installat
     assert installation.command("revoke", "--user", "alice").stdout == "ended 1 login\n"
     assert json.loads(installation.command("sessions", "--json").stdout) == []
     assert alice.oauth.refresh().status == 400
+
+
+def test_rebind_beside_a_running_broker_is_refused(installation):
+    installation.start()
+    for options in ((), ("--forget",)):
+        done = installation.command("rebind", *options)
+        assert done.returncode == 2 and "brokers are using" in done.stderr, done.stderr
+    assert who(session(installation)) == "alice"
+    installation.broker.stop()
+    assert "already" in installation.command("rebind").stdout
 
 
 def test_a_backup_of_a_database_is_its_own_programs(installation, tmp_path):
