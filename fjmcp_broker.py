@@ -5372,6 +5372,11 @@ class Store(ClientStore, UserStore, LoginStore, TokenStore, SessionStore, Broker
         """Returns the name that what is here got when it was copied, or None."""
         return self._note("copy_name")
 
+    def forget_copy(self) -> None:
+        """Forgets the copy of a file that was made and not noted: it lacks what is done here from now on."""
+        if not self.is_shared and self.copy_name():
+            self._run({}, "DELETE FROM meta WHERE name = 'copy_name'")
+
     def copied_to(self) -> str | None:
         """Returns the URL of the database that has taken over what is here, or None."""
         return self._note("copied_to")
@@ -17567,6 +17572,7 @@ def open_store_of(settings: Settings, keyring: Keyring) -> Store:
     copied_to = store.copied_to()
     known = store.bound_to(settings.forgejo_url)
     if not copied_to and known == settings.forgejo_url:
+        store.forget_copy()
         return store
     store.close()
     problem = moved(settings, copied_to) if copied_to else other_forgejo(known, settings.forgejo_url)
@@ -19648,6 +19654,7 @@ def revoke(arguments: Arguments) -> int:
     kind, value = next(iter(options.items()))
     with open_store(arguments) as (settings, _, store):
         log = Log(settings)
+        store.forget_copy()
         removed = forget and forget_client(settings, store, log, value)
         now = store.clock().now()
         ended = store.find_grants(kind, value, now)
@@ -19738,7 +19745,8 @@ COPIED_FIRST = ("users", "grants")
 def copy_store(arguments: Arguments) -> int:
     """Copies the SQLite store into an empty database of PostgreSQL, whole or not at all.
 
-    Returns the exit status. The file serves no more then. Run again after it was interrupted, it goes on.
+    Returns the exit status. The file serves no more then. Run again after it was interrupted, it goes on,
+    unless the file was changed meanwhile.
     """
     settings = arguments.settings()
     try:
@@ -19836,6 +19844,7 @@ def rotate_key(arguments: Arguments) -> int:
     ConfigurationError with the three steps where `key` has no new one.
     """
     with open_store(arguments) as (settings, keyring, store):
+        store.forget_copy()
         is_done = all(keyring.is_newest(box) for _, _, box in store.boxes())
         if store.is_shared:
             now = store.engine.clock().now()
@@ -19949,6 +19958,7 @@ def rebind(arguments: Arguments) -> int:
         if problem:
             print(f"fjmcp-broker: {problem}", file=sys.stderr)
             return 1
+        store.forget_copy()
         ended = store.rebind(settings.forgejo_url, forget)
     log = Log(settings)
     for grant in ended:

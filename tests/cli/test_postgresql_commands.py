@@ -256,3 +256,30 @@ def test_a_copy_that_fails_half_way_leaves_nothing_and_one_that_was_not_noted_is
     assert source.copied_to() == place.url and target.user("1").login == "renamed"
     source.close()
     target.close()
+
+
+def leave_copy_unnoted(installation, place):
+    """Copy the store, and be killed before the file is marked."""
+    source, target = Store(str(installation.folder / "broker.db"), KEYS), Store(place, KEYS)
+    fjmcp_broker.copied(source, target)
+    source.engine.run({}, ["DELETE FROM meta WHERE name = 'copied_to'"])
+    source.close()
+    target.close()
+
+
+@pytest.mark.parametrize("by", ["serve", "revoke"])
+def test_what_was_done_since_an_interrupted_copy_is_not_taken_for_copied(make_installation, place, by):
+    installation = make_installation(key=KEY, store_password=place.password)
+    installation.start()
+    session(installation)
+    installation.broker.stop()
+    leave_copy_unnoted(installation, place)
+    if by == "serve":
+        installation.start()
+        session(installation, "bob")
+        installation.broker.stop()
+    else:
+        assert installation.command("revoke", "--all").returncode == 0
+    done = installation.command("copy-store", place.url)
+    assert done.returncode == 2 and "is not empty" in done.stderr, done.stderr
+    assert installation.command("users").returncode == 0
