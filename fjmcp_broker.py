@@ -3073,9 +3073,8 @@ class PostgresServer:
         """Returns libpq's parameters for each address of a host. Raises PostgresError when it has none."""
         given = postgresql_parameters(self.url)
         fixed = {
-            "gssencmode": given.get(
-                "gssencmode", "disable"
-            ),  # with sslmode=verify-full it is TLS that protects
+            # With sslmode=verify-full it is TLS that protects.
+            "gssencmode": given.get("gssencmode", "disable"),
             "passfile": "/nonexistent",
             "password": self.password,
             "client_encoding": "UTF8",
@@ -18987,7 +18986,7 @@ def check_brokers(store: Store, keyring: Keyring) -> Iterator[Finding]:
     """Yields which brokers serve from a store that several share, and which of them have other keys."""
     if not store.is_shared:
         return
-    now = store.engine.clock().now()
+    now = store.clock().now()
     brokers = store.brokers(now - Brokers.FORGOTTEN)
     seen = [f"{each.label} ({each.version}, seen {max(0, now - each.seen_at):.0f} s ago)" for each in brokers]
     yield Finding("ok", "brokers of this store: " + (", ".join(seen) or "none serves at present"))
@@ -19826,14 +19825,14 @@ def rows_of(
             if table == "meta" and isinstance(values["value"], str):
                 values["value"] = values["value"].encode()
             yield insert, values
-    last = execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'grants'", {}).fetchone()[
-        0
-    ]
-    records = execute("SELECT coalesce(max(record_id), 0) FROM operator_records", {}).fetchone()[0]
-    for table, column, number in (("grants", "grant_id", last), ("operator_records", "record_id", records)):
+    for table, column, last in (
+        ("grants", "grant_id", "SELECT max(seq) FROM sqlite_sequence WHERE name = 'grants'"),
+        ("operator_records", "record_id", "SELECT max(record_id) FROM operator_records"),
+    ):
+        (number,) = execute(last, {}).fetchone()
         yield (
             f"SELECT setval(pg_get_serial_sequence('{table}', '{column}'), :next, FALSE)",
-            {"next": number + 1},
+            {"next": (number or 0) + 1},
         )
 
 
@@ -19847,7 +19846,7 @@ def rotate_key(arguments: Arguments) -> int:
         store.forget_copy()
         is_done = all(keyring.is_newest(box) for _, _, box in store.boxes())
         if store.is_shared:
-            now = store.engine.clock().now()
+            now = store.clock().now()
             check_rotation(store.brokers(now - Brokers.FORGOTTEN), keyring, is_done)
         elif settings.key and is_done and len(keyring.keys) == 1:
             raise ConfigurationError([three_steps(settings)])
