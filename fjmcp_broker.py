@@ -7644,8 +7644,8 @@ class Admission:
     def end_person(self, user: UserRow, login: str) -> None:
         """Ends all logins of a user whose number means another person now, with this login."""
         ended = self._store.end_person(user.sub, "identity changed", self._clock.now())
-        self._person_ended(user.sub)
         self._log.audit("identity_changed", user=user.sub, was=user.login, login=login, grants=len(ended))
+        self._person_ended(user.sub)
 
     def suspend(self, user: UserRow | None, sentence: str) -> None:
         """Notes that Forgejo keeps a user out, unless a login came meanwhile.

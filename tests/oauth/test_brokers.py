@@ -153,6 +153,23 @@ def test_a_broker_that_is_gone_is_waited_for_no_longer_than_its_time(two):
     assert join() is None
 
 
+def test_that_a_number_means_another_person_is_on_record_though_nobody_can_tell_what_others_did(
+    two, monkeypatch
+):
+    a, b = two.all
+    a.session()
+    b.broker.reaper.stop()
+
+    def away(_since):
+        raise fjmcp_broker.StoreUnavailable("the database is away")
+
+    row = user_row(b)
+    monkeypatch.setattr(b.store, "brokers", away)
+    with pytest.raises(fjmcp_broker.StoreUnavailable):
+        b.broker.upstream._admission.end_person(row, "alice")
+    assert b.log.named("identity_changed")[0]["grants"] == 1
+
+
 # -- keys
 
 
