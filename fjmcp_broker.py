@@ -15056,7 +15056,7 @@ def resident_bytes() -> int:
 
 # An answer of 1 MiB needs some blocks of that size for a moment. Mapped and unmapped each time, their pages
 # cost as much as all else that is done with it. So blocks come from the heaps, which keep what is free at
-# their ends: the first until it is trimmed, the second for good, so it may be no more than a few such answers.
+# their ends: the first until it is trimmed, the second for good. So that is no more than a few answers.
 MALLOC_OPTIONS = (
     (-3, 4 << 20),  # M_MMAP_THRESHOLD: bytes
     (-1, 8 << 20),  # M_TRIM_THRESHOLD: bytes

@@ -18,24 +18,10 @@ import pytest
 
 import fjmcp_broker
 from rigs.broker_process import BROKER, run_program, toml
-from rigs.mcp_client import HttpError, McpClient, OAuthClient
+from rigs.mcp_client import HttpError
+from rigs.processes import again, session
 from rigs.proxy import Proxy
 from rigs.rig import CHILD, text_of
-
-
-def session(installation, user="alice"):
-    client = OAuthClient(installation.url, name="Command test")
-    client.login(None, user, "secret", "full")
-    mcp = McpClient(installation.url + "/mcp", client.tokens["access_token"])
-    mcp.initialize()
-    mcp.oauth = client
-    return mcp
-
-
-def again(mcp):
-    """The same session over a new connection, with the client's newest token."""
-    return McpClient(mcp.url, mcp.oauth.tokens["access_token"], session_id=mcp.session_id)
-
 
 # -- init
 

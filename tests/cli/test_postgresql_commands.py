@@ -7,7 +7,7 @@ import pytest
 
 import fjmcp_broker
 from fjmcp_broker import ConfigurationError, Store
-from rigs.mcp_client import McpClient, OAuthClient
+from rigs.processes import again, session
 from rigs.rig import text_of, who
 from rigs.stores import KEYS
 
@@ -25,20 +25,6 @@ def engine(request):
 def installation(make_installation, place):
     """The program with a database of its own."""
     return make_installation(store_url=place.url, store_password=place.password, key=KEY)
-
-
-def session(installation, user="alice"):
-    client = OAuthClient(installation.url)
-    client.login(None, user, "secret")
-    mcp = McpClient(installation.url + "/mcp", client.tokens["access_token"])
-    mcp.initialize()
-    mcp.oauth = client
-    return mcp
-
-
-def again(mcp):
-    """The same session over a new connection, with the client's newest token."""
-    return McpClient(mcp.url, mcp.oauth.tokens["access_token"], session_id=mcp.session_id)
 
 
 def test_the_program_serves_from_a_database_and_its_commands_act_on_it(installation):

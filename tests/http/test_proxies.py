@@ -18,24 +18,19 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from rigs import loopback
 from rigs.browser import Browser
 from rigs.child_control import ChildControl
+from rigs.loopback import free_port, own_address, running
 from rigs.mcp_client import McpClient, OAuthClient
 from rigs.rig import text_of
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
-READY_LIMIT = 20
 HOST = "mcp.example.org"
 pytestmark = pytest.mark.timeout(60, func_only=True)
 
 
-def free_port():
-    """A port of an address that nobody else uses: 127.0.0.1 is everybody's, this one is this process's."""
-    with socket.create_server((OWN_ADDRESS, 0)) as listener:
-        return listener.getsockname()[1]
-
-
-OWN_ADDRESS = "127.77.%d.%d" % divmod(os.getpid() % 65536, 256)
+OWN_ADDRESS = own_address(loopback.PROXY)
 
 
 def certificate(folder):
@@ -103,39 +98,6 @@ def nginx_configuration(folder, port, upstream):
 CONFIGURATIONS = {"caddy": caddy_configuration, "nginx": nginx_configuration}
 
 
-@contextlib.contextmanager
-def running(program, words, folder, address):
-    """The proxy as a process, once it accepts connections."""
-    environment = {
-        **os.environ,
-        "XDG_DATA_HOME": str(folder),
-        "XDG_CONFIG_HOME": str(folder),
-        "HOME": str(folder),
-    }
-    with open(folder / "proxy.log", "wb") as log:
-        process = subprocess.Popen(
-            [program, *map(str, words)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=folder,
-            env=environment,
-            process_group=0,
-        )
-    try:
-        for _ in range(READY_LIMIT * 50):
-            with contextlib.suppress(OSError), socket.create_connection(address, 1):
-                break
-            assert process.poll() is None, (folder / "proxy.log").read_text()
-            select.select([], [], [], 0.02)
-        else:
-            raise AssertionError((folder / "proxy.log").read_text())
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # asked to end, Caddy waits for open streams
-        process.wait()
-
-
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.real(name)) for name in CONFIGURATIONS])
 def behind(request, real_part, make_installation, tmp_path):
     """(installation, routes, TLS context, control of its children).
@@ -144,7 +106,7 @@ def behind(request, real_part, make_installation, tmp_path):
     """
     folder = tmp_path / "proxy"
     folder.mkdir()
-    port = free_port()
+    port = free_port(OWN_ADDRESS)
     with ChildControl(str(tmp_path / "control")) as control:
         installation = make_installation(child=("--control", control.path), debug=True)
         upstream = urlsplit(installation.url).netloc
@@ -162,7 +124,8 @@ def behind(request, real_part, make_installation, tmp_path):
         installation.url = origin
         words = CONFIGURATIONS[request.param](folder, port, upstream)
         context = ssl.create_default_context(cafile=folder / "cert.pem")
-        with running(real_part(request.param), words, folder, (OWN_ADDRESS, port)):
+        homes = dict.fromkeys(("XDG_DATA_HOME", "XDG_CONFIG_HOME", "HOME"), str(folder))
+        with running(real_part(request.param), words, folder, (OWN_ADDRESS, port), {**os.environ, **homes}):
             yield installation, {origin: f"https://{OWN_ADDRESS}:{port}"}, context, control
 
 

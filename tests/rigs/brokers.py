@@ -11,7 +11,7 @@ import fjmcp_broker
 from rigs.browser import Browser
 from rigs.fake_forgejo import FakeForgejo
 from rigs.mcp_client import McpClient, OAuthClient
-from rigs.rig import CHILD, AuditLog, FakeClock
+from rigs.rig import AuditLog, FakeClock, broker_values, tick_one_at_a_time
 
 
 class Member:
@@ -48,6 +48,7 @@ class Member:
         self.broker = fjmcp_broker.Broker(
             settings, clock=self.brokers.clock, log=self.log, listener=self.socket.dup()
         )
+        tick_one_at_a_time(self.broker.reaper)
         self.broker.start()
         return self
 
@@ -106,13 +107,7 @@ class Brokers:
         self.url = self.all[0].address
         self.app = self.forgejo.add_app([self.url + "/oauth/callback"])
         self.values = {
-            "public_url": self.url,
-            "forgejo_url": self.forgejo.url,
-            "forgejo_oauth_client_id": self.app.client_id,
-            "forgejo_oauth_client_secret": self.app.client_secret,
-            "forgejo_mcp_binary": ",".join((*CHILD, *child)),
-            "store_path": str(Path(directory) / "broker.db"),
-            "debug": "true",
+            **broker_values(self.directory, self.url, self.forgejo, self.app, child),
             **(store or {}),
             **settings,
         }

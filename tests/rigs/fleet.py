@@ -1,17 +1,14 @@
 """Broker processes of one PostgreSQL, each at its own address, and a proxy as docs/scale.md has it."""
 
-import contextlib
-import os
 import re
-import select
-import signal
 import socket
-import subprocess
 from pathlib import Path
 
 import fjmcp_broker
+from rigs import loopback
 from rigs.broker_process import BrokerProcess, toml
 from rigs.browser import Browser
+from rigs.loopback import free_port, own_address, running
 from rigs.mcp_client import McpClient, OAuthClient
 from rigs.postgresql_server import PASSWORD
 from rigs.processes import await_end
@@ -20,18 +17,9 @@ from rigs.rig import CHILD
 SCALE = Path(__file__).resolve().parent.parent.parent / "docs" / "scale.md"
 NAMES = "abc"
 DOCUMENTED = {"a": "10.0.0.11:8080", "b": "10.0.0.12:8080", "c": "10.0.0.13:8080"}
-READY_LIMIT = 20
 
 
-def own_address():
-    """A loopback address that no other process of the suite listens at."""
-    return "127.79.%d.%d" % divmod(os.getpid() % 65536, 256)
-
-
-def free_port():
-    """A port of our own address that nobody uses."""
-    with socket.create_server((own_address(), 0)) as listener:
-        return listener.getsockname()[1]
+OWN_ADDRESS = own_address(loopback.FLEET)
 
 
 class FleetMember:
@@ -44,7 +32,7 @@ class FleetMember:
         self.fleet, self.name = fleet, name
         self.folder = fleet.folder / name
         self.folder.mkdir()
-        self.address = f"{own_address()}:{free_port()}"
+        self.address = f"{OWN_ADDRESS}:{free_port(OWN_ADDRESS)}"
         self.log_path = self.folder / "log"
         self.program = None
         host, port = self.address.rsplit(":", 1)
@@ -95,10 +83,10 @@ class Fleet:
 
     def __init__(self, folder, server, forgejo, count, *, kept=False, others=(), child=(), **settings):
         self.folder, self.server, self.forgejo = Path(folder), server, forgejo
-        self.port = free_port()
+        self.port = free_port(OWN_ADDRESS)
         # The proxy ends TLS, which is left out here.
         self.url = "https://mcp.example.org"
-        self.routes = {self.url: f"http://{own_address()}:{self.port}"}
+        self.routes = {self.url: f"http://{OWN_ADDRESS}:{self.port}"}
         self.database = server.database()
         app = forgejo.add_app([self.url + "/oauth/callback"])
         self.settings = {
@@ -174,7 +162,7 @@ def documented(language, fleet):
 def nginx_configuration(folder, fleet):
     """docs/scale.md's nginx within a main configuration that keeps to the folder."""
     text = documented("nginx", fleet)
-    text = text.replace("listen 443 ssl http2;", f"listen {own_address()}:{fleet.port};")
+    text = text.replace("listen 443 ssl http2;", f"listen {OWN_ADDRESS}:{fleet.port};")
     text = re.sub(r" *ssl_certificate.*\n", "", text)
     temporary = "".join(
         f"{kind}_temp_path {folder}/{kind};\n"
@@ -191,7 +179,7 @@ def nginx_configuration(folder, fleet):
 def haproxy_configuration(folder, fleet):
     """docs/scale.md's HAProxy."""
     text = documented("haproxy", fleet)
-    text = re.sub(r"bind :443 .*", f"bind {own_address()}:{fleet.port}", text)
+    text = re.sub(r"bind :443 .*", f"bind {OWN_ADDRESS}:{fleet.port}", text)
     path = folder / "haproxy.cfg"
     path.write_text(text)
     return ["-db", "-f", path]
@@ -200,31 +188,9 @@ def haproxy_configuration(folder, fleet):
 PROXIES = {"nginx": nginx_configuration, "haproxy": haproxy_configuration}
 
 
-@contextlib.contextmanager
 def proxy(name, program, folder, fleet):
-    """The proxy before a fleet as a process, once it accepts connections."""
+    """The proxy before a fleet as a process, once it accepts connections: a context manager."""
     folder = Path(folder)
     folder.mkdir()
     words = PROXIES[name](folder, fleet)
-    with open(folder / "proxy.log", "wb") as log:
-        process = subprocess.Popen(
-            [program, *map(str, words)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=folder,
-            process_group=0,
-        )
-    try:
-        for _ in range(READY_LIMIT * 50):
-            with contextlib.suppress(OSError), socket.create_connection((own_address(), fleet.port), 1):
-                break
-            assert process.poll() is None, (folder / "proxy.log").read_text()
-            select.select([], [], [], 0.02)
-        else:
-            raise AssertionError((folder / "proxy.log").read_text())
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    return running(program, words, folder, (OWN_ADDRESS, fleet.port))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fnmatch
 import http.server
 import re
-import socket
 import threading
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from rigs.client_rig import CLIENTS, ClientFailed, Program, person_environment, run_program
+from rigs.loopback import free_port
 
 LIMIT = 20_000  # milliseconds, as the browser counts
 ANSWER_LIMIT = 60.0
@@ -192,7 +192,7 @@ class InspectorPage:
         self.logins = 0
         environment = person_environment(folder, tools=[Path(node)])
         environment |= {"MCP_AUTO_OPEN_ENABLED": "false", "MCP_INSPECTOR_SECRET_STORE": "file"}
-        environment |= {"CLIENT_PORT": str(free_port()), "MCP_SANDBOX_PORT": str(free_port())}
+        environment |= {name: str(free_port("127.0.0.1")) for name in ("CLIENT_PORT", "MCP_SANDBOX_PORT")}
         launcher = Path(node).parents[2] / "@modelcontextprotocol/inspector/clients/launcher/build/index.js"
         words = [node, launcher, "--web", url, "--transport", "http"]
         self._server = Program(words, environment=environment, patience=0)
@@ -278,11 +278,3 @@ class InspectorPage:
     def __exit__(self, *_exc: object) -> None:
         self._browser.close()
         self._server.__exit__()
-
-
-def free_port() -> int:
-    """A port that nobody has just now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    assert isinstance(port, int)
-    return port

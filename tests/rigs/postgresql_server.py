@@ -9,10 +9,11 @@ import os
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
+
+from rigs.loopback import POSTGRESQL, free_port, own_address
 
 READY_LIMIT = 30
 NOBODY = 65534
@@ -50,17 +51,6 @@ host all all 127.0.0.0/8 scram-sha-256
 _numbers = itertools.count(1)
 
 
-def own_address():
-    """A loopback address that no other process of the suite listens at."""
-    return "127.78.%d.%d" % divmod(os.getpid() % 65536, 256)
-
-
-def free_port(address):
-    """A port of an own address that nobody uses."""
-    with socket.create_server((address, 0)) as listener:
-        return listener.getsockname()[1]
-
-
 def descendants(pid):
     """The pids of a process's children."""
     try:
@@ -80,7 +70,7 @@ class Server:
         self.binaries = Path(binaries)
         self.folder = Path(tempfile.mkdtemp(prefix="fjmcp-pg-"))
         self.data = self.folder / "data"
-        self.address = own_address()
+        self.address = own_address(POSTGRESQL)
         self.port = free_port(self.address)
         self.settings = settings
         self.process = None

@@ -34,6 +34,11 @@ def session(installation: Installation, user: str = "alice") -> McpClient:
     return mcp
 
 
+def again(mcp: McpClient) -> McpClient:
+    """The same session over a new connection, with the client's newest token."""
+    return McpClient(mcp.url, mcp.oauth.tokens["access_token"], session_id=mcp.session_id)
+
+
 def in_thread(function: Callable[..., Any], *arguments: Any, **named: Any) -> Callable[[], Any]:
     """Run a function beside; join() gives what it returned or raised."""
     outcome = []

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import fjmcp_broker
-from rigs.fake_forgejo import FakeForgejo
+from rigs.fake_forgejo import App, FakeForgejo
 from rigs.mcp_client import McpClient, OAuthClient
 
 if TYPE_CHECKING:
@@ -96,6 +96,21 @@ class AuditLog(fjmcp_broker.Log):
         return self._stream.getvalue()
 
 
+def broker_values(
+    directory: Path, url: str, forgejo: FakeForgejo, app: App, child: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The settings of a broker at `url` before that Forgejo, whose children are the scripted one."""
+    return {
+        "public_url": url,
+        "forgejo_url": forgejo.url,
+        "forgejo_oauth_client_id": app.client_id,
+        "forgejo_oauth_client_secret": app.client_secret,
+        "forgejo_mcp_binary": ",".join((*CHILD, *child)),
+        "store_path": str(directory / "broker.db"),
+        "debug": "true",
+    }
+
+
 class Rig:
     """A fake Forgejo and a broker before it, restartable on the same port and store."""
 
@@ -116,16 +131,7 @@ class Rig:
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.app = self.forgejo.add_app([self.url + "/oauth/callback"])
-        self.values = {
-            "public_url": self.url,
-            "forgejo_url": self.forgejo.url,
-            "forgejo_oauth_client_id": self.app.client_id,
-            "forgejo_oauth_client_secret": self.app.client_secret,
-            "forgejo_mcp_binary": ",".join((*CHILD, *child)),
-            "store_path": str(self.directory / "broker.db"),
-            "debug": "true",
-            **settings,
-        }
+        self.values = {**broker_values(self.directory, self.url, self.forgejo, self.app, child), **settings}
         self.broker: Any = None  # a Broker, None while it is stopped
         self.log: Any = None  # the newest broker's AuditLog
         self.start()

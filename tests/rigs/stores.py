@@ -8,11 +8,14 @@ import time
 import pytest
 
 import fjmcp_broker
+from fjmcp_broker import token_hash
 from rigs.postgresql_server import PASSWORD
 
 ENGINES = ("sqlite", pytest.param("postgresql", marks=pytest.mark.real("postgresql")))
 KEYS = fjmcp_broker.Keyring([b"k" * 32])
 LIMIT = 60
+NOW = 1_800_000_000.0
+DAY = 86400
 
 
 EMPTY_ALL = """
@@ -94,3 +97,38 @@ def place(engine, tmp_path, request):
     if engine == "sqlite":
         return str(tmp_path / "broker.db")
     return request.getfixturevalue("new_database")()
+
+
+# -- rows of a store, at NOW
+
+
+def add_client(store, client_id="c", now=NOW):
+    """An application that registered."""
+    store.add_client(client_id, "dynamic", "name", ["https://x.example/cb"], None, "none", {}, now)
+
+
+def add_grant(store, code="code", sub="1", client="c", now=NOW):
+    """A login that was approved, with its code; the grant's id."""
+    return store.finish_login(
+        sub,
+        client,
+        "forgejo:read",
+        "forgejo:read",
+        "r",
+        token_hash(code),
+        "https://x.example/cb",
+        "ch",
+        now,
+        now + 60,
+        now + 60,
+    )
+
+
+def pair(name, now=NOW):
+    """An access and a refresh token, as the store takes them."""
+    return (token_hash(name + "a"), now + 3600), (token_hash(name + "r"), now + 90 * DAY)
+
+
+def redeem(store, code="code", name="1", now=NOW):
+    """Redeem a code for the pair of that name; what redeem_code returns."""
+    return store.redeem_code(token_hash(code), "c", "https://x.example/cb", "ch", now, *pair(name, now), 3)

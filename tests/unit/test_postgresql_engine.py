@@ -14,12 +14,12 @@ import pytest
 import fjmcp_broker
 from fjmcp_broker import ConfigurationError, PostgresServer, Store, StoreUnavailable, token_hash
 from rigs.cut_wire import COMMIT, CutWire
-from rigs.postgresql_server import AS_NOBODY, free_port
+from rigs.loopback import free_port
+from rigs.postgresql_server import AS_NOBODY
 from rigs.rig import rows
-from rigs.stores import KEYS
+from rigs.stores import KEYS, NOW, add_client, add_grant, redeem
 
 pytestmark = pytest.mark.real("postgresql")
-NOW = 1_800_000_000.0
 
 
 @pytest.fixture(params=["postgresql"])
@@ -58,28 +58,7 @@ def is_commit(message):
 
 def fill(store):
     store.update_user("1", "alice", "Alice", [], NOW)
-    store.add_client("c", "dynamic", "name", ["https://x.example/cb"], None, "none", {}, NOW)
-
-
-def grant(store, code):
-    return store.finish_login(
-        "1",
-        "c",
-        "forgejo:read",
-        "forgejo:read",
-        "r",
-        token_hash(code),
-        "https://x.example/cb",
-        "ch",
-        NOW,
-        NOW + 60,
-        NOW + 60,
-    )
-
-
-def redeem(store, code, name):
-    access, refresh = (token_hash(name + "a"), NOW + 3600), (token_hash(name + "r"), NOW + 99999)
-    return store.redeem_code(token_hash(code), "c", "https://x.example/cb", "ch", NOW, access, refresh, 3)
+    add_client(store)
 
 
 # -- commits whose answer is lost
@@ -88,7 +67,7 @@ def redeem(store, code, name):
 @pytest.mark.parametrize("what", ["before", "after"])
 def test_a_commit_whose_answer_is_lost_is_looked_up_and_its_code_redeemed_once(place, store, what):
     fill(store)
-    grant(store, "code")
+    add_grant(store, "code")
     with CutWire(place) as wire:
         beyond = Store(wire.place, KEYS)
         wire.plan = once((is_commit, what))
@@ -109,7 +88,7 @@ def test_a_connection_that_is_cut_at_any_message_loses_nothing_and_does_nothing_
             count = itertools.count()
             cut = once((lambda message, count=count, number=number: next(count) == number, what))
             wire.plan = cut
-            grant(beyond, f"code{number}")
+            add_grant(beyond, f"code{number}")
             was_cut = next(count) > number
             beyond.close()
         assert (
@@ -132,7 +111,7 @@ def test_a_commit_that_nobody_can_look_up_is_unavailable_and_its_lock_is_free_ag
         seen = []
         wire.plan = lambda message: "hold" if seen or is_commit(message) and not seen.append(1) else None
         with pytest.raises(StoreUnavailable):
-            grant(beyond, "code")
+            add_grant(beyond, "code")
         wire.plan = lambda message: None
         monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 30)
         beyond.update_user("2", "bob", "Bob", [], NOW)
@@ -180,7 +159,7 @@ def test_of_brokers_that_redeem_or_rotate_the_same_at_once_only_one_does(place):
     stores = [Store(place, KEYS) for _ in range(3)]
     fill(stores[0])
     for number in range(5):
-        grant(stores[0], f"code{number}")
+        add_grant(stores[0], f"code{number}")
         results, barrier = [], threading.Barrier(3)
 
         def race(store, name, number=number, results=results, barrier=barrier):
@@ -264,7 +243,7 @@ def test_several_brokers_share_a_pooler_that_gives_each_batch_another_connection
             for n in range(8):
                 name = f"{number}.{n}"
                 assert (
-                    grant(store, name)
+                    add_grant(store, name)
                     and redeem(store, name, name)
                     and redeem(store, name, "x" + name) is None
                 )
@@ -303,7 +282,7 @@ def test_a_server_that_is_killed_under_load_loses_nothing_that_was_answered(own_
                 name = f"{number}.{n}"
                 if stop.is_set():
                     return
-                assert grant(store, name) and redeem(store, name, name)
+                assert add_grant(store, name) and redeem(store, name, name)
                 done.append(name)
         except BaseException as error:
             failures.append(error)
@@ -336,7 +315,7 @@ def test_a_server_that_was_restarted_or_killed_is_found_again(own_postgresql):
     fill(store)
     server.restart()
     assert store.user("1").login == "alice"
-    grant(store, "code")
+    add_grant(store, "code")
     server.kill()
     server.start()
     assert redeem(store, "code", "1") and store.bearer(token_hash("1a"), NOW)
@@ -351,12 +330,12 @@ def test_a_server_that_is_away_makes_the_store_unavailable_until_it_is_back(own_
     monkeypatch.setattr(fjmcp_broker, "AWAY_PAUSE", 0)
     server.stop()
     with pytest.raises(StoreUnavailable) as error:
-        grant(store, "code")
+        add_grant(store, "code")
     assert error.value.status == 503 and "correct horse" not in error.value.reason
     assert not store.healthy()
     monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 30)
     server.start()
-    assert grant(store, "code") and store.healthy()
+    assert add_grant(store, "code") and store.healthy()
     store.close()
 
 
@@ -370,7 +349,7 @@ def test_of_several_hosts_the_one_that_can_be_written_to_is_used(own_postgresql,
         monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 30)
         server.kill()
         follower.promote()
-        assert store.user("1").login == "alice" and grant(store, "code")
+        assert store.user("1").login == "alice" and add_grant(store, "code")
         store.close()
     finally:
         follower.close()
@@ -380,7 +359,7 @@ def test_a_server_that_became_read_only_is_left_for_one_that_can_be_written_to(s
     fill(store)
     connection = store.engine._writer.connection(time.monotonic() + 30)
     connection.command("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY", time.monotonic() + 30)
-    assert grant(store, "code")
+    assert add_grant(store, "code")
 
 
 def test_a_host_that_never_answers_has_its_share_of_the_time_only(place, monkeypatch):
@@ -400,13 +379,13 @@ def test_a_server_that_falls_silent_costs_the_time_of_a_batch_and_a_new_connecti
         monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 0.5)
         monkeypatch.setattr(fjmcp_broker, "AWAY_PAUSE", 0)
         wire.plan = lambda message: "hold"
-        for act in (lambda: beyond.user("1"), lambda: grant(beyond, "code")):
+        for act in (lambda: beyond.user("1"), lambda: add_grant(beyond, "code")):
             with pytest.raises(StoreUnavailable) as error:
                 act()
             assert "no answer in time" in error.value.reason
         wire.plan = lambda message: None
         monkeypatch.setattr(fjmcp_broker, "BUSY_WAIT", 30)
-        assert beyond.user("1") and grant(beyond, "code")
+        assert beyond.user("1") and add_grant(beyond, "code")
         beyond.close()
 
 
@@ -434,7 +413,7 @@ def test_a_batch_that_cannot_be_leaves_nothing_open(store):
     store.open_account(b"browser", "1", NOW)
     with pytest.raises(StoreUnavailable):
         store.open_account(b"browser", "1", NOW)
-    assert grant(store, "code")
+    assert add_grant(store, "code")
     idle = "SELECT count(*) AS n FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"
     assert rows(store, idle + " AND datname = current_database()")[0].n == 0
 

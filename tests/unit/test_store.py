@@ -19,10 +19,7 @@ import pytest
 import fjmcp_broker
 from fjmcp_broker import ConfigurationError, Keyring, Store, StoreUnavailable, token_hash
 from rigs.rig import rows
-
-KEYS = Keyring([b"k" * 32])
-NOW = 1_800_000_000.0
-DAY = 86400
+from rigs.stores import DAY, KEYS, NOW, add_client, add_grant, pair, redeem
 
 
 @pytest.fixture
@@ -53,34 +50,6 @@ def add_user(store, sub="1", login="alice"):
     store.update_user(sub, login, login, [], NOW)
     store.save_credential(sub, b"box", 1, 1, NOW + 3600, NOW)
     store.set_user_status(sub, "active")
-
-
-def add_client(store, client_id="c", now=NOW):
-    store.add_client(client_id, "dynamic", "name", ["https://x.example/cb"], None, "none", {}, now)
-
-
-def add_grant(store, code="code", sub="1", client="c", now=NOW):
-    return store.finish_login(
-        sub,
-        client,
-        "forgejo:read",
-        "forgejo:read",
-        "r",
-        token_hash(code),
-        "https://x.example/cb",
-        "ch",
-        now,
-        now + 60,
-        now + 60,
-    )
-
-
-def pair(name, now=NOW):
-    return (token_hash(name + "a"), now + 3600), (token_hash(name + "r"), now + 90 * DAY)
-
-
-def redeem(store, code="code", name="1", now=NOW):
-    return store.redeem_code(token_hash(code), "c", "https://x.example/cb", "ch", now, *pair(name, now), 3)
 
 
 def filled(store):
