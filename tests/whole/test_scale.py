@@ -8,6 +8,6 @@ def test_many_sessions_few_children_and_nothing_kept_at_rest(tmp_path):
     found = scale.run(
         tmp_path, sessions=200, awake=5, requests=60, streams=100, cycles=30, wakes=5, say=said.append
     )
-    assert found["tasks"] > 100 and found["memory"] > 50 << 20
+    assert found["tasks"] > 100 and found["memory"] > 20 << 20
     assert found["grown"] < 8 << 20  # no cycle keeps anything: 30 of them would show
     assert len(said) >= 8
